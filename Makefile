@@ -1,0 +1,40 @@
+# `make demo` and `make test` need only python3, make and the package registry.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint format bench gpu clean
+
+# constraints.txt pins torch so that pip picks the build known to work here.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/dpo demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
+	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+# Runs on a CUDA machine with the system's torch, triton, transformers and pytest; nothing is installed.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

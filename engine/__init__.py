@@ -1,0 +1,1 @@
+"""High-throughput preference training: packing, prompt sharing, stored reference log-probs."""

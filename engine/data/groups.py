@@ -1,0 +1,75 @@
+"""What the rest of the engine sees of the data: token ids, a shared prompt, ranked responses.
+
+``PreferenceDataset`` keeps all token ids in one flat array, so that a million rows are a few large buffers and not
+millions of Python objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceGroup:
+    """One prompt and K responses, best first. A pair is ``responses[0]`` chosen, ``responses[1]`` rejected."""
+
+    row: int
+    """0-based row in the source, for messages."""
+    prompt_ids: np.ndarray
+    """int32 [P], at least one token."""
+    response_ids: tuple[np.ndarray, ...]
+    """K arrays, int32 [R_k], each at least one token."""
+    ref_logps: tuple[float, ...] | None = None
+    """Reference log-prob sums that came with the row (``ref_chosen_logps``, ``ref_rejected_logps``), or None."""
+
+
+class PreferenceDataset(Sequence[PreferenceGroup]):
+    """Groups in source order, backed by flat arrays.
+
+    ``lengths`` gives, for each group, the number of tokens of its prompt and of each response, without touching ids.
+    """
+
+    def __init__(self, groups: Sequence[PreferenceGroup]):
+        parts: list[np.ndarray] = []
+        sizes: list[int] = []
+        first_part = [0]
+        for group in groups:
+            for ids in (group.prompt_ids, *group.response_ids):
+                parts.append(np.asarray(ids, dtype=np.int32))
+                sizes.append(len(ids))
+            first_part.append(len(sizes))
+        self._tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        self._offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+        self._first_part = np.asarray(first_part, dtype=np.int64)
+        self._rows = np.asarray([g.row for g in groups], dtype=np.int64)
+        self._ref_logps = [g.ref_logps for g in groups]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        first, last = self._first_part[index], self._first_part[index + 1]
+        parts = [self._tokens[self._offsets[p] : self._offsets[p + 1]] for p in range(first, last)]
+        return PreferenceGroup(
+            row=int(self._rows[index]),
+            prompt_ids=parts[0],
+            response_ids=tuple(parts[1:]),
+            ref_logps=self._ref_logps[index],
+        )
+
+    def __iter__(self) -> Iterator[PreferenceGroup]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def lengths(self) -> list[np.ndarray]:
+        """Per group: int64 [1 + K] = (prompt tokens, response tokens...)."""
+        sizes = np.diff(self._offsets)
+        return [sizes[a:b] for a, b in zip(self._first_part[:-1], self._first_part[1:], strict=True)]
