@@ -1,0 +1,112 @@
+"""Tiny tokenizers, a tiny model and tiny preference files for every engine test."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+BOS_CHAT_TEMPLATE = "{{ bos_token }}" + CHAT_TEMPLATE
+
+SENTENCES = (
+    "The lamp is on the table and the cat is under it.",
+    "What colour is the sky today? It is blue, and the sea is green.",
+    "Where does the river go? It goes to the sea.",
+    "Tell me about the house. The house is old and has a red door.",
+    "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour, water, salt and yeast, then wait.",
+    "\n\nHuman: Thank you!\n\nAssistant: You are welcome. Is there anything else?",
+    "I cannot help with that, but I can tell you where to ask.",
+)
+
+
+def build_tokenizer(
+    *, bos: bool = False, chat_template: str | None = None, eos: bool = True
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 400 tokens; with ``bos`` its post-processor writes ``<s>`` before every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"pad_token": "<pad>", "bos_token": "<s>"} | ({"eos_token": "</s>"} if eos else {})
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=specials[3:], **names)
+    fast.chat_template = chat_template
+    return fast
+
+
+def preference_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of prompt, chosen and rejected text whose lengths vary from a few words to a few sentences."""
+    rng = random.Random(seed)
+    words = " ".join(SENTENCES).split()
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))
+
+    return [
+        {"prompt": f"Question {i}: {text(2, 30)}?", "chosen": f" yes, {text(1, 40)}", "rejected": f" no, {text(1, 40)}"}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Has EOS, pad and a chat template; adds no BOS by itself."""
+    return build_tokenizer(chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """Has EOS and pad, no chat template."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    """Writes BOS before every text, and its chat template writes BOS, too."""
+    return build_tokenizer(bos=True, chat_template=BOS_CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A saved random two-layer Llama (hidden 32, 4 heads, 2 key-value heads) with ``tiny_tokenizer`` beside it."""
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tiny_tokenizer.bos_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 24 prompt/chosen/rejected string rows of varied lengths."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(24)))
+    return path
