@@ -1,0 +1,186 @@
+"""How groups lie in a pack.
+
+A group is laid out once as ``prompt, response_1, ..., response_K``. Each response restarts its positions at the length
+of the prompt. Attention is causal within segments: the first is ``prompt ++ response_1``; response k > 1 is a segment
+of its own whose keys are ``prompt ++ response_k``. So the prompt is computed once, and no token sees another response.
+
+Shape suffixes: T packed tokens, N completion tokens, S responses, Q query segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.data.groups import PreferenceGroup
+
+
+class Segment(NamedTuple):
+    """Packed rows ``start:stop`` attend, causally, to rows ``prefix_start:prefix_stop`` followed by themselves."""
+
+    start: int
+    stop: int
+    prefix_start: int
+    prefix_stop: int
+
+    @property
+    def num_queries(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def num_keys(self) -> int:
+        return self.stop - self.start + self.prefix_stop - self.prefix_start
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Everything that an attention backend needs to know of a pack. Queries are in packed order."""
+
+    segments: tuple[Segment, ...]
+    cu_seqlens_q: torch.Tensor
+    """int32 [Q + 1]."""
+    cu_seqlens_k: torch.Tensor
+    """int32 [Q + 1]; offsets into the keys gathered by ``key_rows``."""
+    key_rows: torch.Tensor | None
+    """int64 [keys]: packed row of each key, or None when the keys are the packed rows in order."""
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One forward pass over whole groups.
+
+    Responses are in the order of the groups: ``group_0.response_0, group_0.response_1, group_1.response_0, ...``.
+    """
+
+    input_ids_T: torch.Tensor
+    """int64 [T]."""
+    position_ids_T: torch.Tensor
+    """int64 [T]."""
+    plan: AttentionPlan
+    rows_N: torch.Tensor
+    """int64 [N]: packed row whose hidden state predicts each completion token. The last row of a shared prompt occurs
+    once per response."""
+    labels_N: torch.Tensor
+    """int64 [N]: the completion tokens."""
+    cu_responses_S1: torch.Tensor
+    """int32 [S + 1], always on the CPU: where each response starts in ``labels_N``."""
+    responses_per_group: tuple[int, ...]
+    rows: tuple[int, ...]
+    """Source row of each group, for messages."""
+    num_unshared_tokens: int
+    """Tokens that the same responses have with the prompt repeated for each."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids_T.numel()
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_responses(self) -> int:
+        return self.cu_responses_S1.numel() - 1
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its device-side tensors on ``device``; ``cu_responses_S1`` stays on the CPU."""
+        device = torch.device(device)
+        if self.input_ids_T.device == device:
+            return self
+        plan = replace(self.plan, **_moved(self.plan, device))
+        return replace(self, **{**_moved(self, device), "cu_responses_S1": self.cu_responses_S1, "plan": plan})
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory, so that ``to`` does not wait."""
+        plan = replace(self.plan, **{k: v.pin_memory() for k, v in _tensors(self.plan).items()})
+        pinned = {k: v.pin_memory() for k, v in _tensors(self).items() if k != "cu_responses_S1"}
+        return replace(self, **pinned, plan=plan)
+
+
+def _tensors(record: AttentionPlan | PackedBatch) -> dict[str, torch.Tensor]:
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _moved(record: AttentionPlan | PackedBatch, device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in _tensors(record).items()}
+
+
+def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True) -> PackedBatch:
+    """Lay out ``groups`` in one pack, on the CPU.
+
+    Args:
+        groups: at least one; each with a prompt of at least one token and responses of at least one token.
+        share_prompts: lay each prompt out once; otherwise every response is a sequence of its own.
+
+    Raises:
+        ValueError: an empty prompt or response.
+    """
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    predicting: list[np.ndarray] = []
+    segments: list[Segment] = []
+    end = 0
+    unshared = 0
+    for group in groups:
+        prompt = group.prompt_ids
+        if not len(prompt) or not all(len(r) for r in group.response_ids):
+            raise ValueError(f"row {group.row}: the prompt and every response need at least one token")
+        prompt_start = end
+        for k, response in enumerate(group.response_ids):
+            unshared += len(prompt) + len(response)
+            if k == 0 or not share_prompts:
+                prompt_start, start = end, end
+                ids += [prompt, response]
+                positions.append(np.arange(len(prompt) + len(response)))
+                end += len(prompt) + len(response)
+                segments.append(Segment(start, end, start, start))
+            else:
+                start = end
+                ids.append(response)
+                positions.append(np.arange(len(prompt), len(prompt) + len(response)))
+                end += len(response)
+                segments.append(Segment(start, end, prompt_start, prompt_start + len(prompt)))
+            predicting.append(np.arange(end - len(response) - 1, end - 1))
+            predicting[-1][0] = prompt_start + len(prompt) - 1
+    responses = [r for g in groups for r in g.response_ids]
+    return PackedBatch(
+        input_ids_T=_int64(ids),
+        position_ids_T=_int64(positions),
+        plan=_attention_plan(segments),
+        rows_N=_int64(predicting),
+        labels_N=_int64(responses),
+        cu_responses_S1=_cumulative([len(r) for r in responses]),
+        responses_per_group=tuple(len(g.response_ids) for g in groups),
+        rows=tuple(g.row for g in groups),
+        num_unshared_tokens=unshared,
+    )
+
+
+def _attention_plan(segments: list[Segment]) -> AttentionPlan:
+    key_rows = None
+    if any(s.prefix_stop > s.prefix_start for s in segments):
+        parts = [np.r_[s.prefix_start : s.prefix_stop, s.start : s.stop] for s in segments]
+        key_rows = _int64(parts)
+    return AttentionPlan(
+        segments=tuple(segments),
+        cu_seqlens_q=_cumulative([s.num_queries for s in segments]),
+        cu_seqlens_k=_cumulative([s.num_keys for s in segments]),
+        key_rows=key_rows,
+        max_seqlen_q=max(s.num_queries for s in segments),
+        max_seqlen_k=max(s.num_keys for s in segments),
+    )
+
+
+def _int64(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
+
+
+def _cumulative(sizes: list[int]) -> torch.Tensor:
+    return torch.from_numpy(np.cumsum([0, *sizes]).astype(np.int32))

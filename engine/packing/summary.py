@@ -1,0 +1,123 @@
+"""What a plan costs, from lengths alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.config.schema import RunConfig
+from engine.data.groups import PreferenceDataset
+from engine.packing.plan import check_fits, group_sizes, plan_epoch
+
+PADDED_BATCH_PAIRS = 8
+"""Pairs in the padded batch that packing is compared with: TRL's default per-device batch."""
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """Figures of one epoch."""
+
+    groups: int
+    responses: int
+    steps_per_epoch: int
+    total_steps: int
+    packs: int
+    packed_tokens: int
+    completion_tokens: int
+    unshared_tokens: int
+    padded_tokens: int
+    capacity_tokens: int
+
+    @property
+    def fill(self) -> float:
+        """Share of the token budget that the packs use. The rest is room, not padding: it is never computed."""
+        return self.packed_tokens / self.capacity_tokens
+
+    @property
+    def saved_by_sharing(self) -> float:
+        """Share of the unshared tokens that need not be computed."""
+        return 1 - self.packed_tokens / self.unshared_tokens
+
+    @property
+    def padding_avoided(self) -> float:
+        """Share of the padded batches that is padding."""
+        return 1 - self.unshared_tokens / self.padded_tokens
+
+    @property
+    def padded_ratio(self) -> float:
+        """Tokens of padded batches for one token of these packs."""
+        return self.padded_tokens / self.packed_tokens
+
+
+def padded_tokens(lengths: list[np.ndarray], batch_pairs: int = PADDED_BATCH_PAIRS) -> int:
+    """Tokens of padded batches in source order: every response of a batch with its prompt, padded to the longest."""
+    longest = [int(n[0] + n[1:].max()) for n in lengths]
+    count = [len(n) - 1 for n in lengths]
+    starts = range(0, len(lengths), batch_pairs)
+    return sum(max(longest[s : s + batch_pairs]) * sum(count[s : s + batch_pairs]) for s in starts)
+
+
+def summarize_plan(dataset: PreferenceDataset, config: RunConfig) -> PlanSummary:
+    """Plan the first epoch of ``config`` over ``dataset`` and count.
+
+    Raises:
+        UserError: a group does not fit in a pack, or there is none.
+    """
+    packing, train = config.packing, config.train
+    check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts)
+    lengths = dataset.lengths
+    steps = plan_epoch(
+        lengths,
+        pairs_per_step=packing.pairs_per_step,
+        tokens_per_pack=packing.tokens_per_pack,
+        share_prompts=packing.share_prompts,
+        shuffle=packing.shuffle,
+        seed=train.seed,
+        epoch=0,
+    )
+    packs = sum(len(step) for step in steps)
+    total = train.max_steps if train.max_steps > 0 else math.ceil(len(steps) * train.num_train_epochs)
+    return PlanSummary(
+        groups=len(dataset),
+        responses=sum(len(n) - 1 for n in lengths),
+        steps_per_epoch=len(steps),
+        total_steps=total,
+        packs=packs,
+        packed_tokens=int(group_sizes(lengths, share_prompts=packing.share_prompts).sum()),
+        completion_tokens=sum(int(n[1:].sum()) for n in lengths),
+        unshared_tokens=int(group_sizes(lengths, share_prompts=False).sum()),
+        padded_tokens=padded_tokens(lengths),
+        capacity_tokens=packs * packing.tokens_per_pack,
+    )
+
+
+def describe_plan(dataset: PreferenceDataset, config: RunConfig) -> str:
+    """The text of ``dpo plan``."""
+    s = summarize_plan(dataset, config)
+    packing = config.packing
+    rows = [
+        ("preference groups", f"{s.groups:,}", f"{s.responses:,} responses"),
+        (
+            "optimizer steps",
+            f"{s.total_steps:,}",
+            f"{s.steps_per_epoch:,} per epoch, {packing.pairs_per_step} groups each",
+        ),
+        ("packs per epoch", f"{s.packs:,}", f"{s.packs / s.steps_per_epoch:.2f} per step"),
+        ("tokens per epoch", f"{s.packed_tokens:,}", f"{s.completion_tokens:,} of them reach the head"),
+        (
+            "padding",
+            "0.0%",
+            f"packs use {s.fill:.1%} of {packing.tokens_per_pack:,} tokens; the rest is never computed",
+        ),
+        ("saved by sharing prompts", f"{s.saved_by_sharing:.1%}", f"of {s.unshared_tokens:,} tokens without sharing"),
+        (
+            f"padded batches of {PADDED_BATCH_PAIRS}",
+            f"{s.padded_tokens:,}",
+            f"{s.padded_ratio:.2f}x the tokens; {s.padding_avoided:.1%} of them padding",
+        ),
+    ]
+    left = max(len(r[0]) for r in rows)
+    middle = max(len(r[1]) for r in rows)
+    return "\n".join(f"{name:<{left}}  {value:>{middle}}  {note}" for name, value, note in rows)
