@@ -109,7 +109,7 @@ def describe_plan(dataset: PreferenceDataset, config: RunConfig) -> str:
         (
             "padding",
             "0.0%",
-            f"packs use {s.fill:.1%} of {packing.tokens_per_pack:,} tokens; the rest is never computed",
+            f"packs fill {s.fill:.1%} of tokens_per_pack; the rest is never computed",
         ),
         ("saved by sharing prompts", f"{s.saved_by_sharing:.1%}", f"of {s.unshared_tokens:,} tokens without sharing"),
         (
