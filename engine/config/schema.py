@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "simpo", "orpo", "cpo",
+]  # fmt: skip
+SchedulerType = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
+
+REFERENCE_FREE_LOSSES = frozenset({"sft", "simpo", "orpo", "cpo"})
+"""Losses whose value does not depend on reference log-probs."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -13,15 +26,22 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters, in the terms of peft."""
+    """Low-rank adapters, in the terms of peft. Off unless a key of model.lora is set."""
 
     r: int = 16
+    """Rank of the update."""
     alpha: int = 32
+    """The update is scaled by alpha / r."""
     dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
+    """Dropout on the input of the adapters, while training."""
+    target_modules: str | tuple[str, ...] | None = "all-linear"
+    """Module names, or all-linear (every linear layer but the head); null is peft's own choice for the architecture."""
 
     def __post_init__(self) -> None:
         _require(self.r > 0, f"model.lora.r must be positive, got {self.r}")
+        _require(self.alpha > 0, f"model.lora.alpha must be positive, got {self.alpha}")
+        _require(0 <= self.dropout < 1, f"model.lora.dropout must be in [0, 1), got {self.dropout}")
+        _require(self.target_modules != (), "model.lora.target_modules must not be empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +49,22 @@ class ModelConfig:
     """Which model is trained and how it computes."""
 
     model_name_or_path: str
+    """A folder with a transformers causal language model, or a model name on the Hub."""
     tokenizer_name_or_path: str | None = None
     """Defaults to the model's own."""
     revision: str | None = None
+    """Branch, tag or commit of a Hub model; null is its main branch."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose code you have read."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype. Trained parameters and optimizer state are float32 in both cases; bfloat16 uses autocast."""
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"
+    """Attention backend: flash (the flash-attn package), varlen (torch, CUDA), sdpa (torch, anywhere)."""
     lora: LoraConfig | None = None
+    """Low-rank adapters; null trains all parameters."""
+
+    def __post_init__(self) -> None:
+        _require(self.model_name_or_path != "", "model.model_name_or_path must not be empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +74,28 @@ class DataConfig:
     dataset_name: str
     """A file (.json, .jsonl, .parquet, each also .gz), a folder of them, or a dataset name on the Hub."""
     dataset_config: str | None = None
+    """Configuration name of a Hub dataset."""
     dataset_train_split: str = "train"
+    """Split that is trained on; a single file has only the split train."""
     eval_dataset_name: str | None = None
+    """As dataset_name, for evaluation; null is no evaluation."""
     eval_dataset_split: str = "test"
+    """Split of eval_dataset_name that is evaluated."""
     max_length: int | None = 1024
+    """Tokens of prompt and response together; longer responses are cut, longer prompts drop the row. null is no limit."""
     truncation_mode: Literal["keep_start"] = "keep_start"
+    """Which end of a sequence over max_length stays."""
     format: Literal["auto", "preference", "hh", "sharegpt", "tokenized"] = "auto"
+    """Row layout; auto reads it off the column names."""
     chat_template: str = "auto"
-    """``auto`` (the tokenizer's, when it has one), ``none`` (plain text), or a path to a Jinja file."""
+    """auto (the tokenizer's, when it has one), none (plain text), or a path to a Jinja file."""
     max_rows: int | None = None
+    """Use only the first rows; null is all."""
     strict: bool = False
     """Stop at the first kind of problem that lint would otherwise only count."""
 
     def __post_init__(self) -> None:
+        _require(self.dataset_name != "", "data.dataset_name must not be empty")
         _require(
             self.max_length is None or self.max_length > 1, f"data.max_length must be at least 2, got {self.max_length}"
         )
@@ -72,8 +109,11 @@ class PackingConfig:
     pairs_per_step: int = 64
     """Preference pairs per optimizer step, over all packs, accumulation steps and ranks."""
     tokens_per_pack: int = 16384
+    """Most tokens in one forward pass: the knob for memory."""
     share_prompts: bool = True
+    """Compute the prompt once for all its responses."""
     shuffle: bool = True
+    """Draw a new order every epoch, from train.seed; false keeps the order of the file."""
 
     def __post_init__(self) -> None:
         _require(self.pairs_per_step > 0, f"packing.pairs_per_step must be positive, got {self.pairs_per_step}")
@@ -84,16 +124,29 @@ class PackingConfig:
 class LossConfig:
     """The preference loss. Names as in TRL; see ``dpo_kernels.losses`` for every type and its source."""
 
-    loss_type: str = "sigmoid"
+    loss_type: LossType = "sigmoid"
+    """sigmoid is DPO; simpo, orpo and cpo need no reference."""
     beta: float = 0.1
+    """Strength of the pull towards the reference model (the regularization tau for ipo)."""
     label_smoothing: float = 0.0
+    """Probability that a preference label is wrong: conservative DPO for sigmoid, the papers' epsilon elsewhere."""
     discopop_tau: float = 0.05
+    """Temperature of discopop."""
     simpo_gamma: float = 0.5
+    """Target reward margin of simpo."""
     cpo_alpha: float = 1.0
+    """Weight of the likelihood term of cpo."""
 
     def __post_init__(self) -> None:
         _require(self.beta > 0, f"loss.beta must be positive, got {self.beta}")
-        _require(0 <= self.label_smoothing < 0.5, f"loss.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        _require(
+            0 <= self.label_smoothing < 0.5, f"loss.label_smoothing must be in [0, 0.5), got {self.label_smoothing}"
+        )
+        _require(self.discopop_tau > 0, f"loss.discopop_tau must be positive, got {self.discopop_tau}")
+        _require(
+            self.loss_type != "exo_pair" or self.label_smoothing > 0,
+            "loss.label_smoothing must be positive for loss_type exo_pair; its paper recommends 1e-3",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +154,45 @@ class OptimConfig:
     """Optimizer and schedule."""
 
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """rmsprop is what the DPO paper used."""
     learning_rate: float = 1.0e-6
-    lr_scheduler_type: str = "linear"
-    warmup_steps: int = 0
+    """Peak learning rate."""
+    lr_scheduler_type: SchedulerType = "linear"
+    """Schedule, by its name in transformers."""
+    lr_scheduler_kwargs: dict[str, int | float | str] | None = None
+    """Further arguments of the schedule, such as min_lr_rate for cosine_with_min_lr."""
+    warmup_steps: float = 0
+    """Optimizer steps of linear warm-up; a number below 1 is a share of all steps."""
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 does not clip."""
     weight_decay: float = 0.0
+    """Decoupled for adamw, added to the gradient for rmsprop."""
     adam_beta1: float = 0.9
+    """Decay of the first moment of adamw."""
     adam_beta2: float = 0.999
+    """Decay of the second moment of adamw."""
     adam_epsilon: float = 1.0e-8
+    """Added to the denominator of adamw."""
     rmsprop_alpha: float = 0.99
+    """Decay of the second moment of rmsprop."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"optim.learning_rate must be positive, got {self.learning_rate}")
         _require(self.warmup_steps >= 0, f"optim.warmup_steps must not be negative, got {self.warmup_steps}")
+        _require(
+            self.warmup_steps < 1 or float(self.warmup_steps).is_integer(),
+            f"optim.warmup_steps must be a whole number of steps or a share below 1, got {self.warmup_steps}",
+        )
         _require(self.max_grad_norm >= 0, f"optim.max_grad_norm must not be negative, got {self.max_grad_norm}")
+        _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
+        _require(self.adam_epsilon > 0, f"optim.adam_epsilon must be positive, got {self.adam_epsilon}")
+        for name in ("adam_beta1", "adam_beta2", "rmsprop_alpha"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name} must be in [0, 1), got {value}")
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Optimizer steps of warm-up in a run of ``total_steps``; a share is rounded up, as transformers does."""
+        return int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(self.warmup_steps * total_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,20 +213,39 @@ class TrainConfig:
     """The training run."""
 
     output_dir: str = "runs/default"
+    """Folder of the run: metrics, checkpoints, the final model, the report. It must not hold another run."""
     num_train_epochs: float = 1
+    """Passes over the data; may be a fraction."""
     max_steps: int = -1
+    """Optimizer steps; when positive it replaces num_train_epochs."""
     seed: int = 42
+    """Seed of the data order and of dropout in adapters."""
     save_steps: int = 500
+    """Optimizer steps between checkpoints."""
     save_total_limit: int | None = None
+    """Keep only the newest checkpoints; null keeps all."""
     logging_steps: int = 10
+    """Optimizer steps between lines of metrics.jsonl."""
     eval_steps: int | None = None
+    """Optimizer steps between evaluations; null evaluates once, after training."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a fifth slower."""
     report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
+    """Trackers beside metrics.jsonl, which is always written; [] is none."""
 
     def __post_init__(self) -> None:
+        _require(self.output_dir != "", "train.output_dir must not be empty")
         _require(self.logging_steps > 0, f"train.logging_steps must be positive, got {self.logging_steps}")
         _require(self.save_steps > 0, f"train.save_steps must be positive, got {self.save_steps}")
         _require(self.num_train_epochs > 0, f"train.num_train_epochs must be positive, got {self.num_train_epochs}")
+        _require(
+            self.max_steps == -1 or self.max_steps > 0,
+            f"train.max_steps must be positive, or -1 for no limit, got {self.max_steps}",
+        )
+        _require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2**32), got {self.seed}")
+        for name in ("save_total_limit", "eval_steps"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"train.{name} must be positive or null, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,3 +259,13 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.reference.mode != "none" or self.loss.loss_type in REFERENCE_FREE_LOSSES,
+            f"reference.mode none does not fit loss.loss_type {self.loss.loss_type}, which compares with a reference",
+        )
+        _require(
+            self.train.eval_steps is None or self.data.eval_dataset_name is not None,
+            "train.eval_steps needs data.eval_dataset_name",
+        )
