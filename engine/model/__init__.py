@@ -1,0 +1,19 @@
+"""Any transformers causal language model, run on packs."""
+
+from engine.model.attention import Backend, choose_backend
+from engine.model.checks import check_packing
+from engine.model.head import Head, read_head
+from engine.model.load import load_policy, load_tokenizer, resolve_device
+from engine.model.policy import Policy
+
+__all__ = [
+    "Backend",
+    "Head",
+    "Policy",
+    "check_packing",
+    "choose_backend",
+    "load_policy",
+    "load_tokenizer",
+    "read_head",
+    "resolve_device",
+]

@@ -1,0 +1,250 @@
+"""Attention over a pack, for any transformers model that calls the attention interface.
+
+One function per backend is registered with ``AttentionInterface``; the ``AttentionPlan`` of the pack travels as the
+keyword argument ``attention_plan`` of the model's forward. No mask function is registered: transformers then builds no
+mask, and the isolation of documents rests on the plan alone. All backends compute the same thing:
+
+    response segment q attends to its prompt prefix ++ itself, causally, aligned at the bottom right.
+
+Shape suffixes: B = 1, H query heads, K key heads, T packed tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from engine.errors import UserError
+from engine.packing.layout import AttentionPlan
+
+PLAN_ARGUMENT = "attention_plan"
+_IMPLEMENTATION = "dpo_{}"
+
+
+class Backend(NamedTuple):
+    """The chosen way to compute attention, and why."""
+
+    name: str
+    reason: str
+
+    @property
+    def implementation(self) -> str:
+        """The name under which transformers knows it."""
+        return _IMPLEMENTATION.format(self.name)
+
+
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Choose the attention backend once, for a device and a compute dtype.
+
+    Args:
+        requested: ``auto``, or one of ``flash``, ``varlen``, ``sdpa``; an explicit request never falls back.
+
+    Raises:
+        UserError: the requested backend cannot run here.
+    """
+    obstacles = {"flash": _flash_obstacle(device, dtype), "varlen": _varlen_obstacle(device, dtype), "sdpa": None}
+    if requested != "auto":
+        if obstacles[requested]:
+            raise UserError(
+                f"model.attention={requested} cannot run here: {obstacles[requested]}; set model.attention to auto"
+            )
+        return Backend(requested, "requested")
+    name = next(name for name, obstacle in obstacles.items() if obstacle is None)
+    passed_over = [f"{other}: {obstacle}" for other, obstacle in obstacles.items() if obstacle]
+    return Backend(name, "; ".join(passed_over) if passed_over else "first choice")
+
+
+def _cuda_half_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"needs a CUDA device, this is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, the compute dtype is {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed (pip install dpo-kernels[flash])"
+    return _cuda_half_obstacle(device, dtype)
+
+
+def _varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    obstacle = _cuda_half_obstacle(device, dtype)
+    if obstacle is None and not {"window_size", "enable_gqa"} <= _varlen_parameters():
+        obstacle = f"torch {torch.__version__} has no varlen attention with windows and grouped-query heads"
+    return obstacle
+
+
+@lru_cache(maxsize=1)
+def _varlen_parameters() -> frozenset[str]:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return frozenset()
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _per_segment_attention(
+    query_BHTD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    plan: AttentionPlan,
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Call ``attend(query, key, value)`` for each segment; [B, T, H, D]. Splitting once keeps backward linear in T."""
+    sizes = [s.num_queries for s in plan.segments]
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query_BHTD, key_BKTD, value_BKTD))
+    owner = {s.start: i for i, s in enumerate(plan.segments)}
+    outputs = []
+    for segment, query, key, value in zip(plan.segments, queries, keys, values, strict=True):
+        prefix = segment.prefix_stop - segment.prefix_start
+        if prefix:
+            first = owner[segment.prefix_start]
+            key = torch.cat([keys[first].narrow(2, 0, prefix), key], dim=2)
+            value = torch.cat([values[first].narrow(2, 0, prefix), value], dim=2)
+        outputs.append(attend(query, key, value))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool [queries, keys], True where attended; the last query is aligned with the last key."""
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    offset = num_keys - num_queries
+    mask.tril_(offset)
+    return mask if window is None else mask.triu_(offset - window + 1)
+
+
+def _sdpa_attention(query, key, value, plan, *, scaling, window) -> torch.Tensor:
+    grouped = query.shape[1] != key.shape[1]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        num_queries, num_keys = q.shape[2], k.shape[2]
+        plain = num_queries == num_keys and (window is None or num_keys <= window)
+        mask = None if plain else _causal_mask(num_queries, num_keys, window, q.device)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scaling, enable_gqa=grouped)
+
+    return _per_segment_attention(query, key, value, plan, attend)
+
+
+def _eager_attention(query, key, value, plan, *, scaling, window, softcap, sinks) -> torch.Tensor:
+    """Scores in the open, for what fused attention lacks: capped scores (Gemma 2) and attention sinks (gpt-oss)."""
+    groups = query.shape[1] // key.shape[1]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        scores = (q @ k.transpose(2, 3)) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        mask = _causal_mask(q.shape[2], k.shape[2], window, q.device)
+        scores = scores.masked_fill(~mask, float("-inf")).float()
+        if sinks is not None:
+            sink = sinks.float().reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)
+            return torch.cat([scores, sink], dim=3).softmax(dim=3)[..., :-1].to(v.dtype) @ v
+        return scores.softmax(dim=3).to(v.dtype) @ v
+
+    return _per_segment_attention(query, key, value, plan, attend)
+
+
+def _gather_keys(x_BKTD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    x_TKD = x_BKTD[0].transpose(0, 1)
+    return x_TKD.contiguous() if plan.key_rows is None else x_TKD.index_select(0, plan.key_rows)
+
+
+def _flash_attention(query, key, value, plan, *, scaling, window, softcap) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    out_THD = flash_attn_varlen_func(
+        query[0].transpose(0, 1).contiguous(),
+        _gather_keys(key, plan),
+        _gather_keys(value, plan),
+        plan.cu_seqlens_q,
+        plan.cu_seqlens_k,
+        plan.max_seqlen_q,
+        plan.max_seqlen_k,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=softcap or 0.0,
+        deterministic=True,
+    )
+    return out_THD[None]
+
+
+def _varlen_attention(query, key, value, plan, *, scaling, window) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out_THD = varlen_attn(
+        query[0].transpose(0, 1).contiguous(),
+        _gather_keys(key, plan),
+        _gather_keys(value, plan),
+        plan.cu_seqlens_q,
+        plan.cu_seqlens_k,
+        plan.max_seqlen_q,
+        plan.max_seqlen_k,
+        scale=scaling,
+        window_size=(-1, 0) if window is None else (window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out_THD[None]
+
+
+def packed_attention(
+    backend: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attention_plan: AttentionPlan | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer over a pack, in the form that transformers expects.
+
+    Args:
+        backend: ``flash``, ``varlen`` or ``sdpa``.
+        query: [1, H, T, D].
+        key, value: [1, K, T, D], K dividing H.
+        attention_plan: the pack's plan.
+        scaling: factor of the scores; 1 / sqrt(D) by default.
+        sliding_window: a token attends to at most this many tokens, itself included.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        s_aux: [H] attention sinks.
+
+    Returns:
+        ([1, T, H, D], None).
+    """
+    if attention_plan is None:
+        raise UserError(f"{type(module).__name__} does not pass keyword arguments of the model to its attention")
+    if unused.get("position_bias") is not None:
+        raise UserError(f"{type(module).__name__} adds a position bias to its scores, which packs do not support")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options: dict[str, Any] = {"scaling": scaling, "window": sliding_window}
+    if s_aux is not None or (softcap is not None and backend != "flash"):
+        return _eager_attention(query, key, value, attention_plan, **options, softcap=softcap, sinks=s_aux), None
+    if backend == "sdpa":
+        return _sdpa_attention(query, key, value, attention_plan, **options), None
+    if backend == "flash":
+        return _flash_attention(query, key, value, attention_plan, **options, softcap=softcap), None
+    return _varlen_attention(query, key, value, attention_plan, **options), None
+
+
+def register_backends() -> None:
+    """Make every backend known to transformers. Idempotent."""
+    for name in ("flash", "varlen", "sdpa"):
+
+        def attention(module, query, key, value, attention_mask=None, _name=name, **kwargs):
+            kwargs.setdefault(PLAN_ARGUMENT, None)
+            return packed_attention(_name, module, query, key, value, **kwargs)
+
+        AttentionInterface.register(_IMPLEMENTATION.format(name), attention)

@@ -1,0 +1,98 @@
+"""Start-up checks: does this model, on this backend, give on packs what it gives on plain sequences?
+
+Some models never call the registered attention function, mix tokens elsewhere (state-space layers, convolutions), or
+drop keyword arguments on the way. They would train on silently different numbers, so they are refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from engine.data.groups import PreferenceGroup
+from engine.errors import UserError
+from engine.model.policy import Policy
+from engine.packing.layout import PackedBatch, build_batch
+
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+"""Largest allowed difference of a token's log-prob from the model's own eager forward, in nats."""
+
+
+def check_packing(policy: Policy, *, seed: int = 0) -> None:
+    """Compare a small shared-prompt pack with the model's own forward, and perturb one response.
+
+    Raises:
+        UserError: the model is not equal on packs, or a response changes another one's log-probs.
+    """
+    name = type(policy.causal_lm).__name__
+    groups = _probe_groups(policy.config.get_text_config().vocab_size, seed)
+    batch = build_batch(groups).to(policy.device)
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            packed = _logps(policy, batch, name)
+            _check_isolation(policy, groups, batch, packed, name)
+            _check_equality(policy, groups, packed, name)
+    finally:
+        policy.train(training)
+
+
+def _probe_groups(vocab_size: int, seed: int) -> list[PreferenceGroup]:
+    generator = np.random.default_rng(seed)
+
+    def draw(size: int) -> np.ndarray:
+        return generator.integers(0, vocab_size, size, dtype=np.int32)
+
+    return [PreferenceGroup(0, draw(7), (draw(5), draw(9))), PreferenceGroup(1, draw(3), (draw(4), draw(1), draw(6)))]
+
+
+def _logps(policy: Policy, batch: PackedBatch, name: str) -> torch.Tensor:
+    try:
+        return policy.logps(batch)
+    except TypeError as error:
+        raise UserError(f"{name} cannot run on packs: {error}") from error
+
+
+def _check_isolation(policy, groups, batch: PackedBatch, packed: torch.Tensor, name: str) -> None:
+    """Changing the tokens of one response must not change one bit of any other response."""
+    vocab_size = policy.config.get_text_config().vocab_size
+    start, stop = batch.cu_responses_S1[:2].tolist()
+    first_group = groups[0]
+    changed = (first_group.response_ids[0] + 1) % vocab_size
+    perturbed = [replace(first_group, response_ids=(changed, *first_group.response_ids[1:])), *groups[1:]]
+    other = policy.logps(build_batch(perturbed).to(policy.device))
+    if not torch.equal(packed[stop:], other[stop:]):
+        raise UserError(
+            f"{name} leaks tokens between responses of a pack (attention backend {policy.backend.name}): "
+            "it mixes tokens outside the attention interface and is not supported"
+        )
+    if torch.equal(packed[start:stop], other[start:stop]):
+        raise UserError(f"{name} ignores its input in the isolation check and is not supported")
+
+
+def _check_equality(policy: Policy, groups, packed: torch.Tensor, name: str) -> None:
+    model = policy.causal_lm
+    implementation = model.config._attn_implementation
+    sequences = [(g.prompt_ids, r) for g in groups for r in g.response_ids]
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    try:
+        with policy.autocast():
+            expected = torch.cat([_plain_logps(model, p, r, policy.device) for p, r in sequences])
+    finally:
+        model.set_attn_implementation(implementation)  # type: ignore[operator]
+    worst = (packed - expected).abs().max().item()
+    if not worst <= _TOLERANCE[policy.compute_dtype]:
+        raise UserError(
+            f"{name} gives different log-probs on packs than on single sequences (largest difference {worst:.3g} nats "
+            f"per token, attention backend {policy.backend.name}): this model is not supported"
+        )
+
+
+def _plain_logps(model, prompt: np.ndarray, response: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Log-probs of a response by the model's own forward, one sequence at a time."""
+    ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64)).to(device)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(-1, ids[len(prompt) :, None])[:, 0]

@@ -1,0 +1,93 @@
+"""The trained model as the engine sees it: a pack goes in, an objective of its completion tokens comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from dpo_kernels import linear_logps
+from engine.model.attention import PLAN_ARGUMENT, Backend
+from engine.model.head import Head, read_head
+from engine.packing.layout import PackedBatch
+
+R = TypeVar("R")
+
+
+class Policy(nn.Module):
+    """A transformers causal language model, or a peft model around one, that runs on packs.
+
+    The objective is called inside ``forward``, so that the hooks of distributed wrappers fire around the head, too.
+    """
+
+    def __init__(self, model: nn.Module, *, backend: Backend, compute_dtype: torch.dtype):
+        super().__init__()
+        self.model = model
+        self.backend = backend
+        self.compute_dtype = compute_dtype
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The transformers model, without the peft wrapper."""
+        return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[operator]
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def config(self):
+        """The transformers config."""
+        return self.causal_lm.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def head(self) -> Head:
+        return read_head(self.causal_lm)
+
+    def autocast(self):
+        """The context in which forward computes."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """Final hidden states of all packed tokens, [T, D]."""
+        body = self.causal_lm.base_model
+        output = body(
+            input_ids=batch.input_ids_T[None],
+            position_ids=batch.position_ids_T[None],
+            use_cache=False,
+            **{PLAN_ARGUMENT: batch.plan},
+        )
+        return output.last_hidden_state[0]
+
+    def forward(self, batch: PackedBatch, objective: Callable[[torch.Tensor, Head], R]) -> R:
+        """Run the body on a pack and ``objective`` on the rows that predict completion tokens.
+
+        Args:
+            batch: a pack on the model's device.
+            objective: called with hidden [N, D], in the order of ``batch.labels_N``, and the head.
+
+        Returns:
+            What the objective returns.
+        """
+        with self.autocast():
+            hidden_ND = self.hidden_states(batch).index_select(0, batch.rows_N)
+            return objective(hidden_ND, self.head)
+
+    def logps(self, batch: PackedBatch) -> torch.Tensor:
+        """fp32 [N]: log-prob of every completion token, in the order of ``batch.labels_N``."""
+        return self(batch, lambda hidden, head: linear_logps(hidden, head.weight, batch.labels_N, **head.options))
+
+    @contextmanager
+    def reference_mode(self) -> Iterator[None]:
+        """The model as it was before training: adapters are off. Without adapters, the model as it is."""
+        with self.model.disable_adapter() if self.has_adapter else nullcontext():  # type: ignore[operator]
+            yield
