@@ -25,7 +25,8 @@ from engine.errors import UserError
 from engine.packing.layout import AttentionPlan
 
 PLAN_ARGUMENT = "attention_plan"
-_IMPLEMENTATION = "dpo_{}"
+# transformers gives a meaning of its own to names that contain "flash" or "sdpa".
+_IMPLEMENTATIONS = {"flash": "dpo_packed_fa", "varlen": "dpo_packed_varlen", "sdpa": "dpo_packed_segments"}
 
 
 class Backend(NamedTuple):
@@ -37,7 +38,7 @@ class Backend(NamedTuple):
     @property
     def implementation(self) -> str:
         """The name under which transformers knows it."""
-        return _IMPLEMENTATION.format(self.name)
+        return _IMPLEMENTATIONS[self.name]
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -241,10 +242,10 @@ def packed_attention(
 
 def register_backends() -> None:
     """Make every backend known to transformers. Idempotent."""
-    for name in ("flash", "varlen", "sdpa"):
+    for name, implementation in _IMPLEMENTATIONS.items():
 
         def attention(module, query, key, value, attention_mask=None, _name=name, **kwargs):
             kwargs.setdefault(PLAN_ARGUMENT, None)
             return packed_attention(_name, module, query, key, value, **kwargs)
 
-        AttentionInterface.register(_IMPLEMENTATION.format(name), attention)
+        AttentionInterface.register(implementation, attention)

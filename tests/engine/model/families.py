@@ -45,6 +45,7 @@ FAMILIES: dict[str, dict] = {
 def tiny_model(family: str, **overrides) -> torch.nn.Module:
     """A float32 model in eval mode with random weights, the same on every call."""
     options = {**COMMON, **FAMILIES.get(family, {}), **overrides}
+    options = {name: value for name, value in options.items() if value is not None}
     config = AutoConfig.for_model(family, **options)
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")

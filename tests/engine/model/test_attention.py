@@ -110,7 +110,7 @@ def test_start_up_check_accepts(family):
 
 @pytest.mark.parametrize("family", ["bloom", "falcon", "mpt", "mamba", "stablelm"])
 def test_start_up_check_refuses_by_name(family):
-    overrides = {"falcon": {"alibi": False}, "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}}
+    overrides = {"falcon": {"head_dim": None}, "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}}
     model = tiny_model(family, **overrides.get(family, {}))
     with pytest.raises((UserError, ValueError), match=r"(?i)" + family):
         check_packing(make_policy(model))
