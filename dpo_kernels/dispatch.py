@@ -1,0 +1,120 @@
+"""Which implementation of an op runs, and why.
+
+An implementation is a module beside its op. ``auto`` takes the first that works on the tensors' device; a name asked for
+outright is used or refused with the reason, never replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+IMPLS = ("auto", "triton", "native", "torch", "reference")
+
+MODULES = {
+    "linear_logps": {"reference": "reference", "torch": "torch_chunks", "triton": "triton_tiles"},
+    "linear_dpo": {"reference": "reference", "torch": "torch_chunks", "triton": "triton_pairs"},
+}
+
+
+class Choice(NamedTuple):
+    """The implementation that runs and the reason for it."""
+
+    impl: str
+    reason: str
+
+
+@functools.cache
+def _load(op: str, impl: str) -> ModuleType:
+    return importlib.import_module(f"dpo_kernels.{op}.{MODULES[op][impl]}")
+
+
+def why_not(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why ``impl`` of ``op`` cannot run on such tensors; None when it can. Depends on its arguments and this install only."""
+    if impl == "native":
+        return "the native extension is not built"
+    if impl != "triton":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec(f"dpo_kernels.{op}.{MODULES[op]['triton']}") is None:
+        return f"this build has no Triton kernels for {op}"
+    return _load(op, "triton").why_not(device_type, dtype)
+
+
+def choose(op: str, impl: str, device_type: str, dtype: torch.dtype) -> Choice:
+    """Resolve a requested ``impl``.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: an explicit request that cannot run here.
+    """
+    check_impl(impl)
+    if impl != "auto":
+        obstacle = why_not(op, impl, device_type, dtype)
+        if obstacle:
+            raise RuntimeError(f"{op} impl={impl!r} cannot run on {device_type} {dtype}: {obstacle}")
+        return Choice(impl, "requested")
+    if device_type == "cpu":
+        return Choice("torch", "cpu tensors: row and vocabulary chunks in torch")
+    obstacle = why_not(op, "triton", device_type, dtype)
+    if obstacle is None:
+        return Choice("triton", f"{device_type} tensors and Triton kernels")
+    return Choice("torch", f"no Triton kernels: {obstacle}")
+
+
+def check_impl(impl: str) -> None:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+
+
+def implementation(op: str, impl: str, tensor: torch.Tensor) -> ModuleType:
+    """The module that runs ``op`` for a tensor like ``tensor``."""
+    return _load(op, choose(op, impl, tensor.device.type, tensor.dtype).impl)
+
+
+class Description(NamedTuple):
+    """What ``auto`` picks for tensors of a device and dtype."""
+
+    device: str
+    dtype: str
+    linear_logps: Choice
+    linear_dpo_loss: Choice
+    torch_version: str
+    triton_version: str | None
+
+    def __str__(self) -> str:
+        triton = f"triton {self.triton_version}" if self.triton_version else "no triton"
+        lines = [f"dpo_kernels on {self.device} {self.dtype} (torch {self.torch_version}, {triton})"]
+        for name in ("linear_logps", "linear_dpo_loss"):
+            choice = getattr(self, name)
+            lines.append(f"  {name}: {choice.impl} ({choice.reason})")
+        return "\n".join(lines)
+
+
+def describe(device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Description:
+    """Which implementation ``impl="auto"`` picks here, and why.
+
+    Args:
+        device: where the tensors will be; by default the first CUDA device when there is one, else the CPU.
+        dtype: dtype of hidden states and weight.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.device(device).type
+    version = None
+    if importlib.util.find_spec("triton") is not None:
+        version = importlib.import_module("importlib.metadata").version("triton")
+    return Description(
+        device=kind,
+        dtype=str(dtype).removeprefix("torch."),
+        linear_logps=choose("linear_logps", "auto", kind, dtype),
+        linear_dpo_loss=choose("linear_dpo", "auto", kind, dtype),
+        torch_version=torch.__version__,
+        triton_version=version,
+    )

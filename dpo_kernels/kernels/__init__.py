@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one kernel file per stage. Importing a module here needs triton."""

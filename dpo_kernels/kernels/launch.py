@@ -1,0 +1,104 @@
+"""What every launcher shares: checks of layout, tensor descriptors, meta-parameters, and the device to launch on."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dpo_kernels.kernels.tile_config import TileConfig, device_arch, tile_config
+
+INTERPRETING = bool(triton.knobs.runtime.interpret)
+
+
+def require_launchable(tensor: torch.Tensor) -> None:
+    """Raise ValueError when the kernels, as imported in this process, cannot run on the device of `tensor`."""
+    if tensor.device.type == "cpu" and not INTERPRETING:
+        raise ValueError(
+            "impl='triton' needs a GPU tensor, got a CPU one: use impl='torch', or set TRITON_INTERPRET=1 before "
+            "triton is imported to run the kernels in its interpreter"
+        )
+    if tensor.device.type != "cpu" and INTERPRETING:
+        raise ValueError(f"TRITON_INTERPRET=1 runs kernels on CPU tensors only, got one on {tensor.device}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """How a product becomes the logit of the softmax: softcap(scale * (product + bias)) / temperature."""
+
+    bias_V: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def kernel_arguments(self) -> dict[str, Any]:
+        return {
+            "logit_scale": self.logit_scale,
+            "softcap": 1.0 if self.softcap is None else self.softcap,
+            "temperature": self.temperature,
+            "HAS_BIAS": self.bias_V is not None,
+            "HAS_SOFTCAP": self.softcap is not None,
+        }
+
+
+class TileLaunch:
+    """Arguments that the tile kernels share: operands as pointers or descriptors, strides and meta-parameters.
+
+    hidden_ND and weight_VD have the same dtype and a contiguous last dimension. `config` overrides the shipped table.
+    """
+
+    def __init__(
+        self, kernel: str, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, config: TileConfig | None = None
+    ) -> None:
+        N, D = hidden_ND.shape
+        V = weight_VD.shape[0]
+        assert weight_VD.shape[1] == D and hidden_ND.dtype == weight_VD.dtype
+        assert hidden_ND.stride(1) == 1 and weight_VD.stride(1) == 1, "the kernels read rows of contiguous elements"
+        arch = device_arch(hidden_ND.device)
+        self.config = config or tile_config(kernel, arch=arch, dtype=hidden_ND.dtype, D=D, V=V)
+        self.device = hidden_ND.device
+        self.num_programs = triton.cdiv(N, self.config.block_n) * triton.cdiv(V, self.config.block_v)
+        self.strides = (hidden_ND.stride(0), weight_VD.stride(0))
+        use_tma = self.config.tma and _tma_ready(hidden_ND) and _tma_ready(weight_VD)
+        self.hidden: Any = hidden_ND
+        self.weight: Any = weight_VD
+        if use_tma:
+            self.hidden = TensorDescriptor.from_tensor(hidden_ND, [self.config.block_n, self.config.block_d])
+            self.weight = TensorDescriptor.from_tensor(weight_VD, [self.config.block_v, self.config.block_d])
+        self.meta: dict[str, Any] = {
+            "BLOCK_N": self.config.block_n,
+            "BLOCK_V": self.config.block_v,
+            "BLOCK_D": self.config.block_d,
+            "GROUP_N": self.config.group_n,
+            "EVEN_D": D % self.config.block_d == 0,
+            "USE_TMA": use_tma,
+            "PRECISION": _precision(hidden_ND.dtype),
+            "num_warps": self.config.num_warps,
+            "num_stages": self.config.num_stages,
+        }
+
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        return on_device(self.device)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current CUDA device, which need not be the tensors' own."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Three tf32 products keep fp32 accuracy on tensor cores; half dtypes ignore the setting."""
+    if INTERPRETING:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def _tma_ready(matrix: torch.Tensor) -> bool:
+    """Tensor descriptors need 16-byte aligned rows; a matrix that has none is read through pointers."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0

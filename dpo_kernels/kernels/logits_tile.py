@@ -1,0 +1,104 @@
+"""What every kernel that meets logits shares: tile order, the tile product, the epilogue and its derivative.
+
+Legend: N rows, D hidden size, V vocabulary. One tile is BLOCK_N rows by BLOCK_V columns, its sum over D in fp32.
+The logit that enters the softmax is  softcap(scale * (hidden @ weight.T + bias)) / temperature.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_position(tile, num_tiles_n, num_tiles_v, GROUP_N: tl.constexpr):
+    """Row and column tile of a linear tile number: GROUP_N row tiles reuse a weight tile while it is in L2."""
+    tiles_in_group = GROUP_N * num_tiles_v
+    first_n = (tile // tiles_in_group) * GROUP_N
+    group_size = tl.minimum(num_tiles_n - first_n, GROUP_N)
+    inside = tile % tiles_in_group
+    return first_n + inside % group_size, inside // group_size
+
+
+@triton.jit
+def tile_product(
+    hidden,
+    weight,
+    hidden_stride,
+    weight_stride,
+    row_start,
+    col_start,
+    N,
+    col_end,
+    D,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """fp32 tile of hidden @ weight.T. hidden and weight are tensor descriptors with USE_TMA, else pointers."""
+    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    if USE_TMA:
+        for d in range(0, D, BLOCK_D):
+            hidden_tile = hidden.load([row_start, d])
+            weight_tile = weight.load([col_start, d])
+            acc = _dot(hidden_tile, weight_tile.T, acc, PRECISION)
+    else:
+        # Rows and columns past the end read the last valid one: no mask in the loop, and the epilogue drops them.
+        rows = tl.minimum(row_start + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        cols = tl.minimum(col_start + tl.arange(0, BLOCK_V), col_end - 1).to(tl.int64)
+        dims = tl.arange(0, BLOCK_D)
+        hidden_ptrs = hidden + rows[:, None] * hidden_stride + dims[None, :]
+        weight_ptrs = weight + cols[None, :] * weight_stride + dims[:, None]
+        for d in range(0, D, BLOCK_D):
+            if EVEN_D:
+                hidden_tile = tl.load(hidden_ptrs)
+                weight_tile = tl.load(weight_ptrs)
+            else:
+                hidden_tile = tl.load(hidden_ptrs, mask=dims[None, :] < D - d, other=0.0)
+                weight_tile = tl.load(weight_ptrs, mask=dims[:, None] < D - d, other=0.0)
+            acc = _dot(hidden_tile, weight_tile, acc, PRECISION)
+            hidden_ptrs += BLOCK_D
+            weight_ptrs += BLOCK_D
+    return acc
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if PRECISION == "ieee":
+        # The interpreter multiplies the bit patterns of bfloat16; in fp32 the products are the same as on tensor cores.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to fp32 rounding. A series near 0, where 1 - exp(-2x) would cancel; libdevice is absent from the interpreter."""
+    square = x * x
+    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
+    decay = tl.exp(-2.0 * tl.abs(x))
+    ratio = (1.0 - decay) / (1.0 + decay)
+    return tl.where(square < 0.0625, series, tl.where(x < 0, -ratio, ratio))
+
+
+@triton.jit
+def final_logits(product, bias, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
+    """softcap(scale * (product + bias)) / temperature in fp32; bias broadcasts and may be 0."""
+    z = (product + bias) * tl.cast(logit_scale, tl.float32)
+    if HAS_SOFTCAP:
+        cap = tl.cast(softcap, tl.float32)
+        z = cap * tanh(z / cap)
+    return z / tl.cast(temperature, tl.float32)
+
+
+@triton.jit
+def logits_slope(z, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
+    """Derivative of final_logits with respect to the product, from its value z."""
+    slope = tl.cast(logit_scale, tl.float32) / tl.cast(temperature, tl.float32)
+    if HAS_SOFTCAP:
+        ratio = z * tl.cast(temperature, tl.float32) / tl.cast(softcap, tl.float32)
+        return slope * (1.0 - ratio * ratio)
+    return slope

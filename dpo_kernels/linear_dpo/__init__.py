@@ -1,0 +1,1 @@
+"""Paired preference loss of a linear head."""

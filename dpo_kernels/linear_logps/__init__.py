@@ -1,0 +1,1 @@
+"""Per-token log-probs of a linear head."""

@@ -1,0 +1,206 @@
+"""``torch.library`` registration of ``linear_logps``: validity of labels, dispatch to an implementation, autograd.
+
+Legend: T rows (tokens), D features, V vocabulary.
+
+Logits are z = softcap * tanh(logit_scale * (x W^T + b) / softcap) / temperature, in that order; without a softcap
+z = logit_scale * (x W^T + b) / temperature. The log-prob of a row is z[label] - logsumexp(z).
+
+An implementation is a module beside this one with three plain functions. They run below autograd and with autocast off,
+never see T == 0, and get: hidden_TD and weight_VD of one dtype (float64 only for ``reference`` and ``torch``) with unit
+stride along D and any row stride; labels_T int64, contiguous, each in [0, V) or equal to ignore_index; bias_V contiguous
+or None; softcap positive or None. They may not mutate an input, may not synchronise a CUDA device, and give the same
+bits when run twice.
+
+``why_not(device_type, dtype) -> str | None``
+    (Triton only.) Reason this implementation cannot take such tensors, or None. Pure, and of no other argument: every
+    shape must work.
+``forward(hidden_TD, weight_VD, labels_T, bias_V, softcap, logit_scale, temperature, ignore_index, need_dx)
+-> (logps_T, lse_T, dx_TD | None)``
+    logps_T and lse_T are float32 (float64 for float64 inputs), contiguous. Logits reach the log-sum-exp in that
+    precision, never rounded to 16 bits. Ignored rows have logps exactly 0 and any finite lse. With ``need_dx`` (frozen
+    head), dx_TD is d logps_t / d hidden_t in hidden's dtype, exactly 0 on ignored rows; its rows are scaled by the
+    upstream gradient later.
+``backward(grad_logps_T, hidden_TD, weight_VD, labels_T, lse_T, bias_V, softcap, logit_scale, temperature, ignore_index,
+need_hidden, need_weight, need_bias) -> (dX_TD | None, dW_VD | None, db_V | None)``
+    Gradients in the dtypes of hidden, weight and bias, accumulated in float32 (float64) and rounded once. grad_logps_T is
+    float32 (float64), contiguous, non-uniform, and may be anything on ignored rows, which contribute exactly 0. What is
+    not needed is not computed and returned as None.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.dispatch import implementation
+
+_OPTIONS = "float? softcap, float logit_scale, float temperature, int ignore_index, str impl"
+
+
+def check_labels(labels_T: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise where a label is neither in [0, V) nor ``ignore_index``; on a GPU by an assertion that does not synchronise."""
+    bad_T = ((labels_T < 0) | (labels_T >= num_classes)) & (labels_T != ignore_index)
+    if labels_T.device.type == "cuda":
+        torch._assert_async(
+            ~bad_T.any(), f"a label is outside [0, {num_classes}) and is not ignore_index {ignore_index}"
+        )
+    elif bool(bad_T.any()):
+        row = int(bad_T.nonzero()[0])
+        raise ValueError(
+            f"labels must be in [0, {num_classes}) or ignore_index {ignore_index}; got {int(labels_T[row])} at index {row}"
+        )
+
+
+def unit_stride(matrix: Tensor) -> Tensor:
+    """The same matrix with unit stride along its last dimension; a copy only when it has to be."""
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def refuse_double_backward(name: str) -> None:
+    """The gradient formulas below are not differentiable themselves; a graph through them would be silently wrong."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} has no second derivative: call backward() or autograd.grad() without create_graph=True"
+        )
+
+
+@torch.library.custom_op(
+    "dpo_kernels::linear_logps",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_OPTIONS}, bool need_dx)"
+    " -> (Tensor logps, Tensor lse, Tensor dx)",
+)
+def linear_logps_op(
+    hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_index, impl, need_dx
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx is empty, [0, D], unless ``need_dx``."""
+    module = implementation("linear_logps", impl, hidden)
+    check_labels(labels, weight.shape[0], ignore_index)
+    T, D = hidden.shape
+    if T == 0:
+        logps = hidden.new_zeros(0, dtype=accumulation_dtype(hidden.dtype))
+        return logps, torch.zeros_like(logps), hidden.new_zeros(0, D)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logps, lse, dx = module.forward(
+            unit_stride(hidden),
+            unit_stride(weight),
+            labels.to(torch.int64).contiguous(),
+            None if bias is None else bias.contiguous(),
+            softcap,
+            logit_scale,
+            temperature,
+            ignore_index,
+            need_dx,
+        )
+    return logps, lse, hidden.new_zeros(0, D) if dx is None else dx
+
+
+@linear_logps_op.register_fake
+def _(hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_index, impl, need_dx):
+    T, D = hidden.shape
+    logps = hidden.new_empty(T, dtype=accumulation_dtype(hidden.dtype))
+    return logps, torch.empty_like(logps), hidden.new_empty(T if need_dx else 0, D)
+
+
+@torch.library.custom_op(
+    "dpo_kernels::linear_logps_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_logps, Tensor hidden, Tensor weight, Tensor labels, Tensor lse, Tensor? bias, {_OPTIONS},"
+    " bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+)
+def linear_logps_backward_op(
+    grad_logps,
+    hidden,
+    weight,
+    labels,
+    lse,
+    bias,
+    softcap,
+    logit_scale,
+    temperature,
+    ignore_index,
+    impl,
+    need_hidden,
+    need_weight,
+    need_bias,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dW, db); what is not needed is an empty vector."""
+    if hidden.shape[0] == 0:
+        wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
+        dX, dW, db = (
+            torch.zeros_like(t, memory_format=torch.contiguous_format) if need else None for t, need in wanted
+        )
+    else:
+        with torch.autocast(hidden.device.type, enabled=False):
+            dX, dW, db = implementation("linear_logps", impl, hidden).backward(
+                grad_logps.contiguous(),
+                unit_stride(hidden),
+                unit_stride(weight),
+                labels.to(torch.int64).contiguous(),
+                lse,
+                None if bias is None else bias.contiguous(),
+                softcap,
+                logit_scale,
+                temperature,
+                ignore_index,
+                need_hidden,
+                need_weight,
+                need_bias,
+            )
+    return tuple(hidden.new_zeros(0) if gradient is None else gradient for gradient in (dX, dW, db))
+
+
+@linear_logps_backward_op.register_fake
+def _(
+    grad_logps,
+    hidden,
+    weight,
+    labels,
+    lse,
+    bias,
+    softcap,
+    logit_scale,
+    temperature,
+    ignore_index,
+    impl,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
+    wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
+    return tuple(t.new_empty(t.shape) if need else hidden.new_empty(0) for t, need in wanted)
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, labels, bias, *ctx.options, need_dx = inputs
+    _, lse, dx = output
+    ctx.mark_non_differentiable(lse, dx)
+    ctx.set_materialize_grads(False)
+    ctx.frozen_head = need_dx
+    if need_dx:
+        ctx.save_for_backward(dx)
+    else:
+        ctx.save_for_backward(hidden, weight, labels, lse, bias)
+
+
+def _backward(ctx, grad_logps, grad_lse, grad_dx):
+    refuse_double_backward("linear_logps")
+    dX = dW = db = None
+    if grad_logps is not None and ctx.frozen_head:
+        (dx,) = ctx.saved_tensors
+        dX = (dx * grad_logps.unsqueeze(1)).to(dx.dtype)
+    elif grad_logps is not None:
+        hidden, weight, labels, lse, bias = ctx.saved_tensors
+        need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
+        dX, dW, db = linear_logps_backward_op(
+            grad_logps, hidden, weight, labels, lse, bias, *ctx.options, need_hidden, need_weight, need_bias
+        )
+        dX, dW, db = dX if need_hidden else None, dW if need_weight else None, db if need_bias else None
+    return dX, dW, None, db, *(None,) * 6
+
+
+linear_logps_op.register_autograd(_backward, setup_context=_setup_context)
