@@ -82,7 +82,7 @@ class DataConfig:
     eval_dataset_split: str = "test"
     """Split of eval_dataset_name that is evaluated."""
     max_length: int | None = 1024
-    """Tokens of prompt and response together; longer responses are cut, longer prompts drop the row. null is no limit."""
+    """Most tokens of prompt and response; longer responses are cut, longer prompts drop the row. null is no limit."""
     truncation_mode: Literal["keep_start"] = "keep_start"
     """Which end of a sequence over max_length stays."""
     format: Literal["auto", "preference", "hh", "sharegpt", "tokenized"] = "auto"

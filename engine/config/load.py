@@ -1,0 +1,238 @@
+"""From a YAML file and command-line overrides to a validated ``RunConfig``, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.config.fields import (
+    TypeMismatch,
+    coerce,
+    dataclass_in,
+    describe,
+    is_optional,
+    iter_keys,
+    nearest,
+    show,
+    type_hints,
+)
+from engine.config.overrides import parse_overrides
+from engine.config.schema import RunConfig
+from engine.errors import UserError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the run configuration in ``path``, apply ``overrides`` such as ``["--loss.beta", "0.2"]``, and validate it.
+
+    Every section and key must exist in the schema and every value must have its type. Relative paths inside the file are
+    relative to the current directory, not to the file.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or does not fit the schema; the message names file, line and key.
+    """
+    values, lines = read_yaml(path)
+    overridden = parse_overrides(overrides)
+    for key, value in overridden.items():
+        _set(values, key, value)
+    return _Builder(str(path), lines, set(overridden)).build(values)
+
+
+def build_config(values: dict[str, Any], source: str) -> RunConfig:
+    """The validated configuration of nested ``values``; ``source`` names them in errors.
+
+    Raises:
+        UserError: as ``load_config``.
+    """
+    return _Builder(source, {}, set()).build(values)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """``config`` as nested dicts of plain YAML types."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """``config`` as YAML that ``load_config`` reads back to an equal configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def diff_from_defaults(config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The keys of ``config`` that differ from their default: ``{"loss.beta": (0.2, 0.1)}``.
+
+    A required key, and every key of a section that is off by default, is there with default ``None``.
+    """
+    return dict(_differences(config, ""))
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping in a YAML file and the line of every dotted key.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, is not a mapping, or has a key twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; write one with `dpo init --output {path}`") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise UserError(f"{path}: the file is empty; `dpo init` writes a template")
+        lines: dict[str, int] = {}
+        _index_lines(node, "", lines, str(path))
+        values = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_describe_yaml_error(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections such as `loss:`, got {show(values)}")
+    return values, lines
+
+
+def _describe_yaml_error(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    what = " ".join(str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).split())
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{where}: not valid YAML: {what}"
+
+
+def _index_lines(node: yaml.Node, prefix: str, lines: dict[str, int], path: str) -> None:
+    if not isinstance(node, yaml.MappingNode) or prefix.count(".") > 4:
+        return
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        name, line = prefix + key.value, key.start_mark.line + 1
+        if name in lines:
+            raise UserError(f"{path}, line {line}: {name} is already set in line {lines[name]}; remove one of them")
+        lines[name] = line
+        _index_lines(value, name + ".", lines, path)
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for name in parents:
+        if not isinstance(values.get(name), dict):
+            values[name] = {}
+        values = values[name]
+    values[leaf] = value
+
+
+class _Builder:
+    """Turns nested values into dataclasses and knows where each value came from."""
+
+    def __init__(self, source: str, lines: dict[str, int], overridden: set[str]) -> None:
+        self.source, self.lines, self.overridden = source, lines, overridden
+
+    def build(self, values: dict[str, Any]) -> RunConfig:
+        return self._build(RunConfig, values, "")
+
+    def _where(self, key: str) -> str:
+        if key in self.overridden:
+            return f"--{key}"
+        line = f", line {self.lines[key]}" if key in self.lines else ""
+        return f"{self.source}{line}: {key}"
+
+    def _build(self, cls: type, values: dict[str, Any], prefix: str) -> Any:
+        hints = type_hints(cls)
+        self._refuse_unknown(values, hints, prefix)
+        arguments = {}
+        for name, hint in hints.items():
+            key = prefix + name
+            nested = dataclass_in(hint)
+            if nested is None:
+                if name in values:
+                    arguments[name] = self._coerce(values[name], hint, key)
+            elif values.get(name) is not None:
+                if not isinstance(values[name], dict):
+                    raise UserError(f"{self._where(key)}: expected {describe(hint)}, got {show(values[name])}")
+                arguments[name] = self._build(nested, values[name], key + ".")
+            elif not is_optional(hint):
+                # a section whose keys are all commented out is null in YAML
+                arguments[name] = self._build(nested, {}, key + ".")
+        for field in dataclasses.fields(cls):
+            if field.name not in arguments and _is_required(field):
+                key = prefix + field.name
+                raise UserError(f"{self.source}: {key} is missing; add it to the file or pass --{key} VALUE")
+        try:
+            return cls(**arguments)
+        except ValueError as error:
+            raise UserError(self._attribute(str(error))) from None
+
+    def _coerce(self, value: Any, hint: Any, key: str) -> Any:
+        try:
+            return coerce(value, hint)
+        except TypeMismatch as mismatch:
+            advice = ""
+            if "string" in mismatch.expected and isinstance(value, (int, float)):
+                advice = "; put it in quotes"
+            elif isinstance(value, str) and "one of " in mismatch.expected:
+                close = nearest(value, mismatch.expected.removeprefix("one of ").split(", "))
+                advice = f"; did you mean {close}?" if close else ""
+            message = f"{self._where(key)}: expected {mismatch.expected}, got {show(value)}{advice}"
+            raise UserError(message) from None
+
+    def _refuse_unknown(self, values: dict[Any, Any], hints: dict[str, Any], prefix: str) -> None:
+        for name in values:
+            if name in hints:
+                continue
+            known = [key for key, _ in iter_keys()]
+            # the same key in another section, else a sibling, else anything
+            elsewhere = [key for key in known if key.rsplit(".", 1)[-1] == name]
+            sibling = nearest(str(name), hints)
+            candidate = elsewhere[0] if elsewhere else prefix + sibling if sibling else nearest(str(name), known)
+            advice = f"did you mean {candidate}?" if candidate else f"known here: {', '.join(hints)}"
+            if not prefix and candidate in known:
+                advice += " (`dpo init --from-trl` converts a flat TRL file)"
+            raise UserError(f"{self._where(prefix + str(name))}: unknown key; {advice}")
+
+    def _attribute(self, message: str) -> str:
+        """Name the command line rather than the file for a value that came from there."""
+        for key in self.overridden:
+            if key in message:
+                return message.replace(key, f"--{key}", 1)
+        for key, line in self.lines.items():
+            if "." in key and key in message:
+                return f"{self.source}, line {line}: {message}"
+        return f"{self.source}: {message}"
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _all(config: Any, prefix: str) -> list[tuple[str, tuple[Any, Any]]]:
+    return [(prefix + field.name, (getattr(config, field.name), None)) for field in dataclasses.fields(config)]
+
+
+def _differences(config: Any, prefix: str) -> list[tuple[str, tuple[Any, Any]]]:
+    found: list[tuple[str, tuple[Any, Any]]] = []
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            # a section that is off by default has no defaults to compare with
+            nested = _differences(value, key + ".") if field.default is not None else _all(value, key + ".")
+            found += nested
+        elif _is_required(field):
+            found.append((key, (value, None)))
+        elif value != field.default:
+            found.append((key, (value, field.default)))
+    return found

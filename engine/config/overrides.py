@@ -1,0 +1,109 @@
+"""Command-line overrides of configuration keys: ``--loss.beta 0.2``, ``--model.lora.r=8``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from engine.config.fields import dataclass_in, describe, is_optional, is_tuple, iter_keys, nearest, type_hints
+from engine.config.schema import RunConfig
+from engine.errors import UserError
+
+_TRUE = {"true", "yes", "on", "1"}
+_FALSE = {"false", "no", "off", "0"}
+_NULL = {"null", "none", "~"}
+
+
+def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
+    """Values by dotted key, in the order given; the last of several values for one key counts.
+
+    Accepts ``--key value``, ``--key=value``, several values for a list, no value for a switch (true), and hyphens in
+    place of underscores. ``null`` clears a key that may be empty.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, or a stray argument.
+    """
+    hints = dict(iter_keys())
+    sections = {f"{path}.{name}": hint for path, cls in _sections() for name, hint in type_hints(cls).items()}
+    values: dict[str, Any] = {}
+    for flag, tokens in _split(args):
+        key = flag[2:].replace("-", "_")
+        if key in hints:
+            values[key] = _parse_value(key, hints[key], tokens)
+        elif key in sections and dataclass_in(sections[key]) is not None:
+            if len(tokens) != 1 or tokens[0].lower() not in _NULL:
+                raise UserError(f"--{key}: expected null to turn it off, or one of its keys such as --{key}.r 16")
+            values = {k: v for k, v in values.items() if not k.startswith(key + ".")}
+            values[key] = None
+        else:
+            raise UserError(unknown_flag(flag, [f"--{k}" for k in hints]))
+    return values
+
+
+def unknown_flag(flag: str, known: Sequence[str]) -> str:
+    """The message for a flag that does not exist."""
+    close = nearest(flag.lstrip("-").replace("-", "_"), [k.lstrip("-") for k in known])
+    hint = f"did you mean --{close}?" if close else "see --help for every flag"
+    return f"unknown option {flag}; {hint}"
+
+
+def _sections() -> list[tuple[str, type]]:
+    found = []
+    for name, hint in type_hints(RunConfig).items():
+        if (cls := dataclass_in(hint)) is not None:
+            found.append((name, cls))
+    return found
+
+
+def _split(args: Sequence[str]) -> list[tuple[str, list[str]]]:
+    groups: list[tuple[str, list[str]]] = []
+    for arg in args:
+        if arg.startswith("--"):
+            flag, equals, value = arg.partition("=")
+            groups.append((flag, [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(arg)
+        else:
+            raise UserError(f"unexpected argument {arg!r}; overrides look like --loss.beta 0.2")
+    return groups
+
+
+def _parse_value(key: str, hint: Any, tokens: list[str]) -> Any:
+    if hint is bool and not tokens:
+        return True
+    is_null = len(tokens) == 1 and tokens[0].lower() in _NULL
+    if is_tuple(hint) and (is_null or tokens == ["[]"]):
+        return ()
+    if is_null and is_optional(hint):
+        return None
+    try:
+        if not tokens:
+            raise SystemExit
+        return _parse_with_tyro(hint, [_boolean(t) for t in tokens] if hint is bool else tokens)
+    except SystemExit:
+        got = " ".join(tokens) if tokens else "no value"
+        raise UserError(f"--{key}: expected {describe(hint)}, got {got}") from None
+
+
+def _boolean(token: str) -> str:
+    """YAML's spellings of true and false in tyro's."""
+    lowered = token.lower()
+    return "True" if lowered in _TRUE else "False" if lowered in _FALSE else token
+
+
+def _parse_with_tyro(hint: Any, tokens: list[str]) -> Any:
+    """``tokens`` as an instance of ``hint``.
+
+    Raises:
+        SystemExit: they do not fit.
+    """
+    cls = dataclasses.make_dataclass("Value", [("value", hint)])
+    # the equals sign keeps a value that begins with a hyphen from being read as a flag
+    args = [f"--value={tokens[0]}"] if len(tokens) == 1 else ["--value", *tokens]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return tyro.cli(cls, args=args, config=(tyro.conf.FlagConversionOff,)).value
