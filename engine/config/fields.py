@@ -105,8 +105,8 @@ def show(value: Any) -> str:
 def coerce(value: Any, hint: Any) -> Any:
     """``value``, as YAML gives it, as an instance of ``hint``.
 
-    Strict, but for what YAML makes awkward: a whole number and a string such as ``1e-6`` (YAML 1.1 reads it as a string)
-    fit a float, and a lone item fits a list.
+    Strict, but for what YAML makes awkward: a whole number and a string such as ``1e-6`` (a string in YAML 1.1) fit a
+    float, and a lone item fits a list.
 
     Raises:
         TypeMismatch: it does not fit.
