@@ -28,11 +28,11 @@ from engine.errors import UserError
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the run configuration in ``path``, apply ``overrides`` such as ``["--loss.beta", "0.2"]``, and validate it.
 
-    Every section and key must exist in the schema and every value must have its type. Relative paths inside the file are
-    relative to the current directory, not to the file.
+    Every section and key must exist in the schema and every value must have its type. Relative paths inside the file
+    are relative to the current directory, not to the file.
 
     Raises:
-        UserError: the file cannot be read, is not YAML, or does not fit the schema; the message names file, line and key.
+        UserError: the file cannot be read, is not YAML, or does not fit the schema. The message names file, line, key.
     """
     values, lines = read_yaml(path)
     overridden = parse_overrides(overrides)

@@ -12,7 +12,7 @@ LossType = Literal[
 ]  # fmt: skip
 SchedulerType = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 ]  # fmt: skip
 
 REFERENCE_FREE_LOSSES = frozenset({"sft", "simpo", "orpo", "cpo"})

@@ -97,7 +97,7 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
                 r=lora.r,
                 lora_alpha=lora.alpha,
                 lora_dropout=lora.dropout,
-                target_modules=targets if isinstance(targets, str) else list(targets),
+                target_modules=list(targets) if isinstance(targets, tuple) else targets,
             ),
         )
     except ValueError as error:
