@@ -1,0 +1,100 @@
+"""The same training run by TRL, for benchmarks and parity tests."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DIALOGUE_TURN = "\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class TrlRun:
+    """What TRL did."""
+
+    log_history: list[dict[str, float]]
+    """One row per optimizer step."""
+    precompute_seconds: float
+    train_seconds: float
+    final_weights: dict[str, torch.Tensor]
+
+
+def hh_pairs(lines: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Prompt, chosen and rejected strings of the Anthropic dialogues that share everything up to the last answer."""
+    rows = []
+    for line in lines:
+        (prompt, _, chosen), (other, _, rejected) = (line[k].rpartition(DIALOGUE_TURN) for k in ("chosen", "rejected"))
+        if prompt == other:
+            rows.append({"prompt": prompt + DIALOGUE_TURN, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def train_with_trl(
+    model_dir: Path,
+    data_file: Path,
+    work_dir: Path,
+    *,
+    pairs_per_step: int,
+    max_steps: int = -1,
+    learning_rate: float = 1e-6,
+    max_length: int = 1024,
+    micro_batches: int = 1,
+    **config_options,
+) -> TrlRun:
+    """Train one epoch or ``max_steps`` steps in source order with ``DPOTrainer``, float32 on the CPU.
+
+    Reference log-probs are precomputed by TRL in a cache of their own, so that nothing is left over from another run.
+    """
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    dataset = datasets.load_dataset(
+        "json", data_files=str(data_file), split="train", cache_dir=str(work_dir / "datasets-cache")
+    )
+    config = DPOConfig(
+        output_dir=str(work_dir / "trl"),
+        per_device_train_batch_size=pairs_per_step // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+        max_steps=max_steps,
+        num_train_epochs=1,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        train_sampling_strategy="sequential",
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **config_options,
+    )
+
+    class TimedTrainer(DPOTrainer):
+        """Measures the precompute pass, which runs while the trainer is built."""
+
+        precompute_seconds = 0.0
+
+        def _precompute_ref_logps(self, *args, **kwargs):
+            start = time.perf_counter()
+            result = super()._precompute_ref_logps(*args, **kwargs)
+            self.precompute_seconds += time.perf_counter() - start
+            return result
+
+    trainer = TimedTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    return TrlRun(
+        log_history=[row for row in trainer.state.log_history if "loss" in row],
+        precompute_seconds=trainer.precompute_seconds,
+        train_seconds=seconds,
+        final_weights={name: p.detach().clone() for name, p in model.named_parameters()},
+    )
