@@ -1,0 +1,23 @@
+"""Reference log-probs: computed once per response, stored by content, found again by every later run."""
+
+from engine.reference.columns import export_columns, import_columns
+from engine.reference.keys import dataset_keys, model_digest, response_key
+from engine.reference.lookup import default_store_path, load_ref_logps, load_ref_sums
+from engine.reference.precompute import PrecomputeReport, precompute
+from engine.reference.store import ReferenceStore
+from engine.reference.verify import verify_rows
+
+__all__ = [
+    "PrecomputeReport",
+    "ReferenceStore",
+    "dataset_keys",
+    "default_store_path",
+    "export_columns",
+    "import_columns",
+    "load_ref_logps",
+    "load_ref_sums",
+    "model_digest",
+    "precompute",
+    "response_key",
+    "verify_rows",
+]

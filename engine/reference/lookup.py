@@ -1,0 +1,57 @@
+"""Stored log-probs in the order of a dataset."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from engine.data.groups import PreferenceDataset
+from engine.errors import UserError
+from engine.reference.keys import dataset_keys
+from engine.reference.store import ReferenceStore
+
+
+def default_store_path() -> Path:
+    """``$DPO_CACHE/reference``, or ``dpo-kernels/reference`` below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if own := os.environ.get("DPO_CACHE"):
+        return Path(own).expanduser() / "reference"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "dpo-kernels" / "reference"
+
+
+def load_ref_logps(dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> list[tuple[np.ndarray, ...]]:
+    """Per group, per response: float32 [R], one log-prob per completion token.
+
+    Raises:
+        UserError: a response is not stored (names the row and the command that computes it), or a shard is damaged.
+    """
+    keys = dataset_keys(dataset, digest)
+    values = store.get([key for group in keys for key in group])
+    _require_all(dataset, keys, values, store)
+    return [tuple(values[key] for key in group) for group in keys]
+
+
+def load_ref_sums(dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> list[tuple[float, ...]]:
+    """Per group, per response: the sum of its log-probs in float64. Holds the values of one shard at a time.
+
+    Raises:
+        UserError: as ``load_ref_logps``.
+    """
+    keys = dataset_keys(dataset, digest)
+    wanted = [key for group in keys for key in group]
+    sums = {key: float(values.sum(dtype=np.float64)) for key, values in store.scan(wanted)}
+    _require_all(dataset, keys, sums, store)
+    return [tuple(sums[key] for key in group) for group in keys]
+
+
+def _require_all(dataset: PreferenceDataset, keys: list[tuple[bytes, ...]], found: dict, store: ReferenceStore) -> None:
+    absent = [index for index, group in enumerate(keys) if any(key not in found for key in group)]
+    if absent:
+        others = f" and {len(absent) - 1} more rows" if len(absent) > 1 else ""
+        raise UserError(
+            f"no reference log-probs for row {dataset[absent[0]].row}{others} (of {len(dataset)}) in {store.path} with "
+            "this model, dtype and attention backend: run `dpo precompute` with the same run file, or set "
+            "reference.mode to auto"
+        )

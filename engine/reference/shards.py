@@ -1,0 +1,204 @@
+"""One shard: an immutable Parquet file of keys and per-token log-probs that is either whole or not there.
+
+Columns: ``key`` fixed_size_binary[16], ``logps`` list<float32> (natural log, one value per completion token). The
+metadata of the schema holds the format version and two checksums: of the keys alone, so that an index can be built
+without reading values, and of keys, lengths and values together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.errors import UserError
+
+KEY_BYTES = 16
+SUFFIX = ".parquet"
+TEMPORARY_SUFFIX = ".tmp"
+# No writer needs a minute for a shard; an hour leaves room for clocks of file servers that disagree.
+TEMPORARY_AGE_SECONDS = 3600.0
+
+_FORMAT = "1"
+_FORMAT_FIELD = b"dpo.reference.format"
+_KEYS_FIELD = b"dpo.reference.keys_blake2b"
+_CONTENT_FIELD = b"dpo.reference.content_blake2b"
+_REMEDY = "delete this file and run `dpo precompute`: only its rows are computed again"
+
+
+def write_shard(folder: Path, values: Mapping[bytes, np.ndarray]) -> Path:
+    """Write ``values`` (key -> float32 [R]) as one shard of ``folder``, which is created when absent.
+
+    The file is written under a temporary name, flushed to disk and renamed, so a reader, or a later process after a
+    kill or a power cut, sees all of it or nothing. Its name is the checksum of its content: processes that write at
+    once cannot collide, and the same rows written twice are one file.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    keys = np.frombuffer(b"".join(values), np.uint8)
+    lengths = np.fromiter((len(v) for v in values.values()), np.int64, len(values))
+    flat = np.concatenate([np.asarray(v, np.float32) for v in values.values()])
+    keys_sum, content_sum = _checksums(keys, lengths, flat)
+    data = _encode(keys, lengths, flat, keys_sum, content_sum)
+    path = folder / f"{content_sum}{SUFFIX}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sync_folder(folder.parent)
+        _write_atomically(path, data)
+    except OSError as error:
+        raise UserError(
+            f"cannot write reference log-probs to {folder}: {error.strerror or error}; "
+            "free space there, make it writable, or choose another folder with reference.store"
+        ) from error
+    return path
+
+
+def read_keys(path: Path) -> np.ndarray:
+    """The keys of a shard, as numpy ``S16`` [rows].
+
+    Raises:
+        UserError: the file is damaged, not a shard, or of another format.
+    """
+    table, metadata = _read(path, ["key"])
+    keys = _key_bytes(table)
+    if _digest(keys) != metadata[_KEYS_FIELD]:
+        raise _damaged(path, "its keys do not match their checksum")
+    return keys.view(f"S{KEY_BYTES}")
+
+
+def read_values(path: Path, wanted_rows: np.ndarray) -> list[np.ndarray]:
+    """The log-probs (float32 [R]) of some rows of a shard, after its whole content was checked.
+
+    Raises:
+        UserError: the file is damaged, not a shard, or of another format.
+    """
+    table, metadata = _read(path, ["key", "logps"])
+    column = table.column("logps").combine_chunks()
+    if column.null_count:
+        raise _damaged(path, "it has empty rows")
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    flat = column.values.to_numpy(zero_copy_only=False)[: offsets[-1]]
+    if _checksums(_key_bytes(table), np.diff(offsets), flat)[1] != metadata[_CONTENT_FIELD].decode():
+        raise _damaged(path, "its content does not match its checksum")
+    return [flat[offsets[row] : offsets[row + 1]].copy() for row in wanted_rows.tolist()]
+
+
+def remove_stale_temporaries(folder: Path) -> None:
+    """Delete what killed writers left behind, once it is too old to belong to a live one."""
+    oldest_live = time.time() - TEMPORARY_AGE_SECONDS
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < oldest_live:
+                    path.unlink()
+
+
+def _encode(keys: np.ndarray, lengths: np.ndarray, flat: np.ndarray, keys_sum: str, content_sum: str) -> memoryview:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    table = pa.table(
+        {
+            "key": pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(lengths), [None, pa.py_buffer(keys)]),
+            "logps": pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)),
+        }
+    ).replace_schema_metadata({_FORMAT_FIELD: _FORMAT, _KEYS_FIELD: keys_sum, _CONTENT_FIELD: content_sum})
+    sink = io.BytesIO()
+    # Splitting the bytes of floats into planes is what lets zstd find anything: exponents repeat, mantissas do not.
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=False,
+        column_encoding={"logps.list.element": "BYTE_STREAM_SPLIT"},
+        write_page_checksum=True,
+    )
+    return sink.getbuffer()
+
+
+def _write_atomically(path: Path, data: memoryview) -> None:
+    temporary = path.parent / f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable: the directory entry is data of the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path, columns: list[str]) -> tuple[pa.Table, dict[bytes, bytes]]:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            metadata = file.schema_arrow.metadata or {}
+            _check_format(path, metadata)
+            table = file.read(columns=columns)
+        if table.schema.names != columns or table.schema.field("key").type != pa.binary(KEY_BYTES):
+            raise _damaged(path, "it lacks the columns of a shard")
+        table.validate(full=True)
+    except (pa.ArrowException, UnicodeDecodeError, MemoryError) as error:
+        raise _damaged(path, f"Parquet cannot be read ({str(error).splitlines()[0]})") from error
+    except OSError as error:
+        # pyarrow reports damaged pages as OSError without an errno.
+        if error.errno is None:
+            raise _damaged(path, f"Parquet cannot be read ({str(error).splitlines()[0]})") from error
+        raise UserError(f"cannot read the reference shard {path}: {error.strerror}; make it readable") from error
+    return table, metadata
+
+
+def _check_format(path: Path, metadata: dict[bytes, bytes]) -> None:
+    if not {_FORMAT_FIELD, _KEYS_FIELD, _CONTENT_FIELD} <= metadata.keys():
+        raise _damaged(path, "it lacks the marks of a shard")
+    found = metadata[_FORMAT_FIELD].decode(errors="replace")
+    if found != _FORMAT:
+        raise UserError(
+            f"the reference shard {path} has format {found}, this version reads {_FORMAT}; "
+            "choose another folder with reference.store, or delete this file"
+        )
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"the reference shard {path} is damaged: {why}; {_REMEDY}")
+
+
+def _key_bytes(table: pa.Table) -> np.ndarray:
+    column = table.column("key").combine_chunks()
+    start = column.offset * KEY_BYTES
+    return np.frombuffer(column.buffers()[1], np.uint8)[start : start + len(column) * KEY_BYTES]
+
+
+def _checksums(keys: np.ndarray, lengths: np.ndarray, flat: np.ndarray) -> tuple[str, str]:
+    keys_sum = _digest(keys).decode()
+    return keys_sum, _digest(keys, lengths.astype("<i8"), flat.astype("<f4", copy=False)).decode()
+
+
+def _digest(*arrays: np.ndarray) -> bytes:
+    hasher = blake2b(digest_size=16)
+    for array in arrays:
+        hasher.update(np.ascontiguousarray(array).data)
+    return hasher.hexdigest().encode()
