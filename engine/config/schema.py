@@ -85,7 +85,7 @@ class DataConfig:
     """Most tokens of prompt and response; longer responses are cut, longer prompts drop the row. null is no limit."""
     truncation_mode: Literal["keep_start"] = "keep_start"
     """Which end of a sequence over max_length stays."""
-    format: Literal["auto", "preference", "hh", "sharegpt", "tokenized"] = "auto"
+    format: Literal["auto", "preference", "hh", "sharegpt", "kwise", "tokenized"] = "auto"
     """Row layout; auto reads it off the column names."""
     chat_template: str = "auto"
     """auto (the tokenizer's, when it has one), none (plain text), or a path to a Jinja file."""

@@ -6,7 +6,8 @@ millions of Python objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,20 +33,23 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
     ``lengths`` gives, for each group, the number of tokens of its prompt and of each response, without touching ids.
     """
 
-    def __init__(self, groups: Sequence[PreferenceGroup]):
-        parts: list[np.ndarray] = []
-        sizes: list[int] = []
-        first_part = [0]
+    def __init__(self, groups: Iterable[PreferenceGroup]):
+        tokens: array[int] = array("i")
+        sizes: array[int] = array("q")
+        first_part: array[int] = array("q", [0])
+        rows: array[int] = array("q")
+        self._ref_logps: list[tuple[float, ...] | None] = []
         for group in groups:
             for ids in (group.prompt_ids, *group.response_ids):
-                parts.append(np.asarray(ids, dtype=np.int32))
+                tokens.frombytes(np.ascontiguousarray(ids, dtype=np.int32).tobytes())
                 sizes.append(len(ids))
             first_part.append(len(sizes))
-        self._tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+            rows.append(group.row)
+            self._ref_logps.append(group.ref_logps)
+        self._tokens = np.asarray(tokens, dtype=np.int32)
         self._offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self._first_part = np.asarray(first_part, dtype=np.int64)
-        self._rows = np.asarray([g.row for g in groups], dtype=np.int64)
-        self._ref_logps = [g.ref_logps for g in groups]
+        self._rows = np.asarray(rows, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._rows)

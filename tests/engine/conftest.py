@@ -30,7 +30,7 @@ SENTENCES = (
 def build_tokenizer(
     *, bos: bool = False, chat_template: str | None = None, eos: bool = True
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of about 400 tokens; with ``bos`` its post-processor writes ``<s>`` before every text."""
+    """A byte-level BPE tokenizer of 400 tokens; with ``bos`` its post-processor writes ``<s>`` before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,6 +62,12 @@ def preference_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
         {"prompt": f"Question {i}: {text(2, 30)}?", "chosen": f" yes, {text(1, 40)}", "rejected": f" no, {text(1, 40)}"}
         for i in range(count)
     ]
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """``build_tokenizer`` itself, for tests that need a tokenizer with a fault."""
+    return build_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,86 @@
+"""Preference rows from files or the Hub, recognised, tokenised, linted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Literal
+
+from tqdm import tqdm
+
+from engine.config.schema import DataConfig
+from engine.data.formats import Example, PromptsDifferError, detect_format, reader_for
+from engine.data.groups import PreferenceDataset, PreferenceGroup
+from engine.data.lint import LintReport
+from engine.data.sources import Row, Source, is_single_file, open_source
+from engine.data.tokenize import Encoder, make_groups
+from engine.errors import UserError
+
+__all__ = ["LintReport", "PreferenceDataset", "PreferenceGroup", "Row", "load_dataset_groups", "load_rows"]
+
+Split = Literal["train", "eval"]
+
+
+def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[PreferenceDataset, LintReport]:
+    """Read one split and turn its rows into token ids.
+
+    Args:
+        data: the ``data`` section. ``max_rows`` limits the source rows of either split.
+        tokenizer: a transformers tokenizer.
+        split: ``train`` reads ``dataset_name``; ``eval`` reads ``eval_dataset_name``, or where that is not set, the
+            split ``eval_dataset_split`` of ``dataset_name``.
+
+    Returns:
+        The groups that can be trained on, in source order, and what lint found. ``group.row`` is the row's index in the
+        source, so it skips dropped rows.
+
+    Raises:
+        UserError: the data cannot be read, no row is left, or ``data.strict`` and lint found something.
+    """
+    groups, report = stream_groups(data, tokenizer, split=split)
+    dataset = PreferenceDataset(groups)
+    report.raise_if_strict(data.strict)
+    report.raise_if_empty()
+    return dataset, report
+
+
+def stream_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[Iterator[PreferenceGroup], LintReport]:
+    """As ``load_dataset_groups``, a group at a time; the report is complete when the groups are used up."""
+    encoder = Encoder(tokenizer, data)
+    source = _source(data, split)
+    report = LintReport(source.name)
+    examples = _examples(source, data, encoder, report)
+    return make_groups(examples, encoder, max_length=data.max_length, report=report), report
+
+
+def load_rows(data: DataConfig, *, split: Split) -> Iterator[Row]:
+    """The rows of a split as they are in the source; ``Row.index`` is what ``PreferenceGroup.row`` refers to."""
+    return islice(_source(data, split), data.max_rows)
+
+
+def _source(data: DataConfig, split: Split) -> Source:
+    if split == "train":
+        return open_source(data.dataset_name, split=data.dataset_train_split, config=data.dataset_config)
+    if data.eval_dataset_name is not None:
+        return open_source(data.eval_dataset_name, split=data.eval_dataset_split)
+    if is_single_file(data.dataset_name):
+        raise UserError(
+            f"there is no evaluation data: data.dataset_name={data.dataset_name} is one file without splits; "
+            "set data.eval_dataset_name"
+        )
+    return open_source(data.dataset_name, split=data.eval_dataset_split, config=data.dataset_config)
+
+
+def _examples(source: Source, data: DataConfig, encoder: Encoder, report: LintReport) -> Iterator[Example]:
+    read = None
+    rows = tqdm(islice(source, data.max_rows), desc=f"read {source.name}", unit=" rows", delay=3, disable=None)
+    for row in rows:
+        if read is None:
+            layout = detect_format(row) if data.format == "auto" else data.format
+            read = reader_for(layout, use_messages=encoder.use_messages)
+            report.layout = layout
+        report.add_row()
+        try:
+            yield read(row)
+        except PromptsDifferError:
+            report.add("differing_prompts", row.index)

@@ -1,0 +1,325 @@
+"""The layouts in which preference rows come, and the one shape that the rest of the package sees.
+
+=============  ======================================================================================================
+format         columns
+=============  ======================================================================================================
+preference     ``prompt, chosen, rejected`` or ``chosen, rejected`` with an implicit prompt; strings or message lists
+hh             ``chosen, rejected``: Anthropic dialogues, turns marked by ``\\n\\nHuman:`` and ``\\n\\nAssistant:``
+sharegpt       ``conversations, chosen, rejected`` with from/value or role/content turns, optional ``system``
+kwise          ``prompt, responses, ranking``: K >= 2 responses; ``ranking[i]`` is the rank of ``responses[i]``, and the
+               smallest rank is the best
+tokenized      ``prompt_ids, chosen_ids, rejected_ids``
+=============  ======================================================================================================
+
+Optional everywhere: ``ref_chosen_logps`` and ``ref_rejected_logps`` (kwise: ``ref_logps``, one a response). For message
+lists: ``tools`` (list or JSON text) and ``chat_template_kwargs``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.data.sources import Row
+from engine.errors import UserError
+
+Message = dict[str, Any]
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+COLUMNS = {
+    "preference": ("chosen", "rejected"),
+    "hh": ("chosen", "rejected"),
+    "sharegpt": ("conversations", "chosen", "rejected"),
+    "kwise": ("prompt", "responses", "ranking"),
+    "tokenized": ("prompt_ids", "chosen_ids", "rejected_ids"),
+}
+# ShareGPT speakers as LLaMA-Factory and FastChat write them; unknown ones are an error.
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+    "function_response": "tool",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row in one shape: a prompt and K completions, best first, all of one kind."""
+
+    row: int
+    where: str
+    kind: Literal["text", "messages", "ids"]
+    prompt: Any
+    """str, list of messages or list of token ids."""
+    completions: tuple[Any, ...]
+    ref_logps: tuple[float, ...] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PromptsDifferError(Exception):
+    """The two sides of a row answer different prompts. Lint counts such rows and drops them."""
+
+
+def detect_format(row: Row) -> str:
+    """Recognise the layout from the first row's columns.
+
+    Raises:
+        UserError: no layout fits; names the columns that were found and those that would do.
+    """
+    columns = set(row.data)
+    for name in ("tokenized", "kwise", "sharegpt"):
+        if columns.issuperset(COLUMNS[name]):
+            return name
+    if columns.issuperset(COLUMNS["preference"]):
+        sides = (row.data["chosen"], row.data["rejected"])
+        dialogues = all(isinstance(side, str) and side.startswith(HUMAN) and ASSISTANT in side for side in sides)
+        return "hh" if dialogues and "prompt" not in columns else "preference"
+    known = "; ".join(f"{name}: {', '.join(names)}" for name, names in COLUMNS.items() if name != "hh")
+    raise UserError(f"{row.where}: no known layout has the columns {_listed(row.data)}; expected one of {known}")
+
+
+def reader_for(name: str, *, use_messages: bool) -> Callable[[Row], Example]:
+    """The function that turns rows of a layout into examples.
+
+    Args:
+        name: one of ``COLUMNS``.
+        use_messages: a chat template is in use, so that HH dialogues become messages; without it they stay text.
+
+    The function raises UserError, naming file, row and column, for a row that does not fit the layout, and
+    ``PromptsDifferError`` for one whose sides answer different prompts.
+    """
+    if name == "hh":
+        return _read_hh_messages if use_messages else _read_hh_text
+    return {
+        "preference": _read_preference,
+        "sharegpt": _read_sharegpt,
+        "kwise": _read_kwise,
+        "tokenized": _read_tokenized,
+    }[name]
+
+
+def _listed(names) -> str:
+    return ", ".join(sorted(str(n) for n in names)) or "none"
+
+
+def _column(row: Row, name: str, layout: str) -> Any:
+    value = row.data.get(name)
+    if value is None:
+        problem = f"column {name!r} is empty" if name in row.data else f"column {name!r} is missing"
+        found, expected = _listed(row.data), ", ".join(COLUMNS[layout])
+        raise UserError(f"{row.where}: {problem}; found columns {found}; {layout} rows need {expected}")
+    return value
+
+
+def _reject_images(row: Row) -> None:
+    if row.data.get("images") or row.data.get("image"):
+        raise UserError(f"{row.where}: the row has images, but only text is supported; remove the image columns")
+
+
+def _ref_logps(row: Row) -> tuple[float, float] | None:
+    values = [row.data.get(name) for name in ("ref_chosen_logps", "ref_rejected_logps")]
+    if values == [None, None]:
+        return None
+    return tuple(_floats(values, row, "ref_chosen_logps and ref_rejected_logps"))  # type: ignore[return-value]
+
+
+def _floats(values: Sequence[Any], row: Row, name: str) -> list[float]:
+    good = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    if not good:
+        raise UserError(f"{row.where}: {name} must be finite numbers, got {list(values)}")
+    return [float(v) for v in values]
+
+
+def _template_kwargs(row: Row) -> dict[str, Any]:
+    tools = row.data.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{row.where}: column 'tools' holds broken JSON: {error.msg}") from None
+    kwargs = row.data.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise UserError(f"{row.where}: column 'chat_template_kwargs' must be an object, got {type(kwargs).__name__}")
+    return {"tools": tools, **kwargs}
+
+
+def _messages(value: Any, row: Row, name: str) -> list[Message]:
+    """Check a message list (or a lone message) and give every turn ``role`` and ``content``."""
+    turns = [value] if isinstance(value, dict) else value
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise UserError(f"{row.where}: column {name!r} must be a list of messages, got {type(value).__name__}")
+    messages = []
+    for turn in turns:
+        if turn.get("role") is not None:
+            messages.append(turn)
+            continue
+        if turn.get("from") is None or "value" not in turn:
+            keys = _listed(turn)
+            raise UserError(f"{row.where}: a turn of column {name!r} has {keys}; expected role and content")
+        role = SHAREGPT_ROLES.get(str(turn["from"]).lower())
+        if role is None:
+            speakers = ", ".join(SHAREGPT_ROLES)
+            raise UserError(f"{row.where}: column {name!r} has a turn from {turn['from']!r}; known are {speakers}")
+        rest = {key: item for key, item in turn.items() if key not in ("from", "value", "role", "content")}
+        messages.append({"role": role, "content": turn["value"], **rest})
+    return messages
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
+
+
+def _read_preference(row: Row) -> Example:
+    _reject_images(row)
+    chosen, rejected = (_column(row, name, "preference") for name in COLUMNS["preference"])
+    prompt = _column(row, "prompt", "preference") if "prompt" in row.data else None
+    refs = _ref_logps(row)
+    if isinstance(chosen, str) and isinstance(rejected, str) and (prompt is None or isinstance(prompt, str)):
+        if prompt is None:
+            prompt, chosen, rejected = split_implicit_prompt(chosen, rejected)
+        return Example(row.index, row.where, "text", prompt, (chosen, rejected), refs)
+    if not (_is_conversation(chosen) and _is_conversation(rejected)):
+        kinds = {name: type(row.data[name]).__name__ for name in ("prompt", "chosen", "rejected") if name in row.data}
+        listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+        raise UserError(f"{row.where}: columns must all be text or all be non-empty message lists, got {listed}")
+    sides = _messages(chosen, row, "chosen"), _messages(rejected, row, "rejected")
+    if _is_conversation(prompt):
+        start = _messages(prompt, row, "prompt")
+    elif isinstance(prompt, str) and all(side[0]["role"] == "assistant" for side in sides):
+        start = [{"role": "user", "content": prompt}]
+    else:
+        # Beside whole conversations a text prompt only repeats a turn that both sides begin with.
+        start, *rest = split_implicit_prompt(*sides)
+        sides = rest[0], rest[1]
+        if not start:
+            raise PromptsDifferError
+    return Example(row.index, row.where, "messages", start, sides, refs, _template_kwargs(row))
+
+
+def split_implicit_prompt(chosen, rejected):
+    """Split what two strings or two message lists have in common off both.
+
+    The prompt is the longest common prefix, in characters or whole turns; it leaves at least one character or turn to
+    either side, and gives a space before the first difference to the completions (as TRL 1.x splits).
+    """
+    shorter = min(len(chosen), len(rejected))
+    size = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
+    if size is None:
+        size = max(shorter - 1, 0)
+    elif size > 0 and chosen[size - 1] == " ":
+        size -= 1
+    return chosen[:size], chosen[size:], rejected[size:]
+
+
+def _split_dialogue(row: Row) -> tuple[str, str, str]:
+    """Split both sides after their last ``\\n\\nAssistant:``."""
+    heads, tails = [], []
+    for name in COLUMNS["hh"]:
+        text = _column(row, name, "hh")
+        if not isinstance(text, str) or ASSISTANT not in text:
+            raise UserError(
+                f"{row.where}: column {name!r} is not a dialogue with a '\\n\\nAssistant:' turn; "
+                "set data.format: preference if these rows are plain text"
+            )
+        end = text.rindex(ASSISTANT) + len(ASSISTANT)
+        heads.append(text[:end])
+        tails.append(text[end:])
+    if heads[0] != heads[1]:
+        raise PromptsDifferError
+    return heads[0], tails[0], tails[1]
+
+
+def _read_hh_text(row: Row) -> Example:
+    prompt, chosen, rejected = _split_dialogue(row)
+    return Example(row.index, row.where, "text", prompt, (chosen, rejected), _ref_logps(row))
+
+
+def _read_hh_messages(row: Row) -> Example:
+    prompt, *completions = _split_dialogue(row)
+    before, *marked = _HH_TURN.split(prompt.removesuffix(ASSISTANT))
+    messages: list[Message] = [{"role": "system", "content": before.strip()}] if before.strip() else []
+    for speaker, text in zip(marked[::2], marked[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            # Most templates refuse two turns of one speaker in a row.
+            messages[-1]["content"] += "\n\n" + text.strip()
+        else:
+            messages.append({"role": role, "content": text.strip()})
+    if not messages:
+        raise UserError(f"{row.where}: the dialogue has no turn before its last '\\n\\nAssistant:'")
+    answers = tuple([{"role": "assistant", "content": text.strip()}] for text in completions)
+    return Example(row.index, row.where, "messages", messages, answers, _ref_logps(row), _template_kwargs(row))
+
+
+def _answer(value: Any, row: Row, name: str) -> list[Message]:
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else _messages(value, row, name)
+
+
+def _read_sharegpt(row: Row) -> Example:
+    _reject_images(row)
+    conversation, chosen, rejected = (_column(row, name, "sharegpt") for name in COLUMNS["sharegpt"])
+    prompt = _messages(conversation, row, "conversations")
+    system = row.data.get("system")
+    if isinstance(system, str) and system and not (prompt and prompt[0]["role"] == "system"):
+        prompt = [{"role": "system", "content": system}, *prompt]
+    if not prompt:
+        raise UserError(f"{row.where}: column 'conversations' has no turns")
+    answers = (_answer(chosen, row, "chosen"), _answer(rejected, row, "rejected"))
+    return Example(row.index, row.where, "messages", prompt, answers, _ref_logps(row), _template_kwargs(row))
+
+
+def _read_kwise(row: Row) -> Example:
+    _reject_images(row)
+    prompt, responses, ranking = (_column(row, name, "kwise") for name in COLUMNS["kwise"])
+    if not isinstance(responses, list) or len(responses) < 2:
+        count = len(responses) if isinstance(responses, list) else type(responses).__name__
+        raise UserError(f"{row.where}: column 'responses' needs a list of at least 2 responses, got {count}")
+    if not isinstance(ranking, list) or len(ranking) != len(responses):
+        count = len(ranking) if isinstance(ranking, list) else type(ranking).__name__
+        raise UserError(
+            f"{row.where}: column 'ranking' needs one rank for each of {len(responses)} responses, got {count}"
+        )
+    ranks = _floats(ranking, row, "'ranking'")
+    if len(set(ranks)) < len(ranks):
+        raise UserError(f"{row.where}: column 'ranking' has ties ({ranking}); every response needs its own rank")
+    order = sorted(range(len(ranks)), key=ranks.__getitem__)
+    refs = row.data.get("ref_logps")
+    if refs is not None:
+        if not isinstance(refs, list) or len(refs) != len(responses):
+            raise UserError(f"{row.where}: column 'ref_logps' needs one number for each of {len(responses)} responses")
+        values = _floats(refs, row, "'ref_logps'")
+        refs = tuple(values[i] for i in order)
+    if isinstance(prompt, str):
+        if not all(isinstance(response, str) for response in responses):
+            raise UserError(f"{row.where}: column 'prompt' is text, so every response must be text, too")
+        return Example(row.index, row.where, "text", prompt, tuple(responses[i] for i in order), refs)
+    answers = tuple(_answer(responses[i], row, "responses") for i in order)
+    messages = _messages(prompt, row, "prompt")
+    if not messages:
+        raise UserError(f"{row.where}: column 'prompt' has no turns")
+    return Example(row.index, row.where, "messages", messages, answers, refs, _template_kwargs(row))
+
+
+def _read_tokenized(row: Row) -> Example:
+    parts = []
+    for name in COLUMNS["tokenized"]:
+        ids = _column(row, name, "tokenized")
+        if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise UserError(f"{row.where}: column {name!r} must be a list of token ids (whole numbers, 0 or more)")
+        parts.append(ids)
+    return Example(row.index, row.where, "ids", parts[0], (parts[1], parts[2]), _ref_logps(row))

@@ -1,0 +1,223 @@
+"""Rows of one local file: JSON lines, a JSON array or Parquet, each also gzipped, read without holding the file.
+
+JSON is read here, and not through ``datasets``, so that an error can name its line and a file of many gigabytes never
+becomes one object.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from engine.errors import UserError
+
+EXTENSIONS = (".jsonl", ".json", ".parquet")
+CHUNK_CHARS = 1 << 20
+PARQUET_ROWS = 1024
+
+
+class FileRow(NamedTuple):
+    """One row of a file. ``line`` is its 1-based line, or None where the format has no lines."""
+
+    file: Path
+    line: int | None
+    data: dict[str, Any]
+
+
+def data_extension(path: Path) -> str | None:
+    """``.jsonl``, ``.json`` or ``.parquet`` without a trailing ``.gz``; None for a file that is no data file."""
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in EXTENSIONS else None
+
+
+def read_file(path: Path) -> Iterator[FileRow]:
+    """Yield the rows of one file in order.
+
+    Raises UserError, with file and line, for a file that cannot be opened, is empty, is cut short, or holds something
+    else than objects.
+    """
+    readers: dict[str | None, Callable[[Path], Iterator[FileRow]]] = {
+        ".jsonl": _read_json_lines,
+        ".json": _read_json,
+        ".parquet": _read_parquet,
+    }
+    reader = readers.get(data_extension(path))
+    if reader is None:
+        known = ", ".join(EXTENSIONS)
+        raise UserError(f"{path}: unknown kind of data file; expected {known}, each also with .gz")
+    empty = True
+    for row in reader(path):
+        empty = False
+        yield row
+    if empty:
+        raise UserError(f"{path} holds no rows")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, decompressed. Faults of the file system and of gzip, also while reading, become UserError."""
+    try:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb") as stream:
+            yield stream  # type: ignore[misc]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except gzip.BadGzipFile:
+        raise UserError(f"{path} is not a gzip file, though its name ends with .gz") from None
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path} is cut short or damaged ({error}); fetch or write it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _object(value: Any, path: Path, line: int) -> FileRow:
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line {line}: expected an object with named columns, got {type(value).__name__}")
+    return FileRow(path, line, value)
+
+
+def _read_json_lines(path: Path, hint: str = "") -> Iterator[FileRow]:
+    with _opened(path) as stream:
+        for line, raw in enumerate(stream, start=1):
+            try:
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+            except UnicodeDecodeError:
+                raise UserError(f"{path}, line {line}: not UTF-8 text; convert the file to UTF-8") from None
+            if not text:
+                continue
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                where = f"{path}, line {line}, column {error.colno}"
+                raise UserError(f"{where}: broken JSON: {error.msg}{hint}") from None
+            yield _object(value, path, line)
+
+
+def _read_json(path: Path) -> Iterator[FileRow]:
+    """A .json file holds one array of objects or, as many tools write it, one object a line."""
+    with _opened(path) as stream:
+        head = b""
+        while not head.strip() and (block := stream.read(4096)):
+            head = block
+    first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if first == b"[":
+        return _read_json_array(path)
+    return _read_json_lines(path, hint="; a .json file holds one array of objects, or one object a line")
+
+
+class _ArrayScanner:
+    """A window over the text of a JSON array that can be decoded value by value."""
+
+    def __init__(self, stream: IO[bytes], path: Path):
+        self.path = path
+        self.text = ""
+        self.at = 0
+        self._line = 1
+        self._counted = 0
+        self.ended = False
+        self._stream = stream
+        self._tail = b""
+        self._decoder = json.JSONDecoder()
+
+    def _grow(self) -> None:
+        """Drop what was consumed and at least double what is left, so that a long value costs linear time."""
+        line = self.here()
+        rest = self.text[self.at :]
+        block = self._tail + self._stream.read(max(CHUNK_CHARS, len(rest)))
+        self.ended = len(block) == len(self._tail)
+        try:
+            more = block.decode("utf-8")
+            self._tail = b""
+        except UnicodeDecodeError as error:
+            # A character may be cut by the end of the block; anything else is no UTF-8.
+            if self.ended or len(block) - error.start > 3:
+                line += rest.count("\n") + block.count(b"\n", 0, error.start)
+                raise UserError(f"{self.path}, line {line}: not UTF-8 text; convert the file to UTF-8") from None
+            more, self._tail = block[: error.start].decode("utf-8"), block[error.start :]
+        self.text, self.at, self._counted = rest + more, 0, 0
+
+    def peek(self) -> str:
+        """The next character that is not white space, or an empty string at the end of the file."""
+        while True:
+            while self.at < len(self.text):
+                if self.text[self.at] not in " \t\r\n":
+                    return self.text[self.at]
+                self.at += 1
+            if self.ended:
+                return ""
+            self._grow()
+
+    def take(self, expected: str) -> str:
+        found = self.peek()
+        if not found or found not in expected:
+            got = repr(found) if found else "the end of the file"
+            wanted = " or ".join(repr(c) for c in expected)
+            raise UserError(f"{self.path}, line {self.here()}: broken JSON: expected {wanted}, got {got}")
+        self.at += 1
+        return found
+
+    def here(self) -> int:
+        """The 1-based line of the next character."""
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
+
+    def value(self) -> Any:
+        """Decode the next value of the array, reading on while it may only be cut by the end of the window."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 8
+                if self.ended or not cut:
+                    line = self.here() + self.text.count("\n", self.at, error.pos)
+                    raise UserError(f"{self.path}, line {line}: broken JSON: {error.msg}") from None
+            else:
+                self.at = end
+                return value
+            self._grow()
+
+
+def _read_json_array(path: Path) -> Iterator[FileRow]:
+    with _opened(path) as stream:
+        scanner = _ArrayScanner(stream, path)
+        if scanner.peek() == "\ufeff":
+            scanner.at += 1
+        scanner.take("[")
+        more = scanner.peek() != "]"
+        if not more:
+            scanner.take("]")
+        while more:
+            scanner.peek()
+            line = scanner.here()
+            yield _object(scanner.value(), path, line)
+            more = scanner.take(",]") == ","
+        if scanner.peek():
+            raise UserError(f"{path}, line {scanner.here()}: broken JSON: text after the end of the array")
+
+
+def _read_parquet(path: Path) -> Iterator[FileRow]:
+    with _opened(path) as stream, tempfile.TemporaryFile() as scratch:
+        source: IO[bytes] = stream
+        if path.suffix.lower() == ".gz":
+            # Parquet is read from its end, which a gzip stream cannot do.
+            shutil.copyfileobj(stream, scratch)
+            source = scratch
+        try:
+            for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=PARQUET_ROWS):
+                for data in batch.to_pylist():
+                    yield FileRow(path, None, data)
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None

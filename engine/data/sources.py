@@ -1,0 +1,196 @@
+"""Where rows come from: a data file, a folder of data files, a folder saved by ``datasets``, or a dataset on the Hub.
+
+Splits. A single file is one split, whatever split is asked for. In a folder the split is read from the names of files
+and folders (``train-00000-of-00002.parquet``, ``test/rows.jsonl``); files that name no split at all are ``train``. A
+split may be sliced as in ``datasets``: ``train[:1000]``, ``train[90%:]``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from engine.data.readers import EXTENSIONS, data_extension, read_file
+from engine.errors import UserError
+
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
+_SLICED = re.compile(r"(?P<name>[^\[\]+]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One source row."""
+
+    index: int
+    """0-based, over all files of the split and before slicing."""
+    data: dict[str, Any]
+    file: str
+    """The file, or the dataset's name where there is no file."""
+    line: int | None = None
+
+    @property
+    def where(self) -> str:
+        """For messages: file, row and, where there is one, line."""
+        return f"{self.file}, row {self.index}" + (f" (line {self.line})" if self.line is not None else "")
+
+
+class Source:
+    """The rows of one split, in order; can be iterated again."""
+
+    def __init__(self, name: str, rows: Callable[[], Iterator[Row]], start: str | None, stop: str | None):
+        self.name = name
+        self._rows = rows
+        self._start = start
+        self._stop = stop
+
+    def __iter__(self) -> Iterator[Row]:
+        start, stop = self._start, self._stop
+        if not start and not stop:
+            return self._rows()
+        if any(bound and (bound.endswith("%") or bound.startswith("-")) for bound in (start, stop)):
+            count = sum(1 for _ in self._rows())
+            first, last, _ = slice(_bound(start, count), _bound(stop, count)).indices(count)
+            return islice(self._rows(), first, max(first, last))
+        return islice(self._rows(), int(start or 0), int(stop) if stop else None)
+
+
+def _bound(text: str | None, count: int) -> int | None:
+    if not text:
+        return None
+    return round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
+
+
+def is_single_file(name: str) -> bool:
+    """Whether a dataset name is a path to one data file, which has no splits."""
+    return Path(name).expanduser().is_file()
+
+
+def open_source(name: str, *, split: str = "train", config: str | None = None) -> Source:
+    """Open one split of a dataset.
+
+    Args:
+        name: a data file, a folder, or a dataset on the Hub. A path that exists wins over a Hub name.
+        split: split name, possibly sliced.
+        config: configuration of a Hub dataset.
+
+    Raises:
+        UserError: nothing there, no such split, or an unknown kind of file. Faults inside a file are raised when its
+            rows are read.
+    """
+    match = _SLICED.fullmatch(split)
+    if match is None:
+        raise UserError(f"{name}: split {split!r} is not understood; write a name or a slice such as train[:1000]")
+    path = Path(name).expanduser()
+    if path.exists():
+        if config is not None:
+            raise UserError(f"data.dataset_config={config} is for Hub datasets, but {name} is a local path; remove it")
+        rows = _local_rows(path, match["name"])
+    elif data_extension(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{name} does not exist; check data.dataset_name and data.eval_dataset_name")
+    else:
+        rows = _hub_rows(name, match["name"], config)
+    return Source(name, rows, match["start"], match["stop"])
+
+
+def _local_rows(path: Path, split: str) -> Callable[[], Iterator[Row]]:
+    if path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+        return _saved_rows(path, split)
+    files = _folder_files(path, split) if path.is_dir() else [path]
+    for file in files:
+        if data_extension(file) is None:
+            known = ", ".join(EXTENSIONS)
+            raise UserError(f"{file}: unknown kind of data file; expected {known}, each also with .gz")
+
+    def rows() -> Iterator[Row]:
+        index = 0
+        for file in files:
+            for row in read_file(file):
+                yield Row(index, row.data, str(row.file), row.line)
+                index += 1
+
+    return rows
+
+
+def _named_split(file: Path, folder: Path) -> str | None:
+    """The split that a path names; the file's own name counts before its folders'."""
+    for part in reversed(file.relative_to(folder).parts):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
+    return None
+
+
+def _folder_files(folder: Path, split: str) -> list[Path]:
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and data_extension(f) and not _is_no_data(f, folder))
+    if not files:
+        raise UserError(f"{folder} holds no data files ({', '.join(EXTENSIONS)}, each also with .gz)")
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        by_split.setdefault(_named_split(file, folder) or "", []).append(file)
+    if set(by_split) == {""}:
+        by_split = {"train": files}
+    wanted = by_split.get(SPLIT_WORDS.get(split, split))
+    if wanted is None:
+        found = ", ".join(sorted(name or "(files that name no split)" for name in by_split))
+        raise UserError(f"{folder} has no split {split!r}; it has {found}")
+    return wanted
+
+
+def _is_no_data(file: Path, folder: Path) -> bool:
+    if file.name in ("dataset_info.json", "dataset_infos.json"):
+        return True
+    return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+
+
+def _dataset_rows(dataset, name: str) -> Callable[[], Iterator[Row]]:
+    return lambda: (Row(index, data, name) for index, data in enumerate(dataset))
+
+
+def _saved_rows(path: Path, split: str) -> Callable[[], Iterator[Row]]:
+    """A folder written by ``datasets``' ``save_to_disk``."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} was saved by datasets but does not load: {_first_line(error)}") from error
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise UserError(f"{path} has no split {split!r}; it has {', '.join(sorted(dataset))}")
+        dataset = dataset[split]
+    return _dataset_rows(dataset, str(path))
+
+
+def _hub_rows(name: str, split: str, config: str | None) -> Callable[[], Iterator[Row]]:
+    import datasets
+
+    wanted = f"dataset {name}" + (f" ({config})" if config else "") + f", split {split}"
+    try:
+        dataset = datasets.load_dataset(name, config, split=split)
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise UserError(
+            f"{wanted}: there is no such path here, and the Hub or its cache gave: {_first_line(error)}; "
+            "check the name, or download it once while online"
+        ) from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{wanted} does not load: {_first_line(error)}") from error
+    return _dataset_rows(dataset, name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,257 @@
+"""Examples to token ids, with TRL 1.x's semantics: the same rows give the same ids.
+
+Text: the EOS text is appended to a completion that lacks it, and prompt and completion are tokenised together. Message
+lists: the chat template renders the prompt with its generation prompt, and prompt plus completion without. Either way
+the prompt is what ``tok(prompt)`` and all joint sequences begin with; where a token reaches over the boundary, the end
+of the prompt belongs to the completions. ``max_length`` then cuts the end of prompt + completion, each on its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from engine.config.schema import DataConfig
+from engine.data.formats import Example
+from engine.data.groups import PreferenceGroup
+from engine.data.lint import LintReport
+from engine.errors import UserError
+
+ROWS_PER_CALL = 512
+
+
+class Encoded(NamedTuple):
+    """Token ids of one example before truncation."""
+
+    prompt_ids: list[int]
+    completion_ids: tuple[list[int], ...]
+    merged: bool
+    """The prompt alone is tokenised differently at its end than before a completion."""
+
+
+class Encoder:
+    """A tokenizer with the chat template that ``data.chat_template`` asks for.
+
+    Raises:
+        UserError: the template file cannot be read.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig):
+        self.tokenizer = tokenizer
+        self.eos_token: str | None = tokenizer.eos_token  # type: ignore[assignment]
+        self.bos_id: int | None = tokenizer.bos_token_id  # type: ignore[assignment]
+        self.eos_id: int | None = tokenizer.eos_token_id  # type: ignore[assignment]
+        self.vocab_size = len(tokenizer)
+        added = tokenizer.added_tokens_decoder
+        self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        # Tokenizers such as mistral-common's build conversations out of ids, without a template's text.
+        self._own_chat = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+        self._template: str | None = None
+        self.template_origin = "none (data.chat_template: none)"
+        self.use_messages = False
+        if data.chat_template == "auto":
+            self.use_messages = self._own_chat or bool(tokenizer.chat_template)
+            self.template_origin = "the tokenizer's" if self.use_messages else "none (the tokenizer has none)"
+        elif data.chat_template != "none":
+            self._template = _read_template(data.chat_template)
+            self.template_origin = data.chat_template
+            self.use_messages = True
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Token ids of each example; all texts of a kind go to the tokenizer in one call.
+
+        Raises:
+            UserError: text without an EOS token, messages without a chat template, a template that fails on a row, or
+                ids that the tokenizer does not have.
+        """
+        texts: dict[bool, list[str]] = {True: [], False: []}
+        for example in examples:
+            if example.kind == "text":
+                texts[True] += self._plain_texts(example)
+            elif example.kind == "messages" and not self._own_chat:
+                texts[False] += self._rendered_texts(example)
+        ids = {special: iter(self._tokenize(batch, special)) for special, batch in texts.items()}
+        return [self._assemble(example, ids) for example in examples]
+
+    def _assemble(self, example: Example, ids: dict[bool, Iterator[list[int]]]) -> Encoded:
+        if example.kind == "ids":
+            return self._checked_ids(example)
+        if example.kind == "messages" and self._own_chat:
+            prompt_ids, *joint_ids = self._conversations(example, tokenize=True)
+        else:
+            prompt_ids, *joint_ids = islice(ids[example.kind == "text"], 1 + len(example.completions))
+        size = min(common_prefix_length(prompt_ids, joint) for joint in joint_ids)
+        return Encoded(prompt_ids[:size], tuple(joint[size:] for joint in joint_ids), merged=size < len(prompt_ids))
+
+    def _plain_texts(self, example: Example) -> list[str]:
+        if not self.eos_token:
+            raise UserError(
+                f"{example.where}: the tokenizer has no EOS token to end a text completion with; "
+                "set eos_token in its tokenizer_config.json"
+            )
+        ended = [c if c.endswith(self.eos_token) else c + self.eos_token for c in example.completions]
+        return [example.prompt, *(example.prompt + completion for completion in ended)]
+
+    def _rendered_texts(self, example: Example) -> list[str]:
+        if not self.use_messages:
+            raise UserError(
+                f"{example.where}: the row is a list of messages, but no chat template is in use: "
+                f"{self.template_origin}; set data.chat_template to a Jinja file, or use a tokenizer that has one"
+            )
+        return self._conversations(example, tokenize=False)
+
+    def _conversations(self, example: Example, *, tokenize: bool) -> list[Any]:
+        """The prompt with its generation prompt, then prompt + completion for each completion: text, or ids."""
+
+        def render(messages: list[dict[str, Any]], **kwargs: Any) -> Any:
+            if self._template is not None:
+                kwargs["chat_template"] = self._template
+            kwargs.update(example.template_kwargs)
+            rendered: Any = self.tokenizer.apply_chat_template(
+                messages, tokenize=tokenize, return_dict=tokenize, **kwargs
+            )
+            return list(rendered["input_ids"]) if tokenize else rendered
+
+        try:
+            prompt = render(example.prompt, add_generation_prompt=True)
+            return [prompt, *(render(example.prompt + completion) for completion in example.completions)]
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{example.where}: the chat template does not accept this row: {reason}") from error
+
+    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        # A template writes the special tokens itself; plain text gets what the tokenizer adds by default.
+        return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+
+    def _checked_ids(self, example: Example) -> Encoded:
+        largest = max((max(ids, default=0) for ids in (example.prompt, *example.completions)), default=0)
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"{example.where}: token id {largest} is outside the tokenizer's {self.vocab_size:,} tokens; "
+                "tokenise the rows again with this model's tokenizer"
+            )
+        return Encoded(example.prompt, example.completions, merged=False)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"data.chat_template={path} cannot be read: {reason}; give 'auto', 'none' or the path of a Jinja file"
+        ) from None
+
+
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    if second[: len(first)] == first:
+        return len(first)
+    return next(i for i in range(len(first)) if i >= len(second) or first[i] != second[i])
+
+
+def make_groups(
+    examples: Iterable[Example], encoder: Encoder, *, max_length: int | None, report: LintReport
+) -> Iterator[PreferenceGroup]:
+    """Tokenise, lint and truncate examples; yield the groups that are left, in order.
+
+    Holds ``ROWS_PER_CALL`` examples at a time, and 8 bytes a row to find duplicates.
+    """
+    seen: set[int] = set()
+    stream = iter(examples)
+    while chunk := list(islice(stream, ROWS_PER_CALL)):
+        for example, encoded in zip(chunk, encoder.encode(chunk), strict=True):
+            dropped = _unusable(encoded, max_length)
+            if dropped is not None:
+                report.add(dropped, example.row)
+                continue
+            group = PreferenceGroup(
+                row=example.row,
+                prompt_ids=np.asarray(encoded.prompt_ids, dtype=np.int32),
+                response_ids=tuple(
+                    np.asarray(ids[: _room(encoded, max_length)], dtype=np.int32) for ids in encoded.completion_ids
+                ),
+                ref_logps=example.ref_logps,
+            )
+            for problem in _faults(example, encoded, group, encoder):
+                report.add(problem, example.row)
+            key = _content_hash(group)
+            if key in seen:
+                report.add("duplicate", example.row)
+            seen.add(key)
+            yield group
+
+
+def _room(encoded: Encoded, max_length: int | None) -> int | None:
+    return None if max_length is None else max_length - len(encoded.prompt_ids)
+
+
+def _unusable(encoded: Encoded, max_length: int | None) -> str | None:
+    """The problem for which a row must be dropped, or None."""
+    if not encoded.prompt_ids:
+        return "no_prompt_tokens"
+    if not all(encoded.completion_ids):
+        return "no_completion_tokens"
+    if max_length is not None and len(encoded.prompt_ids) >= max_length:
+        return "prompt_too_long"
+    return None
+
+
+def _faults(example: Example, encoded: Encoded, group: PreferenceGroup, encoder: Encoder) -> Iterator[str]:
+    """Names of the problems that a kept row has."""
+    if any(_is_empty(example, completion, encoder) for completion in example.completions):
+        yield "empty_completion"
+    if len({ids.tobytes() for ids in group.response_ids}) < len(group.response_ids):
+        yield "identical_completions"
+    if encoded.merged:
+        yield "boundary_merge"
+    if encoder.bos_id is not None:
+        starts = [(*encoded.prompt_ids[:2], *ids[:1])[:2] for ids in encoded.completion_ids]
+        if (encoder.bos_id, encoder.bos_id) in starts:
+            yield "double_bos"
+    ends = [_end_of_turn(ids, encoder) for ids in encoded.completion_ids]
+    if None in ends:
+        yield "missing_eos"
+    kept = [len(ids) for ids in group.response_ids]
+    if any(size < len(ids) for size, ids in zip(kept, encoded.completion_ids, strict=True)):
+        yield "truncated"
+    if any(end is not None and end >= size for size, end in zip(kept, ends, strict=True)):
+        yield "eos_lost"
+
+
+def _end_of_turn(ids: list[int], encoder: Encoder) -> int | None:
+    """Where a completion's closing special token is. Some templates write a line break after it."""
+    last = len(ids) - 1
+    return next((i for i in (last, last - 1) if i >= 0 and ids[i] in encoder.special_ids), None)
+
+
+def _is_empty(example: Example, completion: Any, encoder: Encoder) -> bool:
+    if example.kind == "text":
+        return not completion.removesuffix(encoder.eos_token).strip()
+    if example.kind == "ids":
+        return completion == [encoder.eos_id]
+    return not any(_has_content(turn) for turn in completion)
+
+
+def _has_content(turn: dict[str, Any]) -> bool:
+    content = turn.get("content")
+    return bool(content.strip() if isinstance(content, str) else content) or bool(turn.get("tool_calls"))
+
+
+def _content_hash(group: PreferenceGroup) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for ids in (group.prompt_ids, *group.response_ids):
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(ids.tobytes())
+    return int.from_bytes(digest.digest(), "little")
