@@ -49,12 +49,11 @@ def model_digest(policy: Policy, *, reference_adapter: str | None = None) -> str
         reference_adapter: name of a frozen adapter that is part of the reference; its weights and config are covered.
     """
     hasher = blake2b(digest_size=16)
-    config: Any = policy.config
     _feed(hasher, "profile", f"{str(policy.compute_dtype).removeprefix('torch.')}/{policy.backend.name}")
-    _feed(hasher, "config", _as_json(config.to_dict(), _IGNORED_CONFIG))
+    _feed(hasher, "config", _as_json(policy.config, _IGNORED_CONFIG))
     if reference_adapter is not None:
         adapter = policy.model.peft_config[reference_adapter]  # type: ignore[index]
-        _feed(hasher, "adapter", _as_json(adapter.to_dict(), _IGNORED_ADAPTER_CONFIG))
+        _feed(hasher, "adapter", _as_json(adapter, _IGNORED_ADAPTER_CONFIG))
     tensors = dict(sorted(_reference_tensors(policy, reference_adapter), key=lambda item: item[0]))
     storage = {name: (t.data_ptr(), t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
     unique = {storage[name]: tensor for name, tensor in tensors.items()}
@@ -132,8 +131,10 @@ def _feed(hasher, name: str, value: str) -> None:
         hasher.update(data)
 
 
-def _as_json(config: dict[str, Any], ignored: frozenset[str]) -> str:
-    return json.dumps({k: v for k, v in config.items() if k not in ignored}, sort_keys=True, default=_plain)
+def _as_json(config: Any, ignored: frozenset[str]) -> str:
+    """A transformers or peft config without its ``ignored`` fields."""
+    kept = {name: value for name, value in config.to_dict().items() if name not in ignored}
+    return json.dumps(kept, sort_keys=True, default=_plain)
 
 
 def _plain(value: Any) -> Any:

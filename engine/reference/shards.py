@@ -28,6 +28,7 @@ TEMPORARY_SUFFIX = ".tmp"
 # No writer needs a minute for a shard; an hour leaves room for clocks of file servers that disagree.
 TEMPORARY_AGE_SECONDS = 3600.0
 
+_TYPES = {"key": pa.binary(KEY_BYTES), "logps": pa.list_(pa.float32())}
 _FORMAT = "1"
 _FORMAT_FIELD = b"dpo.reference.format"
 _KEYS_FIELD = b"dpo.reference.keys_blake2b"
@@ -50,7 +51,7 @@ def write_shard(folder: Path, values: Mapping[bytes, np.ndarray]) -> Path:
     flat = np.concatenate([np.asarray(v, np.float32) for v in values.values()])
     keys_sum, content_sum = _checksums(keys, lengths, flat)
     data = _encode(keys, lengths, flat, keys_sum, content_sum)
-    path = folder / f"{content_sum}{SUFFIX}"
+    path = folder / f"{content_sum.decode()}{SUFFIX}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sync_folder(folder.parent)
@@ -88,7 +89,7 @@ def read_values(path: Path, wanted_rows: np.ndarray) -> list[np.ndarray]:
         raise _damaged(path, "it has empty rows")
     offsets = column.offsets.to_numpy().astype(np.int64)
     flat = column.values.to_numpy(zero_copy_only=False)[: offsets[-1]]
-    if _checksums(_key_bytes(table), np.diff(offsets), flat)[1] != metadata[_CONTENT_FIELD].decode():
+    if _checksums(_key_bytes(table), np.diff(offsets), flat)[1] != metadata[_CONTENT_FIELD]:
         raise _damaged(path, "its content does not match its checksum")
     return [flat[offsets[row] : offsets[row + 1]].copy() for row in wanted_rows.tolist()]
 
@@ -103,7 +104,7 @@ def remove_stale_temporaries(folder: Path) -> None:
                     path.unlink()
 
 
-def _encode(keys: np.ndarray, lengths: np.ndarray, flat: np.ndarray, keys_sum: str, content_sum: str) -> memoryview:
+def _encode(keys: np.ndarray, lengths: np.ndarray, flat: np.ndarray, keys_sum: bytes, content_sum: bytes) -> memoryview:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     table = pa.table(
         {
@@ -158,7 +159,7 @@ def _read(path: Path, columns: list[str]) -> tuple[pa.Table, dict[bytes, bytes]]
             metadata = file.schema_arrow.metadata or {}
             _check_format(path, metadata)
             table = file.read(columns=columns)
-        if table.schema.names != columns or table.schema.field("key").type != pa.binary(KEY_BYTES):
+        if dict(zip(table.schema.names, table.schema.types, strict=True)) != {name: _TYPES[name] for name in columns}:
             raise _damaged(path, "it lacks the columns of a shard")
         table.validate(full=True)
     except (pa.ArrowException, UnicodeDecodeError, MemoryError) as error:
@@ -192,9 +193,8 @@ def _key_bytes(table: pa.Table) -> np.ndarray:
     return np.frombuffer(column.buffers()[1], np.uint8)[start : start + len(column) * KEY_BYTES]
 
 
-def _checksums(keys: np.ndarray, lengths: np.ndarray, flat: np.ndarray) -> tuple[str, str]:
-    keys_sum = _digest(keys).decode()
-    return keys_sum, _digest(keys, lengths.astype("<i8"), flat.astype("<f4", copy=False)).decode()
+def _checksums(keys: np.ndarray, lengths: np.ndarray, flat: np.ndarray) -> tuple[bytes, bytes]:
+    return _digest(keys), _digest(keys, lengths.astype("<i8"), flat.astype("<f4", copy=False))
 
 
 def _digest(*arrays: np.ndarray) -> bytes:
