@@ -1,13 +1,14 @@
 """Which implementation of an op runs, and why.
 
-An implementation is a module beside its op. ``auto`` takes the first that works on the tensors' device; a name asked for
-outright is used or refused with the reason, never replaced.
+An implementation is a module beside its op. ``auto`` takes the fastest that works on the tensors' device; a name asked
+for outright is used or refused with the reason, never replaced.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from types import ModuleType
 from typing import NamedTuple
@@ -35,7 +36,7 @@ def _load(op: str, impl: str) -> ModuleType:
 
 
 def why_not(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why ``impl`` of ``op`` cannot run on such tensors; None when it can. Depends on its arguments and this install only."""
+    """Why ``impl`` of ``op`` cannot run on such tensors; None when it can. Depends on the arguments and this install."""
     if impl == "native":
         return "the native extension is not built"
     if impl != "triton":
@@ -109,7 +110,7 @@ def describe(device: str | torch.device | None = None, dtype: torch.dtype = torc
     kind = torch.device(device).type
     version = None
     if importlib.util.find_spec("triton") is not None:
-        version = importlib.import_module("importlib.metadata").version("triton")
+        version = importlib.metadata.version("triton")
     return Description(
         device=kind,
         dtype=str(dtype).removeprefix("torch."),

@@ -32,6 +32,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpo_kernels.chunks import accumulation_dtype
 from dpo_kernels.dispatch import implementation
 
 _OPTIONS = "float? softcap, float logit_scale, float temperature, int ignore_index, str impl"
@@ -54,10 +55,6 @@ def check_labels(labels_T: Tensor, num_classes: int, ignore_index: int) -> None:
 def unit_stride(matrix: Tensor) -> Tensor:
     """The same matrix with unit stride along its last dimension; a copy only when it has to be."""
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def refuse_double_backward(name: str) -> None:

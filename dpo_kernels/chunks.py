@@ -1,0 +1,125 @@
+"""Blocks of a logits matrix in plain torch: what the ``torch`` implementations of both ops share.
+
+Legend: N rows, D features, V vocabulary, n rows of a block, v columns of a slice, C the accumulation dtype (float32, or
+float64 for float64 inputs).
+
+Logits are only ever held for some rows or some columns, in C. Elementwise passes run over small blocks of rows of such
+a buffer, so that a block stays in cache from its first read to its last write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BUFFER_BYTES = 96 * 2**20
+"""Size of the logits buffer."""
+CACHE_BYTES = 2**20
+"""Size of a block of the elementwise passes."""
+CAST_BYTES = 8 * 2**20
+"""Size of the block in which a weight is converted, where products need another dtype than the weight's."""
+
+
+class Head(NamedTuple):
+    """A linear head, and what turns its output a = x W^T + b into logits z."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+
+    @property
+    def slope(self) -> float:
+        """dz / da, but for the softcap's own factor."""
+        return self.logit_scale / self.temperature
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that products take: the tensor's own where a product of it accumulates in C and returns C, else C."""
+    return tensor.dtype if tensor.device.type == "cuda" else accumulation_dtype(tensor.dtype)
+
+
+def even_slices(length: int, largest: int) -> Iterator[slice]:
+    """Cut range(length) into as few slices of at most ``largest`` (at least 1) as possible, of nearly equal size."""
+    count = -(-length // max(1, largest))
+    for i in range(count):
+        yield slice(length * i // count, length * (i + 1) // count)
+
+
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a matrix in blocks that fit a cache; on a GPU all at once."""
+    row_bytes = max(1, matrix.shape[1] * matrix.element_size())
+    yield from even_slices(matrix.shape[0], matrix.shape[0] if matrix.is_cuda else CACHE_BYTES // row_bytes)
+
+
+def product_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
+    """out = a b, or out += a b, with ``out`` in C and a, b in the dtype of products."""
+    if a.dtype == out.dtype:
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif accumulate:
+        out.add_(torch.mm(a, b, out_dtype=out.dtype))
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def weight_blocks(weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in the dtype of products: as it is, or by converted blocks of its rows."""
+    dtype = operand_dtype(weight_VD)
+    V, D = weight_VD.shape
+    largest = V if dtype == weight_VD.dtype else max(64, CAST_BYTES // (D * dtype.itemsize))
+    for rows in even_slices(V, largest):
+        yield rows, weight_VD[rows].to(dtype)
+
+
+def logits_(a_nv: Tensor, head: Head, columns: slice) -> None:
+    """Turn x W^T into logits, in place: bias, scale, softcap, temperature."""
+    if head.bias_V is not None:
+        a_nv.add_(head.bias_V[columns])
+    if head.softcap is None:
+        if head.slope != 1:
+            a_nv.mul_(head.slope)
+    else:
+        a_nv.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap / head.temperature)
+
+
+def softcap_factor(z: Tensor, head: Head) -> Tensor:
+    """1 - tanh^2 of logits that went through a softcap: what ``Head.slope`` leaves out."""
+    assert head.softcap is not None
+    tanh = z * (head.temperature / head.softcap)
+    return tanh.square_().neg_().add_(1)
+
+
+def add_at_(matrix: Tensor, columns: Tensor, values: Tensor) -> None:
+    """matrix[i, columns[i]] += values[i]: one element a row, so no order of additions matters."""
+    index = columns.unsqueeze(1)
+    matrix.scatter_(1, index, matrix.gather(1, index) + values.unsqueeze(1))
+
+
+def ignored_rows(labels_N: Tensor, ignore_index: int) -> Tensor | None:
+    """Mask of ignored rows; None where a look at the labels is cheap and finds none."""
+    ignored_N = labels_N == ignore_index
+    return ignored_N if labels_N.is_cuda or bool(ignored_N.any()) else None
+
+
+def kept_rows(ignored_N: Tensor | None) -> Tensor | None:
+    """Indices of rows that count, to drop the others before any product; None to keep all, as on a GPU, where the
+    number of rows would have to be waited for."""
+    return None if ignored_N is None or ignored_N.is_cuda else (~ignored_N).nonzero().squeeze(1)
+
+
+def spread_rows(rows: Tensor, kept: Tensor | None, num_rows: int) -> Tensor:
+    """Undo ``tensor[kept]``, with zeros for what was dropped."""
+    if kept is None:
+        return rows
+    return rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, kept, rows)

@@ -1,0 +1,112 @@
+"""``linear_logps``: log-probs of labels under a linear head, without the logits matrix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.dispatch import check_impl
+from dpo_kernels.linear_logps.ops import linear_logps_op
+
+
+def check_head(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+) -> None:
+    """Raise ValueError, with what was expected and what came, for inputs that no implementation can take."""
+    if hidden_TD.ndim != 2:
+        raise ValueError(f"hidden must have shape [tokens, features]; got {list(hidden_TD.shape)}")
+    T, D = hidden_TD.shape
+    if weight_VD.ndim != 2 or weight_VD.shape[1] != D or weight_VD.shape[0] < 1:
+        raise ValueError(f"weight must have shape [vocabulary, {D}], like hidden; got {list(weight_VD.shape)}")
+    V = weight_VD.shape[0]
+    if labels_T.ndim != 1 or labels_T.shape[0] != T:
+        raise ValueError(f"labels must have shape [{T}], one per row of hidden; got {list(labels_T.shape)}")
+    if labels_T.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be int64 or int32; got {labels_T.dtype}")
+    if bias is not None and (bias.ndim != 1 or bias.shape[0] != V):
+        raise ValueError(f"bias must have shape [{V}], one per row of weight; got {list(bias.shape)}")
+    if not hidden_TD.dtype.is_floating_point or hidden_TD.dtype.itemsize < 2:
+        raise ValueError(f"hidden must be bfloat16, float16, float32 or float64; got {hidden_TD.dtype}")
+    for name, tensor in (("weight", weight_VD), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden_TD.dtype:
+            raise ValueError(
+                f"{name} must have the dtype of hidden, {hidden_TD.dtype}; got {tensor.dtype} (cast one, or use autocast)"
+            )
+    for name, tensor in (("weight", weight_VD), ("labels", labels_T), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden_TD.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden_TD.device}; got {tensor.device}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, or None; got {softcap}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive; got {temperature}")
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be finite; got {logit_scale}")
+
+
+def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast casts the inputs of a matrix product; float64 is left alone, as there."""
+    device_type = hidden.device.type
+    if not torch.is_autocast_enabled(device_type) or torch.float64 in (hidden.dtype, weight.dtype):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def linear_logps(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> Tensor:
+    """Log-prob of every label: log softmax(z)[label], z = softcap * tanh(logit_scale * (x W^T + b) / softcap) / temperature.
+
+    Equal to ``-F.cross_entropy(logits.float(), labels, reduction="none")`` with logits that were never rounded to 16
+    bits, and differentiable for any gradient per token. The [T, V] matrix is never held. Memory and work: 1 product of
+    2 T D V operations forward; 3 more backward (one recomputes the logits); with neither weight nor bias requiring a
+    gradient 2 forward and none backward.
+
+    Args:
+        hidden_TD: [T, D], bfloat16, float16, float32 or float64; the hidden state that predicts each label. T may be 0.
+        weight_VD: [V, D], same dtype and device.
+        labels_T: [T], int64 or int32, in [0, V) or ``ignore_index``.
+        bias: [V] or None, same dtype.
+        softcap: final-logit softcap (Gemma 2), or None.
+        logit_scale: factor of the raw logits (Cohere, Granite), before the softcap.
+        temperature: divisor of the logits, after the softcap.
+        ignore_index: rows with this label give exactly 0 and get exactly zero gradient.
+        impl: "auto", "triton", "torch", "native" or "reference". What is asked for by name is used or refused.
+
+    Returns:
+        [T], float32 (float64 for float64 inputs), in nats.
+
+    Under autocast the inputs are cast like those of a matrix product. The result and the gradients have the same bits
+    on every run on the same machine. There is no second derivative.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or numbers that do not fit; on the CPU also a label out of range (on a GPU
+            that is a device-side assertion, which needs no synchronisation).
+        RuntimeError: an ``impl`` that cannot run here.
+    """
+    check_impl(impl)
+    hidden_TD, weight_VD, bias = autocast_head(hidden_TD, weight_VD, bias)
+    check_head(hidden_TD, weight_VD, labels_T, bias, softcap, logit_scale, temperature)
+    frozen_head = not weight_VD.requires_grad and (bias is None or not bias.requires_grad)
+    need_dx = torch.is_grad_enabled() and hidden_TD.requires_grad and frozen_head
+    logps_T, _, _ = linear_logps_op(
+        hidden_TD, weight_VD, labels_T, bias, softcap, logit_scale, temperature, ignore_index, impl, need_dx
+    )
+    return logps_T

@@ -1,0 +1,94 @@
+"""``linear_logps`` with all logits at once, in plain torch: slow, obvious, and the definition of what is right.
+
+The gradient is autograd's of the forward below, not a formula of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def logps(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """(logps_T, lse_T), differentiable; float64 for float64 inputs, else float32."""
+    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+    logits_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).T
+    if bias_V is not None:
+        logits_TV = logits_TV + bias_V.to(dtype)
+    logits_TV = logits_TV * logit_scale
+    if softcap is not None:
+        logits_TV = softcap * torch.tanh(logits_TV / softcap)
+    logits_TV = logits_TV / temperature
+    ignored_T = labels_T == ignore_index
+    log_softmax_TV = torch.log_softmax(logits_TV, dim=-1)
+    logps_T = log_softmax_TV.gather(1, labels_T.masked_fill(ignored_T, 0).unsqueeze(1)).squeeze(1)
+    return logps_T.masked_fill(ignored_T, 0), torch.logsumexp(logits_TV, dim=-1)
+
+
+def forward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See ``dpo_kernels.linear_logps.ops``."""
+    options = (softcap, logit_scale, temperature, ignore_index)
+    # Leaving inference mode is what switches autograd back on inside an operator.
+    with torch.inference_mode(False):
+        hidden, weight, bias = leaf(hidden_TD, need_dx), leaf(weight_VD), None if bias_V is None else leaf(bias_V)
+        logps_T, lse_T = logps(hidden, weight, leaf(labels_T), bias, *options)
+        dx_TD = torch.autograd.grad(logps_T.sum(), hidden)[0] if need_dx else None
+    return logps_T.detach(), lse_T.detach(), dx_TD
+
+
+def backward(
+    grad_logps_T: Tensor,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    lse_T: Tensor,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See ``dpo_kernels.linear_logps.ops``."""
+    options = (softcap, logit_scale, temperature, ignore_index)
+    with torch.inference_mode(False):
+        hidden, weight = leaf(hidden_TD, need_hidden), leaf(weight_VD, need_weight)
+        bias = None if bias_V is None else leaf(bias_V, need_bias)
+        logps_T, _ = logps(hidden, weight, leaf(labels_T), bias, *options)
+        return gradients(logps_T, leaf(grad_logps_T), hidden, weight, bias)
+
+
+def leaf(tensor: Tensor, requires_grad: bool = False) -> Tensor:
+    """A copy outside any graph. Copied, because a tensor made in inference mode cannot enter a graph."""
+    return tensor.detach().clone().requires_grad_(requires_grad)
+
+
+def gradients(
+    output: Tensor, upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of those that require one, None for the others."""
+    inputs = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(output, inputs, upstream) if inputs else ())
+    dX, dW, db = (next(found) if t is not None and t.requires_grad else None for t in (hidden, weight, bias))
+    return dX, dW, db

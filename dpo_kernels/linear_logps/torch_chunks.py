@@ -1,0 +1,207 @@
+"""``linear_logps`` by vocabulary slices in plain torch: runs anywhere, never holds more than one slice of the logits.
+
+Legend: T rows, D features, V vocabulary, v columns of a slice, C the accumulation dtype. z are logits.
+
+Forward keeps the running maximum and sum of exponentials of each row over the slices (online softmax). With a frozen
+head it also keeps sum_j e^(z_j - max) W_j, from which the gradient of each log-prob follows without a backward product.
+Backward recomputes one slice of logits at a time from the saved log-sum-exp, so that each slice of dW is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.chunks import (
+    BUFFER_BYTES,
+    CAST_BYTES,
+    Head,
+    accumulation_dtype,
+    add_at_,
+    even_slices,
+    ignored_rows,
+    kept_rows,
+    logits_,
+    operand_dtype,
+    product_,
+    row_blocks,
+    softcap_factor,
+    spread_rows,
+)
+
+
+def forward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See ``dpo_kernels.linear_logps.ops``."""
+    head = Head(weight_VD, bias_V, softcap, logit_scale, temperature)
+    num_rows = hidden_TD.shape[0]
+    ignored_T = ignored_rows(labels_T, ignore_index)
+    kept = kept_rows(ignored_T)
+    if kept is not None:
+        hidden_TD, labels_T, ignored_T = hidden_TD[kept], labels_T[kept], None
+    if ignored_T is not None:
+        labels_T = labels_T.masked_fill(ignored_T, 0)
+    state = _Running(hidden_TD, need_dx)
+    for columns, z_Tv, W_vD in _slices(hidden_TD, head):
+        _fold_slice(state, z_Tv, labels_T - columns.start, head, columns)
+        if state.weighted_TD is not None:
+            product_(state.weighted_TD, z_Tv.to(W_vD.dtype), W_vD, accumulate=True)
+    log_sum_T = state.sum_T.log()
+    logps_T = (state.label_logit_T - state.max_T) - log_sum_T
+    dx_TD = None
+    if need_dx:
+        dx_TD = _log_prob_gradient(state, labels_T, head, hidden_TD.dtype)
+        if ignored_T is not None:
+            dx_TD.masked_fill_(ignored_T.unsqueeze(1), 0)
+        dx_TD = spread_rows(dx_TD, kept, num_rows)
+    if ignored_T is not None:
+        logps_T = logps_T.masked_fill_(ignored_T, 0)
+    lse_T = state.max_T + log_sum_T
+    return spread_rows(logps_T, kept, num_rows), spread_rows(lse_T, kept, num_rows), dx_TD
+
+
+class _Running:
+    """What forward carries from slice to slice."""
+
+    def __init__(self, hidden_TD: Tensor, need_dx: bool):
+        T = hidden_TD.shape[0]
+        dtype = accumulation_dtype(hidden_TD.dtype)
+        self.max_T = hidden_TD.new_full((T,), -torch.inf, dtype=dtype)
+        self.sum_T = hidden_TD.new_zeros(T, dtype=dtype)
+        self.label_logit_T = hidden_TD.new_zeros(T, dtype=dtype)
+        self.weighted_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if need_dx else None
+
+
+def _fold_slice(state: _Running, z_Tv: Tensor, local_T: Tensor, head: Head, columns: slice) -> None:
+    """Fold a slice of x W^T into the running state and leave e^(z - max) in its place (times the softcap's factor)."""
+    inside_T = (local_T >= 0) & (local_T < z_Tv.shape[1])
+    index_T = local_T.clamp(0, z_Tv.shape[1] - 1)
+    for rows in row_blocks(z_Tv):
+        z = z_Tv[rows]
+        logits_(z, head, columns)
+        label_logit = z.gather(1, index_T[rows].unsqueeze(1)).squeeze(1)
+        state.label_logit_T[rows] = torch.where(inside_T[rows], label_logit, state.label_logit_T[rows])
+        new_max = torch.maximum(state.max_T[rows], z.amax(dim=1))
+        factor = softcap_factor(z, head) if head.softcap is not None and state.weighted_TD is not None else None
+        z.sub_(new_max.unsqueeze(1)).exp_()
+        shrink = torch.exp(state.max_T[rows] - new_max)
+        state.sum_T[rows] = state.sum_T[rows] * shrink + z.sum(dim=1)
+        state.max_T[rows] = new_max
+        if state.weighted_TD is not None:
+            state.weighted_TD[rows] *= shrink.unsqueeze(1)
+            if factor is not None:
+                z.mul_(factor)
+
+
+def _log_prob_gradient(state: _Running, labels_T: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
+    """d logps / d hidden = slope * (W[label] - sum_j p_j W_j), each W_j with its softcap factor."""
+    assert state.weighted_TD is not None
+    dx_TD = torch.empty_like(state.weighted_TD, dtype=dtype)
+    for rows in row_blocks(dx_TD):
+        label_weight = head.weight_VD[labels_T[rows]].to(state.weighted_TD.dtype)
+        if head.softcap is not None:
+            label_weight *= softcap_factor(state.label_logit_T[rows], head).unsqueeze(1)
+        label_weight -= state.weighted_TD[rows] / state.sum_T[rows].unsqueeze(1)
+        dx_TD[rows] = label_weight.mul_(head.slope)
+    return dx_TD
+
+
+def backward(
+    grad_logps_T: Tensor,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    lse_T: Tensor,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See ``dpo_kernels.linear_logps.ops``."""
+    head = Head(weight_VD, bias_V, softcap, logit_scale, temperature)
+    num_rows = hidden_TD.shape[0]
+    ignored_T = ignored_rows(labels_T, ignore_index)
+    kept = kept_rows(ignored_T)
+    if kept is not None:
+        hidden_TD, labels_T, lse_T, grad_logps_T = hidden_TD[kept], labels_T[kept], lse_T[kept], grad_logps_T[kept]
+    elif ignored_T is not None:
+        labels_T, grad_logps_T = labels_T.masked_fill(ignored_T, 0), grad_logps_T.masked_fill(ignored_T, 0)
+    coefficient_T = grad_logps_T * head.slope
+    dtype = accumulation_dtype(hidden_TD.dtype)
+    dX_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if need_hidden else None
+    dW_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
+    db_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
+    operand_TD = hidden_TD.to(operand_dtype(hidden_TD))
+    for columns, z_Tv, W_vD in _slices(hidden_TD, head):
+        _logits_gradient_(z_Tv, labels_T - columns.start, lse_T, coefficient_T, head, columns)
+        if db_V is not None:
+            db_V[columns] = z_Tv.sum(dim=0)
+        z_Tv = z_Tv.to(W_vD.dtype)
+        if dX_TD is not None:
+            product_(dX_TD, z_Tv, W_vD, accumulate=True)
+        if dW_VD is not None:
+            _store_product(dW_VD[columns], z_Tv.T, operand_TD, dtype)
+    if dX_TD is not None:
+        dX_TD = spread_rows(dX_TD.to(hidden_TD.dtype), kept, num_rows)
+    return dX_TD, dW_VD, db_V
+
+
+def _logits_gradient_(
+    z_Tv: Tensor, local_T: Tensor, lse_T: Tensor, coefficient_T: Tensor, head: Head, columns: slice
+) -> None:
+    """Turn a slice of x W^T into coefficient * (onehot - softmax) * softcap factor, in place."""
+    inside_T = (local_T >= 0) & (local_T < z_Tv.shape[1])
+    index_T = local_T.clamp(0, z_Tv.shape[1] - 1)
+    for rows in row_blocks(z_Tv):
+        z = z_Tv[rows]
+        logits_(z, head, columns)
+        factor = None if head.softcap is None else softcap_factor(z, head)
+        z.sub_(lse_T[rows].unsqueeze(1)).exp_().mul_(-coefficient_T[rows].unsqueeze(1))
+        add_at_(z, index_T[rows], coefficient_T[rows] * inside_T[rows])
+        if factor is not None:
+            z.mul_(factor)
+
+
+def _store_product(out: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    """out = a b with one rounding to the dtype of ``out``."""
+    if out.dtype == dtype:
+        product_(out, a, b)
+    else:
+        raised = out.new_empty(out.shape, dtype=dtype)
+        product_(raised, a, b)
+        out.copy_(raised)
+
+
+def _slices(hidden_TD: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(columns, x W^T of those columns in C, W of those columns in the dtype of products), in one reused buffer."""
+    T, D = hidden_TD.shape
+    V = head.weight_VD.shape[0]
+    dtype = accumulation_dtype(hidden_TD.dtype)
+    operand = operand_dtype(hidden_TD)
+    largest = BUFFER_BYTES // (max(1, T) * dtype.itemsize)
+    if operand != hidden_TD.dtype:
+        largest = min(largest, CAST_BYTES // (D * dtype.itemsize))
+    largest = min(V, max(64, largest))
+    operand_TD = hidden_TD.to(operand)
+    buffer = hidden_TD.new_empty(T * largest, dtype=dtype)
+    for columns in even_slices(V, largest):
+        width = columns.stop - columns.start
+        W_vD = head.weight_VD[columns].to(operand)
+        z_Tv = buffer[: T * width].view(T, width)
+        product_(z_Tv, operand_TD, W_vD.T)
+        yield columns, z_Tv, W_vD

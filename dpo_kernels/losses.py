@@ -1,0 +1,493 @@
+"""Preference losses: one table of small functions of sequence log-probs, each per pair and unreduced.
+
+Legend: B pairs, K responses of one prompt. A reward is r = beta * (log pi(y|x) - log ref(y|x)), the margin is
+m = r_chosen - r_rejected, and log-probs are sums over the completion tokens of a response.
+
+This table is the only place with loss mathematics. The fused op differentiates these functions; nothing repeats them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LossOptions(NamedTuple):
+    """Every number that some loss reads. Defaults are those of TRL where TRL has the option."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+    mean_chosen_length: float = 0.0
+    """Chosen tokens per pair for ``sft``; 0 takes the mean of the pairs at hand."""
+
+
+class Pairs(NamedTuple):
+    """What a loss sees: tensors [B]; references and lengths are there when the loss declares that it needs them."""
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor | None
+    ref_rejected_logps: Tensor | None
+    chosen_lengths: Tensor | None
+    rejected_lengths: Tensor | None
+    options: LossOptions
+
+    @property
+    def chosen_ratio(self) -> Tensor:
+        return self.chosen_logps - self.ref_chosen_logps
+
+    @property
+    def rejected_ratio(self) -> Tensor:
+        return self.rejected_logps - self.ref_rejected_logps
+
+    @property
+    def chosen_reward(self) -> Tensor:
+        return self.options.beta * self.chosen_ratio
+
+    @property
+    def rejected_reward(self) -> Tensor:
+        return self.options.beta * self.rejected_ratio
+
+    @property
+    def margin(self) -> Tensor:
+        return self.chosen_reward - self.rejected_reward
+
+
+class LossType(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    function: Callable[[Pairs], Tensor]
+    needs_reference: bool
+    needs_lengths: bool
+    couples_pairs: bool
+    """True when the loss of a pair depends on the log-probs of others: the optimal-transport losses sort the batch."""
+    per_token_reward: bool
+    """True when the method defines its reward by the log-prob per token, without a reference."""
+
+
+_TABLE: dict[str, LossType] = {}
+
+LOSS_TYPES = MappingProxyType(_TABLE)
+"""Name -> :class:`LossType` of every loss, in the order of the table."""
+
+
+def _register(
+    *,
+    reference: bool = True,
+    lengths: bool = False,
+    couples_pairs: bool = False,
+    per_token_reward: bool = False,
+) -> Callable[[Callable[[Pairs], Tensor]], Callable[[Pairs], Tensor]]:
+    def add(function: Callable[[Pairs], Tensor]) -> Callable[[Pairs], Tensor]:
+        name = function.__name__.lstrip("_")
+        _TABLE[name] = LossType(name, function, reference, lengths, couples_pairs, per_token_reward)
+        return function
+
+    return add
+
+
+def _per_token(logps: Tensor, lengths: Tensor) -> Tensor:
+    """Mean over tokens; an empty response counts as one token of log-prob 0."""
+    return logps / lengths.clamp(min=1)
+
+
+def _smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m): the Bradley-Terry loss when a share e of the labels is flipped."""
+    if label_smoothing == 0:
+        return -F.logsigmoid(margin)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+@_register()
+def _sigmoid(p: Pairs) -> Tensor:
+    """-log sigmoid(m). DPO, Rafailov et al. 2023, arXiv 2305.18290, Eq. 7.
+
+    With ``label_smoothing`` e it is conservative DPO: -(1 - e) log sigmoid(m) - e log sigmoid(-m), Mitchell 2023,
+    "A note on DPO with noisy preferences", Eq. 3.
+    """
+    return _smoothed_logistic(p.margin, p.options.label_smoothing)
+
+
+@_register()
+def _hinge(p: Pairs) -> Tensor:
+    """max(0, 1 - m). SLiC, Zhao et al. 2023, arXiv 2305.10425, with the normalised form of RSO, arXiv 2309.06657."""
+    return F.relu(1 - p.margin)
+
+
+@_register(lengths=True)
+def _ipo(p: Pairs) -> Tensor:
+    """(d - 1 / (2 beta))^2, d the difference of per-token log-ratios. IPO, Azar et al. 2023, arXiv 2310.12036, Eq. 17.
+
+    Each side is averaged over its own length, as TRL does; ``ipo_sum`` does not average.
+    """
+    delta = _per_token(p.chosen_ratio, p.chosen_lengths) - _per_token(p.rejected_ratio, p.rejected_lengths)
+    return (delta - 1 / (2 * p.options.beta)).square()
+
+
+@_register()
+def _ipo_sum(p: Pairs) -> Tensor:
+    """(d - 1 / (2 beta))^2, d the difference of summed log-ratios. IPO, arXiv 2310.12036, Eq. 17 as written."""
+    return (p.chosen_ratio - p.rejected_ratio - 1 / (2 * p.options.beta)).square()
+
+
+@_register()
+def _exo_pair(p: Pairs) -> Tensor:
+    """KL(softmax of rewards || smoothed labels). EXO, Ji et al. 2024, arXiv 2402.00856, Eq. 16.
+
+    ``label_smoothing`` is the paper's epsilon; 0 would make the divergence infinite, so 1e-3 is taken instead.
+    """
+    epsilon = p.options.label_smoothing or 1e-3
+    log_chosen, log_rejected = F.logsigmoid(p.margin), F.logsigmoid(-p.margin)
+    kl_chosen = log_chosen.exp() * (log_chosen - math.log1p(-epsilon))
+    return kl_chosen + log_rejected.exp() * (log_rejected - math.log(epsilon))
+
+
+@_register()
+def _nca_pair(p: Pairs) -> Tensor:
+    """-log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2. NCA, Chen et al. 2024, arXiv 2402.05369."""
+    chosen, rejected = p.chosen_reward, p.rejected_reward
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+@_register()
+def _robust(p: Pairs) -> Tensor:
+    """(-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e): unbiased under labels flipped at rate e.
+
+    Robust DPO, Chowdhury et al. 2024, arXiv 2403.00409, Eq. 9; e is ``label_smoothing``.
+    """
+    e = p.options.label_smoothing
+    return (-(1 - e) * F.logsigmoid(p.margin) + e * F.logsigmoid(-p.margin)) / (1 - 2 * e)
+
+
+@_register()
+def _bco_pair(p: Pairs) -> Tensor:
+    """-log sigmoid(r_w) - log sigmoid(-r_l), without a reward shift. BCO, Jung et al. 2024, arXiv 2404.04656."""
+    return -F.logsigmoid(p.chosen_reward) - F.logsigmoid(-p.rejected_reward)
+
+
+@_register()
+def _sppo_hard(p: Pairs) -> Tensor:
+    """(d_w - 1 / (2 beta))^2 + (d_l + 1 / (2 beta))^2, d a log-ratio: win probabilities taken as 1 and 0.
+
+    SPPO, Wu et al. 2024, arXiv 2405.00675, Eq. 4.7.
+    """
+    target = 0.5 / p.options.beta
+    return (p.chosen_ratio - target).square() + (p.rejected_ratio + target).square()
+
+
+@_register(couples_pairs=True)
+def _aot(p: Pairs) -> Tensor:
+    """Logistic loss of sorted policy gaps against sorted reference gaps. AOT, Melnyk et al. 2024, arXiv 2406.05882.
+
+    Sorting runs over the batch, so entries of the result are quantiles and not pairs. ``label_smoothing`` as in DPO.
+    """
+    gaps = (p.chosen_logps - p.rejected_logps).sort().values
+    ref_gaps = (p.ref_chosen_logps - p.ref_rejected_logps).sort().values
+    return _smoothed_logistic(p.options.beta * (gaps - ref_gaps), p.options.label_smoothing)
+
+
+@_register(couples_pairs=True)
+def _aot_unpaired(p: Pairs) -> Tensor:
+    """Logistic loss of sorted chosen against sorted rejected log-ratios. AOT for unpaired data, arXiv 2406.05882.
+
+    Sorting runs over the batch, so entries of the result are quantiles and not pairs. ``label_smoothing`` as in DPO.
+    """
+    delta = p.chosen_ratio.sort().values - p.rejected_ratio.sort().values
+    return _smoothed_logistic(p.options.beta * delta, p.options.label_smoothing)
+
+
+@_register()
+def _apo_zero(p: Pairs) -> Tensor:
+    """1 - sigmoid(r_w) + sigmoid(r_l). APO-zero, D'Oosterlinck et al. 2024, arXiv 2408.06266, Eq. 7."""
+    return torch.sigmoid(-p.chosen_reward) + torch.sigmoid(p.rejected_reward)
+
+
+@_register()
+def _apo_down(p: Pairs) -> Tensor:
+    """sigmoid(r_w) + 1 - sigmoid(r_w - r_l). APO-down, D'Oosterlinck et al. 2024, arXiv 2408.06266, Eq. 8."""
+    return torch.sigmoid(p.chosen_reward) + torch.sigmoid(-p.margin)
+
+
+@_register()
+def _discopop(p: Pairs) -> Tensor:
+    """(1 - s) (-log sigmoid(m)) + s exp(-m), s = sigmoid(m / tau). DiscoPOP, Lu et al. 2024, arXiv 2406.08414, Eq. 5.
+
+    The second term is one exponential of a sum of logarithms: exp(-m) alone overflows where s is 0.
+    """
+    m = p.margin
+    scaled = m / p.options.discopop_tau
+    return torch.sigmoid(-scaled) * -F.logsigmoid(m) + torch.exp(F.logsigmoid(scaled) - m)
+
+
+@_register(reference=False, lengths=True)
+def _sft(p: Pairs) -> Tensor:
+    """-log pi(y_w) / (mean chosen length): its mean over pairs is the mean token loss of all chosen tokens.
+
+    The value that TRL calls ``sft``, there one number repeated for every pair; here each pair's own share of it, so
+    that pairs meet only in the divisor. A batch split over several calls passes the divisor as ``mean_chosen_length``.
+    """
+    mean_length = p.options.mean_chosen_length
+    if mean_length > 0:
+        return -p.chosen_logps / mean_length
+    total = p.chosen_lengths.sum().clamp(min=1).to(p.chosen_logps.dtype)
+    return -p.chosen_logps * (p.chosen_logps.numel() / total)
+
+
+@_register(lengths=True)
+def _sigmoid_norm(p: Pairs) -> Tensor:
+    """-log sigmoid(m), m from per-token log-ratios. Length-normalised DPO, Tulu 3, arXiv 2411.15124, Eq. 6."""
+    chosen = _per_token(p.chosen_reward, p.chosen_lengths)
+    rejected = _per_token(p.rejected_reward, p.rejected_lengths)
+    return -F.logsigmoid(chosen - rejected)
+
+
+@_register(reference=False, lengths=True, per_token_reward=True)
+def _simpo(p: Pairs) -> Tensor:
+    """-log sigmoid(beta (a_w - a_l) - gamma), a the log-prob per token. SimPO, Meng et al. 2024, arXiv 2405.14734, Eq. 6.
+
+    ``simpo_gamma`` is the target reward margin gamma; ``label_smoothing`` as in DPO.
+    """
+    chosen = _per_token(p.chosen_logps, p.chosen_lengths)
+    rejected = _per_token(p.rejected_logps, p.rejected_lengths)
+    margin = p.options.beta * (chosen - rejected) - p.options.simpo_gamma
+    return _smoothed_logistic(margin, p.options.label_smoothing)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0 without cancellation, Maechler 2012; x is kept below 0 by one rounding unit."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+@_register(reference=False, lengths=True, per_token_reward=True)
+def _orpo(p: Pairs) -> Tensor:
+    """-a_w - beta log sigmoid(log odds_w - log odds_l), odds = exp(a) / (1 - exp(a)), a the log-prob per token.
+
+    ORPO, Hong et al. 2024, arXiv 2403.07691, Eq. 6-7; ``beta`` is the paper's lambda. The language-model term is the
+    mean over the tokens of each chosen response.
+    """
+    chosen = _per_token(p.chosen_logps, p.chosen_lengths)
+    rejected = _per_token(p.rejected_logps, p.rejected_lengths)
+    log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+    return -chosen - p.options.beta * F.logsigmoid(log_odds)
+
+
+@_register(reference=False, lengths=True)
+def _cpo(p: Pairs) -> Tensor:
+    """-log sigmoid(beta (log pi_w - log pi_l)) - cpo_alpha a_w, a the log-prob per token. CPO, arXiv 2401.08417, Eq. 5.
+
+    The behaviour-cloning term is the mean over the tokens of each chosen response. ``label_smoothing`` as in DPO.
+    """
+    logistic = _smoothed_logistic(p.options.beta * (p.chosen_logps - p.rejected_logps), p.options.label_smoothing)
+    return logistic - p.options.cpo_alpha * _per_token(p.chosen_logps, p.chosen_lengths)
+
+
+class LossMix(NamedTuple):
+    """A weighted sum of losses, for one loss with weight 1 most of the time."""
+
+    types: tuple[LossType, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def names(self) -> str:
+        return " + ".join(t.name for t in self.types)
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(t.needs_reference for t in self.types)
+
+    @property
+    def needs_lengths(self) -> bool:
+        return any(t.needs_lengths for t in self.types)
+
+    @property
+    def couples_pairs(self) -> bool:
+        return any(t.couples_pairs for t in self.types)
+
+    def losses(self, pairs: Pairs) -> Tensor:
+        """Loss of every pair, [B]."""
+        total = None
+        for loss_type, weight in zip(self.types, self.weights, strict=True):
+            loss = loss_type.function(pairs)
+            loss = loss if weight == 1 else weight * loss
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total
+
+    def rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Detached rewards of chosen and rejected, [B] each."""
+        if all(t.per_token_reward for t in self.types):
+            chosen = _per_token(pairs.chosen_logps, pairs.chosen_lengths)
+            rejected = _per_token(pairs.rejected_logps, pairs.rejected_lengths)
+        elif pairs.ref_chosen_logps is not None and pairs.ref_rejected_logps is not None:
+            chosen, rejected = pairs.chosen_ratio, pairs.rejected_ratio
+        else:
+            chosen, rejected = pairs.chosen_logps, pairs.rejected_logps
+        return pairs.options.beta * chosen.detach(), pairs.options.beta * rejected.detach()
+
+
+def resolve_loss(loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None) -> LossMix:
+    """Look names up in the table.
+
+    Args:
+        loss_type: a name, or several, whose losses are added.
+        loss_weights: one factor per name; all 1 by default.
+
+    Raises:
+        ValueError: an unknown name (the nearest one is suggested), no name, or weights that do not match the names.
+    """
+    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    if not names:
+        raise ValueError("loss_type must name at least one loss; got an empty list")
+    for name in names:
+        if name not in _TABLE:
+            nearest = difflib.get_close_matches(str(name), _TABLE, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"unknown loss_type {name!r}{hint} Expected one of {', '.join(_TABLE)}")
+    weights = (1.0,) * len(names) if loss_weights is None else tuple(float(w) for w in loss_weights)
+    if len(weights) != len(names):
+        raise ValueError(f"loss_weights must have one entry per loss_type, expected {len(names)}; got {len(weights)}")
+    return LossMix(tuple(_TABLE[name] for name in names), weights)
+
+
+def check_options(options: LossOptions) -> None:
+    """Raise ValueError for a number outside its range."""
+    if not options.beta > 0:
+        raise ValueError(f"beta must be positive; got {options.beta}")
+    if not 0 <= options.label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5); got {options.label_smoothing}")
+    if not options.discopop_tau > 0:
+        raise ValueError(f"discopop_tau must be positive; got {options.discopop_tau}")
+    if not options.mean_chosen_length >= 0:
+        raise ValueError(f"mean_chosen_length must be positive, or None; got {options.mean_chosen_length}")
+
+
+class PreferenceLoss(NamedTuple):
+    """Per pair (or, for Plackett-Luce, per prompt), unreduced. Only ``loss`` carries gradients."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+class PlackettLuceLoss(NamedTuple):
+    """Per prompt, unreduced. Only ``loss`` carries gradients."""
+
+    loss: Tensor
+    rewards: Tensor
+
+
+def _as_float(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name} must have shape {list(like.shape)}, like chosen_logps; got {list(tensor.shape)}")
+    return tensor.to(torch.promote_types(like.dtype, torch.float32))
+
+
+def preference_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    discopop_tau: float = 0.05,
+    simpo_gamma: float = 0.5,
+    cpo_alpha: float = 1.0,
+    mean_chosen_length: float | None = None,
+) -> PreferenceLoss:
+    """Loss and rewards of preference pairs from the log-probs of their responses.
+
+    Args:
+        chosen_logps, rejected_logps: [B], log-probs summed over completion tokens, in nats, any float dtype. 16-bit
+            values are raised to float32 first; float64 stays.
+        ref_chosen_logps, ref_rejected_logps: [B], the same under the reference. May be None for ``sft``, ``simpo``,
+            ``orpo`` and ``cpo``.
+        loss_type: a name in ``LOSS_TYPES``, or several, whose losses are added with ``loss_weights`` (MPO, arXiv
+            2411.10442).
+        loss_weights: one factor per name; all 1 by default.
+        beta: strength of the pull to the reference; the weight of the odds-ratio term in ``orpo``.
+        label_smoothing: share of flipped labels, in [0, 0.5). Read by ``sigmoid`` (conservative DPO), ``robust``,
+            ``exo_pair``, ``aot``, ``aot_unpaired``, ``simpo`` and ``cpo``; the others ignore it, as in TRL.
+        chosen_lengths, rejected_lengths: [B], completion tokens. Needed by ``ipo``, ``sigmoid_norm``, ``sft``,
+            ``simpo``, ``orpo`` and ``cpo``. An empty response counts as one token.
+        discopop_tau: temperature of ``discopop``.
+        simpo_gamma: target reward margin of ``simpo``.
+        cpo_alpha: weight of the language-model term of ``cpo``.
+        mean_chosen_length: tokens per chosen response over the whole batch, for ``sft`` when the batch is split over
+            several calls; by default the mean of ``chosen_lengths``.
+
+    Returns:
+        ``PreferenceLoss(loss, chosen_rewards, rejected_rewards)``, each [B], float32 (float64 for float64 inputs).
+        Rewards are detached: beta times the log-ratio, or the log-prob when no reference is given, or the log-prob per
+        token for ``simpo`` and ``orpo``. ``aot`` losses are quantiles of the batch and do not follow the order of the pairs.
+
+    Raises:
+        ValueError: unknown loss, shapes that differ, missing reference or lengths, numbers out of range.
+    """
+    mix = resolve_loss(loss_type, loss_weights)
+    options = LossOptions(beta, label_smoothing, discopop_tau, simpo_gamma, cpo_alpha, mean_chosen_length or 0.0)
+    check_options(options)
+    if chosen_logps.ndim != 1:
+        raise ValueError(f"chosen_logps must have shape [pairs]; got {list(chosen_logps.shape)}")
+    if mix.needs_reference and (ref_chosen_logps is None or ref_rejected_logps is None):
+        raise ValueError(f"loss_type {mix.names} needs ref_chosen_logps and ref_rejected_logps; got None")
+    if mix.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
+        raise ValueError(f"loss_type {mix.names} needs chosen_lengths and rejected_lengths; got None")
+    like = chosen_logps
+    pairs = Pairs(
+        _as_float("chosen_logps", chosen_logps, like),
+        _as_float("rejected_logps", rejected_logps, like),
+        None if ref_chosen_logps is None else _as_float("ref_chosen_logps", ref_chosen_logps, like),
+        None if ref_rejected_logps is None else _as_float("ref_rejected_logps", ref_rejected_logps, like),
+        None if chosen_lengths is None else _as_float("chosen_lengths", chosen_lengths, like),
+        None if rejected_lengths is None else _as_float("rejected_lengths", rejected_lengths, like),
+        options,
+    )
+    return PreferenceLoss(mix.losses(pairs), *mix.rewards(pairs))
+
+
+def plackett_luce_loss(logps_BK: Tensor, ref_logps_BK: Tensor, *, beta: float = 0.1) -> PlackettLuceLoss:
+    """Loss of full rankings: -sum_k [ r_k - logsumexp_{j >= k} r_j ]. DPO under Plackett-Luce, arXiv 2305.18290, A.3.
+
+    Args:
+        logps_BK: [B, K], log-probs of the K >= 2 responses of a prompt, best first, summed over completion tokens.
+        ref_logps_BK: [B, K], the same under the reference.
+        beta: strength of the pull to the reference.
+
+    Returns:
+        ``PlackettLuceLoss(loss [B], rewards [B, K])``; rewards are detached. For K = 2 the loss has the bits of
+        ``preference_loss(..., loss_type="sigmoid")``.
+
+    Raises:
+        ValueError: shapes that differ, fewer than two responses, beta not positive.
+    """
+    check_options(LossOptions(beta=beta))
+    if logps_BK.ndim != 2 or logps_BK.shape[1] < 2:
+        raise ValueError(f"logps_BK must have shape [prompts, responses >= 2]; got {list(logps_BK.shape)}")
+    if ref_logps_BK.shape != logps_BK.shape:
+        raise ValueError(f"ref_logps_BK must have shape {list(logps_BK.shape)}; got {list(ref_logps_BK.shape)}")
+    dtype = torch.promote_types(logps_BK.dtype, torch.float32)
+    rewards_BK = beta * (logps_BK.to(dtype) - ref_logps_BK.to(dtype))
+    # r_k - logsumexp_{j>=k} r_j is logsigmoid(r_k - logsumexp_{j>k} r_j), which is DPO's own formula when one is left.
+    *better, rest = rewards_BK.unbind(dim=1)
+    loss = torch.zeros_like(rest)
+    for reward in reversed(better):
+        loss = loss - F.logsigmoid(reward - rest)
+        rest = torch.logaddexp(reward, rest)
+    return PlackettLuceLoss(loss, rewards_BK.detach())
