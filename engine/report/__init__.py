@@ -1,0 +1,52 @@
+"""``dpo report``: a page of numbers and pictures about a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.errors import UserError
+
+__all__ = ["write_report"]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report/index.html`` and its PNGs into a run folder, over an earlier report of the same run.
+
+    Reads ``metrics.jsonl`` and, where present, ``config.yaml``, ``data.json`` and ``evaluation.json``; the run may
+    still be going.
+
+    Args:
+        run_dir: The ``train.output_dir`` of a run.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: The folder is no run folder, a file in it is damaged, or the report cannot be written.
+    """
+    from engine.report.figures import PICTURES
+    from engine.report.page import SavedPicture, render
+    from engine.report.records import read_run
+    from engine.report.style import DPI
+
+    run = read_run(Path(run_dir))
+    folder = run.folder / "report"
+    try:
+        folder.mkdir(exist_ok=True)
+        saved = []
+        for picture in PICTURES:
+            path = folder / f"{picture.name}.png"
+            figure = picture.draw(run)
+            if figure is None:
+                # A picture of an earlier, longer run must not stay beside this one's.
+                path.unlink(missing_ok=True)
+                continue
+            figure.savefig(path, dpi=DPI)
+            width, height = figure.canvas.get_width_height()
+            saved.append(SavedPicture(path.name, picture.caption, width, height))
+        page = folder / "index.html"
+        page.write_text(render(run, saved), encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write the report to {folder} ({reason}): free space, or check the folder") from error
+    return page

@@ -1,0 +1,262 @@
+"""One function per picture: run records in, a matplotlib figure out, or None when the run logged nothing to draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.report.style import (
+    CHOSEN,
+    EVAL,
+    INK,
+    MUTED,
+    REJECTED,
+    TRAIN,
+    draw_evaluation,
+    draw_series,
+    finish_steps,
+    legend,
+    new_figure,
+    reference_line,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from engine.report.records import RunRecords
+
+LN2_LOSSES = ("sigmoid", "sigmoid_norm", "robust")
+"""Losses that are ln 2 for every pair while the policy equals the reference."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report: its file name without suffix, what it shows, and how to draw it."""
+
+    name: str
+    caption: str
+    draw: Callable[[RunRecords], Figure | None]
+
+
+def loss(run: RunRecords) -> Figure | None:
+    train, held_out = run.series("loss"), run.series("eval_loss")
+    if train is None and held_out is None:
+        return None
+    loss_type = str(run.config.get("loss", {}).get("loss_type", "sigmoid"))
+    figure, (axes,) = new_figure("Loss", f"{loss_type}, mean over pairs (nats per pair)")
+    _train_and_evaluation(axes, run, "loss")
+    if loss_type in LN2_LOSSES:
+        reference_line(axes, math.log(2), "ln 2: policy = reference")
+    _label(axes, run, "loss (nats)")
+    return figure
+
+
+def margins(run: RunRecords) -> Figure | None:
+    if not _has(run, "rewards/margins"):
+        return None
+    figure, (axes,) = new_figure("Reward margin", "chosen reward minus rejected reward, mean over pairs")
+    _train_and_evaluation(axes, run, "rewards/margins")
+    reference_line(axes, 0.0, "policy = reference")
+    _label(axes, run, "margin (nats x beta)")
+    return figure
+
+
+def accuracies(run: RunRecords) -> Figure | None:
+    from matplotlib.ticker import PercentFormatter
+
+    if not _has(run, "rewards/accuracies"):
+        return None
+    figure, (axes,) = new_figure("Reward accuracy", "share of pairs whose chosen response has the higher reward")
+    _train_and_evaluation(axes, run, "rewards/accuracies")
+    reference_line(axes, 0.5, "chance")
+    _label(axes, run, "accuracy (% of pairs)")
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, symbol=""))
+    return figure
+
+
+def rewards(run: RunRecords) -> Figure | None:
+    figure = _chosen_and_rejected(
+        run,
+        "rewards",
+        title="Rewards",
+        subtitle="beta x (policy log-prob - reference log-prob), mean over responses",
+        label="reward (nats x beta)",
+    )
+    if figure is not None:
+        reference_line(figure.axes[0], 0.0, "policy = reference")
+    return figure
+
+
+def logps(run: RunRecords) -> Figure | None:
+    return _chosen_and_rejected(
+        run,
+        "logps",
+        title="Log-probabilities",
+        subtitle="policy log-prob of whole responses, mean over responses",
+        label="log-prob (nats per response)",
+    )
+
+
+def optimizer(run: RunRecords) -> Figure | None:
+    panels = [
+        (name, label, colour)
+        for name, label, colour in (
+            ("learning_rate", "learning rate", TRAIN),
+            ("grad_norm", "gradient norm", TRAIN),
+        )
+        if _has(run, name)
+    ]
+    if not panels:
+        return None
+    figure, axes = new_figure("Optimizer", "learning rate, and gradient norm before clipping", rows=len(panels))
+    for panel, (name, label, colour) in zip(axes, panels, strict=True):
+        series = run.series(name)
+        assert series is not None
+        draw_series(panel, series, label, colour)
+        _label(panel, run, label, last=panel is axes[-1])
+        if name == "learning_rate":
+            configured = run.config.get("optim", {}).get("learning_rate") or 0.0
+            panel.set_ylim(0, 1.12 * (max(series.finite.max(), configured) or 1.0))
+            panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+            continue
+        if _spread(series.finite) > 30:
+            panel.set_yscale("log")
+        limit = run.config.get("optim", {}).get("max_grad_norm")
+        # A limit far above the data would flatten the curve it is there to explain.
+        if limit and len(series.finite) and series.finite.max() > 0.5 * limit:
+            reference_line(panel, float(limit), f"clipped above {limit:g}")
+    return figure
+
+
+def throughput(run: RunRecords) -> Figure | None:
+    panels: list[tuple[str, list[tuple[str, str, str]], float]] = [
+        ("tokens / s", [("perf/tokens_per_second", "tokens", TRAIN)], 1.0),
+        ("pairs / s", [("perf/pairs_per_second", "pairs", TRAIN)], 1.0),
+        (
+            "% of tokens",
+            [
+                ("perf/padding_fraction", "padding", REJECTED),
+                ("perf/shared_fraction", "saved by prompt sharing", CHOSEN),
+            ],
+            100.0,
+        ),
+        ("MFU (%)", [("perf/mfu", "model FLOP utilisation", TRAIN)], 100.0),
+        ("memory (GiB)", [("perf/peak_memory_gib", "peak memory", TRAIN)], 1.0),
+    ]
+    drawn = [(label, lines, factor) for label, lines, factor in panels if any(_has(run, name) for name, _, _ in lines)]
+    if not drawn:
+        return None
+    figure, axes = new_figure("Throughput", "per logged interval", rows=len(drawn))
+    for panel, (label, lines, factor) in zip(axes, drawn, strict=True):
+        for name, line_label, colour in lines:
+            series = run.series(name)
+            if series is not None and len(series.finite):
+                draw_series(panel, type(series)(series.steps, factor * series.values), line_label, colour)
+        _label(panel, run, label, last=panel is axes[-1])
+        panel.set_ylim(bottom=0)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    return figure
+
+
+def lengths(run: RunRecords) -> Figure | None:
+    """Token counts of prompts and responses; each panel is a histogram, with its median marked."""
+    parts = [
+        (name, values, colour)
+        for name, colour in (("prompt", MUTED), ("chosen", CHOSEN), ("rejected", REJECTED))
+        if len(values := token_counts(run, name))
+    ]
+    if not parts:
+        return None
+    figure, axes = new_figure("Lengths", "tokens, all kept rows", rows=len(parts))
+    # The longest percent of rows would squeeze the rest into a corner: it goes into the last bin.
+    top = max(float(np.quantile(values, 0.99)) for _, values, _ in parts)
+    edges = np.linspace(0, max(np.ceil(top), 1), int(min(60, max(np.ceil(top), 1))) + 1)
+    for panel, (name, values, colour) in zip(axes, parts, strict=True):
+        panel.hist(np.minimum(values, edges[-1]), bins=edges.tolist(), color=colour, edgecolor="white", linewidth=0.4)
+        median = float(np.median(values))
+        panel.axvline(median, color=INK, linewidth=1.4, linestyle=(0, (4, 3)))
+        panel.set_ylabel("rows")
+        panel.set_xlim(edges[0], edges[-1])
+        panel.text(
+            0.995,
+            0.93,
+            f"{name}:  median {median:,.0f},  longest {values.max():,.0f}",
+            transform=panel.transAxes,
+            ha="right",
+            va="top",
+            fontsize=10,
+            color=colour,
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 2},
+        )
+    axes[-1].set_xlabel("tokens (the last bin holds everything longer)" if _beyond(parts, edges[-1]) else "tokens")
+    return figure
+
+
+PICTURES = (
+    Picture("loss", "Training and held-out loss.", loss),
+    Picture("margins", "How much further apart chosen and rejected are than in the reference.", margins),
+    Picture("accuracies", "How often the chosen response has the higher reward.", accuracies),
+    Picture("rewards", "Where the margin comes from: chosen going up, or rejected going down.", rewards),
+    Picture("logps", "Log-probabilities of whole responses under the policy.", logps),
+    Picture("optimizer", "Learning rate schedule and gradient norm.", optimizer),
+    Picture("throughput", "Speed, packing and memory while training.", throughput),
+    Picture("lengths", "Tokens per prompt and response in the training data.", lengths),
+)
+
+
+def token_counts(run: RunRecords, name: str) -> np.ndarray:
+    """Token counts of one part of every row, float64 [rows]; empty when the run did not record them."""
+    recorded: Any = run.data.get("lengths", {})
+    values = recorded.get(name, ()) if isinstance(recorded, dict) else ()
+    return np.asarray([v for v in values if isinstance(v, (int, float))], dtype=np.float64)
+
+
+def _has(run: RunRecords, name: str) -> bool:
+    found = [run.series(key) for key in (name, f"eval_{name}")]
+    return any(series is not None and len(series.finite) for series in found)
+
+
+def _train_and_evaluation(axes: Axes, run: RunRecords, name: str) -> None:
+    train, held_out = run.series(name), run.series(f"eval_{name}")
+    if train is not None:
+        draw_series(axes, train, "training", TRAIN)
+    if held_out is not None:
+        draw_evaluation(axes, held_out, "held-out", EVAL)
+
+
+def _chosen_and_rejected(run: RunRecords, family: str, *, title: str, subtitle: str, label: str) -> Figure | None:
+    sides = [(side, colour) for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED))]
+    if not any(_has(run, f"{family}/{side}") for side, _ in sides):
+        return None
+    figure, (axes,) = new_figure(title, subtitle)
+    for side, colour in sides:
+        train, held_out = run.series(f"{family}/{side}"), run.series(f"eval_{family}/{side}")
+        if train is not None:
+            draw_series(axes, train, side, colour)
+        if held_out is not None:
+            draw_evaluation(axes, held_out, f"{side}, held-out", colour)
+    _label(axes, run, label)
+    return figure
+
+
+def _label(axes: Axes, run: RunRecords, label: str, *, last: bool = True) -> None:
+    finish_steps(axes, run.first_step, run.last_step)
+    axes.set_ylabel(label)
+    if last:
+        axes.set_xlabel("optimizer step")
+    legend(axes)
+
+
+def _spread(values: np.ndarray) -> float:
+    positive = values[values > 0]
+    return float(positive.max() / np.median(positive)) if len(positive) else 1.0
+
+
+def _beyond(parts: Sequence[tuple[str, np.ndarray, str]], edge: float) -> bool:
+    return any(values.max() > edge for _, values, _ in parts)

@@ -1,0 +1,208 @@
+"""The HTML page of a run: headline numbers, pictures, evaluation, data problems and configuration.
+
+Everything here turns records into strings; the template escapes all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.config.schema import RunConfig
+from engine.report.figures import token_counts
+from engine.report.records import RunRecords
+
+TEMPLATE = "page.html.jinja"
+
+
+@dataclass(frozen=True)
+class SavedPicture:
+    """A PNG beside the page."""
+
+    file: str
+    caption: str
+    width: int
+    """Pixels."""
+    height: int
+
+
+def render(run: RunRecords, pictures: Sequence[SavedPicture]) -> str:
+    """The whole page as HTML."""
+    from jinja2 import Environment, FileSystemLoader
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    return environment.get_template(TEMPLATE).render(
+        title=run.folder.resolve().name,
+        state="finished" if run.finished else "in progress or stopped",
+        subtitle=_subtitle(run),
+        cards=_cards(run),
+        pictures=pictures,
+        evaluation=_evaluation(run),
+        lint=_lint(run.data.get("lint")),
+        config=_config(run.config),
+    )
+
+
+def _subtitle(run: RunRecords) -> str:
+    model = run.config.get("model", {}).get("model_name_or_path")
+    dataset = run.config.get("data", {}).get("dataset_name")
+    parts = [f"{name} {value}" for name, value in (("model", model), ("data", dataset)) if value]
+    return ", ".join([*parts, f"last logged step {run.last_step:,}"])
+
+
+def _cards(run: RunRecords) -> list[dict[str, str]]:
+    """Headline numbers; a number the run did not log has no card."""
+    cards: list[dict[str, str]] = []
+
+    def add(value: float | None, label: str, shape: str) -> None:
+        if value is not None and math.isfinite(value):
+            cards.append({"value": shape.format(value), "label": label})
+
+    def ends(name: str) -> tuple[float | None, float | None]:
+        series = run.series(name)
+        return (series.first, series.last) if series is not None else (None, None)
+
+    for prefix, where in (("eval_", "held-out"), ("", "training")):
+        before, after = ends(f"{prefix}rewards/accuracies")
+        count = len(run.series(f"{prefix}rewards/accuracies") or ())
+        since = f", from {before:.1%}" if before is not None and count > 1 else ""
+        add(after, f"{where} reward accuracy{since}", "{:.1%}")
+    add(ends("loss")[1], "training loss (nats)", "{:.4f}")
+    add(ends("rewards/margins")[1], "training reward margin", "{:.3f}")
+    for name, label in (("perf/pairs_per_second", "pairs / s"), ("perf/tokens_per_second", "tokens / s")):
+        series = run.series(name)
+        if series is not None and len(series.finite):
+            median = float(np.median(series.finite))
+            add(median, f"{label}, median", "{:,.1f}" if median < 100 else "{:,.0f}")
+    add(ends("num_tokens")[1], "tokens trained on", "{:,.0f}")
+    shared = run.series("perf/shared_fraction")
+    if shared is not None and len(shared.finite):
+        add(float(shared.finite.mean()), "tokens saved by prompt sharing", "{:.1%}")
+    add(ends("epoch")[1], "epochs", "{:.2f}")
+    rows = len(token_counts(run, "prompt"))
+    add(rows or None, "training pairs", "{:,}")
+    return cards
+
+
+def _evaluation(run: RunRecords) -> dict[str, Any]:
+    """Metrics by name: at the first and last evaluation while training, and in ``evaluation.json``."""
+    found = [row for row in run.rows if any(key.startswith("eval_") for key in row)]
+    columns: dict[str, Mapping[str, Any]] = {}
+    if found:
+        columns[f"step {found[0]['step']:,}"] = found[0]
+        columns[f"step {found[-1]['step']:,}"] = found[-1]
+    if run.evaluation:
+        columns["dpo evaluate"] = {f"eval_{_bare(name)}": value for name, value in run.evaluation.items()}
+    names = list(dict.fromkeys(_bare(k) for c in columns.values() for k in c if k.startswith("eval_")))
+    rows = [{"name": name, "values": [_number(c.get(f"eval_{name}")) for c in columns.values()]} for name in names]
+    return {"columns": list(columns), "rows": rows}
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("eval_")
+
+
+def _lint(lint: Any) -> list[dict[str, str]]:
+    """Rows of the data table. ``lint`` is one report, or one for each split."""
+    if not isinstance(lint, dict):
+        return []
+    if "total" not in lint:
+        reports = [(str(split), report) for split, report in lint.items() if isinstance(report, dict)]
+    else:
+        reports = [("", lint)]
+    table: list[dict[str, str]] = []
+    for split, report in reports:
+        head = ": ".join(part for part in (split, str(report.get("source", ""))) if part) or "rows"
+        for name in ("total", "kept", "dropped"):
+            if name in report:
+                table.append({"name": f"{head} - {name}", "count": _number(report[name]), "rows": ""})
+        rows = report.get("rows", {})
+        for name, count in report.get("counts", {}).items():
+            table.append({"name": _problem(name), "count": _number(count), "rows": _some(rows.get(name, ()), count)})
+    return table
+
+
+def _problem(name: str) -> str:
+    from engine.data.lint import PROBLEMS
+
+    problem = PROBLEMS.get(name)
+    if problem is None:
+        return name
+    return f"{name}: {problem.meaning} ({'dropped' if problem.drops else 'kept'})"
+
+
+def _some(rows: Sequence[int], count: int, shown: int = 10) -> str:
+    more = ", ..." if count > min(len(rows), shown) else ""
+    return ", ".join(str(row) for row in rows[:shown]) + more
+
+
+def _config(config: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every key of the resolved configuration, and whether it differs from the default."""
+    defaults = _defaults()
+    table = []
+    for section, values in config.items():
+        for name, value in _flat(values, section):
+            default = defaults.get(name)
+            changed = name not in defaults or _plain(value) != _plain(default)
+            row = {"name": name, "value": _text(value), "changed": changed}
+            table.append(row | {"default": _text(default) if name in defaults else ""})
+    return table
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        key = f"{prefix}.{name}"
+        flat.extend(_flat(value, key) if isinstance(value, dict) and value else [(key, value)])
+    return flat
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Default by dotted key; keys that the user has to give are absent."""
+    from engine.config.fields import dataclass_in, type_hints
+
+    found: dict[str, Any] = {}
+
+    def collect(cls: type, prefix: str) -> None:
+        for field in dataclasses.fields(cls):
+            key, nested = prefix + field.name, dataclass_in(type_hints(cls)[field.name])
+            if field.default is not dataclasses.MISSING:
+                found[key] = field.default
+            if nested is not None:
+                collect(nested, f"{key}.")
+
+    collect(RunConfig, "")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_text(item) for item in value) or "none"
+    return str(value)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "-" if value is None else str(value)
+    if isinstance(value, int) or (value.is_integer() and abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:,.4f}" if 1e-3 <= abs(value) < 1e6 or value == 0 else f"{value:.3e}"

@@ -1,0 +1,150 @@
+"""The look of every figure: one palette, one grid, one way to draw a metric over steps.
+
+matplotlib is imported inside functions, so that importing the engine stays fast. Figures are built without pyplot: no
+global state, no display.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from engine.report.records import Series
+
+INK = "#22303c"
+MUTED = "#6b7885"
+GRID = "#e6e9ec"
+TRAIN = "#2f5d8a"
+EVAL = "#d1782c"
+CHOSEN = "#1d7874"
+REJECTED = "#b8475a"
+DPI = 150
+SMOOTH_FROM = 40
+"""Series with at least this many points are drawn raw and smoothed."""
+
+_RC: dict[Any, Any] = {
+    "font.size": 11.0,
+    "axes.labelsize": 11.0,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#b7bfc7",
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 10.0,
+    "ytick.labelsize": 10.0,
+    "text.color": INK,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def new_figure(title: str, subtitle: str, *, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with a left-aligned heading above ``rows`` x ``columns`` panels."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    height = 4.2 if rows == 1 else 1.1 + 1.75 * rows
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.62 / height), h_pad=0.06, w_pad=0.06)
+    with rc_context(_RC):
+        figure = Figure(figsize=(7.6, height), dpi=DPI, layout=layout)
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=columns == 1)
+    figure.text(0.014, 1 - 0.16 / height, title, fontsize=14, fontweight="bold", va="top", color=INK)
+    figure.text(0.0145, 1 - 0.42 / height, subtitle, fontsize=10, va="top", color=MUTED)
+    return figure, list(panels.flat)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving average over ``window`` points; it narrows at the ends and skips nan."""
+    known = np.isfinite(values)
+    kernel = np.ones(window)
+    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
+    count = np.convolve(known.astype(np.float64), kernel, mode="same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def draw_series(axes: Axes, series: Series, label: str, colour: str) -> None:
+    """Draw every logged value; with many points, faintly, under a moving average."""
+    if len(series) >= SMOOTH_FROM:
+        window = max(5, len(series) // 20) | 1
+        axes.plot(series.steps, series.values, color=colour, alpha=0.28, linewidth=0.9, label=f"_{label} (raw)")
+        axes.plot(series.steps, smooth(series.values, window), color=colour, linewidth=2.0, label=label)
+        return
+    size = 7.0 if len(series) == 1 else 4.5 if len(series) <= 15 else 3.0
+    axes.plot(series.steps, series.values, marker="o", markersize=size, color=colour, linewidth=1.8, label=label)
+
+
+def draw_evaluation(axes: Axes, series: Series, label: str, colour: str) -> None:
+    """Draw held-out values: few, so each gets a marker."""
+    axes.plot(
+        series.steps,
+        series.values,
+        linestyle=(0, (3, 1.5)),
+        marker="D",
+        markersize=5.5,
+        markerfacecolor="white",
+        markeredgewidth=1.6,
+        color=colour,
+        linewidth=1.4,
+        label=label,
+    )
+
+
+def reference_line(axes: Axes, value: float, label: str) -> None:
+    """A thin dashed line across the panel, named at its right end."""
+    axes.axhline(value, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1, label=f"_{label}")
+    axes.annotate(
+        label,
+        xy=(1.0, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=9.5,
+        color=MUTED,
+    )
+
+
+def finish_steps(axes: Axes, first_step: float, last_step: float) -> None:
+    """Whole-number steps along x, from the start of the run to its last row."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    if first_step == last_step:
+        axes.set_xlim(last_step - 1, last_step + 1)
+    else:
+        axes.set_xlim(0, last_step * 1.02)
+    axes.margins(y=0.12)
+
+
+def legend(axes: Axes) -> None:
+    """A legend above the panel, out of the way of the data, when there is more than one thing to tell apart."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        axes.legend(
+            handles,
+            labels,
+            loc="lower right",
+            bbox_to_anchor=(1.0, 1.0),
+            ncols=4,
+            borderaxespad=0.2,
+            columnspacing=1.4,
+            handlelength=1.6,
+            frameon=False,
+            fontsize=10,
+            labelcolor=INK,
+        )

@@ -1,0 +1,137 @@
+"""What is drawn is what was logged."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from engine.report import figures
+from engine.report.records import read_run
+from engine.report.style import SMOOTH_FROM, smooth
+
+LENGTHS = {"prompt": [10, 20, 30, 40], "chosen": [5, 6, 7, 300], "rejected": [5, 5, 5, 9]}
+
+
+def lines_of(axes):
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def values_of(logged, name):
+    return [row[name] for row in logged if row.get(name) is not None]
+
+
+def test_few_points_are_drawn_as_logged(make_run, rows):
+    logged = rows(20, eval_every=5)
+    (axes,) = figures.loss(read_run(make_run(logged))).axes
+    lines = lines_of(axes)
+    np.testing.assert_array_equal(lines["training"].get_xdata(), range(1, 21))
+    np.testing.assert_array_equal(lines["training"].get_ydata(), values_of(logged, "loss"))
+    np.testing.assert_array_equal(lines["held-out"].get_ydata(), values_of(logged, "eval_loss"))
+    assert axes.get_xlabel() == "optimizer step"
+    assert "nats" in axes.get_ylabel()
+
+
+def test_many_points_are_drawn_raw_and_smoothed(make_run, rows):
+    logged = rows(3 * SMOOTH_FROM)
+    (axes,) = figures.loss(read_run(make_run(logged))).axes
+    lines = lines_of(axes)
+    np.testing.assert_array_equal(lines["_training (raw)"].get_ydata(), values_of(logged, "loss"))
+    assert np.std(np.diff(lines["training"].get_ydata())) < np.std(np.diff(values_of(logged, "loss")))
+
+
+def test_moving_average():
+    values = np.array([1.0, 2.0, np.nan, 4.0, 9.0])
+    np.testing.assert_allclose(smooth(values, 3), [1.5, 1.5, 3.0, 6.5, 6.5])
+    assert np.isnan(smooth(np.array([np.nan] * 7), 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "shown"), [("sigmoid", True), ("robust", True), ("ipo", False), ("hinge", False)]
+)
+def test_ln_2_is_marked_where_it_is_the_start(make_run, rows, loss_type, shown):
+    run = read_run(make_run(rows(3), config=f"loss: {{loss_type: {loss_type}}}"))
+    (axes,) = figures.loss(run).axes
+    heights = [line.get_ydata()[0] for line in axes.get_lines() if line.get_label().startswith("_ln 2")]
+    assert heights == ([math.log(2)] if shown else [])
+
+
+@pytest.mark.parametrize("family", ["rewards", "logps"])
+def test_chosen_and_rejected_with_their_held_out_values(make_run, rows, family):
+    logged = rows(10, eval_every=5)
+    figure = getattr(figures, family)(read_run(make_run(logged)))
+    lines = lines_of(figure.axes[0])
+    for side in ("chosen", "rejected"):
+        np.testing.assert_array_equal(lines[side].get_ydata(), values_of(logged, f"{family}/{side}"))
+        np.testing.assert_array_equal(
+            lines[f"{side}, held-out"].get_ydata(), values_of(logged, f"eval_{family}/{side}")
+        )
+
+
+def test_margins_and_accuracies(make_run, rows):
+    logged = rows(10)
+    run = read_run(make_run(logged))
+    margins = lines_of(figures.margins(run).axes[0])["training"]
+    np.testing.assert_array_equal(margins.get_ydata(), values_of(logged, "rewards/margins"))
+    (axes,) = figures.accuracies(run).axes
+    np.testing.assert_array_equal(lines_of(axes)["training"].get_ydata(), values_of(logged, "rewards/accuracies"))
+    assert axes.get_ylim()[0] < 0.0 < 1.0 < axes.get_ylim()[1]
+
+
+def test_optimizer_panels(make_run, rows):
+    logged = rows(10)
+    run = read_run(make_run(logged, config="optim: {max_grad_norm: 1.0, learning_rate: 1.0e-6}"))
+    rate, norm = figures.optimizer(run).axes
+    np.testing.assert_array_equal(lines_of(rate)["learning rate"].get_ydata(), values_of(logged, "learning_rate"))
+    np.testing.assert_array_equal(lines_of(norm)["gradient norm"].get_ydata(), values_of(logged, "grad_norm"))
+    assert "_clipped above 1" in lines_of(norm)
+    assert norm.get_yscale() == "linear"
+
+
+def test_wild_gradient_norms_get_a_log_axis(make_run):
+    run = read_run(make_run([{"step": s, "grad_norm": 1000.0 if s == 2 else 1.0} for s in range(1, 8)]))
+    assert figures.optimizer(run).axes[0].get_yscale() == "log"
+
+
+def test_throughput_in_percent_and_without_what_was_not_measured(make_run, rows):
+    logged = rows(10)
+    figure = figures.throughput(read_run(make_run(logged)))
+    assert [axes.get_ylabel() for axes in figure.axes] == ["tokens / s", "pairs / s", "% of tokens", "memory (GiB)"]
+    speed, _, share, _ = figure.axes
+    np.testing.assert_array_equal(lines_of(speed)["tokens"].get_ydata(), values_of(logged, "perf/tokens_per_second"))
+    np.testing.assert_allclose(
+        lines_of(share)["saved by prompt sharing"].get_ydata(),
+        [100 * v for v in values_of(logged, "perf/shared_fraction")],
+    )
+
+
+def test_length_histograms_count_every_row_once(make_run, rows):
+    figure = figures.lengths(read_run(make_run(rows(1), data={"lengths": LENGTHS})))
+    for axes, (name, values) in zip(figure.axes, LENGTHS.items(), strict=True):
+        assert sum(bar.get_height() for bar in axes.patches) == len(values)
+        assert name in axes.texts[0].get_text()
+        assert f"longest {max(values)}" in axes.texts[0].get_text()
+    assert "longer" in figure.axes[-1].get_xlabel()
+
+
+def test_a_single_row_is_in_view(make_run, rows):
+    run = read_run(make_run(rows(1)))
+    for picture in figures.PICTURES:
+        figure = picture.draw(run)
+        if figure is None:
+            assert picture.name == "lengths"
+            continue
+        low, high = figure.axes[0].get_xlim()
+        assert low < 1 < high
+
+
+def test_nothing_logged_draws_nothing(make_run):
+    run = read_run(make_run([{"step": 1, "epoch": 0.1}], data={"lengths": []}))
+    assert [picture.name for picture in figures.PICTURES if picture.draw(run) is not None] == []
+
+
+def test_all_nan_draws_without_failing(make_run):
+    run = read_run(make_run([{"step": s, "loss": math.nan, "grad_norm": math.nan} for s in (1, 2)]))
+    assert figures.loss(run) is not None
+    assert figures.optimizer(run) is None

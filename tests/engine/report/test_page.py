@@ -1,0 +1,137 @@
+"""The page as a reader and a browser see it."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine.errors import UserError
+from engine.report import write_report
+
+CONFIG = """
+model: {model_name_or_path: 'models/<script>alert(1)</script>', dtype: bfloat16, lora: {r: 8}}
+data: {dataset_name: 'a & b.jsonl', max_length: 512}
+loss: {loss_type: sigmoid, beta: 0.1}
+optim: {learning_rate: 1.0e-6, warmup_steps: 0}
+train: {report_to: [tensorboard], seed: 42}
+"""
+DATA = {
+    "lengths": {"prompt": [10, 20, 30], "chosen": [5, 6, 7], "rejected": [5, 5, 5]},
+    "lint": {
+        "source": "<b>pairs</b>.jsonl",
+        "total": 5,
+        "kept": 3,
+        "dropped": 2,
+        "counts": {"differing_prompts": 2, "<i>odd</i>": 1},
+        "rows": {"differing_prompts": [0, 4], "<i>odd</i>": [3]},
+    },
+}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of table rows."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self._in_cell = False
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._in_cell = False
+
+    def handle_data(self, data):
+        if self._in_cell:
+            self.rows[-1][-1] += data.strip()
+
+    def row(self, name: str) -> list[str]:
+        return next(row for row in self.rows if row and row[0].startswith(name))
+
+
+def test_page_and_pictures(make_run, rows):
+    folder = make_run(rows(60, eval_every=20), config=CONFIG, data=DATA, evaluation={"rewards/accuracies": 0.875})
+    path = write_report(folder)
+    assert path == folder / "report" / "index.html"
+    page = Page(path)
+    pictures = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(pictures) == 8
+    for picture in pictures:
+        with Image.open(path.parent / picture["src"]) as image:
+            assert image.size == (int(picture["width"]), int(picture["height"]))
+            assert image.width > 800
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+        assert picture["alt"]
+    assert page.row("rewards/accuracies")[-1] == "0.8750"
+    assert page.row("loss")[1:3] == [f"{v['eval_loss']:.4f}" for v in rows(60, eval_every=20) if "eval_loss" in v][:3:2]
+
+
+def test_page_needs_no_network(make_run, rows):
+    text = write_report(make_run(rows(2), config=CONFIG)).read_text()
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<link", text)
+
+
+def test_everything_is_escaped(make_run, rows):
+    page = Page(write_report(make_run(rows(2), config=CONFIG, data=DATA)))
+    assert not [tag for tag, _ in page.tags if tag in ("script", "i")]
+    assert page.row("model.model_name_or_path")[1] == "models/<script>alert(1)</script>"
+    assert page.row("data.dataset_name")[1] == "a & b.jsonl"
+    assert page.row("<i>odd</i>")[1:] == ["1", "3"]
+
+
+def test_only_differences_from_the_defaults_are_marked(make_run, rows):
+    page = Page(write_report(make_run(rows(2), config=CONFIG)))
+    changed = sum(attrs.get("class") == "changed" for tag, attrs in page.tags if tag == "tr")
+    assert changed == 4
+    assert page.row("data.max_length") == ["data.max_length", "512", "1024"]
+    assert page.row("model.lora.r")[1] == "8"
+    assert page.row("loss.beta") == ["loss.beta", "0.1"]
+
+
+def test_data_problems_are_explained(make_run, rows):
+    page = Page(write_report(make_run(rows(1), data=DATA)))
+    assert page.row("differing_prompts: the two sides answer different prompts (dropped)")[1:] == ["2", "0, 4"]
+    assert page.row("<b>pairs</b>.jsonl - kept")[1] == "3"
+
+
+def test_reports_of_two_splits(make_run, rows):
+    page = Page(write_report(make_run(rows(1), data={"lint": {"train": DATA["lint"], "eval": {"total": 7}}})))
+    assert page.row("eval - total")[1] == "7"
+    assert page.row("train: <b>pairs</b>.jsonl - total")[1] == "5"
+
+
+def test_metrics_alone_are_enough(make_run, rows):
+    text = write_report(make_run(rows(1))).read_text()
+    assert "has not been evaluated" in text
+    assert "no record of its data" in text
+    assert "no config.yaml" in text
+    assert "in progress or stopped" in text
+
+
+def test_a_second_report_replaces_the_first(make_run, rows):
+    folder = make_run(rows(3), data=DATA)
+    assert (write_report(folder).parent / "lengths.png").is_file()
+    (folder / "data.json").unlink()
+    assert not (write_report(folder).parent / "lengths.png").exists()
+
+
+def test_bad_folders(tmp_path, make_run, rows):
+    with pytest.raises(UserError, match="no run folder"):
+        write_report(tmp_path / "nowhere")
+    folder = make_run(rows(1))
+    (folder / "report").write_text("a file in the way")
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report(folder)
