@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Literal
 
 from tqdm import tqdm
@@ -53,27 +52,34 @@ def stream_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[Iterato
     return make_groups(examples, encoder, max_length=data.max_length, report=report), report
 
 
-def load_rows(data: DataConfig, *, split: Split) -> Iterator[Row]:
-    """The rows of a split as they are in the source; ``Row.index`` is what ``PreferenceGroup.row`` refers to."""
-    return islice(_source(data, split), data.max_rows)
+def load_rows(data: DataConfig, *, split: Split) -> Source:
+    """The rows of a split as they are in the source; ``Row.index`` is what ``PreferenceGroup.row`` refers to.
+
+    Can be iterated more than once, and holds no rows.
+    """
+    return _source(data, split)
 
 
 def _source(data: DataConfig, split: Split) -> Source:
     if split == "train":
-        return open_source(data.dataset_name, split=data.dataset_train_split, config=data.dataset_config)
+        return open_source(
+            data.dataset_name, split=data.dataset_train_split, config=data.dataset_config, max_rows=data.max_rows
+        )
     if data.eval_dataset_name is not None:
-        return open_source(data.eval_dataset_name, split=data.eval_dataset_split)
+        return open_source(data.eval_dataset_name, split=data.eval_dataset_split, max_rows=data.max_rows)
     if is_single_file(data.dataset_name):
         raise UserError(
             f"there is no evaluation data: data.dataset_name={data.dataset_name} is one file without splits; "
             "set data.eval_dataset_name"
         )
-    return open_source(data.dataset_name, split=data.eval_dataset_split, config=data.dataset_config)
+    return open_source(
+        data.dataset_name, split=data.eval_dataset_split, config=data.dataset_config, max_rows=data.max_rows
+    )
 
 
 def _examples(source: Source, data: DataConfig, encoder: Encoder, report: LintReport) -> Iterator[Example]:
     read = None
-    rows = tqdm(islice(source, data.max_rows), desc=f"read {source.name}", unit=" rows", delay=3, disable=None)
+    rows = tqdm(source, desc=f"read {source.name}", unit=" rows", delay=3, disable=None)
     for row in rows:
         if read is None:
             layout = detect_format(row) if data.format == "auto" else data.format

@@ -149,6 +149,8 @@ class LintReport:
 
     def raise_if_empty(self) -> None:
         """Stop when no row is left."""
+        if self.total == 0:
+            raise UserError(f"{self.source}: the split has no rows; check data.dataset_train_split and its slice")
         if self.kept == 0:
             reasons = [f"{name} {count:,}" for name, count in self.counts.items() if PROBLEMS[name].drops]
             advice = next((PROBLEMS[name].advice for name in self.counts if PROBLEMS[name].drops), "check the file")

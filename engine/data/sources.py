@@ -52,13 +52,19 @@ class Row:
 class Source:
     """The rows of one split, in order; can be iterated again."""
 
-    def __init__(self, name: str, rows: Callable[[], Iterator[Row]], start: str | None, stop: str | None):
+    def __init__(
+        self, name: str, rows: Callable[[], Iterator[Row]], start: str | None, stop: str | None, max_rows: int | None
+    ):
         self.name = name
         self._rows = rows
         self._start = start
         self._stop = stop
+        self._max_rows = max_rows
 
     def __iter__(self) -> Iterator[Row]:
+        return islice(self._slice(), self._max_rows)
+
+    def _slice(self) -> Iterator[Row]:
         start, stop = self._start, self._stop
         if not start and not stop:
             return self._rows()
@@ -80,13 +86,14 @@ def is_single_file(name: str) -> bool:
     return Path(name).expanduser().is_file()
 
 
-def open_source(name: str, *, split: str = "train", config: str | None = None) -> Source:
+def open_source(name: str, *, split: str = "train", config: str | None = None, max_rows: int | None = None) -> Source:
     """Open one split of a dataset.
 
     Args:
         name: a data file, a folder, or a dataset on the Hub. A path that exists wins over a Hub name.
         split: split name, possibly sliced.
         config: configuration of a Hub dataset.
+        max_rows: read no more than the first rows of the split.
 
     Raises:
         UserError: nothing there, no such split, or an unknown kind of file. Faults inside a file are raised when its
@@ -104,7 +111,7 @@ def open_source(name: str, *, split: str = "train", config: str | None = None) -
         raise UserError(f"{name} does not exist; check data.dataset_name and data.eval_dataset_name")
     else:
         rows = _hub_rows(name, match["name"], config)
-    return Source(name, rows, match["start"], match["stop"])
+    return Source(name, rows, match["start"], match["stop"], max_rows)
 
 
 def _local_rows(path: Path, split: str) -> Callable[[], Iterator[Row]]:

@@ -1,0 +1,146 @@
+"""Files, folders, splits, slices and Hub names."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from engine.data.sources import open_source
+from engine.errors import UserError
+
+
+def write_rows(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"v": v}) + "\n" for v in values))
+
+
+def values(source):
+    return [row.data["v"] for row in source]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_rows(tmp_path / "train-00001-of-00002.jsonl", [3, 4])
+    write_rows(tmp_path / "train-00000-of-00002.jsonl", [1, 2])
+    write_rows(tmp_path / "test" / "part.jsonl", [5])
+    write_rows(tmp_path / "my_validation.jsonl", [6])
+    (tmp_path / "README.md").write_text("no data")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / ".cache").mkdir()
+    write_rows(tmp_path / ".cache" / "train.jsonl", [99])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", [1, 2, 3, 4]),
+        ("test", [5]),
+        ("eval", [5]),
+        ("validation", [6]),
+        ("dev", [6]),
+        ("train[1:3]", [2, 3]),
+        ("train[:2]", [1, 2]),
+        ("train[3:]", [4]),
+        ("train[-1:]", [4]),
+        ("train[50%:]", [3, 4]),
+        ("train[:25%]", [1]),
+        ("train[3:1]", []),
+        ("train[-1:1]", []),
+    ],
+)
+def test_splits_and_slices_of_a_folder(folder, split, expected):
+    source = open_source(str(folder), split=split)
+    assert values(source) == expected
+    assert values(source) == expected, "a source can be iterated again"
+
+
+def test_rows_know_file_index_and_line(folder):
+    row = list(open_source(str(folder), split="train[2:]"))[0]
+    assert (row.index, row.line) == (2, 1)
+    assert row.where == f"{folder / 'train-00001-of-00002.jsonl'}, row 2 (line 1)"
+
+
+def test_files_without_a_split_name_are_train(tmp_path):
+    write_rows(tmp_path / "b.jsonl", [2])
+    write_rows(tmp_path / "a.jsonl", [1])
+    assert values(open_source(str(tmp_path))) == [1, 2]
+    with pytest.raises(UserError, match="has no split 'test'; it has train"):
+        open_source(str(tmp_path), split="test")
+
+
+def test_single_file_is_every_split(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [1, 2, 3])
+    assert values(open_source(str(tmp_path / "rows.jsonl"), split="test", max_rows=2)) == [1, 2]
+
+
+def test_folder_saved_by_datasets(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_dict({"v": [1, 2, 3]})
+    data.save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(str(tmp_path / "two"))
+    assert values(open_source(str(tmp_path / "one"), split="train[1:]")) == [2, 3]
+    assert values(open_source(str(tmp_path / "two"), split="test")) == [2]
+    with pytest.raises(UserError, match="no split 'dev'; it has test, train"):
+        open_source(str(tmp_path / "two"), split="dev")
+
+
+def test_hub_name_is_loaded_through_datasets(monkeypatch, tmp_path):
+    import datasets
+
+    calls = []
+
+    def load_dataset(name, config, *, split):
+        calls.append((name, config, split))
+        return datasets.Dataset.from_dict({"v": [1, 2, 3]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    source = open_source("org/name", split="train[1:]", config="default")
+    assert values(source) == [2, 3]
+    assert calls == [("org/name", "default", "train")]
+    assert next(iter(source)).where == "org/name, row 1"
+
+
+def test_hub_name_offline_is_a_user_error(monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="dataset nobody/nothing-here, split train: .*while online"):
+        open_source("nobody/nothing-here")
+
+
+def test_hub_split_errors_are_passed_on(monkeypatch, tmp_path):
+    import datasets
+
+    def load_dataset(name, config, *, split):
+        raise ValueError('Unknown split "x". Should be one of ["train"].\nmore')
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r'split x does not load: Unknown split "x"\. Should be one of \["train"\]\.$'):
+        open_source("org/name", split="x")
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "./absent", "/no/such/folder", "~/no-such-folder-here", "a/b/c"])
+def test_missing_path_is_not_taken_for_a_hub_name(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        open_source(name)
+
+
+def test_other_faults(tmp_path):
+    with pytest.raises(UserError, match="holds no data files"):
+        open_source(str(tmp_path))
+    (tmp_path / "rows.txt").write_text("x")
+    with pytest.raises(UserError, match=r"rows\.txt: unknown kind of data file"):
+        open_source(str(tmp_path / "rows.txt"))
+    write_rows(tmp_path / "rows.jsonl", [1])
+    with pytest.raises(UserError, match="split 'train\\+test' is not understood"):
+        open_source(str(tmp_path / "rows.jsonl"), split="train+test")
+    with pytest.raises(UserError, match=r"data\.dataset_config=x is for Hub datasets"):
+        open_source(str(tmp_path / "rows.jsonl"), config="x")
