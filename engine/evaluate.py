@@ -1,0 +1,215 @@
+"""Evaluation on held-out preference pairs: no gradients, no logits kept.
+
+Beside the metrics of training under ``eval_`` names there is the ranking accuracy, which needs no reference: how often
+the model gives the chosen response the higher log-prob, summed and per token.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config.schema import ModelConfig, RunConfig
+from engine.data import load_dataset_groups
+from engine.data.groups import PreferenceDataset
+from engine.errors import UserError
+from engine.model import Policy, check_packing, load_policy, load_tokenizer, resolve_device
+from engine.packing import Pack, build_batch, check_fits, group_sizes, pack_groups
+from engine.train.checkpoint import ADAPTER_FILE, load_adapter
+from engine.train.durable import write_atomically
+from engine.train.metrics import METRICS_FILE, PREFERENCE_NAMES
+from engine.train.objective import Objective, Scored, sum_responses
+from engine.train.references import prepare_references
+
+EVALUATION_FILE = "evaluation.json"
+BY_LENGTH = "eval_accuracies_by_length/"
+
+log = logging.getLogger(__name__)
+
+
+class _Scores(NamedTuple):
+    """Log-probs of all responses of a dataset, in its order."""
+
+    logps_S: Tensor
+    ref_S: Tensor | None
+
+
+def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, float]:
+    """Evaluate a model on the evaluation split of ``config``.
+
+    References come from where training takes them: they belong to the model that ``config`` names, not to the one that
+    is evaluated. When ``model_path`` is the folder of a run, the result is also written there as ``evaluation.json``.
+
+    Args:
+        model_path: a model or adapter folder, or a Hub id; by default the model before training.
+
+    Returns:
+        ``eval_loss``, ``eval_rewards/*``, ``eval_logps/*``, ``eval_ranking_accuracy``,
+        ``eval_ranking_accuracy_per_token``, ``eval_num_pairs``, and accuracies by length of the longest response.
+
+    Raises:
+        UserError: no evaluation data, or a model that cannot be loaded.
+    """
+    tokenizer = load_tokenizer(config.model)
+    dataset, _ = load_dataset_groups(config.data, tokenizer, split="eval")
+    _check_fits(dataset, config)
+    device = resolve_device()
+    policy = load_policy(config.model, device=device)
+    check_packing(policy)
+    objective = Objective(config.loss)
+    objective.check_dataset(dataset)
+    references = prepare_references(config, policy, objective, {"eval": dataset}, say=log.info)
+    objective.live_reference = references.live
+    if model_path is not None:
+        policy = load_trained(config.model, policy, model_path)
+    values = evaluate_policy(policy, dataset, objective, config, lookup=references.lookup("eval"), progress=True)
+    log.info(format_evaluation(values))
+    if model_path is not None and (Path(model_path) / METRICS_FILE).exists():
+        write_evaluation(Path(model_path), values)
+    return values
+
+
+def load_trained(model: ModelConfig, base: Policy, model_path: str) -> Policy:
+    """The model at ``model_path``: an adapter is loaded into ``base``, a full model replaces it.
+
+    Raises:
+        UserError: an adapter for a configuration without ``model.lora``, or a model that cannot be loaded.
+    """
+    if (Path(model_path) / ADAPTER_FILE).exists():
+        if not base.has_adapter:
+            raise UserError(f"--model {model_path} is an adapter: set model.lora as in the run that trained it")
+        load_adapter(base, Path(model_path))
+        return base
+    if base.has_adapter:
+        log.info("%s is a full model: model.lora is not applied", model_path)
+    return load_policy(replace(model, model_name_or_path=model_path, revision=None, lora=None), device=base.device)
+
+
+def evaluate_policy(
+    policy: Policy,
+    dataset: PreferenceDataset,
+    objective: Objective,
+    config: RunConfig,
+    *,
+    lookup: Callable[[Pack], np.ndarray] | None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Metrics of ``policy`` on ``dataset``; the policy's training mode is restored.
+
+    Losses that couple pairs are computed over the whole dataset at once.
+
+    Args:
+        lookup: stored reference log-probs of some groups; None for a live reference or none.
+    """
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            scores = _score_all(policy, dataset, objective, config, lookup, progress)
+    finally:
+        policy.train(training)
+    lengths = dataset.lengths
+    per_group = tuple(len(n) - 1 for n in lengths)
+    lengths_S = torch.from_numpy(np.concatenate([n[1:] for n in lengths]))
+    scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group)
+    values = dict(zip((f"eval_{n}" for n in PREFERENCE_NAMES), scored.means().tolist(), strict=True))
+    summed, per_token = _ranking(scores.logps_S, lengths_S, per_group)
+    values["eval_ranking_accuracy"] = summed.mean().item()
+    values["eval_ranking_accuracy_per_token"] = per_token.mean().item()
+    values["eval_num_pairs"] = float(len(dataset))
+    return values | _by_length(scored, summed, lengths, has_reference=scores.ref_S is not None)
+
+
+def _score_all(
+    policy: Policy,
+    dataset: PreferenceDataset,
+    objective: Objective,
+    config: RunConfig,
+    lookup: Callable[[Pack], np.ndarray] | None,
+    progress: bool,
+) -> _Scores:
+    from tqdm.auto import tqdm
+
+    packing = config.packing
+    sizes = group_sizes(dataset.lengths, share_prompts=packing.share_prompts)
+    packs = pack_groups(sizes, packing.tokens_per_pack)
+    sums, refs = [], []
+    for pack in tqdm(packs, desc="evaluation", unit="pack", disable=not progress):
+        batch = build_batch([dataset[i] for i in pack], share_prompts=packing.share_prompts).to(policy.device)
+        stored = None if lookup is None else torch.from_numpy(lookup(pack))
+        sums.append(sum_responses(policy.logps(batch), batch.cu_responses_S1))
+        ref_S = objective.reference(batch, stored)
+        if ref_S is not None:
+            refs.append(ref_S)
+    order = _response_order(dataset, packs)
+    return _Scores(torch.cat(sums).cpu()[order], torch.cat(refs).cpu()[order] if refs else None)
+
+
+def _response_order(dataset: PreferenceDataset, packs: list[Pack]) -> Tensor:
+    """Where the responses of the dataset, in its order, are in the concatenated packs."""
+    counts = np.array([len(n) - 1 for n in dataset.lengths])
+    first = np.concatenate([[0], np.cumsum(counts)])
+    places = np.concatenate([np.arange(first[i], first[i + 1]) for pack in packs for i in pack])
+    return torch.from_numpy(np.argsort(places, kind="stable"))
+
+
+def _ranking(logps_S: Tensor, lengths_S: Tensor, per_group: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """fp32 [G] each: whether the best response has the higher log-prob than all others, summed and per token."""
+    summed, averaged = [], []
+    means_S = logps_S / lengths_S
+    for logps, means in zip(logps_S.split(per_group), means_S.split(per_group), strict=True):
+        summed.append((logps[0] > logps[1:]).all())
+        averaged.append((means[0] > means[1:]).all())
+    return torch.stack(summed).float(), torch.stack(averaged).float()
+
+
+def _by_length(scored: Scored, ranked: Tensor, lengths: list[np.ndarray], *, has_reference: bool) -> dict[str, float]:
+    """Accuracy, and number of groups, by the tokens of the longest response in powers of two.
+
+    The accuracy is that of the rewards, or of the ranking for a loss without a reference.
+    """
+    right = (scored.accuracies if has_reference else ranked).double()
+    longest = torch.tensor([int(n[1:].max()) for n in lengths])
+    values: dict[str, float] = {}
+    low, high = 1, 32
+    while low <= int(longest.max()):
+        inside = (longest >= low) & (longest <= high)
+        if inside.any():
+            values[f"{BY_LENGTH}{low}-{high}"] = right[inside].mean().item()
+            values[f"eval_num_pairs/{low}-{high}"] = float(inside.sum())
+        low, high = high + 1, high * 2
+    return values
+
+
+def scalar_metrics(values: dict[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation without those by length: what a row of ``metrics.jsonl`` holds."""
+    return {k: v for k, v in values.items() if not k.startswith((BY_LENGTH, "eval_num_pairs/"))}
+
+
+def write_evaluation(run_dir: Path, values: dict[str, float]) -> None:
+    """Write ``evaluation.json`` of a run folder."""
+    write_atomically(run_dir / EVALUATION_FILE, json.dumps(values, indent=1) + "\n")
+
+
+def format_evaluation(values: dict[str, float]) -> str:
+    """The table that ``dpo evaluate`` prints."""
+    lines = [f"{name.removeprefix('eval_'):<30} {value:>12.6g}" for name, value in scalar_metrics(values).items()]
+    lengths = [key.removeprefix(BY_LENGTH) for key in values if key.startswith(BY_LENGTH)]
+    if lengths:
+        lines += ["", f"{'tokens of the longest response':<30} {'accuracy':>12} {'pairs':>8}"]
+        for bucket in lengths:
+            count = values[f"eval_num_pairs/{bucket}"]
+            lines.append(f"{bucket:<30} {values[BY_LENGTH + bucket]:>12.4f} {count:>8.0f}")
+    return "\n".join(lines)
+
+
+def _check_fits(dataset: PreferenceDataset, config: RunConfig) -> None:
+    check_fits(dataset, tokens_per_pack=config.packing.tokens_per_pack, share_prompts=config.packing.share_prompts)

@@ -1,0 +1,1 @@
+"""Training: the loop, its optimizer and schedule, metrics, checkpoints and the final model."""

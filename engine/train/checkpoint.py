@@ -1,0 +1,246 @@
+"""Checkpoints for exact resume, and what else makes a run folder a run.
+
+``checkpoint-<step>/`` holds the model (or adapter) in Hugging Face layout, the tokenizer, the optimizer state and
+random generators as safetensors, and ``trainer_state.json``. There is no pickle. A checkpoint counts only when it is
+complete: see ``engine.train.durable``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.config.schema import RunConfig
+from engine.errors import UserError
+from engine.model import Policy
+from engine.train.durable import check_content, is_complete, sync_file, write_folder
+from engine.train.optimizer import METRIC_SCHEDULES
+
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+RANDOM_FILE = "random_state.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+FORMAT = 1
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_RUN_FILES = ("config.yaml", "metrics.jsonl", "config.json", "adapter_config.json")
+_FREE_KEYS = frozenset(
+    (
+        *("packing.tokens_per_pack", "packing.share_prompts", "model.attention", "model.trust_remote_code"),
+        *("data.strict", "data.eval_dataset_name", "data.eval_dataset_split", "reference.store", "reference.mode"),
+        *("train.output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.eval_steps"),
+        *("train.gradient_checkpointing", "train.report_to"),
+    )
+)
+"""Keys that may change between a run and its resumption: they do not change what is learned."""
+_EVALUATION_KEYS = frozenset({"data.eval_dataset_name", "data.eval_dataset_split", "train.eval_steps"})
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step}"
+
+
+def complete_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints, oldest first, as (step, folder)."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in output_dir.iterdir() if (m := _NAME.fullmatch(p.name)) and is_complete(p)]
+    return sorted(found)
+
+
+def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Delete all but the newest ``limit`` complete checkpoints. Call it only when the newest is durable."""
+    if limit is None:
+        return
+    for _, path in complete_checkpoints(output_dir)[:-limit]:
+        # Without its manifest a folder no longer counts, so a kill in the middle leaves nothing to trust.
+        (path / "manifest.json").unlink(missing_ok=True)
+        sync_file(path)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_other_run(output_dir: Path) -> None:
+    """Raise a ``UserError`` when ``output_dir`` already holds a run."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"train.output_dir={output_dir} is a file: give a folder")
+    held = next((name for name in _RUN_FILES if (output_dir / name).exists()), None)
+    if held is None and output_dir.is_dir():
+        held = next((p.name for p in output_dir.iterdir() if _NAME.fullmatch(p.name)), None)
+    if held is not None:
+        raise UserError(
+            f"train.output_dir={output_dir} already holds a run ({held}): "
+            "continue it with --resume, or choose another train.output_dir"
+        )
+
+
+def config_values(config: RunConfig) -> dict[str, Any]:
+    """Every setting under its dotted name, as plain JSON values."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for name, item in value.items() for k, v in walk(f"{prefix}.{name}", item).items()}
+
+    plain = json.loads(json.dumps(asdict(config)))
+    return {k: v for section, value in plain.items() for k, v in walk(section, value).items()}
+
+
+def check_same_run(saved: dict[str, Any], config: RunConfig, where: Path) -> None:
+    """Raise a ``UserError`` that names the first setting that would change what is learned."""
+    now = config_values(config)
+    free = _FREE_KEYS
+    if config.optim.lr_scheduler_type in METRIC_SCHEDULES:
+        free = free - _EVALUATION_KEYS
+    for key in sorted((saved.keys() | now.keys()) - free):
+        before, after = saved.get(key), now.get(key)
+        if before != after:
+            raise UserError(
+                f"cannot resume {where}: {key} was {before!r} and is now {after!r}, which changes the training; "
+                f"set it back, or start a new run in another train.output_dir"
+            )
+
+
+def save_checkpoint(
+    output_dir: Path,
+    *,
+    step: int,
+    policy: Policy,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    state: dict[str, Any],
+) -> Path:
+    """Write ``checkpoint-<step>``; it is durable and complete when this returns.
+
+    Args:
+        names: parameter names in the order of the optimizer.
+        state: JSON values that come back from ``load_state``.
+
+    Raises:
+        UserError: the disk is full or not writable; older checkpoints are untouched.
+    """
+    tensors, groups = _optimizer_tensors(optimizer, names)
+    random_tensors, python_random = _random_state()
+
+    def fill(folder: Path) -> None:
+        save_weights(policy, folder)
+        tokenizer.save_pretrained(folder)
+        save_file(tensors, folder / OPTIMIZER_FILE)
+        save_file(random_tensors, folder / RANDOM_FILE)
+        record = {"format": FORMAT, "step": step, **state, "param_groups": groups, "python_random": python_random}
+        (folder / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    path = checkpoint_path(output_dir, step)
+    write_folder(path, fill)
+    return path
+
+
+def save_weights(policy: Policy, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write the model, or the adapter alone, in Hugging Face layout.
+
+    Args:
+        dtype: store floating-point weights of a full model in this dtype; None keeps what training uses. Adapters
+            are always stored as they are trained.
+    """
+    if policy.has_adapter:
+        policy.model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+        return
+    model = policy.causal_lm
+    if dtype is None:
+        model.save_pretrained(folder)  # type: ignore[operator]
+        return
+    # Tied weights share memory; casting each storage once keeps them tied.
+    cast: dict[tuple[int, torch.Size], Tensor] = {}
+    weights = {
+        name: cast.setdefault((t.data_ptr(), t.shape), t.to(dtype)) if t.is_floating_point() else t
+        for name, t in model.state_dict().items()
+    }
+    trained_dtype = model.config.dtype
+    model.config.dtype = dtype  # type: ignore[union-attr]
+    try:
+        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+    finally:
+        model.config.dtype = trained_dtype  # type: ignore[union-attr]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """``trainer_state.json`` of a checkpoint whose content fits its checksums.
+
+    Raises:
+        UserError: a file is damaged, or another version wrote it.
+    """
+    check_content(path)
+    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"{path} has format {state['format']}, this version reads {FORMAT}: resume it where it was made"
+        )
+    return state
+
+
+def load_adapter(policy: Policy, path: Path) -> None:
+    """Load the adapter weights of a checkpoint into ``policy``."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(policy.model, load_file(path / ADAPTER_FILE, device=str(policy.device)))
+
+
+def load_optimizer(path: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer, names: list[str]) -> None:
+    """Restore the optimizer of ``save_checkpoint``, bit for bit."""
+    tensors = load_file(path / OPTIMIZER_FILE)
+    slots: dict[int, dict[str, Tensor]] = {}
+    position = {name: i for i, name in enumerate(names)}
+    for key, tensor in tensors.items():
+        slot, name = key.split("/", 1)
+        slots.setdefault(position[name], {})[slot] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    merged = [{**saved, "params": group["params"]} for saved, group in zip(state["param_groups"], groups, strict=True)]
+    for group in merged:
+        if "betas" in group:
+            group["betas"] = tuple(group["betas"])
+    optimizer.load_state_dict({"state": slots, "param_groups": merged})
+
+
+def restore_random_state(path: Path, state: dict[str, Any]) -> None:
+    """Set the global generators of torch, NumPy and Python to where the checkpoint found them."""
+    tensors = load_file(path / RANDOM_FILE)
+    torch.set_rng_state(tensors["torch"])
+    devices = [tensors[key] for key in sorted(k for k in tensors if k.startswith("cuda"))]
+    if devices and len(devices) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(devices)
+    kind, position, has_gauss, gauss = state["python_random"]["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().view(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python_random"]["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def _optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: list[str]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    state = optimizer.state_dict()
+    tensors = {
+        f"{slot}/{names[index]}": value.contiguous()
+        for index, slots in state["state"].items()
+        for slot, value in slots.items()
+        if isinstance(value, Tensor)
+    }
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+    return tensors, json.loads(json.dumps(groups))
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.view(np.int32).copy())}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i:03d}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return tensors, {"numpy": [kind, position, has_gauss, gauss], "python": random.getstate()}

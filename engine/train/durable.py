@@ -1,0 +1,164 @@
+"""Files and folders that are either whole or not there, whatever kills the process in between.
+
+A folder is written under a temporary name beside its final one, every file is flushed to disk, a manifest with the size
+and checksum of each file is written last, and only then is the folder renamed. A reader trusts a folder only when its
+manifest is there and fits.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.errors import UserError
+
+MANIFEST = "manifest.json"
+TEMPORARY_SUFFIX = ".incomplete"
+_CHUNK_BYTES = 8 << 20
+_DISK_ERRORS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this system allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENOTDIR: "a part of the path is not a folder",
+    errno.EIO: "the disk reported an input/output error",
+}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full, read-only or failing disk into a ``UserError`` that names ``path``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise _disk_error(path, _DISK_ERRORS[error.errno]) from error
+    except SafetensorError as error:
+        # safetensors reports failed writes as text, with the number of the system's error at the end.
+        reasons = [text for number, text in _DISK_ERRORS.items() if f"os error {number})" in str(error)]
+        if not reasons:
+            raise
+        raise _disk_error(path, reasons[0]) from error
+
+
+def _disk_error(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"cannot write {path}: {reason}; free space or choose another train.output_dir, then continue with --resume"
+    )
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by a file of ``text``; a reader sees the old file or the new one.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    with disk_errors(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_file(path.parent)
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Create the folder ``path`` with what ``fill`` writes into the folder that it is given.
+
+    Args:
+        path: must not exist as a complete folder; what a killed process left under this name is replaced.
+        fill: writes the files.
+
+    Raises:
+        UserError: the disk is full or not writable; nothing is left under the final name.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    with disk_errors(path):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            fill(temporary)
+            seal(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_file(path.parent)
+
+
+def seal(folder: Path) -> None:
+    """Flush every file of ``folder`` and write the manifest."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        entries = list(pool.map(_flushed_entry, files))
+    manifest = {p.relative_to(folder).as_posix(): entry for p, entry in zip(files, entries, strict=True)}
+    target = folder / MANIFEST
+    target.write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
+    for place in (target, *(p for p in folder.rglob("*") if p.is_dir()), folder):
+        sync_file(place)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the manifest is there and every file has the size that it states. Reads no content."""
+    try:
+        files = _manifest(folder)
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def check_content(folder: Path) -> None:
+    """Raise a ``UserError`` that names the first file whose content does not match its checksum."""
+    files = _manifest(folder)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        found = pool.map(checksum, [folder / name for name in files])
+        for name, entry, digest in zip(files, files.values(), found, strict=True):
+            if digest != entry["sha256"]:
+                raise UserError(
+                    f"{folder / name} is damaged: its content does not match its checksum; "
+                    f"delete {folder} to continue from an earlier checkpoint"
+                )
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flushed_entry(path: Path) -> dict[str, int | str]:
+    sync_file(path)
+    return {"bytes": path.stat().st_size, "sha256": checksum(path)}
+
+
+def _manifest(folder: Path) -> dict[str, dict]:
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]

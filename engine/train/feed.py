@@ -1,0 +1,157 @@
+"""The order of training data: optimizer step n of a run is a pure function of the plan, so a resume only needs n."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from hashlib import sha256
+
+import numpy as np
+import torch
+
+from engine.config.schema import PackingConfig, TrainConfig
+from engine.data.groups import PreferenceDataset
+from engine.packing import Pack, PackedBatch, Step, build_batch, plan_epoch
+from engine.train.metrics import StepWork
+from engine.train.throughput import FlopModel, visible_pairs
+
+
+@dataclass(frozen=True)
+class TrainingPack:
+    """One forward pass of a step."""
+
+    batch: PackedBatch
+    ref_logps_S: torch.Tensor | None
+    """fp32 [S]: reference log-prob of each response; None without stored references."""
+
+    def to(self, device: torch.device) -> TrainingPack:
+        ref = None if self.ref_logps_S is None else self.ref_logps_S.to(device, non_blocking=True)
+        return TrainingPack(self.batch.to(device), ref)
+
+    def pin_memory(self) -> TrainingPack:
+        ref = None if self.ref_logps_S is None else self.ref_logps_S.pin_memory()
+        return TrainingPack(self.batch.pin_memory(), ref)
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One optimizer step."""
+
+    number: int
+    """1-based."""
+    epoch: float
+    """Epochs that are done when this step is."""
+    packs: tuple[TrainingPack, ...]
+    work: StepWork
+
+    @property
+    def num_groups(self) -> int:
+        return self.work.pairs
+
+    @property
+    def rows(self) -> list[int]:
+        """Source rows, in the order of the packs."""
+        return [row for pack in self.packs for row in pack.batch.rows]
+
+
+class TrainingFeed:
+    """The steps of a run, each built in the background while the one before runs.
+
+    Args:
+        dataset: what is trained on.
+        lookup: reference log-probs (float32 [S]) of the responses of some groups, in order; None without references.
+        flops: what ``perf/mfu`` counts.
+    """
+
+    def __init__(
+        self,
+        dataset: PreferenceDataset,
+        packing: PackingConfig,
+        train: TrainConfig,
+        *,
+        lookup: Callable[[Pack], np.ndarray] | None,
+        flops: FlopModel,
+        device: torch.device,
+    ):
+        self.dataset = dataset
+        self.packing = packing
+        self.seed = train.seed
+        self.lookup = lookup
+        self.flops = flops
+        self.device = device
+        self.steps_per_epoch = math.ceil(len(dataset) / packing.pairs_per_step)
+        self.total_steps = (
+            train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
+        )
+        self.lengths = dataset.lengths
+        self._visible = np.array([visible_pairs(n, share_prompts=packing.share_prompts) for n in self.lengths])
+        # Two epochs: the last step of one is built while the first of the next is.
+        self._plan = lru_cache(maxsize=2)(self._plan_epoch)
+
+    def _plan_epoch(self, epoch: int) -> list[Step]:
+        packing = self.packing
+        return plan_epoch(
+            self.lengths,
+            pairs_per_step=packing.pairs_per_step,
+            tokens_per_pack=packing.tokens_per_pack,
+            share_prompts=packing.share_prompts,
+            shuffle=packing.shuffle,
+            seed=self.seed,
+            epoch=epoch,
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Of every token, row number and boundary: the data that the plan speaks of."""
+        hasher = sha256()
+        for group in self.dataset:
+            hasher.update(np.array([group.row, len(group.response_ids)], "<i8").tobytes())
+            for ids in (group.prompt_ids, *group.response_ids):
+                hasher.update(np.array([len(ids)], "<i8").tobytes())
+                hasher.update(np.ascontiguousarray(ids, "<i4").tobytes())
+        return hasher.hexdigest()
+
+    def steps(self, done: int) -> Iterator[TrainingStep]:
+        """The steps after the first ``done``, on the device."""
+        if done >= self.total_steps:
+            return
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+        try:
+            ahead: Future[TrainingStep] = pool.submit(self.build, done + 1)
+            for number in range(done + 1, self.total_steps + 1):
+                step = ahead.result()
+                if number < self.total_steps:
+                    ahead = pool.submit(self.build, number + 1)
+                yield TrainingStep(step.number, step.epoch, tuple(p.to(self.device) for p in step.packs), step.work)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def build(self, number: int) -> TrainingStep:
+        """Step ``number`` (1-based), on the host."""
+        epoch, place = divmod(number - 1, self.steps_per_epoch)
+        members = self._plan(epoch)[place]
+        packs = tuple(self._build_pack(pack) for pack in members)
+        return TrainingStep(number, number / self.steps_per_epoch, packs, self._work(members, packs))
+
+    def _build_pack(self, pack: Pack) -> TrainingPack:
+        batch = build_batch([self.dataset[i] for i in pack], share_prompts=self.packing.share_prompts)
+        built = TrainingPack(batch, None if self.lookup is None else torch.from_numpy(self.lookup(pack)))
+        return built.pin_memory() if self.device.type == "cuda" else built
+
+    def _work(self, members: Step, packs: tuple[TrainingPack, ...]) -> StepWork:
+        groups = [i for pack in members for i in pack]
+        rows = sum(p.batch.num_tokens for p in packs)
+        responses = sum(int(self.lengths[i][1:].sum()) for i in groups)
+        prompts = sum(
+            int(self.lengths[i][0]) * (1 if self.packing.share_prompts else len(self.lengths[i]) - 1) for i in groups
+        )
+        return StepWork(
+            pairs=len(groups),
+            unshared_tokens=sum(p.batch.num_unshared_tokens for p in packs),
+            packed_tokens=prompts + responses,
+            rows=rows,
+            flop=self.flops.step(rows, responses, int(self._visible[groups].sum())),
+        )

@@ -1,0 +1,299 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from engine.config import load_config, to_yaml
+from engine.config.schema import RunConfig
+from engine.errors import UserError
+from engine.evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
+from engine.model import load_policy
+from engine.train import checkpoint as checkpoints
+from engine.train.durable import disk_errors, is_complete, sync_file, write_atomically
+from engine.train.export import export_model, package_versions
+from engine.train.feed import TrainingStep
+from engine.train.metrics import (
+    METRICS_FILE,
+    IntervalMeter,
+    Tracker,
+    evaluation_line,
+    keep_rows_until,
+    log_line,
+    open_trackers,
+)
+from engine.train.objective import Scored
+from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
+from engine.train.setup import Setup, prepare, write_data_file
+
+CONFIG_FILE = "config.yaml"
+_ROWS_NAMED = 8
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with."""
+
+    output_dir: Path
+    steps: int
+    """Optimizer steps of the whole run, those before a resume included."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last row of training metrics, and the last evaluation's when there was one."""
+    resumed_from: int | None = None
+    """Step of the checkpoint that the run continued from."""
+
+
+class _Evidence(NamedTuple):
+    """What is needed to say which rows of a step were not finite."""
+
+    step: int
+    rows: list[int]
+    values_G: list[Tensor]
+    grad_norm: Tensor
+
+
+def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
+    """Train as ``config`` says and leave a run folder.
+
+    Args:
+        resume: continue from the newest complete checkpoint of ``train.output_dir``, to the same bits that a run
+            without the interruption ends with; start anew when there is none. Otherwise the folder must not hold a
+            run.
+
+    Raises:
+        UserError: whatever the user can correct, a loss or gradient that is not finite, or a full disk. Checkpoints
+            that were complete stay so.
+    """
+    output_dir = Path(config.train.output_dir)
+    start, state = _find_start(config, output_dir, resume)
+    if resume and is_complete(output_dir):
+        log.info("%s is finished: nothing is left to train", output_dir)
+        return TrainResult(output_dir, start or 0, resumed_from=start)
+    setup = prepare(config)
+    run = _Run(setup, output_dir)
+    if state is not None:
+        run.restore(checkpoints.checkpoint_path(output_dir, start), state)
+    return run.train()
+
+
+def _find_start(config: RunConfig, output_dir: Path, resume: bool) -> tuple[int, dict[str, Any] | None]:
+    """The step to continue after and its checkpoint's state; (0, None) for a run from the start."""
+    if not resume:
+        checkpoints.refuse_other_run(output_dir)
+        return 0, None
+    found = checkpoints.complete_checkpoints(output_dir)
+    if found:
+        step, path = found[-1]
+        state = checkpoints.read_state(path)
+        checkpoints.check_same_run(state["config"], config, path)
+        return step, state
+    if (output_dir / CONFIG_FILE).exists():
+        saved = checkpoints.config_values(load_config(output_dir / CONFIG_FILE))
+        checkpoints.check_same_run(saved, config, output_dir)
+    log.info("no complete checkpoint in %s: training starts at step 1", output_dir)
+    return 0, None
+
+
+class _Run:
+    """The state of a run between its steps."""
+
+    def __init__(self, setup: Setup, output_dir: Path):
+        self.setup = setup
+        self.config = setup.config
+        self.output_dir = output_dir
+        self.policy = setup.policy
+        self.feed = setup.feed
+        self.done = 0
+        self.resumed_from: int | None = None
+        self.epoch = 0.0
+        self.last_row: dict[str, float] = {}
+        self.evaluation: dict[str, float] = {}
+        self.evaluated_at = 0
+        self.meter = IntervalMeter(setup.device, peak_flops=setup.peak_flops)
+        self.evidence: list[_Evidence] = []
+        self.trackers: list[Tracker] = []
+        self._build_update()
+
+    def _build_update(self) -> None:
+        optim = self.config.optim
+        self.optimizer, self.names = build_optimizer(self.policy.model, optim)
+        self.schedule = build_schedule(self.optimizer, optim, total_steps=self.feed.total_steps)
+        self.update = GuardedUpdate(self.optimizer, self.schedule, max_grad_norm=optim.max_grad_norm)
+
+    def restore(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        if state["data"] != self.feed.digest:
+            raise UserError(
+                f"cannot resume {path}: the training data is not what it was (rows, tokenizer or chat template "
+                "changed); restore it, or start a new run in another train.output_dir"
+            )
+        model = self.config.model
+        if self.policy.has_adapter:
+            checkpoints.load_adapter(self.policy, path)
+        else:
+            self.policy = self.setup.policy = load_policy(
+                replace(model, model_name_or_path=str(path), revision=None),
+                device=self.setup.device,
+                gradient_checkpointing=self.config.train.gradient_checkpointing,
+            )
+            self._build_update()
+        checkpoints.load_optimizer(path, state, self.optimizer, self.names)
+        self.schedule.load_state_dict(state["schedule"])
+        self.meter.load(state["meter"])
+        self.done = self.resumed_from = state["step"]
+        self.epoch = state["epoch"]
+        self.last_row, self.evaluation = state["last_row"], state["evaluation"]
+        self.evaluated_at = state["evaluated_at"]
+        self._random = (path, state)
+        log.info("continuing after step %d of %s", self.done, path)
+
+    def train(self) -> TrainResult:
+        self._open()
+        try:
+            self._steps()
+            self._final_evaluation()
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+        metrics = {**self.last_row, **scalar_metrics(self.evaluation)}
+        export_model(self.output_dir, self.policy, self.setup.tokenizer, self.config, metrics)
+        log.info("model written to %s", self.output_dir)
+        return TrainResult(self.output_dir, self.done, metrics, self.resumed_from)
+
+    def _open(self) -> None:
+        """Write what a run folder starts with, and set the random generators."""
+        with disk_errors(self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.output_dir / CONFIG_FILE, to_yaml(self.config))
+        write_data_file(self.setup, self.output_dir)
+        keep_rows_until(self.output_dir, self.done)
+        self.trackers = open_trackers(self.output_dir, self.config.train.report_to, first_step=self.done + 1)
+        if self.resumed_from is None:
+            set_seed(self.config.train.seed)
+        else:
+            checkpoints.restore_random_state(*self._random)
+        self.policy.train()
+
+    def _steps(self) -> None:
+        settings, total = self.config.train, self.feed.total_steps
+        self.meter.watch.start()
+        for step in self.feed.steps(self.done):
+            scored = self.setup.objective.backward(self.policy, step)
+            means = scored.means()
+            learning_rate = self.update.learning_rate
+            grad_norm = self.update.step(means[0])
+            self.meter.add(means, step.work)
+            self._remember(step, scored, grad_norm)
+            self.done, self.epoch = step.number, step.epoch
+            log_now = step.number % settings.logging_steps == 0 or step.number == total
+            evaluate_now = self._evaluates_at(step.number)
+            save_now = step.number % settings.save_steps == 0
+            if log_now or evaluate_now or save_now or not self.update.deferred:
+                self._require_finite()
+            if log_now:
+                self._log(grad_norm, learning_rate)
+            if evaluate_now:
+                self._evaluate()
+            if save_now:
+                self._save()
+        self.meter.watch.stop()
+
+    def _evaluates_at(self, step: int) -> bool:
+        every = self.config.train.eval_steps
+        return "eval" in self.setup.datasets and every is not None and step % every == 0
+
+    def _remember(self, step: TrainingStep, scored: Scored, grad_norm: Tensor) -> None:
+        self.evidence.append(_Evidence(step.number, step.rows, [scored.chosen_logps, scored.rejected_logps], grad_norm))
+
+    def _require_finite(self) -> None:
+        """Stop when a loss or gradient was not finite; it has not reached the weights."""
+        if not self.update.ok():
+            raise UserError(self._explain_failure())
+        self.evidence.clear()
+
+    def _explain_failure(self) -> str:
+        bad = next(e for e in self.evidence if not all(t.isfinite().all() for t in (*e.values_G, e.grad_norm)))
+        finite_G = torch.stack([t.isfinite() for t in bad.values_G]).all(0).tolist()
+        culprits = [row for row, finite in zip(bad.rows, finite_G, strict=True) if not finite]
+        what = "log-probs are" if culprits else "the loss or a gradient is"
+        rows = culprits or bad.rows
+        named = ", ".join(map(str, rows[:_ROWS_NAMED])) + (f" and {len(rows) - _ROWS_NAMED} more" if rows[8:] else "")
+        saved = checkpoints.complete_checkpoints(self.output_dir)
+        kept = f"the last checkpoint is {saved[-1][1]}" if saved else "no checkpoint was due yet"
+        return (
+            f"step {bad.step}: {what} not finite, rows {named}; the step was not applied and {kept}: "
+            "lower optim.learning_rate, check these rows, or use model.dtype=float32"
+        )
+
+    def _log(self, grad_norm: Tensor, learning_rate: float) -> None:
+        row = self.meter.row(step=self.done, epoch=self.epoch, grad_norm=grad_norm, learning_rate=learning_rate)
+        self.last_row = row
+        self._track(row)
+        run_here = self.done - (self.resumed_from or 0)
+        left = (self.feed.total_steps - self.done) * self.meter.watch.seconds() / run_here
+        log.info("%s", log_line(row, total_steps=self.feed.total_steps, seconds_left=left))
+
+    def _track(self, row: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(self.done, row)
+
+    def _evaluate(self) -> None:
+        self.meter.watch.stop()
+        self.evaluation = evaluate_policy(
+            self.policy,
+            self.setup.datasets["eval"],
+            self.setup.objective,
+            self.config,
+            lookup=self.setup.references.lookup("eval"),
+        )
+        self.evaluated_at = self.done
+        row = {"step": self.done, "epoch": round(self.epoch, 6), **scalar_metrics(self.evaluation)}
+        self._track(row)
+        log.info("%s", evaluation_line(row))
+        self.update.evaluated(self.evaluation["eval_loss"])
+        self.meter.watch.start()
+
+    def _final_evaluation(self) -> None:
+        if "eval" not in self.setup.datasets:
+            return
+        if self.evaluated_at != self.done:
+            self._evaluate()
+        log.info("%s", format_evaluation(self.evaluation))
+        write_evaluation(self.output_dir, self.evaluation)
+
+    def _save(self) -> None:
+        self.meter.watch.stop()
+        sync_file(self.output_dir / METRICS_FILE)
+        state = {
+            "epoch": self.epoch,
+            "config": checkpoints.config_values(self.config),
+            "data": self.feed.digest,
+            "schedule": self.schedule.state_dict(),
+            "meter": self.meter.state(),
+            "last_row": self.last_row,
+            "evaluation": self.evaluation,
+            "evaluated_at": self.evaluated_at,
+            "versions": package_versions(),
+        }
+        path = checkpoints.save_checkpoint(
+            self.output_dir,
+            step=self.done,
+            policy=self.policy,
+            tokenizer=self.setup.tokenizer,
+            optimizer=self.optimizer,
+            names=self.names,
+            state=state,
+        )
+        checkpoints.prune_checkpoints(self.output_dir, self.config.train.save_total_limit)
+        log.info("checkpoint written to %s", path)
+        self.meter.watch.start()

@@ -1,0 +1,203 @@
+"""Metrics of a training run: what is averaged, what is written, and where it goes.
+
+Names and averages are TRL's: every value is a mean over the pairs of a step, then over the steps of the logging
+interval; ``grad_norm`` (before clipping) and ``learning_rate`` are those of the last step. ``num_tokens`` counts prompt
+and response of every sequence, so the prompt of a pair twice, however it was computed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.train.durable import disk_errors, write_atomically
+from engine.train.throughput import Stopwatch, peak_memory_gib
+
+PREFERENCE_NAMES = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one optimizer step processed."""
+
+    pairs: int
+    unshared_tokens: int
+    """Prompt and response of every sequence: what TRL counts."""
+    packed_tokens: int
+    """Tokens that went through the model, the shared prompt once."""
+    rows: int
+    """Rows of the packs, padding included."""
+    flop: float
+
+
+class IntervalMeter:
+    """Sums over a logging interval, kept on the device until a row is asked for."""
+
+    def __init__(self, device: torch.device, *, peak_flops: float):
+        self.device = device
+        self.peak_flops = peak_flops
+        self.watch = Stopwatch(device)
+        self.num_tokens = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(len(PREFERENCE_NAMES), dtype=torch.float64, device=self.device)
+        self._steps = 0
+        self._work: list[StepWork] = []
+        self._since = self.watch.total
+
+    def add(self, values: Tensor, work: StepWork) -> None:
+        """Count one step.
+
+        Args:
+            values: [7], the means of the step in the order of ``PREFERENCE_NAMES``, on the device.
+        """
+        self._sums += values
+        self._steps += 1
+        self._work.append(work)
+        self.num_tokens += work.unshared_tokens
+
+    def row(self, *, step: int, epoch: float, grad_norm: Tensor, learning_rate: float) -> dict[str, float]:
+        """The metrics of the interval; the next one starts. Waits for the device."""
+        means = (self._sums / max(self._steps, 1)).tolist()
+        seconds = self.watch.seconds()
+        elapsed = max(seconds - self._since, 1e-9)
+        total = _total(self._work)
+        row: dict[str, float] = {"step": step, "epoch": round(epoch, 6), "loss": means[0]}
+        row |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+        row |= dict(zip(PREFERENCE_NAMES[1:], means[1:], strict=True))
+        row |= {
+            "num_tokens": self.num_tokens,
+            "perf/tokens_per_second": total.unshared_tokens / elapsed,
+            "perf/pairs_per_second": total.pairs / elapsed,
+            "perf/mfu": total.flop / elapsed / self.peak_flops,
+            "perf/padding_fraction": 1 - total.packed_tokens / max(total.rows, 1),
+            "perf/shared_fraction": 1 - total.packed_tokens / max(total.unshared_tokens, 1),
+            "perf/peak_memory_gib": peak_memory_gib(self.device),
+        }
+        self._reset()
+        self._since = seconds
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs so that the next row is the same after a resume, apart from its speeds."""
+        return {"num_tokens": self.num_tokens, "steps": self._steps, "sums": self._sums.tolist()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._reset()
+        self.num_tokens = state["num_tokens"]
+        self._steps = state["steps"]
+        self._sums = torch.tensor(state["sums"], dtype=torch.float64, device=self.device)
+
+
+def _total(work: Sequence[StepWork]) -> StepWork:
+    return StepWork(
+        pairs=sum(w.pairs for w in work),
+        unshared_tokens=sum(w.unshared_tokens for w in work),
+        packed_tokens=sum(w.packed_tokens for w in work),
+        rows=sum(w.rows for w in work),
+        flop=sum(w.flop for w in work),
+    )
+
+
+class Tracker(Protocol):
+    """Where metrics go."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlTracker:
+    """``metrics.jsonl``: one JSON object a line, written at once."""
+
+    def __init__(self, output_dir: Path):
+        self.path = output_dir / METRICS_FILE
+        with disk_errors(self.path):
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        with disk_errors(self.path):
+            self._file.write(json.dumps(dict(values)) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        with disk_errors(self.path):
+            self._file.close()
+
+
+class TensorBoardTracker:
+    """Event files below ``tensorboard/``; after a resume, events past the checkpoint are hidden."""
+
+    def __init__(self, output_dir: Path, *, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step or None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def open_trackers(output_dir: Path, report_to: Sequence[str], *, first_step: int) -> list[Tracker]:
+    """``metrics.jsonl`` always, then those that the configuration names."""
+    trackers: list[Tracker] = [JsonlTracker(output_dir)]
+    if "tensorboard" in report_to:
+        trackers.append(TensorBoardTracker(output_dir, first_step=first_step))
+    return trackers
+
+
+def keep_rows_until(output_dir: Path, step: int) -> None:
+    """Drop the rows of ``metrics.jsonl`` past ``step``, and a line that a killed process left half-written."""
+    path = output_dir / METRICS_FILE
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
+
+
+def log_line(row: Mapping[str, float], *, total_steps: int, seconds_left: float) -> str:
+    """One readable line for a row of training metrics."""
+    left = int(seconds_left)
+    clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    return (
+        f"step {row['step']}/{total_steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
+        f"accuracy {row['rewards/accuracies']:.3f}  margin {row['rewards/margins']:.4f}  "
+        f"grad norm {row['grad_norm']:.3g}  lr {row['learning_rate']:.2e}  "
+        f"{row['perf/pairs_per_second']:.1f} pairs/s  {row['perf/tokens_per_second']:,.0f} tokens/s  "
+        f"mfu {row['perf/mfu']:.1%}  {row['perf/peak_memory_gib']:.2f} GiB  left {clock}"
+    )
+
+
+def evaluation_line(row: Mapping[str, float]) -> str:
+    """One readable line for a row of evaluation metrics."""
+    return (
+        f"step {row['step']}  eval loss {row['eval_loss']:.4f}  accuracy {row['eval_rewards/accuracies']:.3f}  "
+        f"margin {row['eval_rewards/margins']:.4f}"
+    )

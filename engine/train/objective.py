@@ -1,0 +1,234 @@
+"""From the packs of one optimizer step to its loss and gradients.
+
+The loss of a step is the sum over its groups divided by their number, however they are packed. Three ways lead there:
+
+- Pairs whose losses are independent: ``linear_dpo_loss`` on every pack, gradients accumulate (one pass).
+- Losses that couple pairs (``aot``, ``aot_unpaired``): a first pass without gradients gives every log-prob of the step,
+  the loss of the whole step gives d loss / d log-prob, and a second pass per pack carries it back. A step of one pack
+  needs no first pass.
+- Rankings of K responses (``plackett_luce``): ``linear_logps`` on every pack, then the loss of whole groups.
+
+Legend: N completion tokens, S responses, G groups, K responses of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import linear_dpo_loss, plackett_luce_loss, preference_loss
+from dpo_kernels.losses import resolve_loss
+from engine.config.schema import LossConfig
+from engine.data.groups import PreferenceDataset
+from engine.errors import UserError
+from engine.model import Head, Policy
+from engine.packing import PackedBatch
+from engine.train.feed import TrainingStep
+
+RANKING_LOSS = "plackett_luce"
+
+
+class Scored(NamedTuple):
+    """Groups of responses, scored. Only ``losses`` may carry gradients."""
+
+    losses: Tensor
+    """[G]; for losses that couple pairs, quantiles of the batch instead of groups."""
+    chosen_rewards: Tensor
+    """[G]: of the best response."""
+    rejected_rewards: Tensor
+    """[G]: of the rejected response; with more than two, the mean of all but the best."""
+    accuracies: Tensor
+    """[G]: share of the ordered pairs of responses whose rewards are in the right order; a tie is wrong."""
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+
+    def means(self) -> Tensor:
+        """[7] in the order of ``engine.train.metrics.PREFERENCE_NAMES``."""
+        margins = self.chosen_rewards - self.rejected_rewards
+        columns = (self.losses, self.chosen_rewards, self.rejected_rewards, self.accuracies, margins)
+        return torch.stack([c.detach() for c in (*columns, self.chosen_logps, self.rejected_logps)]).double().mean(1)
+
+
+def sum_responses(logps_N: Tensor, cu_responses_S1: Tensor) -> Tensor:
+    """fp32 [S]: per-token log-probs summed over each response, in float64."""
+    lengths = cu_responses_S1.diff().long().to(logps_N.device, non_blocking=True)
+    return torch.segment_reduce(logps_N.double(), "sum", lengths=lengths, unsafe=True).float()
+
+
+class Objective:
+    """The configured loss.
+
+    Args:
+        live_reference: gives the reference log-probs (fp32 [S]) of a batch when they are not stored.
+    """
+
+    def __init__(self, config: LossConfig, *, live_reference: Callable[[PackedBatch], Tensor] | None = None):
+        self.config = config
+        self.live_reference = live_reference
+        self.ranks = config.loss_type == RANKING_LOSS
+        self.mix = None if self.ranks else resolve_loss(config.loss_type)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.mix is None or self.mix.needs_reference
+
+    @property
+    def couples_pairs(self) -> bool:
+        return self.mix is not None and self.mix.couples_pairs
+
+    def check_dataset(self, dataset: PreferenceDataset) -> None:
+        """Raise a ``UserError`` when a group has more than two responses and the loss takes pairs."""
+        if self.ranks:
+            return
+        for index, lengths in enumerate(dataset.lengths):
+            if len(lengths) != 3:
+                raise UserError(
+                    f"row {dataset[index].row} has {len(lengths) - 1} responses, and loss.loss_type "
+                    f"{self.config.loss_type} takes pairs: set loss.loss_type to {RANKING_LOSS}"
+                )
+
+    def _options(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "loss_type": c.loss_type,
+            "beta": c.beta,
+            "label_smoothing": c.label_smoothing,
+            "discopop_tau": c.discopop_tau,
+            "simpo_gamma": c.simpo_gamma,
+            "cpo_alpha": c.cpo_alpha,
+        }
+
+    def reference(self, batch: PackedBatch, stored_S: Tensor | None) -> Tensor | None:
+        """fp32 [S], or None for a loss without a reference."""
+        if stored_S is None and self.live_reference is not None:
+            return self.live_reference(batch)
+        return stored_S
+
+    def score(self, logps_S: Tensor, ref_S: Tensor | None, lengths_S: Tensor, per_group: tuple[int, ...]) -> Scored:
+        """Loss and rewards of whole groups from the log-probs of their responses; differentiable in ``logps_S``.
+
+        Args:
+            logps_S, ref_S: fp32 [S].
+            lengths_S: completion tokens of each response.
+            per_group: responses of each group.
+        """
+        if self.ranks:
+            assert ref_S is not None
+            return self._score_rankings(logps_S, ref_S, per_group)
+        chosen, rejected = logps_S[0::2], logps_S[1::2]
+        out = preference_loss(
+            chosen,
+            rejected,
+            None if ref_S is None else ref_S[0::2],
+            None if ref_S is None else ref_S[1::2],
+            chosen_lengths=lengths_S[0::2],
+            rejected_lengths=lengths_S[1::2],
+            **self._options(),
+        )
+        return _scored_pairs(out.loss, out.chosen_rewards, out.rejected_rewards, chosen.detach(), rejected.detach())
+
+    def _score_rankings(self, logps_S: Tensor, ref_S: Tensor, per_group: tuple[int, ...]) -> Scored:
+        starts = torch.tensor([0, *per_group]).cumsum(0)[:-1]
+        parts: list[tuple[Tensor, Scored]] = []
+        for k in sorted(set(per_group)):
+            groups = torch.tensor([g for g, size in enumerate(per_group) if size == k])
+            rows = (starts[groups, None] + torch.arange(k)).to(logps_S.device)
+            logps_BK = logps_S[rows]
+            out = plackett_luce_loss(logps_BK, ref_S[rows], beta=self.config.beta)
+            best, rest, rewards = out.rewards[:, 0], out.rewards[:, 1:].mean(1), out.rewards
+            better, worse = torch.triu_indices(k, k, 1, device=rewards.device)
+            right = (rewards[:, better] > rewards[:, worse]).float().mean(1)
+            logps = logps_BK.detach()
+            parts.append((groups, Scored(out.loss, best, rest, right, logps[:, 0], logps[:, 1:].mean(1))))
+        order = torch.cat([groups for groups, _ in parts]).argsort().to(logps_S.device)
+        return Scored(*(torch.cat(columns)[order] for columns in zip(*(s for _, s in parts), strict=True)))
+
+    def backward(self, policy: Policy, step: TrainingStep) -> Scored:
+        """Add the gradients of the step's loss to the parameters; returns detached scores in pack order."""
+        if self.couples_pairs and len(step.packs) > 1:
+            return self._backward_coupled(policy, step)
+        one_pass = self._backward_logps if self.ranks or self.couples_pairs else self._backward_pairs
+        return _concatenated(one_pass(policy, step))
+
+    def _backward_pairs(self, policy: Policy, step: TrainingStep) -> list[Scored]:
+        options = self._options()
+        if self.config.loss_type == "sft":
+            chosen_tokens = sum(int(p.batch.cu_responses_S1.diff()[0::2].sum()) for p in step.packs)
+            options["mean_chosen_length"] = chosen_tokens / step.num_groups
+        parts = []
+        for batch, ref_S in ((p.batch, self.reference(p.batch, p.ref_logps_S)) for p in step.packs):
+
+            def objective(hidden_ND: Tensor, head: Head, batch=batch, ref_S=ref_S):
+                return linear_dpo_loss(
+                    hidden_ND,
+                    head.weight,
+                    batch.labels_N,
+                    batch.cu_responses_S1,
+                    ref_S,
+                    reduction="sum",
+                    **head.options,
+                    **options,
+                )
+
+            out = policy(batch, objective)
+            (out.loss / step.num_groups).backward()
+            logps = out.logps
+            parts.append(
+                _scored_pairs(out.pair_losses, out.chosen_rewards, out.rejected_rewards, logps[0::2], logps[1::2])
+            )
+        return parts
+
+    def _backward_logps(self, policy: Policy, step: TrainingStep) -> list[Scored]:
+        parts = []
+        for pack in step.packs:
+            batch = pack.batch
+            ref_S = self.reference(batch, pack.ref_logps_S)
+            logps_S = sum_responses(policy.logps(batch), batch.cu_responses_S1)
+            scored = self.score(logps_S, ref_S, _lengths(batch, logps_S.device), batch.responses_per_group)
+            (scored.losses.sum() / step.num_groups).backward()
+            parts.append(scored._replace(losses=scored.losses.detach()))
+        return parts
+
+    def _backward_coupled(self, policy: Policy, step: TrainingStep) -> Scored:
+        batches = [pack.batch for pack in step.packs]
+        # Adapters may drop out; both passes must draw the same masks.
+        generator = _fork_random_state(policy.device)
+        with torch.no_grad():
+            sums = [sum_responses(policy.logps(b), b.cu_responses_S1) for b in batches]
+        _set_random_state(policy.device, generator)
+        refs = [self.reference(pack.batch, pack.ref_logps_S) for pack in step.packs]
+        ref_S = None if refs[0] is None else torch.cat([r for r in refs if r is not None])
+        logps_S = torch.cat(sums).requires_grad_()
+        lengths_S = torch.cat([_lengths(b, logps_S.device) for b in batches])
+        per_group = tuple(k for b in batches for k in b.responses_per_group)
+        scored = self.score(logps_S, ref_S, lengths_S, per_group)
+        (slopes_S,) = torch.autograd.grad(scored.losses.sum() / step.num_groups, logps_S)
+        for batch, slopes in zip(batches, slopes_S.split([b.num_responses for b in batches]), strict=True):
+            sum_responses(policy.logps(batch), batch.cu_responses_S1).backward(slopes)
+        return scored._replace(losses=scored.losses.detach())
+
+
+def _scored_pairs(losses: Tensor, chosen: Tensor, rejected: Tensor, logps_w: Tensor, logps_l: Tensor) -> Scored:
+    return Scored(losses, chosen, rejected, (chosen > rejected).float(), logps_w, logps_l)
+
+
+def _concatenated(parts: list[Scored]) -> Scored:
+    return parts[0] if len(parts) == 1 else Scored(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _lengths(batch: PackedBatch, device: torch.device) -> Tensor:
+    return batch.cu_responses_S1.diff().to(device, non_blocking=True)
+
+
+def _fork_random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

@@ -1,0 +1,192 @@
+"""Optimizer, learning-rate schedule, and the guarded update that ends every optimizer step.
+
+Names, defaults and the order of operations follow the Hugging Face Trainer, so that a run here and a run there see the
+same learning rate at every step and decay the same parameters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from transformers import get_scheduler
+from transformers.optimization import GreedyLR
+from transformers.trainer_utils import SchedulerType
+
+from engine.config.schema import OptimConfig
+from engine.errors import UserError
+
+SCHEDULES = tuple(kind.value for kind in SchedulerType)
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that move on the evaluation loss instead of on steps."""
+
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+def decayed_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay applies to: all but biases and the weights of norms."""
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if not _NO_DECAY.search(name.lower()) and not any(name.startswith(f"{norm}.") for norm in norms)
+    }
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> tuple[list[dict[str, Any]], list[str]]:
+    """Trainable parameters in two groups, decayed first, and their names in the order of the groups."""
+    decayed = decayed_names(model)
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    with_decay = [(name, p) for name, p in trainable if name in decayed]
+    without = [(name, p) for name, p in trainable if name not in decayed]
+    groups = [
+        {"params": [p for _, p in members], "weight_decay": decay}
+        for members, decay in ((with_decay, weight_decay), (without, 0.0))
+    ]
+    return groups, [name for name, _ in (*with_decay, *without)]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> tuple[torch.optim.Optimizer, list[str]]:
+    """The optimizer over the trainable parameters of ``model``, and their names in its order.
+
+    Raises:
+        UserError: no parameter is trainable.
+    """
+    groups, names = parameter_groups(model, config.weight_decay)
+    if not names:
+        raise UserError("the model has no trainable parameter: check model.lora.target_modules")
+    device = next(p for group in groups for p in group["params"]).device
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(
+            groups, lr=config.learning_rate, alpha=config.rmsprop_alpha, foreach=device.type == "cuda"
+        ), names
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=device.type in _FUSED_DEVICES,
+    )
+    return optimizer, names
+
+
+def check_schedule_name(name: str) -> None:
+    """Raise a ``UserError`` with the nearest name when ``name`` is no schedule."""
+    if name in SCHEDULES:
+        return
+    near = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"optim.lr_scheduler_type: {name!r} is not a schedule; did you mean {near!r}? One of {', '.join(SCHEDULES)}"
+    )
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, *, total_steps: int
+) -> LRScheduler | ReduceLROnPlateau:
+    """The schedule of ``config`` over ``total_steps`` optimizer steps.
+
+    Raises:
+        UserError: an unknown name, or options that the schedule lacks or does not know.
+    """
+    check_schedule_name(config.lr_scheduler_type)
+    try:
+        return get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=config.num_warmup_steps(total_steps),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"optim.lr_scheduler_type {config.lr_scheduler_type!r} cannot be built: {error}; "
+            "set its options in optim.lr_scheduler_kwargs"
+        ) from error
+
+
+class GuardedUpdate:
+    """Gradient norm, clipping, the check that everything is finite, the update, the schedule.
+
+    A loss or gradient that is not finite never reaches the weights. On the CPU the check is immediate. On a CUDA device
+    the fused optimizer takes the verdict as a tensor and skips the update, and so does every later step, so that
+    ``ok()`` may be asked at the next logging interval without a synchronisation in every step.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler | ReduceLROnPlateau,
+        *,
+        max_grad_norm: float,
+    ):
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.max_grad_norm = max_grad_norm
+        self.params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.fused = bool(optimizer.defaults.get("fused"))
+        self.failed = torch.zeros((), device=self.params[0].device)
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the verdict stays on the device until ``ok`` is asked."""
+        return self.fused and self.failed.device.type == "cuda"
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def ok(self) -> bool:
+        """Whether every loss and gradient so far was finite. Waits for the device."""
+        return not bool(self.failed)
+
+    def step(self, loss: Tensor) -> Tensor:
+        """End one optimizer step and clear the gradients.
+
+        Args:
+            loss: scalar, detached: the loss of the step.
+
+        Returns:
+            The global norm of the gradients before clipping, a scalar tensor.
+        """
+        grads = [p.grad for p in self.params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
+        self.failed = torch.maximum(self.failed, (~finite).float())
+        if self.deferred or self.ok():
+            self._update(grads, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _update(self, grads: Iterable[Tensor], norm: Tensor) -> None:
+        if self.fused:
+            # The fused kernel scales while it reads the gradients, which saves a pass over them.
+            self.optimizer.found_inf = self.failed if self.deferred else None  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = self._inverse_clip(norm)  # type: ignore[attr-defined]
+        elif self.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.params, self.max_grad_norm, norm)
+        self.optimizer.step()
+        if not self.moves_on_metric:
+            self.schedule.step()  # type: ignore[call-arg]
+
+    def _inverse_clip(self, norm: Tensor) -> Tensor | None:
+        if not self.max_grad_norm:
+            return None
+        scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+        if not self.deferred and scale == 1:
+            return None
+        return scale
+
+    @property
+    def moves_on_metric(self) -> bool:
+        return isinstance(self.schedule, (ReduceLROnPlateau, GreedyLR))
+
+    def evaluated(self, eval_loss: float) -> None:
+        """Advance a schedule that moves on the evaluation loss."""
+        if self.moves_on_metric:
+            self.schedule.step(eval_loss)  # type: ignore[arg-type]

@@ -1,0 +1,209 @@
+"""Where a run's reference log-probs come from: the store, columns of the data, a live model, or nowhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config.schema import ModelConfig, RunConfig
+from engine.data.groups import PreferenceDataset
+from engine.errors import UserError
+from engine.model import Policy, load_policy
+from engine.packing import Pack, PackedBatch, build_batch
+from engine.reference import (
+    ReferenceStore,
+    default_store_path,
+    import_columns,
+    load_ref_sums,
+    model_digest,
+    precompute,
+    verify_rows,
+)
+from engine.train.objective import Objective, sum_responses
+
+PER_TOKEN = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Largest mean difference of a token's log-prob, in nats, that rounding may cause between two ways to compute it."""
+
+Mode = Literal["stored", "live", "none"]
+
+
+class ReferenceTable:
+    """Reference log-prob sums of a dataset, one float32 per response."""
+
+    def __init__(self, sums: Sequence[tuple[float, ...]]):
+        self.sums = sums
+        self._first = np.concatenate([[0], np.cumsum([len(s) for s in sums])]).astype(np.int64)
+        self._flat = np.fromiter((value for s in sums for value in s), np.float32, int(self._first[-1]))
+
+    def lookup(self, pack: Pack) -> np.ndarray:
+        """float32 [S]: of the responses of some groups, in order."""
+        return np.concatenate([self._flat[self._first[i] : self._first[i + 1]] for i in pack])
+
+
+@dataclass
+class References:
+    """The references of one run."""
+
+    mode: Mode
+    source: str
+    """For people: where they come from."""
+    tables: dict[str, ReferenceTable]
+    """By name of the dataset (``train``, ``eval``); empty unless stored."""
+    live: Callable[[PackedBatch], Tensor] | None = None
+    """fp32 [S] of a batch, without gradients."""
+
+    def lookup(self, name: str) -> Callable[[Pack], np.ndarray] | None:
+        return self.tables[name].lookup if name in self.tables else None
+
+
+def resolve_mode(config: RunConfig, objective: Objective) -> Mode:
+    """The mode that ``auto`` stands for, once it is clear that mode and loss fit.
+
+    Raises:
+        UserError: a loss without a reference and a mode that has one, or the reverse.
+    """
+    mode, loss = config.reference.mode, config.loss.loss_type
+    if objective.needs_reference:
+        if mode == "none":
+            raise UserError(f"reference.mode none does not fit loss.loss_type {loss}, which compares with a reference")
+        return "live" if mode == "live" else "stored"
+    if mode in ("stored", "live"):
+        raise UserError(f"loss.loss_type {loss} has no reference: set reference.mode to none or auto, not {mode}")
+    return "none"
+
+
+def prepare_references(
+    config: RunConfig,
+    policy: Policy,
+    objective: Objective,
+    datasets: dict[str, PreferenceDataset],
+    *,
+    say: Callable[[str], None],
+    progress: bool = True,
+) -> References:
+    """Make the references of every dataset available, before the first step.
+
+    Args:
+        policy: as it is before step 1.
+        datasets: by name.
+        say: told what is computed and used.
+
+    Raises:
+        UserError: rows are missing in mode ``stored``, or a stored row does not match the model.
+    """
+    mode = resolve_mode(config, objective)
+    if mode == "none":
+        return References("none", "none: the loss has no reference", {})
+    if mode == "live":
+        return _live_references(config, policy)
+    columns = {name: import_columns(dataset) for name, dataset in datasets.items()}
+    tables = {name: ReferenceTable(sums) for name, sums in columns.items() if sums is not None}
+    if config.reference.model_name_or_path is None:
+        for name, table in tables.items():
+            verify_rows(policy, datasets[name], table.sums, share_prompts=config.packing.share_prompts)
+    absent = {name: dataset for name, dataset in datasets.items() if name not in tables}
+    sources = []
+    if tables:
+        sources.append(f"columns of the {' and '.join(tables)} data")
+    if absent:
+        store = ReferenceStore(config.reference.store or default_store_path())
+        sources.append(f"store {store.path}")
+        tables |= _stored_tables(config, policy, absent, store, say, progress)
+    return References("stored", ", ".join(sources), tables)
+
+
+def _stored_tables(
+    config: RunConfig,
+    policy: Policy,
+    datasets: dict[str, PreferenceDataset],
+    store: ReferenceStore,
+    say: Callable[[str], None],
+    progress: bool,
+) -> dict[str, ReferenceTable]:
+    own = config.reference.model_name_or_path is None
+    reference = policy if own else load_policy(reference_model(config), device=policy.device)
+    digest = model_digest(reference)
+    tables = {}
+    for name, dataset in datasets.items():
+        if config.reference.mode == "auto":
+            report = precompute(
+                reference,
+                dataset,
+                store,
+                tokens_per_pack=config.packing.tokens_per_pack,
+                share_prompts=config.packing.share_prompts,
+                digest=digest,
+                progress=progress,
+            )
+            say(f"reference log-probs ({name}): {report}")
+        tables[name] = ReferenceTable(load_ref_sums(dataset, store, digest))
+        verify_rows(reference, dataset, tables[name].sums, share_prompts=config.packing.share_prompts)
+    return tables
+
+
+def reference_model(config: RunConfig) -> ModelConfig:
+    """The reference model's configuration: the model before training, without adapters, unless another is named."""
+    name = config.reference.model_name_or_path
+    if name is None:
+        return replace(config.model, lora=None)
+    return replace(config.model, model_name_or_path=name, revision=None, lora=None)
+
+
+def _live_references(config: RunConfig, policy: Policy) -> References:
+    other = config.reference.model_name_or_path
+    if policy.has_adapter and other is None:
+        return References("live", "live: the model with its adapters off", {}, live=lambda b: _live_sums(policy, b))
+    frozen = load_policy(reference_model(config), device=policy.device)
+    frozen.requires_grad_(False)
+    frozen.eval()
+    name = other or config.model.model_name_or_path
+    return References("live", f"live: a frozen second model, {name}", {}, live=lambda b: _live_sums(frozen, b))
+
+
+def _live_sums(policy: Policy, batch: PackedBatch) -> Tensor:
+    with policy.reference_mode(), torch.no_grad():
+        return sum_responses(policy.logps(batch), batch.cu_responses_S1)
+
+
+def check_first_loss(
+    policy: Policy, dataset: PreferenceDataset, table: ReferenceTable, *, beta: float, rows: int = 4
+) -> float:
+    """The mean sigmoid loss of the shortest rows before step 1: ln 2 when the policy, as it trains, is its reference.
+
+    Args:
+        policy: with its fresh adapters on, if it has any.
+
+    Raises:
+        UserError: the loss is another one, by more than rounding explains.
+    """
+    lengths = dataset.lengths
+    shortest = sorted(range(len(dataset)), key=lambda i: int(lengths[i].sum()))[:rows]
+    batch = build_batch([dataset[i] for i in shortest]).to(policy.device)
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            logps_S = sum_responses(policy.logps(batch), batch.cu_responses_S1).cpu()
+    finally:
+        policy.train(training)
+    ratios_S = logps_S - torch.from_numpy(table.lookup(tuple(shortest)))
+    first = torch.tensor(batch.responses_per_group[:-1], dtype=torch.long).cumsum(0)
+    best = torch.cat([torch.zeros(1, dtype=torch.long), first])
+    margins = beta * (ratios_S[best] - ratios_S[best + 1])
+    loss = -torch.nn.functional.logsigmoid(margins).mean().item()
+    tokens = max(int(lengths[i][1:3].sum()) for i in shortest)
+    allowed = 1e-6 + beta * tokens * PER_TOKEN[policy.compute_dtype]
+    if not abs(loss - math.log(2)) <= allowed:
+        raise UserError(
+            f"start-up check: the sigmoid loss of rows {', '.join(str(r) for r in batch.rows)} is {loss:.6f} before "
+            f"step 1, not ln 2 = {math.log(2):.6f} (allowed distance {allowed:.2g}): the policy is not the model that "
+            "the reference log-probs belong to; set reference.store to a new folder, or name the reference model in "
+            "reference.model_name_or_path"
+        )
+    return loss

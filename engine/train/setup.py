@@ -1,0 +1,199 @@
+"""Everything that happens before the first optimizer step: load, check, say what will run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from dpo_kernels import describe
+from engine.config import format_diff
+from engine.config.schema import RunConfig
+from engine.data import LintReport, load_dataset_groups
+from engine.data.groups import PreferenceDataset
+from engine.errors import UserError
+from engine.model import Policy, check_packing, load_policy, load_tokenizer, resolve_device
+from engine.packing import PlanSummary, check_fits, summarize_plan
+from engine.train.durable import write_atomically
+from engine.train.feed import TrainingFeed
+from engine.train.objective import Objective
+from engine.train.optimizer import METRIC_SCHEDULES, check_schedule_name
+from engine.train.references import References, check_first_loss, prepare_references
+from engine.train.throughput import FlopModel, measure_matmul_rate
+
+DATA_FILE = "data.json"
+_LENGTHS_SAVED = 50_000
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Setup:
+    """A run that is ready to start."""
+
+    config: RunConfig
+    tokenizer: Any
+    policy: Policy
+    objective: Objective
+    references: References
+    datasets: dict[str, PreferenceDataset]
+    """``train``, and ``eval`` when there is evaluation data."""
+    lint: dict[str, LintReport]
+    plan: PlanSummary
+    feed: TrainingFeed
+    peak_flops: float
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+
+def prepare(config: RunConfig) -> Setup:
+    """Load tokenizer, data, model and references, check them, and print what will run.
+
+    Raises:
+        UserError: anything that the user can correct.
+    """
+    check_schedule_name(config.optim.lr_scheduler_type)
+    if config.optim.lr_scheduler_type in METRIC_SCHEDULES and config.train.eval_steps is None:
+        raise UserError(f"optim.lr_scheduler_type {config.optim.lr_scheduler_type} needs train.eval_steps")
+    log.info("configuration, where it is not the default:\n%s", _indented(format_diff(config)))
+    # Before the model: adapters start from random numbers.
+    set_seed(config.train.seed)
+    objective = Objective(config.loss)
+    tokenizer = load_tokenizer(config.model)
+    datasets, lint = _load_data(config, tokenizer, objective)
+    device = resolve_device()
+    policy = load_policy(config.model, device=device, gradient_checkpointing=config.train.gradient_checkpointing)
+    check_packing(policy)
+    references = prepare_references(config, policy, objective, datasets, say=log.info)
+    objective.live_reference = references.live
+    peak_flops = measure_matmul_rate(device, policy.compute_dtype)
+    feed = TrainingFeed(
+        datasets["train"],
+        config.packing,
+        config.train,
+        lookup=references.lookup("train"),
+        flops=FlopModel.of(policy),
+        device=device,
+    )
+    plan = summarize_plan(datasets["train"], config)
+    setup = Setup(config, tokenizer, policy, objective, references, datasets, lint, plan, feed, peak_flops)
+    log.info("%s", describe_run(setup))
+    return setup
+
+
+def _load_data(
+    config: RunConfig, tokenizer: Any, objective: Objective
+) -> tuple[dict[str, PreferenceDataset], dict[str, LintReport]]:
+    datasets: dict[str, PreferenceDataset] = {}
+    lint: dict[str, LintReport] = {}
+    splits = ("train", "eval") if config.data.eval_dataset_name is not None else ("train",)
+    for split in splits:
+        datasets[split], lint[split] = load_dataset_groups(config.data, tokenizer, split=split)  # type: ignore[arg-type]
+        objective.check_dataset(datasets[split])
+        check_fits(
+            datasets[split],
+            tokens_per_pack=config.packing.tokens_per_pack,
+            share_prompts=config.packing.share_prompts,
+        )
+    return datasets, lint
+
+
+def describe_run(setup: Setup) -> str:
+    """The block that a run prints before its first step; checks the first loss where it is known."""
+    config, policy, plan = setup.config, setup.policy, setup.plan
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in policy.parameters())
+    dtype = str(policy.compute_dtype).removeprefix("torch.")
+    rows = [
+        (
+            "model",
+            f"{type(policy.causal_lm).__name__}, {_count(trained)} of {_count(total)} parameters trained, {dtype}",
+        ),
+        ("attention", f"{policy.backend.name} ({policy.backend.reason})"),
+        ("loss", f"{config.loss.loss_type}, {_loss_op(setup)}"),
+        ("dropout", _dropout_words(config)),
+        *((f"data ({name})", _data_words(setup, name)) for name in setup.datasets),
+        (
+            "packing",
+            f"{plan.packs:,} packs per epoch, {plan.fill:.1%} full; {plan.packed_tokens:,} tokens, "
+            f"{plan.saved_by_sharing:.1%} saved by sharing prompts",
+        ),
+        (
+            "steps",
+            f"{setup.feed.total_steps:,} of {config.packing.pairs_per_step} pairs, {plan.steps_per_epoch:,} per epoch",
+        ),
+        ("reference", setup.references.source),
+        ("start-up check", _first_loss_words(setup)),
+        ("matmul peak", f"{setup.peak_flops / 1e12:.3g} TFLOP/s here in {dtype}, what perf/mfu is a share of"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _loss_op(setup: Setup) -> str:
+    chosen = describe(setup.device, setup.policy.compute_dtype)
+    objective = setup.objective
+    if objective.ranks or objective.couples_pairs:
+        op, choice = "linear_logps", chosen.linear_logps
+    else:
+        op, choice = "linear_dpo_loss", chosen.linear_dpo_loss
+    coupled = "; couples pairs: computed over whole steps, in two passes" if objective.couples_pairs else ""
+    return f"{op}: {choice.impl} ({choice.reason}){coupled}"
+
+
+def _dropout_words(config: RunConfig) -> str:
+    adapter = config.model.lora.dropout if config.model.lora else 0.0
+    return "disabled in the model" + (f"; {adapter:g} in the adapters, as configured" if adapter else "")
+
+
+def _data_words(setup: Setup, name: str) -> str:
+    lint, dataset = setup.lint[name], setup.datasets[name]
+    tokens = sum(int(n.sum()) for n in dataset.lengths)
+    dropped = f", {lint.dropped:,} dropped (`dpo check` says why)" if lint.dropped else ""
+    return f"{len(dataset):,} of {lint.total:,} rows{dropped}; {tokens:,} tokens"
+
+
+def _first_loss_words(setup: Setup) -> str:
+    config, tables = setup.config, setup.references.tables
+    if "train" not in tables or config.reference.model_name_or_path is not None:
+        return "none: the policy does not start as a stored reference"
+    loss = check_first_loss(setup.policy, setup.datasets["train"], tables["train"], beta=config.loss.beta)
+    return f"stored references match; sigmoid loss {loss:.6f} (ln 2 = {math.log(2):.6f})"
+
+
+def write_data_file(setup: Setup, output_dir: Path) -> None:
+    """``data.json``: token counts of the training rows (evenly spaced ones when there are many), lint, plan."""
+    lengths = setup.datasets["train"].lengths
+    stride = math.ceil(len(lengths) / _LENGTHS_SAVED)
+    sample = lengths[::stride]
+    record = {
+        "lengths": {
+            "prompt": [int(n[0]) for n in sample],
+            "chosen": [int(n[1]) for n in sample],
+            "rejected": [int(x) for n in sample for x in np.asarray(n[2:])],
+        },
+        "rows_per_length": stride,
+        "lint": setup.lint["train"].to_dict(),
+        "plan": asdict(setup.plan),
+    }
+    write_atomically(output_dir / DATA_FILE, json.dumps(record) + "\n")
+
+
+def _count(number: int) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f}{unit}"
+    return str(number)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())

@@ -1,0 +1,131 @@
+"""What a step costs, and how fast this machine could be: the figures behind ``perf/*``."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine.model import Policy
+
+
+@dataclass(frozen=True)
+class FlopModel:
+    """Floating-point operations that the mathematics of a step needs (a multiply-add is two).
+
+    Forward is 2 per weight of the body and packed token, 2 D V per completion token for the head, and 4 H d per layer
+    and visible query-key pair for attention (scores and values). Backward is the same again for input gradients and,
+    for trainable weights, the same again for weight gradients; attention's is twice its forward. So a fully trained
+    body costs 6 per weight and token. Embedding look-ups, norms and activations count nothing, nor does what is
+    recomputed (gradient checkpointing, a second pass for losses that couple pairs): it is work done, not work needed.
+    Of the experts of a mixture, the share that the router picks counts.
+    """
+
+    body_weights: float
+    trained_body_weights: float
+    head_weights: int
+    head_trained: bool
+    attention_width: int
+    """Layers * query heads * head dimension."""
+
+    @classmethod
+    def of(cls, policy: Policy) -> FlopModel:
+        model, config = policy.causal_lm, policy.config.get_text_config()
+        head = policy.head.weight
+        skipped = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()} | {id(head)}
+        active = _active_share(config)
+        body = trained = 0.0
+        for name, p in model.named_parameters():
+            if id(p) in skipped or p.ndim < 2:
+                continue
+            size = p.numel() * (active if "expert" in name and "shared" not in name else 1.0)
+            body += size
+            trained += size if p.requires_grad else 0.0
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(body, trained, head.numel(), head.requires_grad, config.num_hidden_layers * heads * head_dim)
+
+    def step(self, packed_tokens: int, completion_tokens: int, visible_pairs: int) -> float:
+        """FLOP of one optimizer step, forward and backward."""
+        body = packed_tokens * (4 * self.body_weights + 2 * self.trained_body_weights)
+        head = completion_tokens * self.head_weights * (6 if self.head_trained else 4)
+        return body + head + 12.0 * self.attention_width * visible_pairs
+
+
+def _active_share(config) -> float:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(config, name, 0))), 0)
+    picked = getattr(config, "num_experts_per_tok", None)
+    return picked / experts if experts and picked else 1.0
+
+
+def visible_pairs(lengths: np.ndarray, *, share_prompts: bool) -> int:
+    """Query-key pairs that causal attention looks at in one group.
+
+    Args:
+        lengths: [1 + K] tokens of the prompt and of each response.
+    """
+    prompt, responses = int(lengths[0]), [int(n) for n in lengths[1:]]
+    prompt_pairs = prompt * (prompt + 1) // 2
+    response_pairs = sum(n * prompt + n * (n + 1) // 2 for n in responses)
+    return response_pairs + prompt_pairs * (1 if share_prompts else len(responses))
+
+
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of a large square matrix product here: the peak that ``perf/mfu`` is a share of.
+
+    The best of the tries of half a second, so that another process in between does not lower the peak.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    deadline = time.perf_counter() + 0.5
+    while best == float("inf") or time.perf_counter() < deadline:
+        _synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory that this process has held so far, in GiB: of the accelerator, or resident memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """Seconds of training alone: evaluation and checkpoints are not counted."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.total = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        _synchronize(self.device)
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self.total = self.seconds()
+        self._since = None
+
+    def seconds(self) -> float:
+        """Seconds so far, all work that was issued to the device included."""
+        if self._since is None:
+            return self.total
+        _synchronize(self.device)
+        return self.total + time.perf_counter() - self._since
