@@ -1,0 +1,50 @@
+"""Where benchmark results go: one JSON and one Markdown table each, below ``benchmarks/results/<device>/``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name() -> str:
+    """``cpu``, or the name of the CUDA device in lower case with dashes."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def markdown_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """A Markdown table of some columns; floats with four digits."""
+
+    def cell(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(c, "")) for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def write_result(name: str, result: dict[str, Any], *, columns: Sequence[str]) -> Path:
+    """Write ``<name>.json`` and ``<name>.md``, print the table, and return the JSON's path.
+
+    Args:
+        result: what was measured; ``rows`` become the table, other entries its header.
+        columns: entries of a row that the table shows.
+    """
+    folder = RESULTS / device_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"date": datetime.date.today().isoformat(), **result}
+    table = markdown_table(result["rows"], columns)
+    header = "".join(f"- {key}: {value}\n" for key, value in result.items() if isinstance(value, str))
+    (folder / f"{name}.md").write_text(f"# {name}\n\n{header}\n{table}")
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{table}")
+    return path
