@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import pytest
