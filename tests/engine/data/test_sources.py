@@ -57,7 +57,7 @@ def test_splits_and_slices_of_a_folder(folder, split, expected):
 
 
 def test_rows_know_file_index_and_line(folder):
-    row = list(open_source(str(folder), split="train[2:]"))[0]
+    row = next(iter(open_source(str(folder), split="train[2:]")))
     assert (row.index, row.line) == (2, 1)
     assert row.where == f"{folder / 'train-00001-of-00002.jsonl'}, row 2 (line 1)"
 
@@ -110,7 +110,7 @@ def test_hub_name_offline_is_a_user_error(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="dataset nobody/nothing-here, split train: .*while online"):
+    with pytest.raises(UserError, match=r"dataset nobody/nothing-here, split train: .*while online"):
         open_source("nobody/nothing-here")
 
 

@@ -1,0 +1,54 @@
+"""The text of ``dpo check``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from engine.config.schema import DataConfig, ModelConfig, RunConfig
+from engine.data.check import check
+from engine.errors import UserError
+
+
+def run_config(model, **data):
+    return RunConfig(model=ModelConfig(model_name_or_path=str(model)), data=DataConfig(**data))
+
+
+def test_train_and_evaluation_data(tiny_model_dir, pairs_jsonl):
+    name = str(pairs_jsonl)
+    text = check(run_config(tiny_model_dir, dataset_name=name, eval_dataset_name=name, max_rows=5, max_length=40))
+    assert text.startswith("chat template: the tokenizer's\n")
+    assert text.count(f"{name}: 5 preference rows") == 2
+    train, evaluation = text.split("\n\neval data\n")
+    assert "train data\n" in train
+    for part in (train, evaluation):
+        header = next(line for line in part.splitlines() if "median" in line)
+        assert header.split() == ["min", "median", "90%", "99%", "max", "mean", "total"]
+        assert "tokens (prompt + response at most 40)" in part
+    assert "  truncated" in train
+    assert "data.strict" not in text
+
+
+def test_example_shows_the_boundary(tiny_model_dir, tmp_path):
+    rows = [{"prompt": "Tell me.", "responses": [" bad", " best", " fair" * 30], "ranking": [3, 1, 2]}]
+    (tmp_path / "k.json").write_text(json.dumps(rows))
+    text = check(run_config(tiny_model_dir, dataset_name=str(tmp_path / "k.json"), max_length=None))
+    assert "  prompt      'Tell me.'\n  response 1  ' best</s>'\n  response 2  ' fair" in text
+    assert "' ... '" in text
+    assert "  response 3  ' bad</s>'" in text
+    assert "tokens (no limit)" in text
+
+
+def test_strict_reports_everything_and_says_that_training_would_stop(tiny_model_dir, pairs_jsonl):
+    config = run_config(tiny_model_dir, dataset_name=str(pairs_jsonl), max_length=40, strict=True)
+    text = check(config)
+    assert "data.strict is set, so training would stop: " in text
+    assert "tokens (" in text
+
+
+def test_faults_end_it(tiny_model_dir, pairs_jsonl, tmp_path):
+    with pytest.raises(UserError, match=r"absent\.jsonl does not exist"):
+        check(run_config(tiny_model_dir, dataset_name=str(tmp_path / "absent.jsonl")))
+    with pytest.raises(UserError, match="none of 24 rows"):
+        check(run_config(tiny_model_dir, dataset_name=str(pairs_jsonl), max_length=2))
