@@ -32,12 +32,15 @@ class _Partition:
     shard: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     row: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
-    def extend(self) -> None:
-        """Read the keys of shards that are not in the index yet."""
+    def update(self) -> _Partition:
+        """Bring the index up to what lies in the folder now; only shards that are new are read."""
+        names = _shard_names(self.folder)
         known = {path.name for path in self.paths}
-        new = [name for name in _shard_names(self.folder) if name not in known]
+        if not known.issubset(names):
+            return _Partition(self.folder).update()
+        new = [name for name in names if name not in known]
         if not new:
-            return
+            return self
         keys, shard, row = [self.keys], [self.shard], [self.row]
         for name in new:
             keys.append(read_keys(self.folder / name))
@@ -50,6 +53,7 @@ class _Partition:
         self.keys = merged[order]
         self.shard = np.concatenate(shard)[order]
         self.row = np.concatenate(row)[order]
+        return self
 
     def find(self, wanted: np.ndarray) -> np.ndarray:
         """Position in the index of each wanted key, or -1."""
@@ -66,6 +70,9 @@ class ReferenceStore:
     Writers only ever add files, each renamed into place when it is whole; a row that two writers add is stored twice,
     which is harmless. Nothing is locked, so a killed process leaves nothing to clean but a temporary file, which is
     ignored, and deleted once it is an hour old.
+
+    Every look-up sees what other processes have added before it, at the price of listing one folder, so look up many
+    keys at once.
 
     Memory: the index takes 24 bytes a response and is read on first use of a model; values are read one shard (at most
     32 MiB of them) at a time, so ``scan`` is bounded however large the store is, and ``get`` by what it returns.
@@ -132,18 +139,10 @@ class ReferenceStore:
             remove_stale_temporaries(folder)
             for start, stop in _shard_bounds([len(checked[key]) for key in keys]):
                 write_shard(folder, {key: checked[key] for key in keys[start:stop]})
-            if prefix in self._partitions:
-                self._partitions[prefix].extend()
-
-    def refresh(self) -> None:
-        """See what other processes have added since this store was opened, and forget files that are gone."""
-        self._partitions.clear()
 
     def _partition(self, prefix: bytes) -> _Partition:
-        if prefix not in self._partitions:
-            partition = _Partition(self.path / prefix.hex())
-            partition.extend()
-            self._partitions[prefix] = partition
+        known = self._partitions.get(prefix) or _Partition(self.path / prefix.hex())
+        self._partitions[prefix] = known.update()
         return self._partitions[prefix]
 
 
