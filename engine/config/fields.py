@@ -72,6 +72,22 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     return by_leaf[close[0]] if close else None
 
 
+def choices(hint: Any) -> list[str]:
+    """The names that ``hint`` allows; empty when it is not a choice."""
+    if get_origin(hint) is Literal:
+        return [str(a) for a in get_args(hint)]
+    return [name for member in get_args(hint) for name in choices(member)]
+
+
+def suggestion(value: Any, hint: Any) -> str:
+    """``; did you mean NAME?`` for a misspelt choice, else nothing."""
+    words = value if isinstance(value, (list, tuple)) else [value]
+    for word in words:
+        if isinstance(word, str) and word not in choices(hint) and (close := nearest(word, choices(hint))):
+            return f"; did you mean {close}?"
+    return ""
+
+
 def describe(hint: Any) -> str:
     """``hint`` in words, for error messages."""
     origin, args = get_origin(hint), get_args(hint)
@@ -83,6 +99,8 @@ def describe(hint: Any) -> str:
         return "a mapping of names to numbers or strings"
     if origin in (Union, types.UnionType):
         parts = [describe(a) for a in args if a is not type(None)]
+        if len(parts) == 2 and parts[1] == f"a list ({parts[0]})":
+            parts[1] = "a list of them"
         return " or ".join(parts + (["null"] if is_optional(hint) else []))
     if dataclass_in(hint) is not None:
         return "a mapping"

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from engine.config.fields import dataclass_in, describe, type_hints
+from engine.config.fields import choices, dataclass_in, type_hints
 from engine.config.load import diff_from_defaults
 from engine.config.schema import RunConfig
 
@@ -79,8 +79,8 @@ def _section_help(cls: type, prefix: str, width: int) -> list[str]:
         note = "required" if default is _REQUIRED else f"default: {inline(default)}"
         lines.append(f"  --{prefix}.{field.name} {_metavar(hint)}  ({note})")
         text = docs.get(field.name, "")
-        if get_origin(hint) is Literal and len(get_args(hint)) > 1:
-            text = f"{text} {describe(hint).capitalize()}."
+        if len(names := choices(hint)) > 1:
+            text = f"{text} One of {', '.join(dict.fromkeys(names))}."
         lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines + nested_sections
 
@@ -98,5 +98,7 @@ def _metavar(hint: Any) -> str:
         return f"{_metavar(get_args(hint)[0])} ..."
     if get_origin(hint) is dict:
         return "NAME VALUE ..."
+    if any(get_origin(member) is Literal for member in get_args(hint)):
+        return "NAME ..."
     names = {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false", type(None): "null"}
     return names[hint] if hint in names else "|".join(_metavar(member) for member in get_args(hint))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from engine.config.fields import (
     iter_keys,
     nearest,
     show,
+    suggestion,
     type_hints,
 )
 from engine.config.overrides import parse_overrides
@@ -181,12 +183,9 @@ class _Builder:
         try:
             return coerce(value, hint)
         except TypeMismatch as mismatch:
-            advice = ""
+            advice = suggestion(value, hint)
             if "string" in mismatch.expected and isinstance(value, (int, float)):
                 advice = "; put it in quotes"
-            elif isinstance(value, str) and "one of " in mismatch.expected:
-                close = nearest(value, mismatch.expected.removeprefix("one of ").split(", "))
-                advice = f"; did you mean {close}?" if close else ""
             message = f"{self._where(key)}: expected {mismatch.expected}, got {show(value)}{advice}"
             raise UserError(message) from None
 
@@ -206,13 +205,16 @@ class _Builder:
 
     def _attribute(self, message: str) -> str:
         """Name the command line rather than the file for a value that came from there."""
-        for key in self.overridden:
-            if key in message:
-                return message.replace(key, f"--{key}", 1)
-        for key, line in self.lines.items():
-            if "." in key and key in message:
-                return f"{self.source}, line {line}: {message}"
-        return f"{self.source}: {message}"
+        if mentioned := _first_mentioned(self.overridden, message):
+            return message.replace(mentioned, f"--{mentioned}", 1)
+        mentioned = _first_mentioned((key for key in self.lines if "." in key), message)
+        line = f", line {self.lines[mentioned]}" if mentioned else ""
+        return f"{self.source}{line}: {message}"
+
+
+def _first_mentioned(keys: Iterable[str], message: str) -> str | None:
+    places = {key: match.start() for key in keys if (match := re.search(rf"(?<![\w.]){re.escape(key)}\b", message))}
+    return min(places, key=places.__getitem__, default=None)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

@@ -10,7 +10,16 @@ from typing import Any
 
 import tyro
 
-from engine.config.fields import dataclass_in, describe, is_optional, is_tuple, iter_keys, nearest, type_hints
+from engine.config.fields import (
+    dataclass_in,
+    describe,
+    is_optional,
+    is_tuple,
+    iter_keys,
+    nearest,
+    suggestion,
+    type_hints,
+)
 from engine.config.schema import RunConfig
 from engine.errors import UserError
 
@@ -87,7 +96,7 @@ def _parse_value(key: str, hint: Any, tokens: list[str]) -> Any:
         return _parse_with_tyro(hint, [_boolean(t) for t in tokens] if hint is bool else tokens)
     except SystemExit:
         got = " ".join(tokens) if tokens else "no value"
-        raise UserError(f"--{key}: expected {describe(hint)}, got {got}") from None
+        raise UserError(f"--{key}: expected {describe(hint)}, got {got}{suggestion(tokens, hint)}") from None
 
 
 def _boolean(token: str) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "simpo", "orpo", "cpo",
+    "plackett_luce",
 ]  # fmt: skip
 SchedulerType = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -17,6 +18,8 @@ SchedulerType = Literal[
 
 REFERENCE_FREE_LOSSES = frozenset({"sft", "simpo", "orpo", "cpo"})
 """Losses whose value does not depend on reference log-probs."""
+SMOOTHED_LOSSES = frozenset({"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo", "cpo"})
+"""Losses that read label_smoothing."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -35,7 +38,7 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout on the input of the adapters, while training."""
     target_modules: str | tuple[str, ...] | None = "all-linear"
-    """Module names, or all-linear (every linear layer but the head); null is peft's own choice for the architecture."""
+    """Module names, a pattern, or all-linear (every linear layer but the head); null is peft's choice for the model."""
 
     def __post_init__(self) -> None:
         _require(self.r > 0, f"model.lora.r must be positive, got {self.r}")
@@ -124,8 +127,11 @@ class PackingConfig:
 class LossConfig:
     """The preference loss. Names as in TRL; see ``dpo_kernels.losses`` for every type and its source."""
 
-    loss_type: LossType = "sigmoid"
-    """sigmoid is DPO; simpo, orpo and cpo need no reference."""
+    loss_type: LossType | tuple[LossType, ...] = "sigmoid"
+    """sigmoid is DPO; plackett_luce ranks two or more responses; simpo, orpo and cpo need no reference. Several losses
+    in a list are added."""
+    loss_weights: tuple[float, ...] | None = None
+    """Factor of each loss in a list; null is 1 for each."""
     beta: float = 0.1
     """Strength of the pull towards the reference model (the regularization tau for ipo)."""
     label_smoothing: float = 0.0
@@ -138,15 +144,38 @@ class LossConfig:
     """Weight of the likelihood term of cpo."""
 
     def __post_init__(self) -> None:
+        if len(self.loss_types) == 1:
+            # one spelling for one loss
+            object.__setattr__(self, "loss_type", self.loss_types[0])
         _require(self.beta > 0, f"loss.beta must be positive, got {self.beta}")
         _require(
             0 <= self.label_smoothing < 0.5, f"loss.label_smoothing must be in [0, 0.5), got {self.label_smoothing}"
         )
         _require(self.discopop_tau > 0, f"loss.discopop_tau must be positive, got {self.discopop_tau}")
         _require(
-            self.loss_type != "exo_pair" or self.label_smoothing > 0,
-            "loss.label_smoothing must be positive for loss_type exo_pair; its paper recommends 1e-3",
+            self.label_smoothing == 0 or not SMOOTHED_LOSSES.isdisjoint(self.loss_types),
+            f"loss.label_smoothing has no meaning for loss_type {self.loss_name}; set it to 0",
         )
+        _require(len(self.loss_types) > 0, "loss.loss_type must name at least one loss")
+        _require(
+            len(self.loss_types) == 1 or "plackett_luce" not in self.loss_types,
+            "loss.loss_type plackett_luce does not add to others; name it alone",
+        )
+        weights = 1 if self.loss_weights is None else len(self.loss_weights)
+        _require(
+            self.loss_weights is None or weights == len(self.loss_types),
+            f"loss.loss_weights must have one number for each of {self.loss_name}, got {weights}",
+        )
+
+    @property
+    def loss_types(self) -> tuple[str, ...]:
+        """The losses that are added, usually one."""
+        return (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+
+    @property
+    def loss_name(self) -> str:
+        """The losses in words, such as ``sigmoid + sft``."""
+        return " + ".join(self.loss_types)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,8 +291,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.reference.mode != "none" or self.loss.loss_type in REFERENCE_FREE_LOSSES,
-            f"reference.mode none does not fit loss.loss_type {self.loss.loss_type}, which compares with a reference",
+            self.reference.mode != "none" or REFERENCE_FREE_LOSSES.issuperset(self.loss.loss_types),
+            f"reference.mode none does not fit loss.loss_type {self.loss.loss_name}, which compares with a reference",
         )
         _require(
             self.train.eval_steps is None or self.data.eval_dataset_name is not None,

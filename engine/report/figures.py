@@ -47,7 +47,9 @@ def loss(run: RunRecords) -> Figure | None:
     train, held_out = run.series("loss"), run.series("eval_loss")
     if train is None and held_out is None:
         return None
-    loss_type = str(run.config.get("loss", {}).get("loss_type", "sigmoid"))
+    loss_type = run.config.get("loss", {}).get("loss_type", "sigmoid")
+    if isinstance(loss_type, list):
+        loss_type = " + ".join(map(str, loss_type))
     figure, (axes,) = new_figure("Loss", f"{loss_type}, mean over pairs (nats per pair)")
     _train_and_evaluation(axes, run, "loss")
     if loss_type in LN2_LOSSES:

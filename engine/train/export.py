@@ -72,7 +72,7 @@ def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float]) 
     front: dict[str, Any] = {
         "library_name": "peft" if policy.has_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["preference-optimization", "dpo", loss.loss_type, *(["lora"] if policy.has_adapter else [])],
+        "tags": ["preference-optimization", "dpo", *loss.loss_types, *(["lora"] if policy.has_adapter else [])],
     }
     if _on_hub(base):
         front["base_model"] = base
@@ -90,7 +90,7 @@ def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float]) 
 
 `{base}` after preference training on `{data.dataset_name}` (split `{data.dataset_train_split}`).
 
-- **Method:** {trained}, loss `{loss.loss_type}`, beta {loss.beta:g}, {_reference_words(config)}
+- **Method:** {trained}, loss `{loss.loss_name}`, beta {loss.beta:g}, {_reference_words(config)}
 - **Optimizer:** {_optimizer_words(config)}
 - **Stored as:** {"float32 adapter" if policy.has_adapter else model.dtype}
 

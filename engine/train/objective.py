@@ -69,7 +69,7 @@ class Objective:
         self.config = config
         self.live_reference = live_reference
         self.ranks = config.loss_type == RANKING_LOSS
-        self.mix = None if self.ranks else resolve_loss(config.loss_type)
+        self.mix = None if self.ranks else resolve_loss(config.loss_types, config.loss_weights)
 
     @property
     def needs_reference(self) -> bool:
@@ -87,13 +87,14 @@ class Objective:
             if len(lengths) != 3:
                 raise UserError(
                     f"row {dataset[index].row} has {len(lengths) - 1} responses, and loss.loss_type "
-                    f"{self.config.loss_type} takes pairs: set loss.loss_type to {RANKING_LOSS}"
+                    f"{self.config.loss_name} takes pairs: set loss.loss_type to {RANKING_LOSS}"
                 )
 
     def _options(self) -> dict[str, Any]:
         c = self.config
         return {
-            "loss_type": c.loss_type,
+            "loss_type": c.loss_types,
+            "loss_weights": c.loss_weights,
             "beta": c.beta,
             "label_smoothing": c.label_smoothing,
             "discopop_tau": c.discopop_tau,
@@ -155,7 +156,7 @@ class Objective:
 
     def _backward_pairs(self, policy: Policy, step: TrainingStep) -> list[Scored]:
         options = self._options()
-        if self.config.loss_type == "sft":
+        if "sft" in self.config.loss_types:
             chosen_tokens = sum(int(p.batch.cu_responses_S1.diff()[0::2].sum()) for p in step.packs)
             options["mean_chosen_length"] = chosen_tokens / step.num_groups
         parts = []

@@ -68,7 +68,7 @@ def resolve_mode(config: RunConfig, objective: Objective) -> Mode:
     Raises:
         UserError: a loss without a reference and a mode that has one, or the reverse.
     """
-    mode, loss = config.reference.mode, config.loss.loss_type
+    mode, loss = config.reference.mode, config.loss.loss_name
     if objective.needs_reference:
         if mode == "none":
             raise UserError(f"reference.mode none does not fit loss.loss_type {loss}, which compares with a reference")

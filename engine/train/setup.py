@@ -119,7 +119,7 @@ def describe_run(setup: Setup) -> str:
             f"{type(policy.causal_lm).__name__}, {_count(trained)} of {_count(total)} parameters trained, {dtype}",
         ),
         ("attention", f"{policy.backend.name} ({policy.backend.reason})"),
-        ("loss", f"{config.loss.loss_type}, {_loss_op(setup)}"),
+        ("loss", f"{config.loss.loss_name}, {_loss_op(setup)}"),
         ("dropout", _dropout_words(config)),
         *((f"data ({name})", _data_words(setup, name)) for name in setup.datasets),
         (

@@ -1,0 +1,250 @@
+"""The ``dpo`` command: arguments, errors and exit codes. What each command does is in ``engine.commands``."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine.config.fields import iter_keys, nearest
+from engine.config.help import config_help
+from engine.errors import UserError
+
+OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "no space left on the device; free some space or write somewhere else",
+    errno.EDQUOT: "the disk quota is used up; free some space or write somewhere else",
+    errno.EACCES: "permission denied; check its owner and mode, or choose another place",
+    errno.EPERM: "not permitted; check its owner and mode, or choose another place",
+    errno.EROFS: "the file system is read-only; choose another place",
+}
+
+_COMMANDS = {
+    "demo": "train a tiny model from nothing, offline, in a few minutes",
+    "init": "write a commented configuration file, or convert one of TRL",
+    "check": "read the data and name every problem in it by row",
+    "plan": "count packs, steps, padding and what sharing prompts saves, without a model",
+    "precompute": "compute and store the reference log-probs that are not stored yet",
+    "train": "train",
+    "evaluate": "compute loss, rewards and accuracy on the evaluation split",
+    "report": "draw the curves of a run into an HTML page",
+    "doctor": "say what is installed, what will run and why, and test it",
+    "bench": "run the benchmarks",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports through ``UserError``, and lists the configuration keys below its own options."""
+
+    def __init__(self, *, takes_config: bool = False, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.takes_config = takes_config
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("required: CONFIG"):
+            message = "CONFIG is missing; it comes first, before --section.key options"
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        return f"{text}\n{config_help()}" if self.takes_config else text
+
+    def own_flags(self) -> list[str]:
+        """The options of this command, beside configuration keys."""
+        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 (a check failed), 2 (a user error), 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader of our output, such as `head`, is gone; keep Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        message = explain(error)
+        if debug or message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return USER_ERROR
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for a problem that the user can fix, or None for a fault of ours."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    for cause in _causes(error):
+        if isinstance(cause, UserError):
+            return explain(cause)
+        if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
+            return f"{cause.filename or 'writing'}: {_DISK_ERRORS[cause.errno]}"
+        # safetensors and pyarrow carry the system's error only in their text
+        for number in _DISK_ERRORS:
+            if f"os error {number})" in str(cause) or f"[Errno {number}]" in str(cause):
+                return f"writing: {_DISK_ERRORS[number]}"
+        # by name, since importing torch to compare types is slow
+        if type(cause).__name__ == "OutOfMemoryError":
+            return (
+                "out of GPU memory; lower packing.tokens_per_pack, or set train.gradient_checkpointing to true "
+                "(neither changes the result)"
+            )
+    return None
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
+    """The parser of ``dpo`` and those of its commands."""
+    parser = _Parser(
+        prog="dpo",
+        description="Direct preference optimisation: packed, prompt-shared, with stored reference log-probs.",
+        epilog="Every command has its own --help. --debug shows the traceback of an error.",
+    )
+    parser.add_argument("--version", action="version", version=f"dpo-kernels {_version()}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Parser)
+    commands = {}
+    for name, text in _COMMANDS.items():
+        takes_config = name in ("check", "plan", "precompute", "train", "evaluate")
+        usage = f"dpo {name} CONFIG [options] [--section.key value ...]" if takes_config else None
+        commands[name] = subparsers.add_parser(
+            name, help=text, description=_sentence(text), usage=usage, takes_config=takes_config
+        )
+        if takes_config:
+            commands[name].add_argument("config", metavar="CONFIG", help="configuration file, such as run.yaml")
+    _add_options(commands)
+    return parser, commands
+
+
+def _add_options(commands: dict[str, _Parser]) -> None:
+    commands["demo"].add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="folder to write to (default: %(default)s)"
+    )
+    init = commands["init"]
+    init.add_argument(
+        "--output", type=Path, default=Path("run.yaml"), help="file to write; must not exist (default: %(default)s)"
+    )
+    init.add_argument("--from-trl", metavar="FILE", type=Path, help="convert a configuration of `trl dpo`")
+    init.add_argument(
+        "--num-processes", metavar="N", type=_positive, help="processes of the TRL run, which multiply its batch"
+    )
+    precompute = commands["precompute"]
+    precompute.add_argument(
+        "--export",
+        metavar="FILE",
+        type=Path,
+        help="also write the training rows, with their reference columns, to a .jsonl, .jsonl.gz or .parquet file",
+    )
+    precompute.add_argument(
+        "--import-columns",
+        action="store_true",
+        help="check the columns ref_chosen_logps and ref_rejected_logps of the data against the reference model",
+    )
+    commands["train"].add_argument(
+        "--resume", action="store_true", help="go on from the newest complete checkpoint in train.output_dir"
+    )
+    commands["evaluate"].add_argument(
+        "--model", metavar="PATH", help="model or adapter to evaluate; the default is model.model_name_or_path"
+    )
+    commands["report"].add_argument("run_dir", metavar="RUN", type=Path, help="output folder of a run")
+    commands["bench"].add_argument("pytest_args", metavar="ARG", nargs="*", help="passed to pytest, such as -k train")
+
+
+def _run(arguments: list[str]) -> int:
+    parser, commands = build_parser()
+    if not arguments:
+        parser.print_help()
+        return OK
+    name = arguments[0]
+    if not name.startswith("-") and name not in commands:
+        close = nearest(name, commands)
+        raise UserError(f"unknown command {name}; " + (f"did you mean {close}?" if close else "see `dpo --help`"))
+    overrides: list[str] = []
+    if name == "bench" and not {"-h", "--help"} & set(arguments[1:2]):
+        arguments = [name, "--", *arguments[1:]]
+    elif name in commands:
+        arguments, overrides = _split_overrides(arguments, commands[name])
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as done:
+        # --help and --version print and leave
+        return int(done.code or OK)
+    if options.command is None:
+        parser.print_help()
+        return OK
+
+    from engine import commands as bodies
+
+    if options.command in ("train", "evaluate", "precompute", "demo"):
+        _configure_logging()
+    return getattr(bodies, options.command)(options, overrides)
+
+
+def _split_overrides(arguments: list[str], command: _Parser) -> tuple[list[str], list[str]]:
+    """The arguments of the command itself, and the configuration overrides among them."""
+    flags, keys = command.own_flags(), [f"--{key}" for key, _ in iter_keys()]
+    own: list[str] = []
+    overrides: list[str] = []
+    target = own
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag = argument.partition("=")[0]
+            target = own if flag in flags else overrides
+            if target is overrides and "." not in flag:
+                known = flags + (keys if command.takes_config else [])
+                close = nearest(flag[2:].replace("-", "_"), [k[2:].replace("-", "_") for k in known])
+                match = next((k for k in known if k[2:].replace("-", "_") == close), None)
+                raise UserError(
+                    f"unknown option {flag}; " + (f"did you mean {match}?" if match else f"see `{command.prog} --help`")
+                )
+        target.append(argument)
+    if overrides and not command.takes_config:
+        raise UserError(f"unknown option {overrides[0]}; `{command.prog}` takes no configuration keys")
+    return own, overrides
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__
+
+
+def _configure_logging() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for noisy in ("transformers", "datasets", "httpx", "urllib3", "filelock", "fsspec", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _version() -> str:
+    try:
+        return metadata.version("dpo-kernels")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""What each ``dpo`` command does. Heavy modules are imported inside, so that ``dpo --help`` stays fast."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.config import load_config
+from engine.config.schema import REFERENCE_FREE_LOSSES, RunConfig
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from engine.data import Row
+    from engine.data.groups import PreferenceDataset
+    from engine.model import Policy
+    from engine.reference import ReferenceStore
+
+
+def demo(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo demo``"""
+    from engine.demo import run_demo
+
+    run_demo(options.output)
+    return 0
+
+
+def init(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo init``"""
+    from engine.config.init import write_converted, write_template
+
+    if options.from_trl is None:
+        if options.num_processes is not None:
+            raise UserError("--num-processes is of use only with --from-trl FILE")
+        write_template(options.output)
+        print(f"wrote {options.output}; edit it, then run `dpo check {options.output}`")
+        return 0
+    conversion = write_converted(options.from_trl, options.output, num_processes=options.num_processes)
+    print(conversion.report())
+    print(f"\nwrote {options.output}; read it, then run `dpo check {options.output}`")
+    return 0
+
+
+def check(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo check``"""
+    config = load_config(options.config, overrides)
+    from engine.data.check import check
+
+    print(check(config))
+    return 0
+
+
+def plan(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo plan``"""
+    config = load_config(options.config, overrides)
+    from engine.data import load_dataset_groups
+    from engine.model import load_tokenizer
+    from engine.packing import describe_plan
+
+    dataset, report = load_dataset_groups(config.data, load_tokenizer(config.model), split="train")
+    if report.dropped:
+        print(f"{report.dropped:,} of {report.total:,} rows are dropped; `dpo check {options.config}` says why\n")
+    print(describe_plan(dataset, config))
+    return 0
+
+
+def precompute(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo precompute``"""
+    config = load_config(options.config, overrides)
+    from engine.reference import ReferenceStore, default_store_path, model_digest
+    from engine.reference.columns import check_export_path
+
+    if options.export is not None:
+        check_export_path(options.export)
+    datasets = _datasets(config)
+    reference = _reference_policy(config)
+    if options.import_columns:
+        _verify_columns(config, reference, datasets)
+        return 0
+    digest = model_digest(reference)
+    store = ReferenceStore(config.reference.store or default_store_path())
+    for name, dataset in datasets.items():
+        _fill(config, reference, digest, store, name, dataset)
+    print(f"stored in {store.path}")
+    if options.export is not None:
+        _export(config, options.export, datasets["train"], store, digest)
+    return 0
+
+
+def train(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo train``"""
+    config = load_config(options.config, overrides)
+    from engine.train.loop import train
+
+    train(config, resume=options.resume)
+    return 0
+
+
+def evaluate(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo evaluate``"""
+    config = load_config(options.config, overrides)
+    from engine.evaluate import evaluate
+
+    evaluate(config, options.model)
+    return 0
+
+
+def report(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo report``"""
+    from engine.report import write_report
+
+    print(write_report(options.run_dir))
+    return 0
+
+
+def doctor(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo doctor``"""
+    from engine.doctor import diagnose
+
+    text, healthy = diagnose()
+    print(text)
+    return 0 if healthy else 1
+
+
+def bench(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo bench``"""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    if not folder.is_dir():
+        raise UserError("the benchmarks are not part of the installed package; run `dpo bench` from a source checkout")
+    missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"the benchmarks need {' and '.join(missing)}: pip install 'dpo-kernels[bench]'")
+    command = [sys.executable, "-m", "pytest", str(folder), *options.pytest_args]
+    return subprocess.call(command, cwd=folder.parent)
+
+
+def _datasets(config: RunConfig) -> dict[str, PreferenceDataset]:
+    from engine.data import load_dataset_groups
+    from engine.model import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    datasets = {"train": load_dataset_groups(config.data, tokenizer, split="train")[0]}
+    if config.data.eval_dataset_name is not None:
+        datasets["eval"] = load_dataset_groups(config.data, tokenizer, split="eval")[0]
+    return datasets
+
+
+def _reference_policy(config: RunConfig) -> Policy:
+    """The reference exactly as training loads it, so that both find the same rows of the store."""
+    from engine.model import check_packing, load_policy, resolve_device
+    from engine.train.references import reference_model
+
+    if REFERENCE_FREE_LOSSES.issuperset(config.loss.loss_types):
+        raise UserError(f"loss.loss_type {config.loss.loss_name} needs no reference; there is nothing to compute")
+    own = config.reference.model_name_or_path is None
+    policy = load_policy(config.model if own else reference_model(config), device=resolve_device())
+    print(f"attention: {policy.backend.name} ({policy.backend.reason})")
+    check_packing(policy)
+    return policy
+
+
+def _fill(
+    config: RunConfig, reference: Policy, digest: str, store: ReferenceStore, name: str, dataset: PreferenceDataset
+) -> None:
+    from engine.reference import import_columns, precompute
+
+    if import_columns(dataset) is not None:
+        print(f"{name}: the rows have reference columns, and training uses those; --import-columns checks them")
+        return
+    result = precompute(
+        reference,
+        dataset,
+        store,
+        tokens_per_pack=config.packing.tokens_per_pack,
+        share_prompts=config.packing.share_prompts,
+        digest=digest,
+    )
+    print(f"{name}: {result}")
+
+
+def _verify_columns(config: RunConfig, reference: Policy, datasets: dict[str, PreferenceDataset]) -> None:
+    from engine.reference import import_columns, verify_rows
+
+    found = {name: sums for name, dataset in datasets.items() if (sums := import_columns(dataset)) is not None}
+    if not found:
+        raise UserError(f"{config.data.dataset_name} has no columns ref_chosen_logps and ref_rejected_logps")
+    for name, sums in found.items():
+        verify_rows(reference, datasets[name], sums, share_prompts=config.packing.share_prompts)
+        print(f"{name}: the reference columns fit the model; training uses them")
+
+
+def _export(config: RunConfig, path: Path, dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> None:
+    from engine.data import load_rows
+    from engine.reference import export_columns, import_columns, load_ref_sums
+
+    class Rows:
+        """The source rows; a new pass over the source for every loop."""
+
+        def __iter__(self) -> Iterator[Row]:
+            return iter(load_rows(config.data, split="train"))
+
+    sums = import_columns(dataset) or load_ref_sums(dataset, store, digest)
+    written, left_out = export_columns(path, Rows(), dataset, sums)
+    dropped = f"; {left_out:,} rows that training drops are left out" if left_out else ""
+    print(f"wrote {written:,} rows to {path}{dropped}")

@@ -1,0 +1,377 @@
+"""From a TRL DPO file (ScriptArguments, DPOConfig and ModelConfig in one flat YAML) to a run configuration.
+
+TRL's defaults count: where the file is silent and TRL's default is not ours, the converted file says so in full.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from engine.config.fields import nearest, show
+from engine.config.load import build_config, read_yaml, to_dict
+from engine.config.trl_file import TrlFile
+from engine.config.trl_keys import CONVERTED, NEW_RESULT, SAME_RESULT
+from engine.errors import UserError
+
+_ADAMW = {
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_hf", "adamw_apex_fused",
+    "paged_adamw_32bit", "paged_adamw",
+}  # fmt: skip
+_ATTENTION = {"flash_attention_2": "flash", "sdpa": "sdpa"}
+_SMOOTHED_IN_TRL = {"exo_pair", "robust", "aot", "aot_unpaired"}
+_REQUIRED = {"model": "model_name_or_path", "data": "dataset_name"}
+
+Effect = Literal["same", "new"]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What became of a key. ``effect`` says whether the run still learns the same."""
+
+    key: str
+    effect: Effect
+    text: str
+
+
+@dataclass
+class Conversion:
+    """A converted file: sections of explicit keys, and what there is to say about it."""
+
+    source: str
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+
+    def report(self) -> str:
+        """The notes for people, what changes the result first."""
+        parts = []
+        for effect, title in (("new", "These change the result:"), ("same", "The result stays the same:")):
+            keys: dict[str, list[str]] = {}
+            for note in self.notes:
+                if note.effect == effect:
+                    keys.setdefault(note.text, []).append(note.key)
+            if keys:
+                lines = [f"  {', '.join(names)}: {text}" for text, names in keys.items()]
+                parts.append("\n".join([title, *lines]))
+        return "\n".join(parts)
+
+    def to_yaml(self) -> str:
+        """The file to write: the notes as comments, then the sections."""
+        header = [f"# Converted from {self.source}.", *(f"# {line}" for line in self.report().splitlines())]
+        return "\n".join(header) + "\n\n" + yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def convert_trl(path: str | Path, *, num_processes: int | None = None) -> Conversion:
+    """Convert the TRL file ``path``.
+
+    Args:
+        num_processes: processes that the TRL run was started with, which multiply its batch; by default the key
+            ``num_processes`` of the file, or 1.
+
+    Raises:
+        UserError: the file cannot be read, or a value is one that TRL would refuse, too.
+    """
+    trl, _ = read_yaml(path)
+    if isinstance(trl.get("model"), dict) or isinstance(trl.get("data"), dict):
+        raise UserError(f"{path}: has the sections of a run configuration already; nothing to convert")
+    converter = _Converter(TrlFile(str(path), {str(k): v for k, v in trl.items()}))
+    converter.run(num_processes)
+    # required keys may come from the command line
+    complete = {name: dict(section) for name, section in converter.result.values.items()}
+    for required_in, key in _REQUIRED.items():
+        if complete.setdefault(required_in, {}).setdefault(key, None) is None:
+            complete[required_in][key] = "missing"
+    validated = to_dict(build_config(complete, str(path)))
+    for section_name, section in converter.result.values.items():
+        # the schema's own types, so that 5e-7 is written as a number
+        section.update({key: validated[section_name][key] for key in section})
+    return converter.result
+
+
+class _Converter:
+    """Takes keys out of ``trl`` one topic at a time; what is left has no counterpart."""
+
+    def __init__(self, trl: TrlFile) -> None:
+        self.trl = trl
+        self.result = Conversion(trl.source)
+
+    def run(self, num_processes: int | None) -> None:
+        for section in ("model", "data", "packing", "loss", "optim", "reference", "train"):
+            self.result.values[section] = {}
+        self._model()
+        self._data()
+        self._batch(num_processes)
+        self._loss()
+        self._optim()
+        self._reference()
+        self._train()
+        self._evaluation()
+        self._rest()
+        self.result.values = {name: values for name, values in self.result.values.items() if values}
+
+    def _model(self) -> None:
+        kwargs = self.trl.mapping("model_init_kwargs")
+        for old, new in (("revision", "model_revision"), ("torch_dtype", "dtype")):
+            if old in kwargs:
+                kwargs[new] = kwargs.pop(old)
+        for key in ("model_revision", "dtype", "attn_implementation", "trust_remote_code"):
+            if key in kwargs:
+                self.trl.keys.setdefault(key, kwargs.pop(key))
+        for key in kwargs:
+            self._same(f"model_init_kwargs.{key}", "how the model is loaded is decided here")
+        self._copy("model", "model_name_or_path", "tokenizer_name_or_path", "trust_remote_code")
+        revision = self.trl.take("model_revision", "main")
+        if revision != "main":
+            self._put("model", "revision", str(revision), "model_revision")
+        self._precision()
+        attention = self.trl.take("attn_implementation")
+        if attention in _ATTENTION:
+            self._put("model", "attention", _ATTENTION[attention], "attn_implementation")
+        elif attention is not None:
+            self._same("attn_implementation", f"{attention} is not one of ours; model.attention auto takes the fastest")
+        self._lora()
+
+    def _precision(self) -> None:
+        fp16, bf16 = self.trl.flag("fp16"), self.trl.take("bf16")
+        held = self.trl.take("dtype", self.trl.take("torch_dtype", "float32"))
+        if fp16:
+            self._new("fp16", "float16 is not supported; model.dtype bfloat16 has its speed without loss scaling")
+        computed = "bfloat16" if fp16 or bf16 in (None, True) or held in ("bfloat16", "float16") else "float32"
+        if bf16 is not None:
+            self._same("bf16", f"-> model.dtype {computed}")
+        self.result.values["model"]["dtype"] = computed
+        if held in ("bfloat16", "float16", "auto") and not self.trl.keys.get("use_peft"):
+            self._new(
+                "dtype",
+                f"TRL trains the weights in {held}, which rounds small updates away; here trained weights are float32, "
+                f"which takes more memory, and compute in model.dtype {computed}",
+            )
+        elif held in ("float16", "auto"):
+            self._new("dtype", f"-> model.dtype {computed}")
+
+    def _lora(self) -> None:
+        defaults = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": None}
+        given = [name for name in defaults if f"lora_{name}" in self.trl.keys]
+        values = {name: self.trl.take(f"lora_{name}", default) for name, default in defaults.items()}
+        if not self.trl.flag("use_peft"):
+            for name in given:
+                self._same(f"lora_{name}", "no effect without use_peft")
+            return
+        if values["target_modules"] == ["all-linear"]:
+            values["target_modules"] = "all-linear"
+        self.result.values["model"]["lora"] = values
+        self._same("use_peft", "-> model.lora; the adapter switched off is the reference, as in TRL")
+        for name in given:
+            self._same(f"lora_{name}", f"-> model.lora.{name}")
+        if "target_modules" not in given:
+            self._same("lora_target_modules", "not given: null, which is peft's own choice, as in TRL")
+        if "dropout" not in given:
+            self._same("lora_dropout", "not given: TRL's default, 0.05")
+
+    def _data(self) -> None:
+        self._mixture()
+        self._copy("data", "dataset_name", "dataset_config", "dataset_train_split", "max_length")
+        if self.trl.take("truncation_mode", "keep_start") != "keep_start":
+            self._new("truncation_mode", "only keep_start is supported, which cuts the end of the response")
+        for section, key in _REQUIRED.items():
+            if not self.result.values[section].get(key):
+                self._new(key, f"not in the file; add {section}.{key}, or pass --{section}.{key} VALUE")
+
+    def _mixture(self) -> None:
+        mixture = self.trl.take("datasets")
+        if not mixture:
+            return
+        if not isinstance(mixture, list) or not all(isinstance(d, dict) for d in mixture):
+            raise UserError(f"{self.trl.source}: datasets: expected a list of mappings, got {show(mixture)}")
+        if len(mixture) > 1 or mixture[0].get("data_files") or mixture[0].get("data_dir") or not mixture[0].get("path"):
+            self.trl.take("dataset_name")
+            self._new("datasets", "one file, folder or Hub name is read; join them and set data.dataset_name")
+            return
+        for old, new in (("path", "dataset_name"), ("name", "dataset_config"), ("split", "dataset_train_split")):
+            if mixture[0].get(old) is not None:
+                self.trl.keys[new] = mixture[0][old]
+        self._same("datasets", "-> data.dataset_name, its configuration and split")
+
+    def _batch(self, num_processes: int | None) -> None:
+        per_device = self.trl.whole("per_device_train_batch_size", 8)
+        accumulation = self.trl.whole("gradient_accumulation_steps", 1)
+        listed = self.trl.take("num_processes")
+        processes = num_processes or (self.trl.as_whole("num_processes", listed) if listed is not None else 1)
+        packing = self.result.values["packing"]
+        packing["pairs_per_step"] = pairs = per_device * accumulation * processes
+        factors = f"{per_device} x {accumulation} (gradient_accumulation_steps) x {processes} (processes)"
+        self._same("per_device_train_batch_size", f"{factors} -> packing.pairs_per_step {pairs}")
+        if listed is None and num_processes is None:
+            self._same("num_processes", "not given, so 1; convert with --num-processes N if TRL ran on more")
+        if self.trl.take("accelerate_config") is not None:
+            self._same("accelerate_config", "start with torchrun; convert with --num-processes N if it starts several")
+        max_length = self.result.values["data"].get("max_length", 1024)
+        if isinstance(max_length, int):
+            packing["tokens_per_pack"] = tokens = per_device * 2 * max_length
+            text = f"2 x {max_length} x {per_device} per device, TRL's most -> packing.tokens_per_pack {tokens}"
+            self._same("max_length", text)
+        sampling = self.trl.take("train_sampling_strategy", "random")
+        if sampling == "sequential":
+            packing["shuffle"] = False
+            self._same("train_sampling_strategy", "-> packing.shuffle false")
+        elif sampling != "random":
+            self._new("train_sampling_strategy", "rows are drawn at random; packs leave no padding to save")
+
+    def _loss(self) -> None:
+        loss = self.result.values["loss"]
+        types = self.trl.take("loss_type", ["sigmoid"])
+        types = types if isinstance(types, list) else [types]
+        loss["loss_type"] = types[0] if len(types) == 1 else types
+        weights = self.trl.keys.get("loss_weights")
+        if len(types) > 1:
+            self._same("loss_type", f"{' + '.join(map(str, types))}, summed with loss.loss_weights as in TRL")
+            if weights is not None:
+                loss["loss_weights"] = [self.trl.as_number("loss_weights", w) for w in self.trl.take("loss_weights")]
+        elif weights == [1] or weights == [1.0]:
+            self.trl.take("loss_weights")
+        self._copy("loss", "beta", "discopop_tau")
+        smoothing = self.trl.number("label_smoothing", 0.0)
+        if smoothing and _SMOOTHED_IN_TRL & set(types):
+            loss["label_smoothing"] = smoothing
+            ignored = [t for t in types if t not in _SMOOTHED_IN_TRL]
+            if "sigmoid" in ignored:
+                self._new("label_smoothing", "TRL ignores it for sigmoid; here it makes sigmoid conservative DPO")
+        elif smoothing:
+            loss["label_smoothing"] = 0.0
+            self._same(
+                "label_smoothing",
+                f"TRL ignores it for {', '.join(map(str, types))}; written as 0, since here {smoothing:g} would mean "
+                "conservative DPO for sigmoid",
+            )
+
+    def _optim(self) -> None:
+        optim = self.result.values["optim"]
+        name = str(self.trl.take("optim", "adamw_torch_fused"))
+        optim["optimizer"] = "rmsprop" if name == "rmsprop" else "adamw"
+        if name != "rmsprop" and name not in _ADAMW:
+            self._new("optim", f"{name} is not supported; optim.optimizer adamw takes its place")
+        elif "adamw" in name and name not in ("adamw_torch", "adamw_torch_fused"):
+            self._same("optim", f"{name} -> optim.optimizer adamw, fused where the device has it")
+        optim["learning_rate"] = self.trl.number("learning_rate", 1e-6)
+        self._copy("optim", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+        if (norm := self.trl.take("max_grad_norm", 1.0)) != 1.0:
+            optim["max_grad_norm"] = 0.0 if norm is None else self.trl.as_number("max_grad_norm", norm)
+        if kwargs := self.trl.mapping("lr_scheduler_kwargs"):
+            optim["lr_scheduler_kwargs"] = kwargs
+        steps = self.trl.number("warmup_steps", 0)
+        ratio = self.trl.number("warmup_ratio", 0)
+        if ratio and steps:
+            self._same("warmup_ratio", "warmup_steps goes before it, as in transformers")
+        elif ratio:
+            self._same("warmup_ratio", f"-> optim.warmup_steps {ratio:g}: below 1 it is a share of all steps")
+        if steps or ratio:
+            optim["warmup_steps"] = steps or ratio
+
+    def _reference(self) -> None:
+        precomputed = self.trl.take("precompute_ref_log_probs")
+        self.result.values["reference"]["mode"] = "auto"
+        if precomputed:
+            self._same("precompute_ref_log_probs", "-> reference.mode auto: stored by row and reused by later runs")
+        else:
+            self._same(
+                "precompute_ref_log_probs",
+                "false: reference.mode auto still computes each row once, before training, with the same numbers; live "
+                "would keep a second model in memory",
+            )
+
+    def _train(self) -> None:
+        train = self.result.values["train"]
+        self._copy("train", "output_dir", "seed", "save_total_limit")
+        if "num_train_epochs" not in self.trl.keys:
+            self._same("num_train_epochs", "not given: TRL's default, 3")
+        train["num_train_epochs"] = self.trl.number("num_train_epochs", 3.0)
+        max_steps = self.trl.take("max_steps", -1)
+        if isinstance(max_steps, int) and max_steps > 0:
+            train["max_steps"] = max_steps
+        if "gradient_checkpointing" not in self.trl.keys:
+            self._same("gradient_checkpointing", "not given: TRL's default, true; false is faster where memory allows")
+        train["gradient_checkpointing"] = self.trl.flag("gradient_checkpointing", True)
+        trackers = self.trl.take("report_to", "none")
+        trackers = trackers if isinstance(trackers, list) else [trackers or "none"]
+        train["report_to"] = ["tensorboard"] if {"tensorboard", "all"} & set(trackers) else []
+        for name in (t for t in trackers if t not in ("none", "tensorboard")):
+            self._same("report_to", f"{name}: metrics.jsonl always has TRL's metrics under TRL's names")
+        self._cadence("logging", "logging_steps", 10)
+        self._cadence("save", "save_steps", 500)
+
+    def _cadence(self, kind: str, key: str, default: int) -> None:
+        """``KIND_strategy`` and ``KIND_steps``; every strategy but ``steps`` is replaced."""
+        strategy, value = self.trl.take(f"{kind}_strategy", "steps"), self.trl.take(key)
+        train = self.result.values["train"]
+        if strategy != "steps":
+            self._same(f"{kind}_strategy", f"{strategy}: here every train.{key} optimizer steps, {default} by default")
+        elif value is not None:
+            train[key] = self._steps(key, value, default)
+
+    def _evaluation(self) -> None:
+        data, train = self.result.values["data"], self.result.values["train"]
+        strategy = self.trl.take("eval_strategy", self.trl.take("evaluation_strategy", "no"))
+        steps, split = self.trl.take("eval_steps"), self.trl.take("dataset_test_split")
+        # a YAML "no" is false
+        if strategy in ("no", False):
+            for key, value in (("eval_steps", steps), ("dataset_test_split", split)):
+                if value is not None:
+                    self._same(key, "no effect without eval_strategy")
+            return
+        if data.get("dataset_name"):
+            data["eval_dataset_name"] = data["dataset_name"]
+        data["eval_dataset_split"] = str(split or "test")
+        self._same("dataset_test_split", f"{split or 'test'} -> data.eval_dataset_name, data.eval_dataset_split")
+        if strategy == "steps":
+            default = train.get("logging_steps", 10)
+            value = self._steps("eval_steps", default if steps is None else steps, None)
+            if value is not None:
+                train["eval_steps"] = value
+        else:
+            self._same("eval_strategy", f"{strategy}: evaluated after training; set train.eval_steps for more")
+
+    def _rest(self) -> None:
+        known = sorted({*SAME_RESULT, *NEW_RESULT, *CONVERTED})
+        for key, value in self.trl.keys.items():
+            harmless, reason = NEW_RESULT.get(key, ((), ""))
+            if key in SAME_RESULT:
+                self._same(key, SAME_RESULT[key])
+            elif key in NEW_RESULT and value in harmless:
+                self._same(key, f"{json.dumps(value)} is how it is here")
+            elif key in NEW_RESULT:
+                self._new(key, reason)
+            else:
+                close = nearest(key, known)
+                self._new(key, "not a key of TRL 1.16; dropped" + (f" (did you mean {close}?)" if close else ""))
+
+    def _put(self, section: str, key: str, value: Any, old: str) -> None:
+        self.result.values[section][key] = value
+        self._same(old, f"-> {section}.{key} {value}")
+
+    def _copy(self, section: str, *keys: str) -> None:
+        for key in keys:
+            if key in self.trl.keys:
+                self.result.values[section][key] = self.trl.take(key)
+
+    def _same(self, key: str, text: str) -> None:
+        self.result.notes.append(Note(key, "same", text))
+
+    def _new(self, key: str, text: str) -> None:
+        self.result.notes.append(Note(key, "new", text))
+
+    def _steps(self, key: str, value: Any, default: int | None) -> int | None:
+        number = self.trl.as_number(key, value)
+        if number >= 1:
+            return int(number)
+        total = self.result.values["train"].get("max_steps")
+        if total:
+            steps = max(1, -(-int(total * number * 1e9) // 10**9))
+            self._same(key, f"{number:g} of {total} steps -> train.{key} {steps}")
+            return steps
+        instead = f"{default} is written" if default else "evaluated after training"
+        self._same(key, f"{number:g} of all steps: here a number of steps; {instead}; `dpo plan` counts the steps")
+        return default

@@ -1,0 +1,65 @@
+"""The values of a TRL file, read as TRL reads them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from engine.config.fields import show
+from engine.errors import UserError
+
+
+class TrlFile:
+    """The keys of a file that nobody has taken yet.
+
+    Every reader takes its key out, and raises a ``UserError`` for a value of the wrong kind.
+    """
+
+    def __init__(self, source: str, keys: dict[str, Any]) -> None:
+        self.source, self.keys = source, keys
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """The value as YAML gives it."""
+        return self.keys.pop(key, default)
+
+    def number(self, key: str, default: float | None) -> float:
+        """A number; null counts as ``default``."""
+        value = self.keys.pop(key, None)
+        return self.as_number(key, default if value is None else value)
+
+    def as_number(self, key: str, value: Any) -> float:
+        """``value`` of ``key`` as a number."""
+        try:
+            # YAML 1.1 takes 5e-7 for a string, and TRL reads that as a number, too
+            return float(value)
+        except (TypeError, ValueError):
+            raise UserError(f"{self.source}: {key}: expected a number, got {show(value)}") from None
+
+    def whole(self, key: str, default: int) -> int:
+        """A positive integer."""
+        return self.as_whole(key, self.take(key, default))
+
+    def as_whole(self, key: str, value: Any) -> int:
+        """``value`` of ``key`` as a positive integer."""
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{self.source}: {key}: expected a positive integer, got {show(value)}")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """A boolean."""
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise UserError(f"{self.source}: {key}: expected true or false, got {show(value)}")
+        return value
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A mapping, also as JSON text; null is an empty one."""
+        value = self.take(key)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError:
+                raise UserError(f"{self.source}: {key}: expected a mapping or JSON, got {show(value)}") from None
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{self.source}: {key}: expected a mapping, got {show(value)}")
+        return dict(value or {})

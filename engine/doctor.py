@@ -1,0 +1,176 @@
+"""``dpo doctor``: what is installed, what will run here and why, and whether it computes the right numbers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = (
+    "dpo-kernels", "torch", "triton", "transformers", "datasets", "peft", "trl", "flash-attn", "numpy", "pyarrow",
+    "safetensors", "tyro",
+)  # fmt: skip
+ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME",
+    "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "DPO_CACHE", "WORLD_SIZE",
+)  # fmt: skip
+
+LOGP_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3}
+"""Largest error of one token's log-prob, in nats, against float64 on the same inputs."""
+GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Largest error of a gradient against float64, as a share of its norm."""
+
+Rows = Iterator[tuple[str, str]]
+
+
+class SelfTestError(Exception):
+    """A number is wrong, or could not be computed. The message says which."""
+
+
+def diagnose() -> tuple[str, bool]:
+    """The report, as plain text to paste into a bug report, and whether everything that must work does."""
+    lines, healthy = ["dpo doctor"], True
+    for title, section in _SECTIONS.items():
+        lines += ["", title]
+        try:
+            for name, value in section():
+                lines.append(f"  {name:<22} {value}")
+        except Exception as error:
+            # a broken installation is what this command is for, so it is reported and the rest goes on
+            healthy = False
+            lines.append(f"  {'FAILED':<22} {type(error).__name__}: {' '.join(str(error).split())}")
+    lines += ["", "healthy" if healthy else "not healthy: see FAILED above"]
+    return "\n".join(lines), healthy
+
+
+def _versions() -> Rows:
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "platform", platform.platform()
+    for name in PACKAGES:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield name, "not installed"
+
+
+def _machine() -> Rows:
+    import psutil
+    import torch
+
+    yield "cpu", f"{os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads"
+    memory = psutil.virtual_memory()
+    yield "memory", f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        yield "gpu", f"none found (torch is built for {built})" if built else "none (torch is a CPU build)"
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield (
+            f"gpu {index}",
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB",
+        )
+    yield "cuda", f"{torch.version.cuda}, cudnn {torch.backends.cudnn.version()}"
+
+
+def _choices() -> Rows:
+    import torch
+
+    import dpo_kernels
+    from engine.model import choose_backend, resolve_device
+
+    device = resolve_device()
+    yield "device", str(device)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        chosen = dpo_kernels.describe(device, dtype)
+        for op in ("linear_logps", "linear_dpo_loss"):
+            choice = getattr(chosen, op)
+            yield f"{op} {name}"[:22], f"{choice.impl}: {choice.reason}"
+        backend = choose_backend("auto", device, dtype)
+        yield f"attention {name}", f"{backend.name}: {backend.reason}"
+
+
+def _places() -> Rows:
+    from engine.reference import default_store_path
+
+    for name in ENVIRONMENT:
+        if name in os.environ:
+            yield name, os.environ[name]
+    switches = [os.environ.get(name, "").lower() for name in ENVIRONMENT if "OFFLINE" in name]
+    offline = any(value in ("1", "true", "yes", "on") for value in switches)
+    yield "offline", "yes: only local folders and cached Hub files are read" if offline else "no"
+    yield "reference store", _describe_folder(default_store_path())
+
+
+def _describe_folder(path: Path) -> str:
+    import shutil
+
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    access = "" if os.access(existing, os.W_OK) else ", NOT WRITABLE"
+    free = shutil.disk_usage(existing).free / 2**30
+    if not path.exists():
+        return f"{path} (not there yet, {free:.1f} GiB free{access})"
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return f"{path} ({size / 2**20:.1f} MiB, {free:.1f} GiB free{access})"
+
+
+def _self_test() -> Rows:
+    import torch
+
+    from engine.model import resolve_device
+
+    device = resolve_device()
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from _self_test_dtype(device, dtype)
+
+
+def _self_test_dtype(device, dtype) -> Rows:
+    """Log-probs and gradients of the ops that a run would use, against plain torch in float64 on the same inputs."""
+    import torch
+    import torch.nn.functional as F
+
+    from dpo_kernels import linear_dpo_loss, linear_logps
+
+    name = str(dtype).removeprefix("torch.")
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(96, 64, generator=generator).to(device, dtype).requires_grad_()
+    weight_VD = (torch.randn(1000, 64, generator=generator) / 4).to(device, dtype).requires_grad_()
+    labels_T = torch.randint(1000, (96,), generator=generator).to(device)
+    cu_responses = torch.tensor([0, 17, 40, 41, 96], dtype=torch.int32)
+    ref_S = torch.tensor([-80.0, -120.0, -5.0, -260.0], device=device)
+
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden_TD, weight_VD))
+    exact_T = F.log_softmax(exact_hidden @ exact_weight.T, dim=-1).gather(1, labels_T[:, None])[:, 0]
+    sums_S = torch.stack([part.sum() for part in exact_T.split(cu_responses.diff().tolist())])
+    margins = 0.1 * (sums_S - ref_S.double()).view(-1, 2)
+    exact_loss = -F.logsigmoid(margins[:, 0] - margins[:, 1]).mean()
+    exact_loss.backward()
+
+    error = (linear_logps(hidden_TD, weight_VD, labels_T).double() - exact_T).abs().max().item()
+    yield _verdict(f"log-probs {name}", error, LOGP_TOLERANCE[name], "nats, largest error of a token")
+    linear_dpo_loss(hidden_TD, weight_VD, labels_T, cu_responses, ref_S, beta=0.1).loss.backward()
+    for label, ours, exact in (("hidden", hidden_TD, exact_hidden), ("weight", weight_VD, exact_weight)):
+        assert ours.grad is not None
+        assert exact.grad is not None
+        error = ((ours.grad.double() - exact.grad).norm() / exact.grad.norm()).item()
+        yield _verdict(f"{label} gradient {name}", error, GRADIENT_TOLERANCE[name], "of its norm")
+
+
+def _verdict(name: str, error: float, allowed: float, unit: str) -> tuple[str, str]:
+    # written so that NaN fails
+    if not error <= allowed:
+        raise SelfTestError(f"{name}: error {error:.2e} {unit}, allowed {allowed:.0e}")
+    return name, f"ok: {error:.1e} {unit} (allowed {allowed:.0e})"
+
+
+_SECTIONS: dict[str, Callable[[], Rows]] = {
+    "versions": _versions,
+    "machine": _machine,
+    "what runs here": _choices,
+    "self-test": _self_test,
+    "places": _places,
+}
