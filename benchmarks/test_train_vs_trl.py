@@ -98,9 +98,8 @@ def test_train_vs_trl(benchmark, job, tmp_path):
     one_round()
     theirs = run_trl(model_dir, data_file, tmp_path / "trl")
     benchmark.pedantic(one_round, rounds=ROUNDS - 1, iterations=1)
-    median = Rates(
-        *(statistics.median(column) for column in zip(*((r.precompute, r.train, r.last_loss) for r in ours)))
-    )
+    columns = zip(*map(astuple, ours), strict=True)
+    median = Rates(*map(statistics.median, columns))
     assert abs(median.last_loss - theirs.last_loss) < 1e-4 * theirs.last_loss
     result = {
         "data": name,
