@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of one token's log-prob, in nats, that another packing or backend may cause."""
-# Rounding has both signs, so a mean is far smaller than the largest difference; a wrong model moves both.
-_MEAN_SHARE = 0.1
+_SMALLEST_SHARE = 0.1
 
 
 def verify_rows(
@@ -42,7 +41,8 @@ def verify_rows(
             ``import_columns``).
         count: number of rows.
         atol: largest allowed difference of one token, in nats; by default ``TOLERANCE`` of the compute dtype. The mean
-            over a response, or for sums the difference divided by its tokens, may be a tenth of it.
+            over a response of n tokens, or for sums the difference divided by n, may be 1 / sqrt(n) of it, but always
+            a tenth: rounding has both signs and averages out, a wrong model does not.
 
     Raises:
         UserError: names the rows that differ, the largest difference, and what usually causes it.
@@ -54,10 +54,10 @@ def verify_rows(
     with scoring(policy):
         for index, (batch, logps_N) in zip(chosen, score(policy, batches), strict=True):
             live = np.split(logps_N, batch.cu_responses_S1[1:-1].tolist())
-            differences = [_difference(a, b) for a, b in zip(live, ref_logps[index], strict=True)]
+            pairs = list(zip(live, ref_logps[index], strict=True))
             # Written so that a comparison with NaN counts as different.
-            if not all(worst <= atol and mean <= _MEAN_SHARE * atol for worst, mean in differences):
-                wrong.append((dataset[index].row, max(worst for worst, _ in differences)))
+            if not all(_agree(a, b, atol) for a, b in pairs):
+                wrong.append((dataset[index].row, max(_difference(a, b)[0] for a, b in pairs)))
     if wrong:
         rows = ", ".join(str(row) for row, _ in wrong)
         raise UserError(
@@ -72,6 +72,11 @@ def _sample(sizes: Sequence[int], count: int) -> list[int]:
     by_size = np.argsort(np.asarray(sizes), kind="stable")
     places = np.unique(np.linspace(0, len(sizes) - 1, min(count, len(sizes))).round().astype(np.int64))
     return by_size[places].tolist()
+
+
+def _agree(live: np.ndarray, stored: np.ndarray | float, atol: float) -> bool:
+    worst, mean = _difference(live, stored)
+    return worst <= atol and mean <= atol * max(_SMALLEST_SHARE, len(live) ** -0.5)
 
 
 def _difference(live: np.ndarray, stored: np.ndarray | float) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,12 +75,6 @@ class Nursery:
         log = self._folder / str(writer)
         return len(log.read_text().split()) if log.exists() else 0
 
-    def wait_until_gone(self, pid: int) -> None:
-        deadline = time.monotonic() + 120
-        while is_alive(pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -92,6 +87,13 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")
@@ -286,11 +288,10 @@ def test_a_file_size_limit_ends_in_one_clear_line(tmp_path):
 def test_a_killed_writer_leaves_only_whole_shards(tmp_path, nursery, attempt):
     """SIGKILL at a random moment: every batch that was reported durable is there, and nothing is wrong."""
     pid = nursery.start(tmp_path, attempt, 100_000)
-    while nursery.reported(attempt) < 2:
-        time.sleep(0.002)
+    wait_until(lambda: nursery.reported(attempt) >= 2)
     time.sleep(np.random.default_rng(attempt).uniform(0, 0.05))
     os.kill(pid, signal.SIGKILL)
-    nursery.wait_until_gone(pid)
+    wait_until(lambda: not is_alive(pid))
     reported = nursery.reported(attempt)
     store = ReferenceStore(tmp_path)
     for batch in range(reported):

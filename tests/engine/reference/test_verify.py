@@ -28,7 +28,7 @@ def test_the_right_values_pass_and_only_a_few_rows_are_computed(policy, dataset,
 def test_sums_are_checked_too(policy, dataset, stored):
     sums = [tuple(float(v.sum()) for v in group) for group in stored]
     verify_rows(policy, dataset, sums)
-    wrong = [tuple(v * 1.01 for v in group) for group in sums]
+    wrong = [tuple(v * 1.02 for v in group) for group in sums]
     with pytest.raises(UserError, match="differ from the model's by up to"):
         verify_rows(policy, dataset, wrong)
 
@@ -46,7 +46,7 @@ def test_one_wrong_response_is_noticed(policy, dataset, stored, change):
     if change == "one token":
         values[0] += 0.01
     elif change == "small bias":
-        values += 3e-4
+        values += 6e-4
     elif change == "nan":
         values[0] = np.nan
     else:
