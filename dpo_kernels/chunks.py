@@ -123,3 +123,9 @@ def spread_rows(rows: Tensor, kept: Tensor | None, num_rows: int) -> Tensor:
     if kept is None:
         return rows
     return rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, kept, rows)
+
+
+def sum_responses(values_N: Tensor, lengths_S: Tensor) -> Tensor:
+    """Sums of consecutive segments, in float64 and in a fixed order, rounded once. Lengths are trusted."""
+    sums = torch.segment_reduce(values_N.double(), "sum", lengths=lengths_S, unsafe=True, initial=0)
+    return sums.to(values_N.dtype)

@@ -36,7 +36,7 @@ def _load(op: str, impl: str) -> ModuleType:
 
 
 def why_not(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why ``impl`` of ``op`` cannot run on such tensors; None when it can. Depends on the arguments and this install."""
+    """Why ``impl`` of ``op`` cannot run on such tensors, or None. Depends on the arguments and this install alone."""
     if impl == "native":
         return "the native extension is not built"
     if impl != "triton":

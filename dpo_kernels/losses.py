@@ -27,8 +27,6 @@ class LossOptions(NamedTuple):
     discopop_tau: float = 0.05
     simpo_gamma: float = 0.5
     cpo_alpha: float = 1.0
-    mean_chosen_length: float = 0.0
-    """Chosen tokens per pair for ``sft``; 0 takes the mean of the pairs at hand."""
 
 
 class Pairs(NamedTuple):
@@ -40,14 +38,18 @@ class Pairs(NamedTuple):
     ref_rejected_logps: Tensor | None
     chosen_lengths: Tensor | None
     rejected_lengths: Tensor | None
+    mean_chosen_length: Tensor | float | None
+    """Over the whole batch, of which these pairs may be a part."""
     options: LossOptions
 
     @property
     def chosen_ratio(self) -> Tensor:
+        assert self.ref_chosen_logps is not None
         return self.chosen_logps - self.ref_chosen_logps
 
     @property
     def rejected_ratio(self) -> Tensor:
+        assert self.ref_rejected_logps is not None
         return self.rejected_logps - self.ref_rejected_logps
 
     @property
@@ -97,8 +99,9 @@ def _register(
     return add
 
 
-def _per_token(logps: Tensor, lengths: Tensor) -> Tensor:
+def _per_token(logps: Tensor, lengths: Tensor | None) -> Tensor:
     """Mean over tokens; an empty response counts as one token of log-prob 0."""
+    assert lengths is not None
     return logps / lengths.clamp(min=1)
 
 
@@ -192,6 +195,8 @@ def _aot(p: Pairs) -> Tensor:
 
     Sorting runs over the batch, so entries of the result are quantiles and not pairs. ``label_smoothing`` as in DPO.
     """
+    assert p.ref_chosen_logps is not None
+    assert p.ref_rejected_logps is not None
     gaps = (p.chosen_logps - p.rejected_logps).sort().values
     ref_gaps = (p.ref_chosen_logps - p.ref_rejected_logps).sort().values
     return _smoothed_logistic(p.options.beta * (gaps - ref_gaps), p.options.label_smoothing)
@@ -237,11 +242,8 @@ def _sft(p: Pairs) -> Tensor:
     The value that TRL calls ``sft``, there one number repeated for every pair; here each pair's own share of it, so
     that pairs meet only in the divisor. A batch split over several calls passes the divisor as ``mean_chosen_length``.
     """
-    mean_length = p.options.mean_chosen_length
-    if mean_length > 0:
-        return -p.chosen_logps / mean_length
-    total = p.chosen_lengths.sum().clamp(min=1).to(p.chosen_logps.dtype)
-    return -p.chosen_logps * (p.chosen_logps.numel() / total)
+    assert p.mean_chosen_length is not None
+    return -p.chosen_logps / p.mean_chosen_length
 
 
 @_register(lengths=True)
@@ -254,7 +256,7 @@ def _sigmoid_norm(p: Pairs) -> Tensor:
 
 @_register(reference=False, lengths=True, per_token_reward=True)
 def _simpo(p: Pairs) -> Tensor:
-    """-log sigmoid(beta (a_w - a_l) - gamma), a the log-prob per token. SimPO, Meng et al. 2024, arXiv 2405.14734, Eq. 6.
+    """-log sigmoid(beta (a_w - a_l) - gamma), a the log-prob per token. SimPO, Meng et al., arXiv 2405.14734, Eq. 6.
 
     ``simpo_gamma`` is the target reward margin gamma; ``label_smoothing`` as in DPO.
     """
@@ -369,125 +371,14 @@ def check_options(options: LossOptions) -> None:
         raise ValueError(f"label_smoothing must be in [0, 0.5); got {options.label_smoothing}")
     if not options.discopop_tau > 0:
         raise ValueError(f"discopop_tau must be positive; got {options.discopop_tau}")
-    if not options.mean_chosen_length >= 0:
-        raise ValueError(f"mean_chosen_length must be positive, or None; got {options.mean_chosen_length}")
 
 
-class PreferenceLoss(NamedTuple):
-    """Per pair (or, for Plackett-Luce, per prompt), unreduced. Only ``loss`` carries gradients."""
-
-    loss: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-
-
-class PlackettLuceLoss(NamedTuple):
-    """Per prompt, unreduced. Only ``loss`` carries gradients."""
-
-    loss: Tensor
-    rewards: Tensor
-
-
-def _as_float(name: str, tensor: Tensor, like: Tensor) -> Tensor:
-    if tensor.shape != like.shape:
-        raise ValueError(f"{name} must have shape {list(like.shape)}, like chosen_logps; got {list(tensor.shape)}")
-    return tensor.to(torch.promote_types(like.dtype, torch.float32))
-
-
-def preference_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
-    *,
-    loss_type: str | Sequence[str] = "sigmoid",
-    loss_weights: Sequence[float] | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    discopop_tau: float = 0.05,
-    simpo_gamma: float = 0.5,
-    cpo_alpha: float = 1.0,
-    mean_chosen_length: float | None = None,
-) -> PreferenceLoss:
-    """Loss and rewards of preference pairs from the log-probs of their responses.
-
-    Args:
-        chosen_logps, rejected_logps: [B], log-probs summed over completion tokens, in nats, any float dtype. 16-bit
-            values are raised to float32 first; float64 stays.
-        ref_chosen_logps, ref_rejected_logps: [B], the same under the reference. May be None for ``sft``, ``simpo``,
-            ``orpo`` and ``cpo``.
-        loss_type: a name in ``LOSS_TYPES``, or several, whose losses are added with ``loss_weights`` (MPO, arXiv
-            2411.10442).
-        loss_weights: one factor per name; all 1 by default.
-        beta: strength of the pull to the reference; the weight of the odds-ratio term in ``orpo``.
-        label_smoothing: share of flipped labels, in [0, 0.5). Read by ``sigmoid`` (conservative DPO), ``robust``,
-            ``exo_pair``, ``aot``, ``aot_unpaired``, ``simpo`` and ``cpo``; the others ignore it, as in TRL.
-        chosen_lengths, rejected_lengths: [B], completion tokens. Needed by ``ipo``, ``sigmoid_norm``, ``sft``,
-            ``simpo``, ``orpo`` and ``cpo``. An empty response counts as one token.
-        discopop_tau: temperature of ``discopop``.
-        simpo_gamma: target reward margin of ``simpo``.
-        cpo_alpha: weight of the language-model term of ``cpo``.
-        mean_chosen_length: tokens per chosen response over the whole batch, for ``sft`` when the batch is split over
-            several calls; by default the mean of ``chosen_lengths``.
-
-    Returns:
-        ``PreferenceLoss(loss, chosen_rewards, rejected_rewards)``, each [B], float32 (float64 for float64 inputs).
-        Rewards are detached: beta times the log-ratio, or the log-prob when no reference is given, or the log-prob per
-        token for ``simpo`` and ``orpo``. ``aot`` losses are quantiles of the batch and do not follow the order of the pairs.
-
-    Raises:
-        ValueError: unknown loss, shapes that differ, missing reference or lengths, numbers out of range.
-    """
-    mix = resolve_loss(loss_type, loss_weights)
-    options = LossOptions(beta, label_smoothing, discopop_tau, simpo_gamma, cpo_alpha, mean_chosen_length or 0.0)
-    check_options(options)
-    if chosen_logps.ndim != 1:
-        raise ValueError(f"chosen_logps must have shape [pairs]; got {list(chosen_logps.shape)}")
-    if mix.needs_reference and (ref_chosen_logps is None or ref_rejected_logps is None):
-        raise ValueError(f"loss_type {mix.names} needs ref_chosen_logps and ref_rejected_logps; got None")
-    if mix.needs_lengths and (chosen_lengths is None or rejected_lengths is None):
-        raise ValueError(f"loss_type {mix.names} needs chosen_lengths and rejected_lengths; got None")
-    like = chosen_logps
-    pairs = Pairs(
-        _as_float("chosen_logps", chosen_logps, like),
-        _as_float("rejected_logps", rejected_logps, like),
-        None if ref_chosen_logps is None else _as_float("ref_chosen_logps", ref_chosen_logps, like),
-        None if ref_rejected_logps is None else _as_float("ref_rejected_logps", ref_rejected_logps, like),
-        None if chosen_lengths is None else _as_float("chosen_lengths", chosen_lengths, like),
-        None if rejected_lengths is None else _as_float("rejected_lengths", rejected_lengths, like),
-        options,
-    )
-    return PreferenceLoss(mix.losses(pairs), *mix.rewards(pairs))
-
-
-def plackett_luce_loss(logps_BK: Tensor, ref_logps_BK: Tensor, *, beta: float = 0.1) -> PlackettLuceLoss:
-    """Loss of full rankings: -sum_k [ r_k - logsumexp_{j >= k} r_j ]. DPO under Plackett-Luce, arXiv 2305.18290, A.3.
-
-    Args:
-        logps_BK: [B, K], log-probs of the K >= 2 responses of a prompt, best first, summed over completion tokens.
-        ref_logps_BK: [B, K], the same under the reference.
-        beta: strength of the pull to the reference.
-
-    Returns:
-        ``PlackettLuceLoss(loss [B], rewards [B, K])``; rewards are detached. For K = 2 the loss has the bits of
-        ``preference_loss(..., loss_type="sigmoid")``.
-
-    Raises:
-        ValueError: shapes that differ, fewer than two responses, beta not positive.
-    """
-    check_options(LossOptions(beta=beta))
-    if logps_BK.ndim != 2 or logps_BK.shape[1] < 2:
-        raise ValueError(f"logps_BK must have shape [prompts, responses >= 2]; got {list(logps_BK.shape)}")
-    if ref_logps_BK.shape != logps_BK.shape:
-        raise ValueError(f"ref_logps_BK must have shape {list(logps_BK.shape)}; got {list(ref_logps_BK.shape)}")
-    dtype = torch.promote_types(logps_BK.dtype, torch.float32)
-    rewards_BK = beta * (logps_BK.to(dtype) - ref_logps_BK.to(dtype))
-    # r_k - logsumexp_{j>=k} r_j is logsigmoid(r_k - logsumexp_{j>k} r_j), which is DPO's own formula when one is left.
-    *better, rest = rewards_BK.unbind(dim=1)
-    loss = torch.zeros_like(rest)
-    for reward in reversed(better):
-        loss = loss - F.logsigmoid(reward - rest)
-        rest = torch.logaddexp(reward, rest)
-    return PlackettLuceLoss(loss, rewards_BK.detach())
+def resolve_mean_length(mean_chosen_length: float | None, chosen_lengths: Tensor | None) -> Tensor | float | None:
+    """Tokens per chosen response: the number given, else the mean of ``chosen_lengths``, at least one token in all."""
+    if mean_chosen_length is not None:
+        if not mean_chosen_length > 0:
+            raise ValueError(f"mean_chosen_length must be positive, or None; got {mean_chosen_length}")
+        return mean_chosen_length
+    if chosen_lengths is None:
+        return None
+    return chosen_lengths.sum().clamp(min=1) / chosen_lengths.numel()

@@ -1,10 +1,10 @@
 """``torch.library`` registration of the paired loss: scoring from the loss table, dispatch, autograd.
 
-Legend: T rows (tokens), D features, V vocabulary, P pairs, S = 2 P responses in order chosen_0, rejected_0, chosen_1, ...
+Legend: T rows (tokens), D features, V vocabulary, P pairs, S = 2 P responses: chosen_0, rejected_0, chosen_1, ...
 
 The op returns the reduced loss *and* its gradients, formed in one pass over whole pairs: logits -> log-sum-exp ->
 log-prob sums -> loss and its slopes -> gradients (3 products of the size of the logits product). That is right because
-the reduced loss has a single scalar upstream gradient. Losses that couple pairs, and reduction "none", do not come here.
+the reduced loss has one scalar upstream gradient. Losses that couple pairs, and reduction "none", do not come here.
 
 An implementation is a module beside this one. Conventions for tensors are those of ``dpo_kernels.linear_logps.ops``
 (below autograd, autocast off, T > 0, unit stride along D, valid int64 labels, no mutation, no synchronisation of a CUDA
@@ -14,11 +14,255 @@ device, same bits when run twice).
     (Triton only.) As in ``dpo_kernels.linear_logps.ops``.
 ``forward(hidden_TD, weight_VD, labels_T, cu_responses, score_pairs, bias_V, softcap, logit_scale, temperature,
 ignore_index, need_hidden, need_weight, need_bias) -> (losses_P, logps_S, dX_TD | None, dW_VD | None, db_V | None)``
-    ``cu_responses`` is a list of S + 1 Python ints, the offsets of the responses in the rows, from 0 to T, not
-    decreasing; responses may be empty. ``score_pairs(logps, first_pair) -> (losses, slopes)`` is the only source of loss
-    mathematics: it takes the log-prob sums of consecutive whole pairs from ``first_pair`` on, [2 p] float32 (float64),
-    on the device of hidden, contiguous, and returns the losses of the pairs, [p], and d (reduced loss) / d logps, [2 p], in
-    which pair weights and the divisor of the mean are included. It launches a few tiny torch kernels and never
-    synchronises. A row's gradient is then slope[response of the row] * d logps_t. Every pair must be scored exactly once.
-    Ignored rows add 0 to their response and get gradient exactly 0.
+    ``cu_responses`` is a list of S + 1 Python ints, S > 0: offsets of the responses in the rows, from 0 to T, not
+    decreasing; responses may be empty. ``score_pairs(logps, first_pair) -> (losses, slopes)`` is the only source of
+    loss mathematics: it takes the log-prob sums of consecutive whole pairs from ``first_pair`` on, [2 p] float32
+    (float64), on the device of hidden, contiguous, and returns the losses of the pairs, [p], and d (reduced loss) /
+    d logps, [2 p], in which pair weights and the divisor of the mean are included. It launches a few tiny torch kernels
+    and never synchronises. A row's gradient is then slope[response of the row] * d logps_t. Every pair must be scored
+    exactly once. Ignored rows add 0 to their response and get gradient exactly 0. Gradients have the dtypes of hidden,
+    weight and bias; each is a new tensor that nothing else refers to.
 """
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.chunks import accumulation_dtype, sum_responses
+from dpo_kernels.dispatch import implementation
+from dpo_kernels.linear_logps.ops import check_labels, refuse_double_backward, unit_stride
+from dpo_kernels.losses import LossMix, LossOptions, Pairs, resolve_loss
+
+
+def check_responses(cu_responses: Tensor, num_rows: int) -> list[int]:
+    """The offsets as Python ints. Waits for the device when they are on one."""
+    offsets = cu_responses.tolist()
+    ordered = all(a <= b for a, b in itertools.pairwise(offsets))
+    if offsets[0] != 0 or offsets[-1] != num_rows or not ordered:
+        raise ValueError(
+            f"cu_responses must rise from 0 to the number of rows, {num_rows}; got {offsets[:4]} ... {offsets[-2:]}"
+        )
+    return offsets
+
+
+@torch.library.custom_op("dpo_kernels::response_sums", mutates_args=(), schema="(Tensor values, Tensor cu) -> Tensor")
+def response_sums(values: Tensor, cu: Tensor) -> Tensor:
+    """Sums of the segments [cu[i], cu[i + 1]) of a vector, [S]; empty segments give 0."""
+    check_responses(cu, values.shape[0])
+    return sum_responses(values, cu.to(torch.int64).diff().to(values.device))
+
+
+@response_sums.register_fake
+def _(values, cu):
+    return values.new_empty(cu.shape[0] - 1)
+
+
+def _setup_sums(ctx, inputs, output):
+    values, cu = inputs
+    ctx.num_rows = values.shape[0]
+    ctx.save_for_backward(cu)
+
+
+def _spread_sums(ctx, grad):
+    (cu,) = ctx.saved_tensors
+    lengths = cu.to(torch.int64).diff().to(grad.device)
+    return grad.repeat_interleave(lengths, output_size=ctx.num_rows), None
+
+
+response_sums.register_autograd(_spread_sums, setup_context=_setup_sums)
+
+
+def make_pairs(
+    logps_S: Tensor, ref_logps_S: Tensor | None, lengths_S: Tensor | None, mean_length, options: LossOptions
+) -> Pairs:
+    """The loss table's view of interleaved responses."""
+
+    def side(values: Tensor | None, start: int) -> Tensor | None:
+        return None if values is None else values[start::2]
+
+    return Pairs(
+        logps_S[0::2],
+        logps_S[1::2],
+        side(ref_logps_S, 0),
+        side(ref_logps_S, 1),
+        side(lengths_S, 0),
+        side(lengths_S, 1),
+        mean_length,
+        options,
+    )
+
+
+def reduce_losses(losses_P: Tensor, pair_weights_P: Tensor | None, mean: bool) -> Tensor:
+    """Weighted sum, divided by the number of pairs for the mean; 0 when there are none."""
+    total = losses_P.sum() if pair_weights_P is None else (losses_P * pair_weights_P).sum()
+    return total / max(1, losses_P.shape[0]) if mean else total
+
+
+class _Scorer:
+    """Losses of consecutive pairs and the slopes of the reduced loss, by autograd on tensors of few numbers."""
+
+    def __init__(
+        self,
+        mix: LossMix,
+        options: LossOptions,
+        ref_logps_S: Tensor | None,
+        lengths_S: Tensor | None,
+        mean_length: Tensor | float | None,
+        scale_P: Tensor,
+    ):
+        self.mix = mix
+        self.options = options
+        self.ref_logps_S = ref_logps_S
+        self.lengths_S = lengths_S
+        self.mean_length = mean_length
+        self.scale_P = scale_P
+
+    def __call__(self, logps_S: Tensor, first_pair: int) -> tuple[Tensor, Tensor]:
+        responses = slice(2 * first_pair, 2 * first_pair + logps_S.shape[0])
+
+        def part(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[responses].clone()
+
+        # Leaving inference mode is what switches autograd back on inside an operator.
+        with torch.inference_mode(False):
+            leaf_S = logps_S.detach().clone().requires_grad_()
+            pairs = make_pairs(leaf_S, part(self.ref_logps_S), part(self.lengths_S), self.mean_length, self.options)
+            losses_P = self.mix.losses(pairs)
+            scale_P = self.scale_P[responses.start // 2 : responses.stop // 2].clone()
+            (slopes_S,) = torch.autograd.grad((losses_P * scale_P).sum(), leaf_S)
+        return losses_P.detach(), slopes_S
+
+
+_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor cu_responses, Tensor? ref_logps, Tensor? lengths,"
+    " Tensor? mean_length, Tensor? pair_weights, Tensor? bias, str loss_type, float[] loss_weights,"
+    " float[] loss_options, bool mean, float? softcap, float logit_scale, float temperature, int ignore_index,"
+    " str impl, bool need_hidden, bool need_weight, bool need_bias)"
+    " -> (Tensor loss, Tensor losses, Tensor logps, Tensor dX, Tensor dW, Tensor db)"
+)
+
+
+@torch.library.custom_op("dpo_kernels::linear_dpo", mutates_args=(), schema=_SCHEMA)
+def linear_dpo_op(
+    hidden,
+    weight,
+    labels,
+    cu_responses,
+    ref_logps,
+    lengths,
+    mean_length,
+    pair_weights,
+    bias,
+    loss_type,
+    loss_weights,
+    loss_options,
+    mean,
+    softcap,
+    logit_scale,
+    temperature,
+    ignore_index,
+    impl,
+    need_hidden,
+    need_weight,
+    need_bias,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients are those for an upstream gradient of 1; what is not needed is an empty vector."""
+    module = implementation("linear_dpo", impl, hidden)
+    check_labels(labels, weight.shape[0], ignore_index)
+    offsets = check_responses(cu_responses, hidden.shape[0])
+    num_pairs = len(offsets) // 2
+    dtype = accumulation_dtype(hidden.dtype)
+    weights_P = hidden.new_ones(num_pairs, dtype=dtype) if pair_weights is None else pair_weights.detach().to(dtype)
+    score_pairs = _Scorer(
+        resolve_loss(loss_type.split(","), loss_weights),
+        LossOptions(*loss_options),
+        None if ref_logps is None else ref_logps.detach().to(dtype),
+        lengths,
+        mean_length,
+        weights_P / max(1, num_pairs) if mean else weights_P,
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.shape[0] == 0:
+            logps = hidden.new_zeros(2 * num_pairs, dtype=dtype)
+            losses, _ = score_pairs(logps, 0)
+            wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
+            gradients = tuple(t.new_zeros(t.shape) if need else None for t, need in wanted)
+        else:
+            losses, logps, *gradients = module.forward(
+                unit_stride(hidden),
+                unit_stride(weight),
+                labels.to(torch.int64).contiguous(),
+                offsets,
+                score_pairs,
+                None if bias is None else bias.contiguous(),
+                softcap,
+                logit_scale,
+                temperature,
+                ignore_index,
+                need_hidden,
+                need_weight,
+                need_bias,
+            )
+    loss = reduce_losses(losses, weights_P, mean)
+    return loss, losses, logps, *(hidden.new_zeros(0) if g is None else g for g in gradients)
+
+
+@linear_dpo_op.register_fake
+def _(
+    hidden,
+    weight,
+    labels,
+    cu_responses,
+    ref_logps,
+    lengths,
+    mean_length,
+    pair_weights,
+    bias,
+    loss_type,
+    loss_weights,
+    loss_options,
+    mean,
+    softcap,
+    logit_scale,
+    temperature,
+    ignore_index,
+    impl,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
+    num_responses = cu_responses.shape[0] - 1
+    logps = hidden.new_empty(num_responses, dtype=accumulation_dtype(hidden.dtype))
+    wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
+    gradients = (t.new_empty(t.shape) if need else hidden.new_empty(0) for t, need in wanted)
+    return logps.new_empty(()), logps.new_empty(num_responses // 2), logps, *gradients
+
+
+def _setup_context(ctx, inputs, output):
+    _, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+    ctx.gradients = tuple(others[2:])
+
+
+def _backward(ctx, grad_loss, *unused):
+    refuse_double_backward("linear_dpo_loss")
+    if ctx.gradients is None:
+        raise RuntimeError("second backward through linear_dpo_loss: pass retain_graph=True to the first")
+    gradients = ctx.gradients
+    # dW is as large as the weight. When the graph is dropped anyway it is scaled where it lies and handed over.
+    hand_over = type(grad_loss) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if hand_over:
+        ctx.gradients = None
+    result = [None] * 21
+    if grad_loss is not None:
+        for position, gradient in zip((0, 1, 8), gradients, strict=True):
+            if ctx.needs_input_grad[position]:
+                result[position] = gradient.mul_(grad_loss) if hand_over else gradient * grad_loss
+    return tuple(result)
+
+
+linear_dpo_op.register_autograd(_backward, setup_context=_setup_context)

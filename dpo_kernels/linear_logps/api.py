@@ -38,7 +38,7 @@ def check_head(
     for name, tensor in (("weight", weight_VD), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden_TD.dtype:
             raise ValueError(
-                f"{name} must have the dtype of hidden, {hidden_TD.dtype}; got {tensor.dtype} (cast one, or use autocast)"
+                f"{name} must have the dtype of hidden, {hidden_TD.dtype}; got {tensor.dtype} (cast, or use autocast)"
             )
     for name, tensor in (("weight", weight_VD), ("labels", labels_T), ("bias", bias)):
         if tensor is not None and tensor.device != hidden_TD.device:
@@ -72,8 +72,9 @@ def linear_logps(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> Tensor:
-    """Log-prob of every label: log softmax(z)[label], z = softcap * tanh(logit_scale * (x W^T + b) / softcap) / temperature.
+    """Log-prob of every label, log softmax(z)[label].
 
+    z = softcap * tanh(logit_scale * (x W^T + b) / softcap) / temperature, the tanh only with a softcap.
     Equal to ``-F.cross_entropy(logits.float(), labels, reduction="none")`` with logits that were never rounded to 16
     bits, and differentiable for any gradient per token. The [T, V] matrix is never held. Memory and work: 1 product of
     2 T D V operations forward; 3 more backward (one recomputes the logits); with neither weight nor bias requiring a

@@ -5,11 +5,11 @@ Legend: T rows (tokens), D features, V vocabulary.
 Logits are z = softcap * tanh(logit_scale * (x W^T + b) / softcap) / temperature, in that order; without a softcap
 z = logit_scale * (x W^T + b) / temperature. The log-prob of a row is z[label] - logsumexp(z).
 
-An implementation is a module beside this one with three plain functions. They run below autograd and with autocast off,
-never see T == 0, and get: hidden_TD and weight_VD of one dtype (float64 only for ``reference`` and ``torch``) with unit
-stride along D and any row stride; labels_T int64, contiguous, each in [0, V) or equal to ignore_index; bias_V contiguous
-or None; softcap positive or None. They may not mutate an input, may not synchronise a CUDA device, and give the same
-bits when run twice.
+An implementation is a module beside this one with three plain functions. They run below autograd and with autocast
+off, never see T == 0, and get: hidden_TD and weight_VD of one dtype (float64 only for ``reference`` and ``torch``) with
+unit stride along D and any row stride; labels_T int64, contiguous, each in [0, V) or equal to ignore_index; bias_V
+contiguous or None; softcap positive or None. They may not mutate an input, may not synchronise a CUDA device, and give
+the same bits when run twice.
 
 ``why_not(device_type, dtype) -> str | None``
     (Triton only.) Reason this implementation cannot take such tensors, or None. Pure, and of no other argument: every
@@ -20,11 +20,11 @@ bits when run twice.
     precision, never rounded to 16 bits. Ignored rows have logps exactly 0 and any finite lse. With ``need_dx`` (frozen
     head), dx_TD is d logps_t / d hidden_t in hidden's dtype, exactly 0 on ignored rows; its rows are scaled by the
     upstream gradient later.
-``backward(grad_logps_T, hidden_TD, weight_VD, labels_T, lse_T, bias_V, softcap, logit_scale, temperature, ignore_index,
-need_hidden, need_weight, need_bias) -> (dX_TD | None, dW_VD | None, db_V | None)``
-    Gradients in the dtypes of hidden, weight and bias, accumulated in float32 (float64) and rounded once. grad_logps_T is
-    float32 (float64), contiguous, non-uniform, and may be anything on ignored rows, which contribute exactly 0. What is
-    not needed is not computed and returned as None.
+``backward(grad_logps_T, hidden_TD, weight_VD, labels_T, lse_T, bias_V, softcap, logit_scale, temperature,
+ignore_index, need_hidden, need_weight, need_bias) -> (dX_TD | None, dW_VD | None, db_V | None)``
+    Gradients in the dtypes of hidden, weight and bias, accumulated in float32 (float64) and rounded once. grad_logps_T
+    is float32 (float64), contiguous, non-uniform, and may be anything on ignored rows, which contribute exactly 0. What
+    is not needed is not computed and returned as None.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _OPTIONS = "float? softcap, float logit_scale, float temperature, int ignore_ind
 
 
 def check_labels(labels_T: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise where a label is neither in [0, V) nor ``ignore_index``; on a GPU by an assertion that does not synchronise."""
+    """Raise where a label is neither in [0, V) nor ``ignore_index``; on a GPU without waiting for it."""
     bad_T = ((labels_T < 0) | (labels_T >= num_classes)) & (labels_T != ignore_index)
     if labels_T.device.type == "cuda":
         torch._assert_async(
@@ -48,7 +48,7 @@ def check_labels(labels_T: Tensor, num_classes: int, ignore_index: int) -> None:
     elif bool(bad_T.any()):
         row = int(bad_T.nonzero()[0])
         raise ValueError(
-            f"labels must be in [0, {num_classes}) or ignore_index {ignore_index}; got {int(labels_T[row])} at index {row}"
+            f"labels must be in [0, {num_classes}) or {ignore_index} (ignored); got {int(labels_T[row])} at index {row}"
         )
 
 
@@ -148,7 +148,8 @@ def linear_logps_backward_op(
                 need_weight,
                 need_bias,
             )
-    return tuple(hidden.new_zeros(0) if gradient is None else gradient for gradient in (dX, dW, db))
+    nothing = hidden.new_zeros(0)
+    return nothing if dX is None else dX, nothing.clone() if dW is None else dW, nothing.clone() if db is None else db
 
 
 @linear_logps_backward_op.register_fake

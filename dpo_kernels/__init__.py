@@ -1,0 +1,19 @@
+"""Fast, exact preference-loss ops: from hidden states to a DPO loss without the logits matrix."""
+
+from dpo_kernels.dispatch import describe
+from dpo_kernels.linear_dpo.api import LinearDPOLoss, linear_dpo_loss
+from dpo_kernels.linear_logps.api import linear_logps
+from dpo_kernels.losses import LOSS_TYPES
+from dpo_kernels.preference import PlackettLuceLoss, PreferenceLoss, plackett_luce_loss, preference_loss
+
+__all__ = [
+    "LOSS_TYPES",
+    "LinearDPOLoss",
+    "PlackettLuceLoss",
+    "PreferenceLoss",
+    "describe",
+    "linear_dpo_loss",
+    "linear_logps",
+    "plackett_luce_loss",
+    "preference_loss",
+]

@@ -1,0 +1,232 @@
+"""The paired loss by chunks of whole pairs in plain torch: three products, one logits buffer.
+
+Legend: T rows, D features, V vocabulary, n rows of a chunk, S responses, P pairs, C the accumulation dtype.
+
+Per chunk: logits -> (onehot - softmax) in the same buffer, with the log-probs as a by-product -> log-prob sums ->
+slopes from the loss table -> dX rows and a share of dW. The slopes of a pair that is too long for the buffer are known
+only after all of its rows: its responses gather dW unscaled in buffers of their own, added with the slope at the end.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.chunks import (
+    BUFFER_BYTES,
+    Head,
+    accumulation_dtype,
+    add_at_,
+    even_slices,
+    ignored_rows,
+    kept_rows,
+    logits_,
+    operand_dtype,
+    product_,
+    row_blocks,
+    softcap_factor,
+    spread_rows,
+    sum_responses,
+    weight_blocks,
+)
+
+ScorePairs = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+class Chunk(NamedTuple):
+    """Consecutive pairs that are scored together."""
+
+    first_pair: int
+    num_pairs: int
+    split: bool
+    """True for a single pair that does not fit the buffer."""
+
+
+def plan_chunks(cu_responses: Sequence[int], max_rows: int, max_rows_of_pair: int) -> list[Chunk]:
+    """Whole pairs in chunks of at most ``max_rows``, about equally full.
+
+    A longer pair is a chunk of its own, held whole up to ``max_rows_of_pair`` rows and split beyond that.
+    """
+    ends = cu_responses[::2]
+    num_pairs = len(ends) - 1
+    target = max(1, -(-ends[-1] // max(1, -(-ends[-1] // max_rows))))
+    chunks: list[Chunk] = []
+    first = 0
+    while first < num_pairs:
+        last = first + 1
+        while last < num_pairs and ends[last] - ends[first] < target and ends[last + 1] - ends[first] <= max_rows:
+            last += 1
+        chunks.append(Chunk(first, last - first, ends[last] - ends[first] > max(max_rows, max_rows_of_pair)))
+        first = last
+    return chunks
+
+
+def forward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    cu_responses: list[int],
+    score_pairs: ScorePairs,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """See ``dpo_kernels.linear_dpo.ops``."""
+    T, D = hidden_TD.shape
+    ignored_T = ignored_rows(labels_T, ignore_index)
+    kept = kept_rows(ignored_T)
+    if kept is not None:
+        cu_responses = torch.searchsorted(kept, torch.tensor(cu_responses)).tolist()
+        hidden_TD, labels_T, ignored_T = hidden_TD[kept], labels_T[kept], None
+    call = _Call(hidden_TD, labels_T, ignored_T, Head(weight_VD, bias_V, softcap, logit_scale, temperature))
+    call.want_gradients(need_hidden, need_weight, need_bias)
+    losses, sums = [], []
+    max_rows = max(1, BUFFER_BYTES // (weight_VD.shape[0] * call.dtype.itemsize))
+    # A split pair costs buffers of the size of dW; logits smaller than that are the better deal.
+    for chunk in plan_chunks(cu_responses, max_rows, max_rows_of_pair=D):
+        offsets = cu_responses[2 * chunk.first_pair : 2 * (chunk.first_pair + chunk.num_pairs) + 1]
+        step = call.split_pair if chunk.split else call.whole_pairs
+        chunk_losses, chunk_sums = step(offsets, chunk.first_pair, score_pairs, max_rows)
+        losses.append(chunk_losses)
+        sums.append(chunk_sums)
+    dX_TD, dW_VD, db_V = call.dX_TD, call.dW_VD, call.db_V
+    return (
+        torch.cat(losses),
+        torch.cat(sums),
+        None if dX_TD is None else spread_rows(dX_TD.to(hidden_TD.dtype), kept, T),
+        None if dW_VD is None else dW_VD.to(weight_VD.dtype),
+        None if db_V is None or bias_V is None else db_V.to(bias_V.dtype),
+    )
+
+
+class _Call:
+    """Inputs, logits buffer and gradients of one call. Gradients gather in C and are rounded once, at the end."""
+
+    def __init__(self, hidden_TD: Tensor, labels_T: Tensor, ignored_T: Tensor | None, head: Head):
+        self.hidden_TD = hidden_TD
+        self.labels_T = labels_T if ignored_T is None else labels_T.masked_fill(ignored_T, 0)
+        self.ignored_T = ignored_T
+        self.head = head
+        self.dtype = accumulation_dtype(hidden_TD.dtype)
+        self.operand = operand_dtype(hidden_TD)
+        self.buffer = hidden_TD.new_empty(0, dtype=self.dtype)
+        self.dX_TD: Tensor | None = None
+        self.dW_VD: Tensor | None = None
+        self.db_V: Tensor | None = None
+
+    def want_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
+        self.dX_TD = (
+            torch.empty(self.hidden_TD.shape, dtype=self.dtype, device=self.hidden_TD.device) if hidden else None
+        )
+        self.dW_VD = self._zeros(self.head.weight_VD) if weight else None
+        self.db_V = self._zeros(self.head.bias_V) if bias and self.head.bias_V is not None else None
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return torch.zeros(like.shape, dtype=self.dtype, device=like.device)
+
+    def whole_pairs(
+        self, offsets: list[int], first_pair: int, score_pairs: ScorePairs, max_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """Pairs that fit the buffer: slopes are known before the gradients are formed."""
+        rows = slice(offsets[0], offsets[-1])
+        gradient_nV, logps_n = self._log_prob_gradient(rows)
+        lengths = torch.tensor(offsets).diff().to(logps_n.device)
+        sums = sum_responses(logps_n, lengths)
+        losses, slopes = score_pairs(sums, first_pair)
+        if rows.start < rows.stop:
+            slope_n = slopes.repeat_interleave(lengths, output_size=rows.stop - rows.start) * self.head.slope
+            if self.ignored_T is not None:
+                slope_n.masked_fill_(self.ignored_T[rows], 0)
+            self._add_input(rows, gradient_nV, slope_n)
+            self._add_head(self.dW_VD, self.db_V, rows, gradient_nV, slope_n)
+        return losses, sums
+
+    def split_pair(
+        self, offsets: list[int], first_pair: int, score_pairs: ScorePairs, max_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """One pair in several buffers: everything is gathered unscaled, per response, until the slopes are known."""
+        sums, gathered = [], []
+        for start, stop in itertools.pairwise(offsets):
+            dW_VD = None if self.dW_VD is None else self._zeros(self.dW_VD)
+            db_V = None if self.db_V is None else self._zeros(self.db_V)
+            logps = []
+            for part in even_slices(stop - start, max_rows):
+                rows = slice(start + part.start, start + part.stop)
+                gradient_nV, logps_n = self._log_prob_gradient(rows)
+                ones_n = torch.full_like(logps_n, self.head.slope)
+                if self.ignored_T is not None:
+                    ones_n.masked_fill_(self.ignored_T[rows], 0)
+                self._add_input(rows, gradient_nV, ones_n)
+                self._add_head(dW_VD, db_V, rows, gradient_nV, ones_n)
+                logps.append(logps_n)
+            length = torch.tensor([stop - start], device=self.hidden_TD.device)
+            sums.append(sum_responses(torch.cat([self.hidden_TD.new_zeros(0, dtype=self.dtype), *logps]), length))
+            gathered.append((slice(start, stop), dW_VD, db_V))
+        pair_sums = torch.cat(sums)
+        losses, slopes = score_pairs(pair_sums, first_pair)
+        for slope, (rows, dW_VD, db_V) in zip(slopes, gathered, strict=True):
+            if self.dX_TD is not None:
+                self.dX_TD[rows] *= slope
+            for total, share in ((self.dW_VD, dW_VD), (self.db_V, db_V)):
+                if total is not None and share is not None:
+                    total.add_(share.mul_(slope))
+        return losses, pair_sums
+
+    def _log_prob_gradient(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """(d log-prob / d logits [n, V] up to ``Head.slope``, in the buffer; log-probs [n])."""
+        x_nD, labels_n = self.hidden_TD[rows].to(self.operand), self.labels_T[rows]
+        n, V = x_nD.shape[0], self.head.weight_VD.shape[0]
+        if self.buffer.numel() < n * V:
+            self.buffer = self.buffer.new_empty(0)
+            self.buffer = self.buffer.new_empty(n * V)
+        z_nV = self.buffer[: n * V].view(n, V)
+        for columns, W_vD in weight_blocks(self.head.weight_VD):
+            product_(z_nV[:, columns], x_nD, W_vD.T)
+        logps_n = z_nV.new_empty(n)
+        for block in row_blocks(z_nV):
+            logps_n[block] = _log_prob_gradient_(z_nV[block], labels_n[block], self.head)
+        if self.ignored_T is not None:
+            logps_n.masked_fill_(self.ignored_T[rows], 0)
+        return z_nV, logps_n
+
+    def _add_input(self, rows: slice, gradient_nV: Tensor, slope_n: Tensor) -> None:
+        if self.dX_TD is None:
+            return
+        dX_nD = self.dX_TD[rows]
+        for columns, W_vD in weight_blocks(self.head.weight_VD):
+            product_(dX_nD, gradient_nV[:, columns].to(self.operand), W_vD, accumulate=columns.start > 0)
+        dX_nD.mul_(slope_n.unsqueeze(1))
+
+    def _add_head(
+        self, dW_VD: Tensor | None, db_V: Tensor | None, rows: slice, gradient_nV: Tensor, slope_n: Tensor
+    ) -> None:
+        if dW_VD is not None:
+            # The slope goes into the small factor of the product.
+            x_nD = (self.hidden_TD[rows] * slope_n.unsqueeze(1)).to(self.operand)
+            product_(dW_VD, gradient_nV.T.to(self.operand), x_nD, accumulate=True)
+        if db_V is not None:
+            db_V.addmv_(gradient_nV.T, slope_n)
+
+
+def _log_prob_gradient_(a_bV: Tensor, labels_b: Tensor, head: Head) -> Tensor:
+    """Log-probs of a few rows of x W^T, which turn into (onehot - softmax) times the softcap's factor."""
+    logits_(a_bV, head, slice(None))
+    label_logit = a_bV.gather(1, labels_b.unsqueeze(1)).squeeze(1)
+    factor = None if head.softcap is None else softcap_factor(a_bV, head)
+    largest = a_bV.amax(dim=1)
+    a_bV.sub_(largest.unsqueeze(1)).exp_()
+    total = a_bV.sum(dim=1)
+    a_bV.mul_((-1 / total).unsqueeze(1))
+    add_at_(a_bV, labels_b, torch.ones_like(total))
+    if factor is not None:
+        a_bV.mul_(factor)
+    return (label_logit - largest) - total.log()
