@@ -11,6 +11,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def load_adapter(policy: Policy, path: Path) -> None:
     set_peft_model_state_dict(policy.model, load_file(path / ADAPTER_FILE, device=str(policy.device)))
 
 
-def load_optimizer(path: Path, state: dict[str, Any], optimizer: torch.optim.Optimizer, names: list[str]) -> None:
+def load_optimizer(path: Path, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, names: list[str]) -> None:
     """Restore the optimizer of ``save_checkpoint``, bit for bit."""
     tensors = load_file(path / OPTIMIZER_FILE)
     slots: dict[int, dict[str, Tensor]] = {}
@@ -211,7 +212,7 @@ def load_optimizer(path: Path, state: dict[str, Any], optimizer: torch.optim.Opt
     optimizer.load_state_dict({"state": slots, "param_groups": merged})
 
 
-def restore_random_state(path: Path, state: dict[str, Any]) -> None:
+def restore_random_state(path: Path, state: Mapping[str, Any]) -> None:
     """Set the global generators of torch, NumPy and Python to where the checkpoint found them."""
     tensors = load_file(path / RANDOM_FILE)
     torch.set_rng_state(tensors["torch"])
@@ -239,8 +240,10 @@ def _optimizer_tensors(
 
 
 def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.view(np.int32).copy())}
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+    key, position = numpy["state"]["key"], numpy["state"]["pos"]
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(key.view(np.int32).copy())}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i:03d}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return tensors, {"numpy": [kind, position, has_gauss, gauss], "python": random.getstate()}
+    rest = [numpy["bit_generator"], int(position), int(numpy["has_gauss"]), float(numpy["gauss"])]
+    return tensors, {"numpy": rest, "python": random.getstate()}

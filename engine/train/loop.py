@@ -122,6 +122,7 @@ class _Run:
         self.meter = IntervalMeter(setup.device, peak_flops=setup.peak_flops)
         self.evidence: list[_Evidence] = []
         self.trackers: list[Tracker] = []
+        self._random: tuple[Path, Mapping[str, Any]] | None = None
         self._build_update()
 
     def _build_update(self) -> None:
@@ -178,7 +179,7 @@ class _Run:
         write_data_file(self.setup, self.output_dir)
         keep_rows_until(self.output_dir, self.done)
         self.trackers = open_trackers(self.output_dir, self.config.train.report_to, first_step=self.done + 1)
-        if self.resumed_from is None:
+        if self._random is None:
             set_seed(self.config.train.seed)
         else:
             checkpoints.restore_random_state(*self._random)

@@ -68,7 +68,7 @@ class Objective:
     def __init__(self, config: LossConfig, *, live_reference: Callable[[PackedBatch], Tensor] | None = None):
         self.config = config
         self.live_reference = live_reference
-        self.ranks = config.loss_type == RANKING_LOSS
+        self.ranks = RANKING_LOSS in config.loss_types
         self.mix = None if self.ranks else resolve_loss(config.loss_types, config.loss_weights)
 
     @property

@@ -1,0 +1,64 @@
+"""Configurations of runs that take a second."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import build_config
+from engine.config.schema import RunConfig
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # Models this small gain nothing from threads, and on a busy machine threads that wait for each other lose much.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _assumed_peak(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engine.train.setup.measure_matmul_rate", lambda device, dtype: 1e12)
+
+
+@pytest.fixture(scope="session")
+def store_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_model_dir: Path, pairs_jsonl: Path, store_dir: Path) -> MakeConfig:
+    """``make_config(section={...}, ...)``: four steps of six pairs, in several packs each, unless changed."""
+    defaults = {
+        "model": {"model_name_or_path": str(tiny_model_dir), "dtype": "float32"},
+        "data": {"dataset_name": str(pairs_jsonl), "max_length": 160},
+        "packing": {"pairs_per_step": 6, "tokens_per_pack": 400},
+        "loss": {},
+        "optim": {"learning_rate": 2e-3},
+        "reference": {"store": str(store_dir)},
+        "train": {"output_dir": str(tmp_path / "run"), "logging_steps": 1, "report_to": []},
+    }
+
+    def make(**sections: dict) -> RunConfig:
+        return build_config({name: {**values, **sections.get(name, {})} for name, values in defaults.items()}, "test")
+
+    return make
+
+
+def read_rows(run_dir: Path | str) -> list[dict]:
+    """The rows of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def rows_of() -> Callable[[RunConfig], list[dict]]:
+    """Training rows of a finished run, without those of evaluations."""
+    return lambda config: [r for r in read_rows(config.train.output_dir) if "loss" in r]

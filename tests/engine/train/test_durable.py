@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from engine.train.durable import MANIFEST, check_content, is_complete, write_atomically, write_folder
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def fill(folder: Path) -> None:
+    (folder / "a.bin").write_bytes(b"a" * 1000)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b.txt").write_text("b")
+
+
+def test_a_folder_is_complete_when_it_is_there(tmp_path):
+    write_folder(tmp_path / "out", fill)
+    assert is_complete(tmp_path / "out")
+    check_content(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("missing", ["a.bin", "sub/b.txt", MANIFEST])
+def test_a_folder_without_one_of_its_files_is_not_complete(tmp_path, missing):
+    write_folder(tmp_path / "out", fill)
+    (tmp_path / "out" / missing).unlink()
+    assert not is_complete(tmp_path / "out")
+
+
+def test_a_truncated_file_or_manifest_is_not_complete(tmp_path):
+    write_folder(tmp_path / "out", fill)
+    manifest = (tmp_path / "out" / MANIFEST).read_bytes()
+    for keep in (0, 1, len(manifest) // 2, len(manifest) - 3):
+        (tmp_path / "out" / MANIFEST).write_bytes(manifest[:keep])
+        assert not is_complete(tmp_path / "out")
+    (tmp_path / "out" / MANIFEST).write_bytes(manifest)
+    (tmp_path / "out" / "a.bin").write_bytes(b"a" * 999)
+    assert not is_complete(tmp_path / "out")
+
+
+def test_a_flipped_byte_is_named(tmp_path):
+    write_folder(tmp_path / "out", fill)
+    (tmp_path / "out" / "a.bin").write_bytes(b"a" * 999 + b"b")
+    assert is_complete(tmp_path / "out")
+    with pytest.raises(UserError, match=r"a\.bin is damaged.*delete .*out"):
+        check_content(tmp_path / "out")
+
+
+def test_what_a_killed_process_left_is_replaced_and_never_counts(tmp_path):
+    script = (
+        "import os, signal; from pathlib import Path; from engine.train.durable import write_folder\n"
+        "def fill(folder):\n (folder / 'a.bin').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"write_folder(Path({str(tmp_path / 'out')!r}), fill)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT)
+    assert done.returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not any(is_complete(p) for p in tmp_path.iterdir())
+    write_folder(tmp_path / "out", fill)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_failure_keeps_what_was_there(tmp_path):
+    write_folder(tmp_path / "out", fill)
+
+    def broken(folder: Path) -> None:
+        (folder / "a.bin").write_bytes(b"new")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(UserError, match=r"cannot write .*out: no space left on the disk.*--resume"):
+        write_folder(tmp_path / "out", broken)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    check_content(tmp_path / "out")
+
+
+def test_a_bug_is_not_reported_as_a_full_disk(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_folder(tmp_path / "out", lambda folder: (folder / "x" / "y").write_text(""))
+    with pytest.raises(ZeroDivisionError):
+        write_folder(tmp_path / "out", lambda folder: print(1 / 0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_replaced_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_atomically(path, "one")
+    write_atomically(path, "two")
+    assert path.read_text() == "two"
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*x\.json: no space left"):
+        write_atomically(path, "three")
+    assert path.read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from engine.train.metrics import (
+    IntervalMeter,
+    JsonlTracker,
+    StepWork,
+    evaluation_line,
+    keep_rows_until,
+    log_line,
+    open_trackers,
+)
+
+CPU = torch.device("cpu")
+WORK = StepWork(pairs=4, unshared_tokens=100, packed_tokens=60, rows=64, flop=1e9)
+NAMES = [
+    "step", "epoch", "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
+    "rewards/margins", "logps/chosen", "logps/rejected", "num_tokens", "perf/tokens_per_second",
+    "perf/pairs_per_second", "perf/mfu", "perf/padding_fraction", "perf/shared_fraction", "perf/peak_memory_gib",
+]  # fmt: skip
+
+
+def meter_at(seconds: list[float], peak_flops: float = 1e9) -> IntervalMeter:
+    meter = IntervalMeter(CPU, peak_flops=peak_flops)
+    clock = iter(seconds)
+    meter.watch.seconds = lambda: next(clock)
+    return meter
+
+
+def values(*numbers: float) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def test_a_row_is_the_mean_over_the_steps_of_the_interval():
+    meter = meter_at([2.0, 6.0])
+    meter.add(values(1, 2, 3, 0, -1, -10, -20), WORK)
+    meter.add(values(3, 4, 5, 1, -1, -30, -40), WORK)
+    row = meter.row(step=2, epoch=0.5, grad_norm=torch.tensor(7.0), learning_rate=0.1)
+    assert list(row) == NAMES
+    assert [row[n] for n in ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies")] == [2, 3, 4, 0.5]
+    assert [row[n] for n in ("rewards/margins", "logps/chosen", "logps/rejected")] == [-1, -20, -30]
+    assert (row["grad_norm"], row["learning_rate"], row["num_tokens"]) == (7.0, 0.1, 200)
+    assert (row["perf/tokens_per_second"], row["perf/pairs_per_second"], row["perf/mfu"]) == (100, 4, 1.0)
+    assert row["perf/padding_fraction"] == pytest.approx(4 / 64)
+    assert row["perf/shared_fraction"] == pytest.approx(0.4)
+    meter.add(values(5, 0, 0, 0, 0, 0, 0), WORK)
+    row = meter.row(step=3, epoch=0.75, grad_norm=torch.tensor(1.0), learning_rate=0.1)
+    assert (row["loss"], row["num_tokens"], row["perf/pairs_per_second"]) == (5, 300, 1)
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_a_restored_meter_gives_the_row_that_an_uninterrupted_one_gives():
+    first = meter_at([1.0])
+    first.add(values(0.1, 1, 2, 1, 3, -1, -2), WORK)
+    state = json.loads(json.dumps(first.state()))
+    second = meter_at([1.0])
+    second.load(state)
+    for meter in (first, second):
+        meter.add(values(0.2, 1, 2, 1, 3, -1, -2), WORK)
+    rows = [m.row(step=2, epoch=1, grad_norm=torch.tensor(1.0), learning_rate=1) for m in (first, second)]
+    assert {k: v for k, v in rows[0].items() if "perf/" not in k} == {
+        k: v for k, v in rows[1].items() if "perf/" not in k
+    }
+
+
+def test_rows_past_a_checkpoint_and_torn_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": s, "loss": 0.5}) for s in (1, 2, 3)] + [json.dumps({"step": 2, "eval_loss": 1.0})]
+    path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
+    keep_rows_until(tmp_path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2]
+    tracker = JsonlTracker(tmp_path)
+    tracker.log(3, {"step": 3})
+    tracker.close()
+    assert path.read_text().splitlines()[-1] == '{"step": 3}'
+    keep_rows_until(tmp_path, 0)
+    assert path.read_text() == ""
+    keep_rows_until(tmp_path / "nowhere", 0)
+
+
+def test_tensorboard_hides_events_past_a_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first_step, steps in ((1, (1, 2, 3)), (3, (3, 4))):
+        trackers = open_trackers(tmp_path, ("tensorboard",), first_step=first_step)
+        for tracker in trackers:
+            for step in steps:
+                tracker.log(step, {"step": step, "loss": step + first_step * 0.1})
+            tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    got = [(e.step, round(e.value, 3)) for e in events.Scalars("loss")]
+    assert got == [(1, 1.1), (2, 2.1), (3, 3.3), (4, 4.3)]
+
+
+def test_a_full_disk_is_a_user_error(tmp_path):
+    from engine.errors import UserError
+
+    tracker = JsonlTracker(tmp_path)
+    tracker._file.close()
+    tracker._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no space left"):
+        tracker.log(1, {"step": 1})
+
+
+def test_lines_for_people_name_what_matters():
+    meter = meter_at([1.0])
+    meter.add(values(0.6931, 1, 2, 0.5, 0.25, -1, -2), WORK)
+    row = meter.row(step=10, epoch=0.5, grad_norm=torch.tensor(2.0), learning_rate=1e-6)
+    line = log_line(row, total_steps=40, seconds_left=3725)
+    for part in ("step 10/40", "loss 0.6931", "accuracy 0.500", "lr 1.00e-06", "4.0 pairs/s", "left 1:02:05"):
+        assert part in line
+    line = evaluation_line({"step": 4, "eval_loss": 0.5, "eval_rewards/accuracies": 1.0, "eval_rewards/margins": 2.0})
+    assert line == "step 4  eval loss 0.5000  accuracy 1.000  margin 2.0000"

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.config.schema import LoraConfig, ModelConfig
+from engine.data.groups import PreferenceGroup
+from engine.model import load_policy
+from engine.packing import build_batch
+from engine.train.throughput import FlopModel, Stopwatch, measure_matmul_rate, peak_memory_gib, visible_pairs
+
+CPU = torch.device("cpu")
+
+
+def groups() -> list[PreferenceGroup]:
+    generator = np.random.default_rng(0)
+
+    def draw(size: int) -> np.ndarray:
+        return generator.integers(0, 300, size, dtype=np.int32)
+
+    return [PreferenceGroup(i, draw(20), (draw(9), draw(14))) for i in range(3)]
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=4)])
+def test_flop_model_counts_the_matrix_products_that_torch_counts(tiny_model_dir, lora):
+    policy = load_policy(ModelConfig(model_name_or_path=str(tiny_model_dir), dtype="float32", lora=lora), device=CPU)
+    batch = build_batch(groups())
+
+    def cross_entropy(hidden, head):
+        return torch.nn.functional.cross_entropy(hidden @ head.weight.T, batch.labels_N)
+
+    with FlopCounterMode(display=False) as counter:
+        policy(batch, cross_entropy).backward()
+    by_op = {name: n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name)}
+    pairs = sum(visible_pairs(np.array([20, 9, 14]), share_prompts=True) for _ in range(3))
+    model = FlopModel.of(policy)
+    expected = model.step(batch.num_tokens, len(batch.labels_N), pairs) - 12.0 * model.attention_width * pairs
+    # The first layer's input needs no gradient without LoRA, which the model counts all the same.
+    assert sum(by_op.values()) == pytest.approx(expected, rel=0.12)
+    assert sum(by_op.values()) <= expected * 1.001
+
+
+def test_visible_pairs_are_those_of_the_causal_masks():
+    lengths = np.array([5, 3, 2])
+    prompt, first, second = 5, 3, 2
+    rows = [*range(1, prompt + first + 1), *(prompt + i for i in range(1, second + 1))]
+    assert visible_pairs(lengths, share_prompts=True) == sum(rows)
+    apart = [*range(1, prompt + first + 1), *range(1, prompt + second + 1)]
+    assert visible_pairs(lengths, share_prompts=False) == sum(apart)
+
+
+def test_measures_are_plausible():
+    assert 1e8 < measure_matmul_rate(CPU, torch.float32) < 1e15
+    assert 0.01 < peak_memory_gib(CPU) < 1000
+
+
+def test_stopwatch_leaves_out_what_lies_between(monkeypatch):
+    clock = iter([10.0, 12.0, 100.0, 103.0, 104.0])
+    monkeypatch.setattr("engine.train.throughput.time.perf_counter", lambda: next(clock))
+    watch = Stopwatch(CPU)
+    watch.start()
+    watch.stop()
+    assert watch.seconds() == 2.0
+    watch.start()
+    assert watch.seconds() == 5.0
+    watch.stop()
+    assert watch.seconds() == 6.0
