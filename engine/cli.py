@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +32,7 @@ _COMMANDS = {
     "check": "read the data and name every problem in it by row",
     "plan": "count packs, steps, padding and what sharing prompts saves, without a model",
     "precompute": "compute and store the reference log-probs that are not stored yet",
-    "train": "train",
+    "train": "train a model on preference pairs",
     "evaluate": "compute loss, rewards and accuracy on the evaluation split",
     "report": "draw the curves of a run into an HTML page",
     "doctor": "say what is installed, what will run and why, and test it",
@@ -39,11 +40,17 @@ _COMMANDS = {
 }
 
 
+_SUMMARY = "\n".join(
+    ["Direct preference optimisation: packed, prompt-shared, with stored reference log-probs.", "", "commands:"]
+    + [f"  {name:<12}{text}" for name, text in _COMMANDS.items()]
+)
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports through ``UserError``, and lists the configuration keys below its own options."""
 
     def __init__(self, *, takes_config: bool = False, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.takes_config = takes_config
 
     def error(self, message: str) -> NoReturn:
@@ -76,8 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except Exception as error:
         message = explain(error)
-        if debug or message is None:
+        if message is None:
             raise
+        if debug:
+            traceback.print_exc()
         print(f"error: {message}", file=sys.stderr)
         return USER_ERROR
 
@@ -108,17 +117,18 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
     """The parser of ``dpo`` and those of its commands."""
     parser = _Parser(
         prog="dpo",
-        description="Direct preference optimisation: packed, prompt-shared, with stored reference log-probs.",
+        usage="dpo COMMAND ...",
+        description=_SUMMARY,
         epilog="Every command has its own --help. --debug shows the traceback of an error.",
     )
     parser.add_argument("--version", action="version", version=f"dpo-kernels {_version()}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Parser)
+    subparsers = parser.add_subparsers(dest="command", help=argparse.SUPPRESS, parser_class=_Parser)
     commands = {}
     for name, text in _COMMANDS.items():
         takes_config = name in ("check", "plan", "precompute", "train", "evaluate")
         usage = f"dpo {name} CONFIG [options] [--section.key value ...]" if takes_config else None
         commands[name] = subparsers.add_parser(
-            name, help=text, description=_sentence(text), usage=usage, takes_config=takes_config
+            name, prog=f"dpo {name}", description=_sentence(text), usage=usage, takes_config=takes_config
         )
         if takes_config:
             commands[name].add_argument("config", metavar="CONFIG", help="configuration file, such as run.yaml")
@@ -128,11 +138,19 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
 
 def _add_options(commands: dict[str, _Parser]) -> None:
     commands["demo"].add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="folder to write to (default: %(default)s)"
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder to write to (default: %(default)s)",
     )
     init = commands["init"]
     init.add_argument(
-        "--output", type=Path, default=Path("run.yaml"), help="file to write; must not exist (default: %(default)s)"
+        "--output",
+        metavar="FILE",
+        type=Path,
+        default=Path("run.yaml"),
+        help="file to write; must not exist (default: %(default)s)",
     )
     init.add_argument("--from-trl", metavar="FILE", type=Path, help="convert a configuration of `trl dpo`")
     init.add_argument(

@@ -205,5 +205,5 @@ def _export(config: RunConfig, path: Path, dataset: PreferenceDataset, store: Re
 
     sums = import_columns(dataset) or load_ref_sums(dataset, store, digest)
     written, left_out = export_columns(path, Rows(), dataset, sums)
-    dropped = f"; {left_out:,} rows that training drops are left out" if left_out else ""
+    dropped = f"; left out {left_out:,} that training drops" if left_out else ""
     print(f"wrote {written:,} rows to {path}{dropped}")

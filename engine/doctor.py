@@ -35,13 +35,16 @@ def diagnose() -> tuple[str, bool]:
     lines, healthy = ["dpo doctor"], True
     for title, section in _SECTIONS.items():
         lines += ["", title]
+        rows: list[tuple[str, str]] = []
         try:
-            for name, value in section():
-                lines.append(f"  {name:<22} {value}")
+            for row in section():
+                rows.append(row)
         except Exception as error:
             # a broken installation is what this command is for, so it is reported and the rest goes on
             healthy = False
-            lines.append(f"  {'FAILED':<22} {type(error).__name__}: {' '.join(str(error).split())}")
+            rows.append(("FAILED", f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        width = max(len(name) for name, _ in rows)
+        lines += [f"  {name:<{width}}  {value}" for name, value in rows]
     lines += ["", "healthy" if healthy else "not healthy: see FAILED above"]
     return "\n".join(lines), healthy
 
@@ -89,7 +92,7 @@ def _choices() -> Rows:
         chosen = dpo_kernels.describe(device, dtype)
         for op in ("linear_logps", "linear_dpo_loss"):
             choice = getattr(chosen, op)
-            yield f"{op} {name}"[:22], f"{choice.impl}: {choice.reason}"
+            yield f"{op} {name}", f"{choice.impl}: {choice.reason}"
         backend = choose_backend("auto", device, dtype)
         yield f"attention {name}", f"{backend.name}: {backend.reason}"
 

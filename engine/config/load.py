@@ -65,7 +65,12 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def to_yaml(config: RunConfig) -> str:
     """``config`` as YAML that ``load_config`` reads back to an equal configuration."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    values = to_dict(config)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    if yaml.safe_load(text) != values:
+        # PyYAML writes some line separators raw and reads them back as line ends; escaped, they survive
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=120)
+    return text
 
 
 def diff_from_defaults(config: RunConfig) -> dict[str, tuple[Any, Any]]:

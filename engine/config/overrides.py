@@ -8,8 +8,6 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
-
 from engine.config.fields import (
     dataclass_in,
     describe,
@@ -111,6 +109,9 @@ def _parse_with_tyro(hint: Any, tokens: list[str]) -> Any:
     Raises:
         SystemExit: they do not fit.
     """
+    # imported here, since it is the slowest part of `dpo --help`
+    import tyro
+
     cls = dataclasses.make_dataclass("Value", [("value", hint)])
     # the equals sign keeps a value that begins with a hyphen from being read as a flag
     args = [f"--value={tokens[0]}"] if len(tokens) == 1 else ["--value", *tokens]

@@ -1,0 +1,120 @@
+"""The schema agrees with what it names elsewhere: the loss table, transformers' schedules, its own documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+import torch
+
+from dpo_kernels import LOSS_TYPES, preference_loss
+from engine.config.fields import dataclass_in, iter_keys, type_hints
+from engine.config.help import config_help, field_docs
+from engine.config.schema import (
+    REFERENCE_FREE_LOSSES,
+    SMOOTHED_LOSSES,
+    LossConfig,
+    LossType,
+    OptimConfig,
+    RunConfig,
+    SchedulerType,
+    TrainConfig,
+)
+
+PAIR_LOSSES = tuple(name for name in typing.get_args(LossType) if name != "plackett_luce")
+
+
+def test_loss_names_are_those_of_the_table():
+    assert set(PAIR_LOSSES) == set(LOSS_TYPES)
+
+
+def test_schedules_are_those_of_transformers():
+    from transformers.trainer_utils import SchedulerType as Names
+
+    assert set(typing.get_args(SchedulerType)) == {name.value for name in Names}
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_reference_free_losses(name):
+    logps, lengths = torch.tensor([-3.0]), torch.tensor([2])
+    try:
+        preference_loss(logps, logps - 1, loss_type=name, chosen_lengths=lengths, rejected_lengths=lengths)
+        needs_reference = False
+    except ValueError:
+        needs_reference = True
+    assert needs_reference == (name not in REFERENCE_FREE_LOSSES)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_losses_that_read_label_smoothing(name):
+    logps = torch.tensor([[-20.0, -30.0, -11.0], [-25.0, -22.0, -40.0]], dtype=torch.float64)
+    lengths = torch.tensor([5, 9, 3])
+
+    def value(smoothing: float) -> torch.Tensor:
+        return preference_loss(
+            *logps, *(logps + 1.5 * logps.cos()), loss_type=name, label_smoothing=smoothing, chosen_lengths=lengths,
+            rejected_lengths=lengths + 2,
+        ).loss  # fmt: skip
+
+    assert (name in SMOOTHED_LOSSES) == (not torch.equal(value(0.05), value(0.2)))
+
+
+def test_every_key_is_documented():
+    def sections(cls: type) -> list[type]:
+        nested = [dataclass_in(hint) for hint in type_hints(cls).values()]
+        return [cls, *(s for n in nested if n is not None for s in sections(n))]
+
+    for section in sections(RunConfig):
+        plain = [name for name, hint in type_hints(section).items() if dataclass_in(hint) is None]
+        assert not [name for name in plain if not field_docs(section).get(name)], section
+
+
+def test_help_lists_every_key_with_its_default():
+    text = config_help(width=100)
+    for key, _ in iter_keys():
+        assert f"  --{key} " in text
+    assert "--loss.beta NUMBER  (default: 0.1)" in text
+    assert "--model.model_name_or_path TEXT  (required)" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "expected"), [(0, 100, 0), (10, 100, 10), (0.1, 100, 10), (0.101, 100, 11), (1, 5, 1)]
+)
+def test_warmup_is_steps_or_a_share(warmup, total, expected):
+    assert OptimConfig(warmup_steps=warmup).num_warmup_steps(total) == expected
+
+
+def test_one_loss_in_a_list_is_that_loss():
+    assert LossConfig(loss_type=("ipo",)) == LossConfig(loss_type="ipo")
+    assert LossConfig(loss_type=("sigmoid", "sft")).loss_name == "sigmoid + sft"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "key"),
+    [
+        (LossConfig, {"beta": 0.0}, "loss.beta"),
+        (LossConfig, {"label_smoothing": 0.5}, "loss.label_smoothing"),
+        (LossConfig, {"loss_type": "hinge", "label_smoothing": 0.1}, "loss.label_smoothing"),
+        (LossConfig, {"loss_type": ()}, "loss.loss_type"),
+        (LossConfig, {"loss_type": ("sft", "plackett_luce")}, "plackett_luce"),
+        (LossConfig, {"loss_type": ("sft", "sigmoid"), "loss_weights": (1.0,)}, "loss.loss_weights"),
+        (OptimConfig, {"learning_rate": 0.0}, "optim.learning_rate"),
+        (OptimConfig, {"warmup_steps": -1}, "optim.warmup_steps"),
+        (OptimConfig, {"warmup_steps": 2.5}, "optim.warmup_steps"),
+        (OptimConfig, {"adam_beta2": 1.0}, "optim.adam_beta2"),
+        (TrainConfig, {"max_steps": 0}, "train.max_steps"),
+        (TrainConfig, {"seed": -1}, "train.seed"),
+        (TrainConfig, {"eval_steps": 0}, "train.eval_steps"),
+        (TrainConfig, {"output_dir": ""}, "train.output_dir"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(section, values, key):
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        section(**values)
+
+
+def test_sections_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LossConfig().beta = 0.2  # type: ignore[misc]
