@@ -40,8 +40,7 @@ def load_ref_sums(dataset: PreferenceDataset, store: ReferenceStore, digest: str
         UserError: as ``load_ref_logps``.
     """
     keys = dataset_keys(dataset, digest)
-    wanted = [key for group in keys for key in group]
-    sums = {key: float(values.sum(dtype=np.float64)) for key, values in store.scan(wanted)}
+    sums = store.sums([key for group in keys for key in group])
     _require_all(dataset, keys, sums, store)
     return [tuple(sums[key] for key in group) for group in keys]
 

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -77,8 +78,25 @@ def read_keys(path: Path) -> np.ndarray:
     return keys.view(f"S{KEY_BYTES}")
 
 
-def read_values(path: Path, wanted_rows: np.ndarray) -> list[np.ndarray]:
-    """The log-probs (float32 [R]) of some rows of a shard, after its whole content was checked.
+class ShardValues(NamedTuple):
+    """The log-probs of a shard: row i is ``flat[offsets[i] : offsets[i + 1]]``."""
+
+    flat: np.ndarray
+    """float32 [tokens]."""
+    offsets: np.ndarray
+    """int64 [rows + 1]."""
+
+    def take(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Some rows, float32 [R] each, as copies that do not keep the shard in memory."""
+        return [self.flat[self.offsets[row] : self.offsets[row + 1]].copy() for row in rows.tolist()]
+
+    def sums(self, rows: np.ndarray) -> np.ndarray:
+        """The sum of each of some rows, float64. No row is empty."""
+        return np.add.reduceat(self.flat, self.offsets[:-1], dtype=np.float64)[rows]
+
+
+def read_values(path: Path) -> ShardValues:
+    """The log-probs of a shard, after its whole content was checked.
 
     Raises:
         UserError: the file is damaged, not a shard, or of another format.
@@ -91,7 +109,7 @@ def read_values(path: Path, wanted_rows: np.ndarray) -> list[np.ndarray]:
     flat = column.values.to_numpy(zero_copy_only=False)[: offsets[-1]]
     if _checksums(_key_bytes(table), np.diff(offsets), flat)[1] != metadata[_CONTENT_FIELD]:
         raise _damaged(path, "its content does not match its checksum")
-    return [flat[offsets[row] : offsets[row + 1]].copy() for row in wanted_rows.tolist()]
+    return ShardValues(flat, offsets)
 
 
 def remove_stale_temporaries(folder: Path) -> None:

@@ -15,7 +15,14 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.reference import shards
-from engine.reference.shards import KEY_BYTES, read_keys, read_values, remove_stale_temporaries, write_shard
+from engine.reference.shards import (
+    KEY_BYTES,
+    ShardValues,
+    read_keys,
+    read_values,
+    remove_stale_temporaries,
+    write_shard,
+)
 
 # 32 MiB of values: small enough to hold and to lose, large enough that a million rows are some dozens of files.
 TOKENS_PER_SHARD = 8 << 20
@@ -75,7 +82,7 @@ class ReferenceStore:
     keys at once.
 
     Memory: the index takes 24 bytes a response and is read on first use of a model; values are read one shard (at most
-    32 MiB of them) at a time, so ``scan`` is bounded however large the store is, and ``get`` by what it returns.
+    32 MiB of them) at a time, so ``get`` and ``sums`` need little more than what they return, however large the store.
 
     Args:
         path: folder of the store; created by the first ``add``.
@@ -101,10 +108,20 @@ class ReferenceStore:
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """Per-token log-probs, float32 [R], of those ``keys`` that are stored; the others are not in the result."""
-        return dict(self.scan(keys))
+        found: dict[bytes, np.ndarray] = {}
+        for members, values, rows in self._scan(keys):
+            found.update(zip(members, values.take(rows), strict=True))
+        return found
 
-    def scan(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, np.ndarray]]:
-        """As ``get``, one shard after the other, in no order that a caller should rely on."""
+    def sums(self, keys: Sequence[bytes]) -> dict[bytes, float]:
+        """The sum of the log-probs, in float64, of those ``keys`` that are stored."""
+        found: dict[bytes, float] = {}
+        for members, values, rows in self._scan(keys):
+            found.update(zip(members, values.sums(rows).tolist(), strict=True))
+        return found
+
+    def _scan(self, keys: Sequence[bytes]) -> Iterator[tuple[list[bytes], ShardValues, np.ndarray]]:
+        """Shard by shard: the stored ones among ``keys``, the shard's values, and the rows of these keys in it."""
         for prefix, wanted in _by_prefix(keys).items():
             partition = self._partition(prefix)
             place = partition.find(_as_array(wanted))
@@ -112,8 +129,8 @@ class ReferenceStore:
             shard = partition.shard[place[found]]
             for index in np.unique(shard).tolist():
                 members = found[shard == index]
-                values = read_values(partition.paths[index], partition.row[place[members]])
-                yield from zip((wanted[m] for m in members.tolist()), values, strict=True)
+                values = read_values(partition.paths[index])
+                yield [wanted[m] for m in members.tolist()], values, partition.row[place[members]]
 
     def missing(self, keys: Sequence[bytes]) -> list[bytes]:
         """Those of ``keys`` that are not stored, each once, in the order in which they first occur."""

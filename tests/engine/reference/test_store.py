@@ -114,6 +114,8 @@ def assert_holds(store: ReferenceStore, expected: dict[bytes, np.ndarray]) -> No
     for key, value in expected.items():
         assert found[key].dtype == np.float32
         assert np.array_equal(found[key], value)
+    sums = store.sums(list(expected))
+    np.testing.assert_allclose([sums[key] for key in expected], [v.sum(dtype=np.float64) for v in expected.values()])
 
 
 def test_an_absent_folder_is_an_empty_store(tmp_path):
