@@ -150,8 +150,8 @@ class _Converter:
                 f"TRL trains the weights in {held}, which rounds small updates away; here trained weights are float32, "
                 f"which takes more memory, and compute in model.dtype {computed}",
             )
-        elif held in ("float16", "auto"):
-            self._new("dtype", f"-> model.dtype {computed}")
+        elif held != "float32":
+            self._same("dtype", f"{held} -> model.dtype {computed}, which the frozen base is held in, too")
 
     def _lora(self) -> None:
         defaults = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": None}
@@ -325,14 +325,14 @@ class _Converter:
         if data.get("dataset_name"):
             data["eval_dataset_name"] = data["dataset_name"]
         data["eval_dataset_split"] = str(split or "test")
-        self._same("dataset_test_split", f"{split or 'test'} -> data.eval_dataset_name, data.eval_dataset_split")
+        self._same("eval_strategy", f"split {split or 'test'} -> data.eval_dataset_name, data.eval_dataset_split")
         if strategy == "steps":
             default = train.get("logging_steps", 10)
             value = self._steps("eval_steps", default if steps is None else steps, None)
             if value is not None:
                 train["eval_steps"] = value
         else:
-            self._same("eval_strategy", f"{strategy}: evaluated after training; set train.eval_steps for more")
+            self._same("eval_strategy", f"{strategy}: evaluated once, after training; set train.eval_steps for more")
 
     def _rest(self) -> None:
         known = sorted({*SAME_RESULT, *NEW_RESULT, *CONVERTED})
