@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# Small tensors on several threads mostly wait for each other, above all when tests run side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

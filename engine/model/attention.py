@@ -114,12 +114,16 @@ def _per_segment_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _causal_mask(
+    plan: AttentionPlan, num_queries: int, num_keys: int, window: int | None, device: torch.device
+) -> torch.Tensor:
     """bool [queries, keys], True where attended; the last query is aligned with the last key."""
-    mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
-    offset = num_keys - num_queries
-    mask.tril_(offset)
-    return mask if window is None else mask.triu_(offset - window + 1)
+    shape = (num_queries, num_keys, window, device)
+    if shape not in plan.masks:
+        offset = num_keys - num_queries
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril_(offset)
+        plan.masks[shape] = mask if window is None else mask.triu_(offset - window + 1)
+    return plan.masks[shape]
 
 
 def _sdpa_attention(query, key, value, plan, *, scaling, window) -> torch.Tensor:
@@ -128,7 +132,7 @@ def _sdpa_attention(query, key, value, plan, *, scaling, window) -> torch.Tensor
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         num_queries, num_keys = q.shape[2], k.shape[2]
         plain = num_queries == num_keys and (window is None or num_keys <= window)
-        mask = None if plain else _causal_mask(num_queries, num_keys, window, q.device)
+        mask = None if plain else _causal_mask(plan, num_queries, num_keys, window, q.device)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scaling, enable_gqa=grouped)
 
     return _per_segment_attention(query, key, value, plan, attend)
@@ -143,7 +147,7 @@ def _eager_attention(query, key, value, plan, *, scaling, window, softcap, sinks
         scores = (q @ k.transpose(2, 3)) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        mask = _causal_mask(q.shape[2], k.shape[2], window, q.device)
+        mask = _causal_mask(plan, q.shape[2], k.shape[2], window, q.device)
         scores = scores.masked_fill(~mask, float("-inf")).float()
         if sinks is not None:
             sink = sinks.float().reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)
@@ -181,7 +185,7 @@ def _flash_attention(query, key, value, plan, *, scaling, window, softcap) -> to
 def _varlen_attention(query, key, value, plan, *, scaling, window) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    out_THD = varlen_attn(
+    out_THD: torch.Tensor = varlen_attn(  # type: ignore[assignment]
         query[0].transpose(0, 1).contiguous(),
         _gather_keys(key, plan),
         _gather_keys(value, plan),

@@ -68,6 +68,11 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
             f"model.model_name_or_path={model.model_name_or_path} does not load as a causal language model: "
             f"{_first_line(error)}"
         ) from error
+    if getattr(causal_lm.config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            f"model.model_name_or_path={model.model_name_or_path}: its config sets output_router_logits, "
+            "which asks for an auxiliary router loss that packs do not compute; set it to false in config.json"
+        )
     disable_dropout(causal_lm)
     if gradient_checkpointing:
         if not causal_lm.supports_gradient_checkpointing:

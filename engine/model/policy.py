@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Final hidden states of all packed tokens, [T, D]."""
-        body = self.causal_lm.base_model
+        body: Any = self.causal_lm.base_model
         output = body(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.position_ids_T[None],

@@ -9,9 +9,9 @@ Shape suffixes: T packed tokens, N completion tokens, S responses, Q query segme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,8 @@ class AttentionPlan:
     """int64 [keys]: packed row of each key, or None when the keys are the packed rows in order."""
     max_seqlen_q: int
     max_seqlen_k: int
+    masks: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    """Masks that a backend made for this pack, so that layers share them."""
 
 
 @dataclass(frozen=True)
@@ -93,23 +95,21 @@ class PackedBatch:
         device = torch.device(device)
         if self.input_ids_T.device == device:
             return self
-        plan = replace(self.plan, **_moved(self.plan, device))
-        return replace(self, **{**_moved(self, device), "cu_responses_S1": self.cu_responses_S1, "plan": plan})
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory, so that ``to`` does not wait."""
-        plan = replace(self.plan, **{k: v.pin_memory() for k, v in _tensors(self.plan).items()})
-        pinned = {k: v.pin_memory() for k, v in _tensors(self).items() if k != "cu_responses_S1"}
-        return replace(self, **pinned, plan=plan)
+        return self._with_tensors(torch.Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        plan = replace(self.plan, **_changed(self.plan, change))
+        changes = _changed(self, change) | {"cu_responses_S1": self.cu_responses_S1, "plan": plan}
+        return replace(self, **changes)
 
 
-def _tensors(record: AttentionPlan | PackedBatch) -> dict[str, torch.Tensor]:
+def _changed(record: AttentionPlan | PackedBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
     values = {f.name: getattr(record, f.name) for f in fields(record)}
-    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-
-
-def _moved(record: AttentionPlan | PackedBatch, device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in _tensors(record).items()}
+    return {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
 def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True) -> PackedBatch:

@@ -11,7 +11,7 @@ import torch
 from engine.data.groups import PreferenceGroup
 from engine.errors import UserError
 from engine.model.attention import Backend, choose_backend, register_backends
-from engine.model.checks import check_packing
+from engine.model.checks import check_packing, has_experts
 from engine.model.load import disable_dropout
 from engine.model.policy import Policy
 from engine.packing import build_batch
@@ -86,6 +86,8 @@ def test_perturbing_a_response_changes_no_bit_of_another(family):
     policy = make_policy(tiny_model(family))
     groups = random_groups()
     index = 0
+    # Another token's route changes the shapes of the experts' matrix products, and with them the last bit.
+    experts = has_experts(policy.config)
     with torch.no_grad():
         batch = build_batch(groups)
         before = policy.logps(batch).split(batch.cu_responses_S1.diff().tolist())
@@ -96,7 +98,8 @@ def test_perturbing_a_response_changes_no_bit_of_another(family):
                 changed = [*groups[:g], replace(group, response_ids=tuple(responses)), *groups[g + 1 :]]
                 after = policy.logps(build_batch(changed)).split(batch.cu_responses_S1.diff().tolist())
                 for s, (a, b) in enumerate(zip(before, after, strict=True)):
-                    assert torch.equal(a, b) == (s != index), (g, k, s)
+                    same = torch.allclose(a, b, atol=1e-5) if experts else torch.equal(a, b)
+                    assert same == (s != index), (g, k, s)
                 index += 1
 
 

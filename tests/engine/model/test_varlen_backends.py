@@ -17,7 +17,7 @@ from tests.engine.model.test_attention import make_policy, random_groups
 
 
 def varlen_reference(q_THD, k_TKD, v_TKD, cu_q, cu_k, max_q, max_k, *, scale, window_size, softcap=0.0):
-    """Documented semantics of variable-length flash attention: causal, aligned at the bottom right, window (left, 0)."""
+    """What variable-length flash attention documents: causal, aligned at the bottom right, window (left, 0)."""
     assert max_q == cu_q.diff().max()
     assert max_k == cu_k.diff().max()
     assert cu_q[-1] == len(q_THD)

@@ -28,7 +28,7 @@ def test_best_fit_decreasing_fills_the_tightest_pack():
     assert pack_groups([3, 6, 5, 4, 2], 10) == [(1, 3), (0, 2, 4)]
 
 
-@given(group_lengths, st.integers(1, 9), st.integers(360, 900), st.booleans(), st.integers(0, 3))
+@given(group_lengths, st.integers(1, 9), st.integers(700, 1500), st.booleans(), st.integers(0, 3))
 def test_steps_do_not_depend_on_the_budget(lengths, pairs, budget, share, seed):
     def plan(tokens_per_pack, share_prompts):
         return plan_epoch(
