@@ -9,7 +9,7 @@ a buffer, so that a block stays in cache from its first read to its last write.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,11 @@ class Head(NamedTuple):
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def early_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a gradient that waits for its upstream factor: float16 would lose what a loss scale saves."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def operand_dtype(tensor: Tensor) -> torch.dtype:
@@ -129,3 +134,31 @@ def sum_responses(values_N: Tensor, lengths_S: Tensor) -> Tensor:
     """Sums of consecutive segments, in float64 and in a fixed order, rounded once. Lengths are trusted."""
     sums = torch.segment_reduce(values_N.double(), "sum", lengths=lengths_S, unsafe=True, initial=0)
     return sums.to(values_N.dtype)
+
+
+class Chunk(NamedTuple):
+    """Consecutive pairs that are scored together."""
+
+    first_pair: int
+    num_pairs: int
+    split: bool
+    """True for a single pair that does not fit the buffer."""
+
+
+def plan_chunks(cu_responses: Sequence[int], max_rows: int, max_rows_of_pair: int) -> list[Chunk]:
+    """Whole pairs in chunks of at most ``max_rows``, about equally full.
+
+    A longer pair is a chunk of its own, held whole up to ``max_rows_of_pair`` rows and split beyond that.
+    """
+    ends = cu_responses[::2]
+    num_pairs = len(ends) - 1
+    target = max(1, -(-ends[-1] // max(1, -(-ends[-1] // max_rows))))
+    chunks: list[Chunk] = []
+    first = 0
+    while first < num_pairs:
+        last = first + 1
+        while last < num_pairs and ends[last] - ends[first] < target and ends[last + 1] - ends[first] <= max_rows:
+            last += 1
+        chunks.append(Chunk(first, last - first, ends[last] - ends[first] > max(max_rows, max_rows_of_pair)))
+        first = last
+    return chunks

@@ -99,6 +99,7 @@ def linear_dpo_loss(
 
     dtype = accumulation_dtype(hidden_TD.dtype)
     ref_logps_S = None if ref_logps_S is None else ref_logps_S.detach().to(dtype)
+    pair_weights = None if pair_weights is None else pair_weights.detach().to(dtype)
     lengths_S = response_sums((labels_T != ignore_index).to(dtype), cu_responses) if mix.needs_lengths else None
     mean_length = resolve_mean_length(mean_chosen_length, None if lengths_S is None else lengths_S[0::2])
     trainable_head = weight_VD.requires_grad or (bias is not None and bias.requires_grad)
@@ -144,10 +145,9 @@ def linear_dpo_loss(
         logps_S = response_sums(logps_T, cu_responses)
         losses_P = mix.losses(make_pairs(logps_S, ref_logps_S, lengths_S, mean_length, options))
         if reduction == "none":
-            loss = losses_P if pair_weights is None else losses_P * pair_weights.to(dtype)
+            loss = losses_P if pair_weights is None else losses_P * pair_weights
         else:
-            weights_P = None if pair_weights is None else pair_weights.to(dtype)
-            loss = reduce_losses(losses_P, weights_P, reduction == "mean")
+            loss = reduce_losses(losses_P, pair_weights, reduction == "mean")
     logps_S = logps_S.detach()
     rewards = mix.rewards(make_pairs(logps_S, ref_logps_S, lengths_S, mean_length, options))
     return LinearDPOLoss(loss, losses_P.detach(), logps_S, *rewards)

@@ -21,7 +21,7 @@ ignore_index, need_hidden, need_weight, need_bias) -> (losses_P, logps_S, dX_TD 
     d logps, [2 p], in which pair weights and the divisor of the mean are included. It launches a few tiny torch kernels
     and never synchronises. A row's gradient is then slope[response of the row] * d logps_t. Every pair must be scored
     exactly once. Ignored rows add 0 to their response and get gradient exactly 0. Gradients have the dtypes of hidden,
-    weight and bias; each is a new tensor that nothing else refers to.
+    weight and bias, but float32 for float16 (``early_gradient_dtype``); each is a tensor that nothing else refers to.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from dpo_kernels.chunks import accumulation_dtype, sum_responses
+from dpo_kernels.chunks import accumulation_dtype, early_gradient_dtype, sum_responses
 from dpo_kernels.dispatch import implementation
 from dpo_kernels.linear_logps.ops import check_labels, refuse_double_backward, unit_stride
 from dpo_kernels.losses import LossMix, LossOptions, Pairs, resolve_loss
@@ -175,11 +175,11 @@ def linear_dpo_op(
     offsets = check_responses(cu_responses, hidden.shape[0])
     num_pairs = len(offsets) // 2
     dtype = accumulation_dtype(hidden.dtype)
-    weights_P = hidden.new_ones(num_pairs, dtype=dtype) if pair_weights is None else pair_weights.detach().to(dtype)
+    weights_P = hidden.new_ones(num_pairs, dtype=dtype) if pair_weights is None else pair_weights
     score_pairs = _Scorer(
         resolve_loss(loss_type.split(","), loss_weights),
         LossOptions(*loss_options),
-        None if ref_logps is None else ref_logps.detach().to(dtype),
+        ref_logps,
         lengths,
         mean_length,
         weights_P / max(1, num_pairs) if mean else weights_P,
@@ -189,7 +189,7 @@ def linear_dpo_op(
             logps = hidden.new_zeros(2 * num_pairs, dtype=dtype)
             losses, _ = score_pairs(logps, 0)
             wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
-            gradients = tuple(t.new_zeros(t.shape) if need else None for t, need in wanted)
+            gradients = [t.new_zeros(t.shape) if need else None for t, need in wanted]
         else:
             losses, logps, *gradients = module.forward(
                 unit_stride(hidden),
@@ -207,7 +207,8 @@ def linear_dpo_op(
                 need_bias,
             )
     loss = reduce_losses(losses, weights_P, mean)
-    return loss, losses, logps, *(hidden.new_zeros(0) if g is None else g for g in gradients)
+    kept = early_gradient_dtype(hidden.dtype)
+    return loss, losses, logps, *(hidden.new_zeros(0, dtype=kept) if g is None else g.to(kept) for g in gradients)
 
 
 @linear_dpo_op.register_fake
@@ -237,7 +238,8 @@ def _(
     num_responses = cu_responses.shape[0] - 1
     logps = hidden.new_empty(num_responses, dtype=accumulation_dtype(hidden.dtype))
     wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
-    gradients = (t.new_empty(t.shape) if need else hidden.new_empty(0) for t, need in wanted)
+    kept = early_gradient_dtype(hidden.dtype)
+    gradients = (hidden.new_empty(t.shape if need else 0, dtype=kept) for t, need in wanted)
     return logps.new_empty(()), logps.new_empty(num_responses // 2), logps, *gradients
 
 
@@ -246,6 +248,7 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
     ctx.gradients = tuple(others[2:])
+    ctx.dtype = inputs[0].dtype
 
 
 def _backward(ctx, grad_loss, *unused):
@@ -261,7 +264,8 @@ def _backward(ctx, grad_loss, *unused):
     if grad_loss is not None:
         for position, gradient in zip((0, 1, 8), gradients, strict=True):
             if ctx.needs_input_grad[position]:
-                result[position] = gradient.mul_(grad_loss) if hand_over else gradient * grad_loss
+                scaled = gradient.mul_(grad_loss) if hand_over else gradient * grad_loss
+                result[position] = scaled.to(ctx.dtype)
     return tuple(result)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dpo_kernels.chunks import early_gradient_dtype
 from dpo_kernels.linear_logps.reference import gradients, leaf, logps
 
 
@@ -32,8 +33,9 @@ def forward(
     """See ``dpo_kernels.linear_dpo.ops``."""
     # Leaving inference mode is what switches autograd back on inside an operator.
     with torch.inference_mode(False):
-        hidden, weight = leaf(hidden_TD, need_hidden), leaf(weight_VD, need_weight)
-        bias = None if bias_V is None else leaf(bias_V, need_bias)
+        dtype = early_gradient_dtype(hidden_TD.dtype)
+        hidden, weight = leaf(hidden_TD.to(dtype), need_hidden), leaf(weight_VD.to(dtype), need_weight)
+        bias = None if bias_V is None else leaf(bias_V.to(dtype), need_bias)
         logps_T, _ = logps(hidden, weight, leaf(labels_T), bias, softcap, logit_scale, temperature, ignore_index)
         bounds = itertools.pairwise(cu_responses)
         logps_S = torch.stack([logps_T[start:stop].double().sum().to(logps_T.dtype) for start, stop in bounds])

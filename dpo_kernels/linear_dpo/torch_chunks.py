@@ -10,8 +10,7 @@ only after all of its rows: its responses gather dW unscaled in buffers of their
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,11 +20,13 @@ from dpo_kernels.chunks import (
     Head,
     accumulation_dtype,
     add_at_,
+    early_gradient_dtype,
     even_slices,
     ignored_rows,
     kept_rows,
     logits_,
     operand_dtype,
+    plan_chunks,
     product_,
     row_blocks,
     softcap_factor,
@@ -35,34 +36,6 @@ from dpo_kernels.chunks import (
 )
 
 ScorePairs = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-
-
-class Chunk(NamedTuple):
-    """Consecutive pairs that are scored together."""
-
-    first_pair: int
-    num_pairs: int
-    split: bool
-    """True for a single pair that does not fit the buffer."""
-
-
-def plan_chunks(cu_responses: Sequence[int], max_rows: int, max_rows_of_pair: int) -> list[Chunk]:
-    """Whole pairs in chunks of at most ``max_rows``, about equally full.
-
-    A longer pair is a chunk of its own, held whole up to ``max_rows_of_pair`` rows and split beyond that.
-    """
-    ends = cu_responses[::2]
-    num_pairs = len(ends) - 1
-    target = max(1, -(-ends[-1] // max(1, -(-ends[-1] // max_rows))))
-    chunks: list[Chunk] = []
-    first = 0
-    while first < num_pairs:
-        last = first + 1
-        while last < num_pairs and ends[last] - ends[first] < target and ends[last + 1] - ends[first] <= max_rows:
-            last += 1
-        chunks.append(Chunk(first, last - first, ends[last] - ends[first] > max(max_rows, max_rows_of_pair)))
-        first = last
-    return chunks
 
 
 def forward(
@@ -99,12 +72,13 @@ def forward(
         losses.append(chunk_losses)
         sums.append(chunk_sums)
     dX_TD, dW_VD, db_V = call.dX_TD, call.dW_VD, call.db_V
+    gradient_dtype = early_gradient_dtype(hidden_TD.dtype)
     return (
         torch.cat(losses),
         torch.cat(sums),
-        None if dX_TD is None else spread_rows(dX_TD.to(hidden_TD.dtype), kept, T),
-        None if dW_VD is None else dW_VD.to(weight_VD.dtype),
-        None if db_V is None or bias_V is None else db_V.to(bias_V.dtype),
+        None if dX_TD is None else spread_rows(dX_TD.to(gradient_dtype), kept, T),
+        None if dW_VD is None else dW_VD.to(gradient_dtype),
+        None if db_V is None else db_V.to(gradient_dtype),
     )
 
 

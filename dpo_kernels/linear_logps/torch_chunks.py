@@ -92,7 +92,8 @@ def _fold_slice(state: _Running, z_Tv: Tensor, local_T: Tensor, head: Head, colu
         logits_(z, head, columns)
         label_logit = z.gather(1, index_T[rows].unsqueeze(1)).squeeze(1)
         state.label_logit_T[rows] = torch.where(inside_T[rows], label_logit, state.label_logit_T[rows])
-        new_max = torch.maximum(state.max_T[rows], z.amax(dim=1))
+        # Kept finite: a slice whose logits are all -inf, by a bias that masks tokens, must add 0 and not nan.
+        new_max = torch.maximum(state.max_T[rows], z.amax(dim=1).clamp_(min=torch.finfo(z.dtype).min))
         factor = softcap_factor(z, head) if head.softcap is not None and state.weighted_TD is not None else None
         z.sub_(new_max.unsqueeze(1)).exp_()
         shrink = torch.exp(state.max_T[rows] - new_max)
