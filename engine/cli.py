@@ -73,13 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # the reader of our output, such as `head`, is gone; keep Python from complaining at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # the reader of our output, such as `head`, is gone
+        _discard_output()
         return FAILED
     except Exception as error:
         message = explain(error)
@@ -87,8 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exc()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _discard_output()
         print(f"error: {message}", file=sys.stderr)
         return USER_ERROR
+
+
+def _discard_output() -> None:
+    """Keep Python from complaining at exit about output that nothing can take."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: BaseException) -> str | None:
@@ -99,11 +110,11 @@ def explain(error: BaseException) -> str | None:
         if isinstance(cause, UserError):
             return explain(cause)
         if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
-            return f"{cause.filename or 'writing'}: {_DISK_ERRORS[cause.errno]}"
+            return f"{cause.filename or 'output'}: {_DISK_ERRORS[cause.errno]}"
         # safetensors and pyarrow carry the system's error only in their text
         for number in _DISK_ERRORS:
             if f"os error {number})" in str(cause) or f"[Errno {number}]" in str(cause):
-                return f"writing: {_DISK_ERRORS[number]}"
+                return f"output: {_DISK_ERRORS[number]}"
         # by name, since importing torch to compare types is slow
         if type(cause).__name__ == "OutOfMemoryError":
             return (
@@ -166,7 +177,8 @@ def _add_options(commands: dict[str, _Parser]) -> None:
     precompute.add_argument(
         "--import-columns",
         action="store_true",
-        help="check the columns ref_chosen_logps and ref_rejected_logps of the data against the reference model",
+        help="compute nothing, but check the columns ref_chosen_logps and ref_rejected_logps of the data against the "
+        "reference model",
     )
     commands["train"].add_argument(
         "--resume", action="store_true", help="go on from the newest complete checkpoint in train.output_dir"

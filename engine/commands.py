@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from engine.model import Policy
     from engine.reference import ReferenceStore
 
+VERIFIED_ROWS = 256
+"""Rows that ``dpo precompute --import-columns`` recomputes."""
+
 
 def demo(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo demo``"""
@@ -77,10 +80,10 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     if options.export is not None:
         check_export_path(options.export)
     datasets = _datasets(config)
-    reference = _reference_policy(config)
     if options.import_columns:
-        _verify_columns(config, reference, datasets)
+        _verify_columns(config, datasets)
         return 0
+    reference = _reference_policy(config)
     digest = model_digest(reference)
     store = ReferenceStore(config.reference.store or default_store_path())
     for name, dataset in datasets.items():
@@ -182,15 +185,17 @@ def _fill(
     print(f"{name}: {result}")
 
 
-def _verify_columns(config: RunConfig, reference: Policy, datasets: dict[str, PreferenceDataset]) -> None:
+def _verify_columns(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> None:
     from engine.reference import import_columns, verify_rows
 
     found = {name: sums for name, dataset in datasets.items() if (sums := import_columns(dataset)) is not None}
     if not found:
         raise UserError(f"{config.data.dataset_name} has no columns ref_chosen_logps and ref_rejected_logps")
+    reference = _reference_policy(config)
     for name, sums in found.items():
-        verify_rows(reference, datasets[name], sums, share_prompts=config.packing.share_prompts)
-        print(f"{name}: the reference columns fit the model; training uses them")
+        count = min(len(datasets[name]), VERIFIED_ROWS)
+        verify_rows(reference, datasets[name], sums, count=count, share_prompts=config.packing.share_prompts)
+        print(f"{name}: the reference columns fit the model ({count:,} rows recomputed); training uses them")
 
 
 def _export(config: RunConfig, path: Path, dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> None:

@@ -150,6 +150,8 @@ class _Converter:
                 f"TRL trains the weights in {held}, which rounds small updates away; here trained weights are float32, "
                 f"which takes more memory, and compute in model.dtype {computed}",
             )
+        elif held == "float16":
+            self._new("dtype", f"float16 -> model.dtype {computed}, which the frozen base is held in, too")
         elif held != "float32":
             self._same("dtype", f"{held} -> model.dtype {computed}, which the frozen base is held in, too")
 
