@@ -146,32 +146,10 @@ def save_checkpoint(
     return path
 
 
-def save_weights(policy: Policy, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write the model, or the adapter alone, in Hugging Face layout.
-
-    Args:
-        dtype: store floating-point weights of a full model in this dtype; None keeps what training uses. Adapters
-            are always stored as they are trained.
-    """
-    if policy.has_adapter:
-        policy.model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
-        return
-    model = policy.causal_lm
-    if dtype is None:
-        model.save_pretrained(folder)  # type: ignore[operator]
-        return
-    # Tied weights share memory; casting each storage once keeps them tied.
-    cast: dict[tuple[int, torch.Size], Tensor] = {}
-    weights = {
-        name: cast.setdefault((t.data_ptr(), t.shape), t.to(dtype)) if t.is_floating_point() else t
-        for name, t in model.state_dict().items()
-    }
-    trained_dtype = model.config.dtype
-    model.config.dtype = dtype  # type: ignore[union-attr]
-    try:
-        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
-    finally:
-        model.config.dtype = trained_dtype  # type: ignore[union-attr]
+def save_weights(policy: Policy, folder: Path) -> None:
+    """Write the model, or the adapter alone, in Hugging Face layout and the dtype that its parameters have."""
+    options = {"save_embedding_layers": False} if policy.has_adapter else {}
+    policy.model.save_pretrained(folder, **options)  # type: ignore[operator]
 
 
 def read_state(path: Path) -> dict[str, Any]:

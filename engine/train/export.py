@@ -32,7 +32,7 @@ _LAST = ("model.safetensors.index.json", "adapter_config.json", "config.json")
 def export_model(
     output_dir: Path, policy: Policy, tokenizer: Any, config: RunConfig, metrics: Mapping[str, float]
 ) -> None:
-    """Write the final model into ``output_dir``.
+    """Write the final model into ``output_dir``. A full model is rounded to ``model.dtype`` in place.
 
     All files are written and flushed beside their final place and moved in at the end, so that a kill or a full disk
     leaves no model that is half this one. ``manifest.json`` lists them with their checksums.
@@ -45,7 +45,9 @@ def export_model(
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            save_weights(policy, temporary, dtype=DTYPES[config.model.dtype])
+            if not policy.has_adapter:
+                policy.causal_lm.to(DTYPES[config.model.dtype])
+            save_weights(policy, temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / CARD_FILE).write_text(model_card(policy, config, metrics), encoding="utf-8")
             seal(temporary)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_kernels import preference_loss
+from engine.config import build_config
+from engine.data import load_dataset_groups
+from engine.errors import UserError
+from engine.evaluate import evaluate, format_evaluation
+from engine.model import load_tokenizer
+from engine.train.loop import train
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_dir, pairs_jsonl):
+    return build_config(
+        {
+            "model": {"model_name_or_path": str(tiny_model_dir), "dtype": "float32"},
+            "data": {"dataset_name": str(pairs_jsonl), "eval_dataset_name": str(pairs_jsonl), "max_length": 160},
+            "packing": {"pairs_per_step": 6, "tokens_per_pack": 400},
+            "optim": {"learning_rate": 2e-3},
+            "reference": {"store": str(tmp_path / "store")},
+            "train": {"output_dir": str(tmp_path / "run"), "report_to": []},
+        },
+        "test",
+    )
+
+
+def one_by_one(path, dataset) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    sums = []
+    with torch.no_grad():
+        for group in dataset:
+            for response in group.response_ids:
+                ids = torch.tensor([*group.prompt_ids.tolist(), *response.tolist()])
+                logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+                start = len(group.prompt_ids)
+                sums.append(logps[start - 1 : -1].gather(1, ids[start:, None]).sum())
+    return torch.stack(sums)
+
+
+def test_a_trained_model_against_one_sequence_at_a_time(config, tiny_model_dir, tmp_path):
+    train(config)
+    values = evaluate(config, str(tmp_path / "run"))
+    dataset, _ = load_dataset_groups(config.data, load_tokenizer(config.model), split="eval")
+    logps, ref = one_by_one(tmp_path / "run", dataset), one_by_one(tiny_model_dir, dataset)
+    lengths = torch.tensor([len(r) for g in dataset for r in g.response_ids])
+    out = preference_loss(logps[0::2], logps[1::2], ref[0::2], ref[1::2])
+    expected = {
+        "eval_loss": out.loss.mean(),
+        "eval_rewards/chosen": out.chosen_rewards.mean(),
+        "eval_rewards/rejected": out.rejected_rewards.mean(),
+        "eval_rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).float().mean(),
+        "eval_rewards/margins": (out.chosen_rewards - out.rejected_rewards).mean(),
+        "eval_logps/chosen": logps[0::2].mean(),
+        "eval_logps/rejected": logps[1::2].mean(),
+        "eval_ranking_accuracy": (logps[0::2] > logps[1::2]).float().mean(),
+        "eval_ranking_accuracy_per_token": ((logps / lengths)[0::2] > (logps / lengths)[1::2]).float().mean(),
+        "eval_num_pairs": torch.tensor(24.0),
+    }
+    for name, value in expected.items():
+        assert values[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-4), name
+    by_length = {k: v for k, v in values.items() if k.startswith("eval_num_pairs/")}
+    assert sum(by_length.values()) == 24
+    longest = [max(len(r) for r in g.response_ids) for g in dataset]
+    assert by_length["eval_num_pairs/33-64"] == sum(33 <= n <= 64 for n in longest)
+    written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert written == values
+    table = format_evaluation(values)
+    assert "ranking_accuracy_per_token" in table
+    assert "33-64" in table
+
+
+def test_the_base_model_has_no_margin_and_does_rank(config, tmp_path):
+    values = evaluate(config)
+    assert values["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert values["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert 0 < values["eval_ranking_accuracy"] < 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_evaluation_after_training_is_the_evaluation_of_the_folder(lora, config, tmp_path):
+    if lora:
+        model = build_config(
+            {"model": {"model_name_or_path": "x", "lora": {"r": 4}}, "data": {"dataset_name": "x"}}, ""
+        )
+        config = replace(config, model=replace(config.model, lora=model.model.lora))
+    result = train(config)
+    values = evaluate(config, str(tmp_path / "run"))
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen"):
+        assert values[name] == pytest.approx(result.metrics[name], rel=1e-5, abs=1e-5)
+    if lora:
+        full = replace(config, model=replace(config.model, lora=None))
+        with pytest.raises(UserError, match=r"is an adapter: set model\.lora"):
+            evaluate(full, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("loss", ["simpo", "aot"])
+def test_losses_without_a_reference_and_of_whole_batches(loss, config):
+    values = evaluate(replace(config, loss=replace(config.loss, loss_type=loss)))
+    assert math.isfinite(values["eval_loss"])
+    one_pack = replace(config.packing, tokens_per_pack=100_000, share_prompts=False)
+    other = evaluate(replace(config, packing=one_pack, loss=replace(config.loss, loss_type=loss)))
+    assert values["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-5)
+
+
+def test_no_evaluation_data_is_an_error(config):
+    with pytest.raises(UserError, match=r"set data\.eval_dataset_name"):
+        evaluate(replace(config, data=replace(config.data, eval_dataset_name=None)))
+
+
+def test_a_missing_model_is_an_error(config, tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        evaluate(config, str(tmp_path / "nowhere"))

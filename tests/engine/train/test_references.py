@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM, set_seed
+
+from engine.config.schema import LossConfig
+from engine.data import load_dataset_groups
+from engine.errors import UserError
+from engine.model import load_policy, load_tokenizer
+from engine.reference import ReferenceStore, load_ref_sums, model_digest
+from engine.train.loop import train
+from engine.train.objective import Objective
+from engine.train.references import ReferenceTable, check_first_loss, prepare_references, resolve_mode
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def other_model(tiny_model_dir, tmp_path):
+    """A model of the same shape with other weights."""
+    set_seed(1)
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+@pytest.fixture
+def loaded(make_config):
+    config = make_config()
+    dataset, _ = load_dataset_groups(config.data, load_tokenizer(config.model), split="train")
+    return config, load_policy(config.model, device=CPU), dataset
+
+
+def test_table_looks_up_groups_of_any_size():
+    table = ReferenceTable([(1.0, 2.0), (3.0, 4.0, 5.0), (6.0, 7.0)])
+    found = table.lookup((2, 1))
+    assert found.tolist() == [6, 7, 3, 4, 5]
+    assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("loss", "mode", "expected"),
+    [("sigmoid", "auto", "stored"), ("ipo", "live", "live"), ("orpo", "auto", "none"), ("sft", "none", "none")],
+)
+def test_auto_follows_the_loss(loss, mode, expected, make_config):
+    config = make_config(loss={"loss_type": loss}, reference={"mode": mode})
+    assert resolve_mode(config, Objective(config.loss)) == expected
+
+
+def test_second_run_computes_nothing(loaded):
+    config, policy, dataset = loaded
+    said: list[str] = []
+    objective = Objective(LossConfig())
+    for _ in range(2):
+        references = prepare_references(config, policy, objective, {"train": dataset}, say=said.append, progress=False)
+    assert references.mode == "stored"
+    assert said[1] == "reference log-probs (train): 24 rows reused, none computed"
+
+
+def test_first_loss_is_ln2_and_anything_else_stops(loaded):
+    config, policy, dataset = loaded
+    prepare_references(config, policy, Objective(LossConfig()), {"train": dataset}, say=lambda text: None)
+    sums = load_ref_sums(dataset, ReferenceStore(config.reference.store), model_digest(policy))
+    assert check_first_loss(policy, dataset, ReferenceTable(sums), beta=0.1) == pytest.approx(math.log(2), abs=1e-6)
+    wrong = ReferenceTable([(chosen + 1.0, rejected) for chosen, rejected in sums])
+    with pytest.raises(UserError, match=r"start-up check: the sigmoid loss of rows .* is 0\.74.*not ln 2"):
+        check_first_loss(policy, dataset, wrong, beta=0.1)
+    not_a_number = ReferenceTable([(math.nan, rejected) for _, rejected in sums])
+    with pytest.raises(UserError, match="start-up check"):
+        check_first_loss(policy, dataset, not_a_number, beta=0.1)
+
+
+def test_another_reference_model_stored_or_live_is_the_same(make_config, rows_of, other_model, tmp_path):
+    losses = {}
+    for mode in ("auto", "live"):
+        config = make_config(
+            reference={"mode": mode, "model_name_or_path": str(other_model)},
+            train={"output_dir": str(tmp_path / mode)},
+        )
+        train(config)
+        losses[mode] = [row["loss"] for row in rows_of(config)]
+    assert losses["auto"] == pytest.approx(losses["live"], abs=1e-5)
+    assert losses["auto"][0] != pytest.approx(math.log(2), abs=1e-3)
