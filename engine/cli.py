@@ -253,9 +253,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _configure_logging() -> None:
     import logging
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for noisy in ("transformers", "datasets", "httpx", "urllib3", "filelock", "fsspec", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    for ours in ("engine", "dpo_kernels"):
+        logging.getLogger(ours).setLevel(logging.INFO)
 
 
 def _positive(text: str) -> int:
