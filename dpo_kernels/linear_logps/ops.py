@@ -17,8 +17,9 @@ the same bits when run twice.
 ``forward(hidden_TD, weight_VD, labels_T, bias_V, softcap, logit_scale, temperature, ignore_index, need_dx)
 -> (logps_T, lse_T, dx_TD | None)``
     logps_T and lse_T are float32 (float64 for float64 inputs), contiguous. Logits reach the log-sum-exp in that
-    precision, never rounded to 16 bits. Ignored rows have logps exactly 0 and any finite lse. With ``need_dx`` (frozen
-    head), dx_TD is d logps_t / d hidden_t in hidden's dtype, exactly 0 on ignored rows; its rows are scaled by the
+    precision, never rounded to 16 bits. Ignored rows have logps exactly 0 and any finite lse. lse_T is kept and handed
+    back as float64: near 1e4 a float32 is too coarse to give softmax = e^(z - lse) back. With ``need_dx`` (frozen head)
+    dx_TD is d logps_t / d hidden_t in hidden's dtype, exactly 0 on ignored rows; its rows are scaled by the
     upstream gradient later.
 ``backward(grad_logps_T, hidden_TD, weight_VD, labels_T, lse_T, bias_V, softcap, logit_scale, temperature,
 ignore_index, need_hidden, need_weight, need_bias) -> (dX_TD | None, dW_VD | None, db_V | None)``
@@ -80,7 +81,7 @@ def linear_logps_op(
     T, D = hidden.shape
     if T == 0:
         logps = hidden.new_zeros(0, dtype=accumulation_dtype(hidden.dtype))
-        return logps, torch.zeros_like(logps), hidden.new_zeros(0, D)
+        return logps, logps.new_zeros(0, dtype=torch.float64), hidden.new_zeros(0, D)
     with torch.autocast(hidden.device.type, enabled=False):
         logps, lse, dx = module.forward(
             unit_stride(hidden),
@@ -93,14 +94,14 @@ def linear_logps_op(
             ignore_index,
             need_dx,
         )
-    return logps, lse, hidden.new_zeros(0, D) if dx is None else dx
+    return logps, lse.double(), hidden.new_zeros(0, D) if dx is None else dx
 
 
 @linear_logps_op.register_fake
 def _(hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_index, impl, need_dx):
     T, D = hidden.shape
     logps = hidden.new_empty(T, dtype=accumulation_dtype(hidden.dtype))
-    return logps, torch.empty_like(logps), hidden.new_empty(T if need_dx else 0, D)
+    return logps, logps.new_empty(T, dtype=torch.float64), hidden.new_empty(T if need_dx else 0, D)
 
 
 @torch.library.custom_op(

@@ -67,7 +67,7 @@ def forward(
         dx_TD = spread_rows(dx_TD, kept, num_rows)
     if ignored_T is not None:
         logps_T = logps_T.masked_fill_(ignored_T, 0)
-    lse_T = state.max_T + log_sum_T
+    lse_T = state.max_T.double() + log_sum_T
     return spread_rows(logps_T, kept, num_rows), spread_rows(lse_T, kept, num_rows), dx_TD
 
 
@@ -142,14 +142,17 @@ def backward(
         hidden_TD, labels_T, lse_T, grad_logps_T = hidden_TD[kept], labels_T[kept], lse_T[kept], grad_logps_T[kept]
     elif ignored_T is not None:
         labels_T, grad_logps_T = labels_T.masked_fill(ignored_T, 0), grad_logps_T.masked_fill(ignored_T, 0)
-    coefficient_T = grad_logps_T * head.slope
     dtype = accumulation_dtype(hidden_TD.dtype)
+    shift_T = lse_T.to(dtype)
+    # e^(z - lse) = e^(z - shift) * e^(shift - lse): what rounding the log-sum-exp takes away goes into a row's factor.
+    softmax_factor_T = (shift_T - lse_T).exp().to(dtype)
+    coefficient_T = grad_logps_T * head.slope
     dX_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if need_hidden else None
     dW_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
     db_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
     operand_TD = hidden_TD.to(operand_dtype(hidden_TD))
     for columns, z_Tv, W_vD in _slices(hidden_TD, head):
-        _logits_gradient_(z_Tv, labels_T - columns.start, lse_T, coefficient_T, head, columns)
+        _logits_gradient_(z_Tv, labels_T - columns.start, shift_T, softmax_factor_T, coefficient_T, head, columns)
         if db_V is not None:
             db_V[columns] = z_Tv.sum(dim=0)
         z_Tv = z_Tv.to(W_vD.dtype)
@@ -163,7 +166,13 @@ def backward(
 
 
 def _logits_gradient_(
-    z_Tv: Tensor, local_T: Tensor, lse_T: Tensor, coefficient_T: Tensor, head: Head, columns: slice
+    z_Tv: Tensor,
+    local_T: Tensor,
+    shift_T: Tensor,
+    softmax_factor_T: Tensor,
+    coefficient_T: Tensor,
+    head: Head,
+    columns: slice,
 ) -> None:
     """Turn a slice of x W^T into coefficient * (onehot - softmax) * softcap factor, in place."""
     inside_T = (local_T >= 0) & (local_T < z_Tv.shape[1])
@@ -172,7 +181,8 @@ def _logits_gradient_(
         z = z_Tv[rows]
         logits_(z, head, columns)
         factor = None if head.softcap is None else softcap_factor(z, head)
-        z.sub_(lse_T[rows].unsqueeze(1)).exp_().mul_(-coefficient_T[rows].unsqueeze(1))
+        z.sub_(shift_T[rows].unsqueeze(1)).exp_()
+        z.mul_((-coefficient_T[rows] * softmax_factor_T[rows]).unsqueeze(1))
         add_at_(z, index_T[rows], coefficient_T[rows] * inside_T[rows])
         if factor is not None:
             z.mul_(factor)
