@@ -54,7 +54,7 @@ def torch_logps(
 
 
 def assert_as_exact_as_torch(inputs, upstream, impl: str, **options) -> None:
-    """Error against float64 of the same inputs at most twice that of torch in the same dtype (plus four rounding units)."""
+    """Error against float64 of the same inputs at most twice that of torch in the same dtype, plus 4 roundings."""
     hidden, weight, labels, bias = inputs
     raised = [None if t is None else t.double() for t in (hidden, weight, bias)]
     exact = run(raised[0], raised[1], labels, raised[2], upstream, function=torch_logps, **options)
