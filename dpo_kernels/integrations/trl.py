@@ -205,10 +205,14 @@ class _WithoutGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, value: Tensor, source: Tensor) -> Tensor:
+        # DDP runs the backward of every output, those that no loss used with no gradient.
+        ctx.set_materialize_grads(False)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx, grad):
+        if grad is None:
+            return None, None
         raise NotImplementedError(
             "the entropy of the fused head is for logging and has no gradient: use trl.trainer.add_fused_lm_head for "
             "a loss that contains entropy"
