@@ -18,9 +18,9 @@ the same bits when run twice.
 -> (logps_T, lse_T, dx_TD | None)``
     logps_T is float32 (float64 for float64 inputs). Logits reach the log-sum-exp in that precision, never rounded to
     16 bits. lse_T is float32 or float64; it is kept and handed back as float64, because near 1e4 a float32 is too
-    coarse to give softmax = e^(z - lse) back. Ignored rows have logps exactly 0 and any finite lse. With ``need_dx`` (frozen head)
-    dx_TD is d logps_t / d hidden_t in hidden's dtype, exactly 0 on ignored rows; its rows are scaled by the upstream
-    gradient later.
+    coarse to give softmax = e^(z - lse) back. Ignored rows have logps exactly 0 and any finite lse. With ``need_dx``
+    (frozen head) dx_TD is d logps_t / d hidden_t in hidden's dtype, exactly 0 on ignored rows; its rows are scaled by
+    the upstream gradient later.
 ``backward(grad_logps_T, hidden_TD, weight_VD, labels_T, lse_T, bias_V, softcap, logit_scale, temperature,
 ignore_index, need_hidden, need_weight, need_bias) -> (dX_TD | None, dW_VD | None, db_V | None)``
     Gradients in the dtypes of hidden, weight and bias, accumulated in float32 (float64) and rounded once. grad_logps_T

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from dpo_kernels import LOSS_TYPES, plackett_luce_loss, preference_loss
+from dpo_kernels import plackett_luce_loss, preference_loss
 
 
 def four(num_pairs: int = 4, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -60,7 +60,7 @@ def test_errors_say_what_was_expected_and_what_came(change: dict, message: str) 
         preference_loss(**(arguments | change))
 
 
-@pytest.mark.parametrize("name", LOSS_TYPES)
+@pytest.mark.parametrize("name", ["sigmoid", "exo_pair", "aot", "sft", "discopop", "orpo"])
 def test_compiles_whole(name: str) -> None:
     lengths = {"chosen_lengths": torch.tensor([3, 4, 5, 6]), "rejected_lengths": torch.tensor([1, 2, 3, 9])}
     tensors = [t.requires_grad_() for t in four(dtype=torch.float64)]
