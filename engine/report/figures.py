@@ -47,14 +47,16 @@ def loss(run: RunRecords) -> Figure | None:
     train, held_out = run.series("loss"), run.series("eval_loss")
     if train is None and held_out is None:
         return None
-    loss_type = run.config.get("loss", {}).get("loss_type", "sigmoid")
+    settings = run.config.get("loss", {})
+    loss_type = settings.get("loss_type", "sigmoid")
     if isinstance(loss_type, list):
         loss_type = " + ".join(map(str, loss_type))
     figure, (axes,) = new_figure("Loss", f"{loss_type}, mean over pairs (nats per pair)")
     _train_and_evaluation(axes, run, "loss")
-    if loss_type in LN2_LOSSES:
-        reference_line(axes, math.log(2), "ln 2: policy = reference")
     _label(axes, run, "loss (nats)")
+    # A weight scales the start as well.
+    if loss_type in LN2_LOSSES and not settings.get("loss_weights"):
+        reference_line(axes, math.log(2), "ln 2: policy = reference")
     return figure
 
 
@@ -63,8 +65,8 @@ def margins(run: RunRecords) -> Figure | None:
         return None
     figure, (axes,) = new_figure("Reward margin", "chosen reward minus rejected reward, mean over pairs")
     _train_and_evaluation(axes, run, "rewards/margins")
-    reference_line(axes, 0.0, "policy = reference")
     _label(axes, run, "margin (nats x beta)")
+    reference_line(axes, 0.0, "policy = reference")
     return figure
 
 
@@ -75,10 +77,10 @@ def accuracies(run: RunRecords) -> Figure | None:
         return None
     figure, (axes,) = new_figure("Reward accuracy", "share of pairs whose chosen response has the higher reward")
     _train_and_evaluation(axes, run, "rewards/accuracies")
-    reference_line(axes, 0.5, "chance")
     _label(axes, run, "accuracy (% of pairs)")
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, symbol=""))
+    reference_line(axes, 0.5, "chance")
     return figure
 
 
@@ -175,12 +177,18 @@ def lengths(run: RunRecords) -> Figure | None:
     ]
     if not parts:
         return None
-    figure, axes = new_figure("Lengths", "tokens, all kept rows", rows=len(parts))
+    stride = run.data.get("rows_per_length", 1)
+    rows = "all kept rows" if stride == 1 else f"one of every {stride:,} kept rows"
+    figure, axes = new_figure("Lengths", f"tokens, {rows}", rows=len(parts))
     # The longest percent of rows would squeeze the rest into a corner: it goes into the last bin.
     top = max(float(np.quantile(values, 0.99)) for _, values, _ in parts)
-    edges = np.linspace(0, max(np.ceil(top), 1), int(min(60, max(np.ceil(top), 1))) + 1)
+    width = max(1, math.ceil((top + 1) / 60))
+    edges = np.arange(0, math.floor(top) + 1 + width, width)
     for panel, (name, values, colour) in zip(axes, parts, strict=True):
-        panel.hist(np.minimum(values, edges[-1]), bins=edges.tolist(), color=colour, edgecolor="white", linewidth=0.4)
+        inside = np.minimum(values, edges[-1] - 1)
+        panel.hist(inside, bins=edges.tolist(), color=colour, edgecolor="white", linewidth=0.4)
+        # Room for the words above the bars.
+        panel.set_ylim(top=1.25 * panel.get_ylim()[1])
         median = float(np.median(values))
         panel.axvline(median, color=INK, linewidth=1.4, linestyle=(0, (4, 3)))
         panel.set_ylabel("rows")
@@ -196,7 +204,7 @@ def lengths(run: RunRecords) -> Figure | None:
             color=colour,
             bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 2},
         )
-    axes[-1].set_xlabel("tokens (the last bin holds everything longer)" if _beyond(parts, edges[-1]) else "tokens")
+    axes[-1].set_xlabel("tokens (the last bin holds everything longer)" if _beyond(parts, edges[-1] - 1) else "tokens")
     return figure
 
 

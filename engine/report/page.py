@@ -46,6 +46,7 @@ def render(run: RunRecords, pictures: Sequence[SavedPicture]) -> str:
         cards=_cards(run),
         pictures=pictures,
         evaluation=_evaluation(run),
+        by_length=_by_length(run.evaluation),
         lint=_lint(run.data.get("lint")),
         config=_config(run.config),
     )
@@ -55,7 +56,14 @@ def _subtitle(run: RunRecords) -> str:
     model = run.config.get("model", {}).get("model_name_or_path")
     dataset = run.config.get("data", {}).get("dataset_name")
     parts = [f"{name} {value}" for name, value in (("model", model), ("data", dataset)) if value]
-    return ", ".join([*parts, f"last logged step {run.last_step:,}"])
+    total = _plan(run).get("total_steps")
+    of_total = f" of {total:,}" if isinstance(total, int) else ""
+    return ", ".join([*parts, f"step {run.last_step:,}{of_total}"])
+
+
+def _plan(run: RunRecords) -> Mapping[str, Any]:
+    plan = run.data.get("plan")
+    return plan if isinstance(plan, dict) else {}
 
 
 def _cards(run: RunRecords) -> list[dict[str, str]]:
@@ -66,29 +74,26 @@ def _cards(run: RunRecords) -> list[dict[str, str]]:
         if value is not None and math.isfinite(value):
             cards.append({"value": shape.format(value), "label": label})
 
-    def ends(name: str) -> tuple[float | None, float | None]:
+    def last(name: str) -> float | None:
         series = run.series(name)
-        return (series.first, series.last) if series is not None else (None, None)
+        return None if series is None else series.last
 
-    for prefix, where in (("eval_", "held-out"), ("", "training")):
-        before, after = ends(f"{prefix}rewards/accuracies")
-        count = len(run.series(f"{prefix}rewards/accuracies") or ())
-        since = f", from {before:.1%}" if before is not None and count > 1 else ""
-        add(after, f"{where} reward accuracy{since}", "{:.1%}")
-    add(ends("loss")[1], "training loss (nats)", "{:.4f}")
-    add(ends("rewards/margins")[1], "training reward margin", "{:.3f}")
+    add(last("eval_rewards/accuracies"), "held-out reward accuracy", "{:.1%}")
+    add(last("eval_loss"), "held-out loss (nats)", "{:.4f}")
+    add(last("rewards/accuracies"), "training reward accuracy", "{:.1%}")
+    add(last("loss"), "training loss (nats)", "{:.4f}")
+    add(last("rewards/margins"), "training reward margin", "{:.3f}")
     for name, label in (("perf/pairs_per_second", "pairs / s"), ("perf/tokens_per_second", "tokens / s")):
         series = run.series(name)
         if series is not None and len(series.finite):
             median = float(np.median(series.finite))
             add(median, f"{label}, median", "{:,.1f}" if median < 100 else "{:,.0f}")
-    add(ends("num_tokens")[1], "tokens trained on", "{:,.0f}")
+    add(last("num_tokens"), "tokens trained on", "{:,.0f}")
     shared = run.series("perf/shared_fraction")
     if shared is not None and len(shared.finite):
         add(float(shared.finite.mean()), "tokens saved by prompt sharing", "{:.1%}")
-    add(ends("epoch")[1], "epochs", "{:.2f}")
-    rows = len(token_counts(run, "prompt"))
-    add(rows or None, "training pairs", "{:,}")
+    add(last("epoch"), "epochs", "{:.2f}")
+    add(_plan(run).get("groups") or len(token_counts(run, "prompt")) or None, "training pairs", "{:,}")
     return cards
 
 
@@ -100,14 +105,36 @@ def _evaluation(run: RunRecords) -> dict[str, Any]:
         columns[f"step {found[0]['step']:,}"] = found[0]
         columns[f"step {found[-1]['step']:,}"] = found[-1]
     if run.evaluation:
-        columns["dpo evaluate"] = {f"eval_{_bare(name)}": value for name, value in run.evaluation.items()}
+        partial = _by_length_keys(run.evaluation)
+        columns["evaluation.json"] = {f"eval_{_bare(k)}": v for k, v in run.evaluation.items() if k not in partial}
     names = list(dict.fromkeys(_bare(k) for c in columns.values() for k in c if k.startswith("eval_")))
-    rows = [{"name": name, "values": [_number(c.get(f"eval_{name}")) for c in columns.values()]} for name in names]
+    rows = [
+        {"name": name, "values": [_number(_counted(name, c.get(f"eval_{name}"))) for c in columns.values()]}
+        for name in names
+    ]
     return {"columns": list(columns), "rows": rows}
 
 
 def _bare(name: str) -> str:
     return name.removeprefix("eval_")
+
+
+def _by_length_keys(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics of ``evaluation.json`` that hold for some lengths only, with that range."""
+    heads = ("eval_accuracies_by_length/", "eval_num_pairs/")
+    return {name: name.partition("/")[2] for name in evaluation if name.startswith(heads)}
+
+
+def _by_length(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+    ranges = dict.fromkeys(_by_length_keys(evaluation).values())
+    return [
+        {
+            "tokens": tokens,
+            "accuracy": _number(evaluation.get(f"eval_accuracies_by_length/{tokens}")),
+            "pairs": _number(_counted("num_pairs", evaluation.get(f"eval_num_pairs/{tokens}"))),
+        }
+        for tokens in ranges
+    ]
 
 
 def _lint(lint: Any) -> list[dict[str, str]]:
@@ -200,9 +227,14 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _counted(name: str, value: Any) -> Any:
+    """Counts are logged as floats; here they become whole again."""
+    return int(value) if name.startswith("num_") and isinstance(value, float) and value.is_integer() else value
+
+
 def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "-" if value is None else str(value)
-    if isinstance(value, int) or (value.is_integer() and abs(value) >= 1000):
+    if isinstance(value, int):
         return f"{value:,.0f}"
     return f"{value:,.4f}" if 1e-3 <= abs(value) < 1e6 or value == 0 else f"{value:.3e}"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
+from engine.train.durable import is_complete
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,6 @@ class Series:
         return self.values[np.isfinite(self.values)]
 
     @property
-    def first(self) -> float | None:
-        return float(self.finite[0]) if len(self.finite) else None
-
-    @property
     def last(self) -> float | None:
         return float(self.finite[-1]) if len(self.finite) else None
 
@@ -54,7 +51,7 @@ class RunRecords:
     data: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     finished: bool = False
-    """Whether the final weights have been written."""
+    """Whether the final model has been written, whole."""
 
     def series(self, name: str) -> Series | None:
         """The metric ``name`` over steps, or None when no row has it."""
@@ -87,7 +84,7 @@ def read_run(folder: Path) -> RunRecords:
         config=_read_config(folder / "config.yaml"),
         data=_read_json(folder / "data.json"),
         evaluation=_read_json(folder / "evaluation.json"),
-        finished=any(folder.glob("*.safetensors")),
+        finished=is_complete(folder),
     )
 
 

@@ -104,19 +104,53 @@ def draw_evaluation(axes: Axes, series: Series, label: str, colour: str) -> None
 
 
 def reference_line(axes: Axes, value: float, label: str) -> None:
-    """A thin dashed line across the panel, named at its right end."""
+    """A thin dashed line across the panel, named where the least data is in the way. Call it when all else is drawn."""
+    data = _data_points(axes)
     axes.axhline(value, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1, label=f"_{label}")
+    height = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], value)))[1]
+    crowded = {
+        (side, above): _points_behind(axes, data, len(label), height, side, above)
+        for above in (True, False)
+        for side in ("right", "left")
+    }
+    side, above = min(crowded, key=lambda place: crowded[place])
     axes.annotate(
         label,
-        xy=(1.0, value),
+        xy=(1.0 if side == "right" else 0.0, value),
         xycoords=("axes fraction", "data"),
-        xytext=(-2, 3),
+        xytext=(-2 if side == "right" else 4, 3 if above else -3),
         textcoords="offset points",
-        ha="right",
-        va="bottom",
+        ha=side,
+        va="bottom" if above else "top",
         fontsize=9.5,
         color=MUTED,
     )
+
+
+def _data_points(axes: Axes) -> list[np.ndarray]:
+    """The drawn curves as points close together, each float64 [n, 2] in data coordinates."""
+    curves = []
+    for line in axes.get_lines():
+        xy = np.column_stack([line.get_xdata(), line.get_ydata()]).astype(np.float64)
+        at = np.linspace(0, len(xy) - 1, 400)
+        curves.append(np.column_stack([np.interp(at, np.arange(len(xy)), column) for column in xy.T]))
+    return curves
+
+
+def _points_behind(axes: Axes, data: list[np.ndarray], characters: int, height: float, side: str, above: bool) -> int:
+    """How many points of the curves a label beside a line at ``height`` (a fraction of the panel) would cover."""
+    box = axes.get_window_extent()
+    # In fractions of the panel: a character of 9.5 points is about 5.6 points wide, a line of text 14 high.
+    wide, high = (points * DPI / 72 / pixels for points, pixels in ((5.6 * characters, box.width), (16, box.height)))
+    low, top = (height, height + high) if above else (height - high, height)
+    if low < 0 or top > 1:
+        return sum(len(points) for points in data) + 1
+    covered = 0
+    for points in data:
+        x, y = axes.transAxes.inverted().transform(axes.transData.transform(points)).T
+        beside = x > 1 - wide if side == "right" else x < wide
+        covered += int((beside & (y > low) & (y < top)).sum())
+    return covered
 
 
 def finish_steps(axes: Axes, first_step: float, last_step: float) -> None:

@@ -115,6 +115,11 @@ def test_length_histograms_count_every_row_once(make_run, rows):
     assert "longer" in figure.axes[-1].get_xlabel()
 
 
+def test_a_sample_of_the_lengths_says_so(make_run, rows):
+    figure = figures.lengths(read_run(make_run(rows(1), data={"lengths": LENGTHS, "rows_per_length": 20})))
+    assert any("one of every 20 kept rows" in text.get_text() for text in figure.texts)
+
+
 def test_a_single_row_is_in_view(make_run, rows):
     run = read_run(make_run(rows(1)))
     for picture in figures.PICTURES:

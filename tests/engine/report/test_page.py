@@ -32,6 +32,10 @@ DATA = {
 }
 
 
+# One picture is enough where the page is looked at.
+BRIEF = [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6}]
+
+
 class Page(HTMLParser):
     """Tags with their attributes, and the text of table rows."""
 
@@ -79,21 +83,21 @@ def test_page_and_pictures(make_run, rows):
     assert page.row("loss")[1:3] == [f"{v['eval_loss']:.4f}" for v in rows(60, eval_every=20) if "eval_loss" in v][:3:2]
 
 
-def test_page_needs_no_network(make_run, rows):
-    text = write_report(make_run(rows(2), config=CONFIG)).read_text()
+def test_page_needs_no_network(make_run):
+    text = write_report(make_run(BRIEF, config=CONFIG)).read_text()
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link", text)
 
 
-def test_everything_is_escaped(make_run, rows):
-    page = Page(write_report(make_run(rows(2), config=CONFIG, data=DATA)))
+def test_everything_is_escaped(make_run):
+    page = Page(write_report(make_run(BRIEF, config=CONFIG, data=DATA)))
     assert not [tag for tag, _ in page.tags if tag in ("script", "i")]
     assert page.row("model.model_name_or_path")[1] == "models/<script>alert(1)</script>"
     assert page.row("data.dataset_name")[1] == "a & b.jsonl"
     assert page.row("<i>odd</i>")[1:] == ["1", "3"]
 
 
-def test_only_differences_from_the_defaults_are_marked(make_run, rows):
-    page = Page(write_report(make_run(rows(2), config=CONFIG)))
+def test_only_differences_from_the_defaults_are_marked(make_run):
+    page = Page(write_report(make_run(BRIEF, config=CONFIG)))
     changed = sum(attrs.get("class") == "changed" for tag, attrs in page.tags if tag == "tr")
     assert changed == 4
     assert page.row("data.max_length") == ["data.max_length", "512", "1024"]
@@ -101,37 +105,51 @@ def test_only_differences_from_the_defaults_are_marked(make_run, rows):
     assert page.row("loss.beta") == ["loss.beta", "0.1"]
 
 
-def test_data_problems_are_explained(make_run, rows):
-    page = Page(write_report(make_run(rows(1), data=DATA)))
+def test_data_problems_are_explained(make_run):
+    page = Page(write_report(make_run(BRIEF, data=DATA)))
     assert page.row("differing_prompts: the two sides answer different prompts (dropped)")[1:] == ["2", "0, 4"]
     assert page.row("<b>pairs</b>.jsonl - kept")[1] == "3"
 
 
-def test_reports_of_two_splits(make_run, rows):
-    page = Page(write_report(make_run(rows(1), data={"lint": {"train": DATA["lint"], "eval": {"total": 7}}})))
+def test_reports_of_two_splits(make_run):
+    page = Page(write_report(make_run(BRIEF, data={"lint": {"train": DATA["lint"], "eval": {"total": 7}}})))
     assert page.row("eval - total")[1] == "7"
     assert page.row("train: <b>pairs</b>.jsonl - total")[1] == "5"
 
 
-def test_metrics_alone_are_enough(make_run, rows):
-    text = write_report(make_run(rows(1))).read_text()
+def test_accuracies_by_length_have_their_own_table(make_run):
+    evaluation = {"eval_loss": 0.5, "eval_accuracies_by_length/33-64": 0.75, "eval_num_pairs/33-64": 8.0}
+    page = Page(write_report(make_run(BRIEF, evaluation=evaluation)))
+    assert page.row("33-64") == ["33-64", "0.7500", "8"]
+    assert page.row("loss") == ["loss", "0.5000"]
+
+
+def test_progress_and_size_come_from_the_plan(make_run):
+    plan = {"total_steps": 1234, "groups": 98765}
+    text = write_report(make_run(BRIEF, data={**DATA, "plan": plan})).read_text()
+    assert "step 2 of 1,234" in text
+    assert "98,765" in text
+
+
+def test_metrics_alone_are_enough(make_run):
+    text = write_report(make_run(BRIEF)).read_text()
     assert "has not been evaluated" in text
     assert "no record of its data" in text
     assert "no config.yaml" in text
     assert "in progress or stopped" in text
 
 
-def test_a_second_report_replaces_the_first(make_run, rows):
-    folder = make_run(rows(3), data=DATA)
+def test_a_second_report_replaces_the_first(make_run):
+    folder = make_run(BRIEF, data=DATA)
     assert (write_report(folder).parent / "lengths.png").is_file()
     (folder / "data.json").unlink()
     assert not (write_report(folder).parent / "lengths.png").exists()
 
 
-def test_bad_folders(tmp_path, make_run, rows):
+def test_bad_folders(tmp_path, make_run):
     with pytest.raises(UserError, match="no run folder"):
         write_report(tmp_path / "nowhere")
-    folder = make_run(rows(1))
+    folder = make_run(BRIEF)
     (folder / "report").write_text("a file in the way")
     with pytest.raises(UserError, match="cannot write the report"):
         write_report(folder)
