@@ -142,7 +142,7 @@ def _score_all(
     sizes = group_sizes(dataset.lengths, share_prompts=packing.share_prompts)
     packs = pack_groups(sizes, packing.tokens_per_pack)
     sums, refs = [], []
-    for pack in tqdm(packs, desc="evaluation", unit="pack", disable=not progress):
+    for pack in tqdm(packs, desc="evaluation", unit="pack", disable=None if progress else True):
         batch = build_batch([dataset[i] for i in pack], share_prompts=packing.share_prompts).to(policy.device)
         stored = None if lookup is None else torch.from_numpy(lookup(pack))
         sums.append(sum_responses(policy.logps(batch), batch.cu_responses_S1))

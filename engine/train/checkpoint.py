@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from engine.config.schema import RunConfig
 from engine.errors import UserError
@@ -149,7 +150,13 @@ def save_checkpoint(
 def save_weights(policy: Policy, folder: Path) -> None:
     """Write the model, or the adapter alone, in Hugging Face layout and the dtype that its parameters have."""
     options = {"save_embedding_layers": False} if policy.has_adapter else {}
-    policy.model.save_pretrained(folder, **options)  # type: ignore[operator]
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        policy.model.save_pretrained(folder, **options)  # type: ignore[operator]
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def read_state(path: Path) -> dict[str, Any]:

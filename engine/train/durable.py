@@ -8,11 +8,12 @@ manifest is there and fits.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,16 +113,55 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         sync_file(path.parent)
 
 
-def seal(folder: Path) -> None:
-    """Flush every file of ``folder`` and write the manifest."""
+def seal(folder: Path, *, editable: Collection[str] = ()) -> None:
+    """Flush every file of ``folder`` and write the manifest.
+
+    Args:
+        editable: names of files that are not in the manifest, so that people may change them.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     with ThreadPoolExecutor(max_workers=4) as pool:
         entries = list(pool.map(_flushed_entry, files))
-    manifest = {p.relative_to(folder).as_posix(): entry for p, entry in zip(files, entries, strict=True)}
+    named = zip((p.relative_to(folder).as_posix() for p in files), entries, strict=True)
+    manifest = {name: entry for name, entry in named if name not in editable}
     target = folder / MANIFEST
     target.write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
     for place in (target, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         sync_file(place)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers left in ``folder``. Only for a folder that no other process writes to."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process; the system lets go when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder} is in use by another training process: wait for it, stop it, or choose another "
+                "train.output_dir"
+            ) from error
+        except OSError as error:
+            # Some network file systems have no locks; training there is as it was without one.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_complete(folder: Path) -> bool:

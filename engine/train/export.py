@@ -50,7 +50,7 @@ def export_model(
             save_weights(policy, temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / CARD_FILE).write_text(model_card(policy, config, metrics), encoding="utf-8")
-            seal(temporary)
+            seal(temporary, editable=(CARD_FILE,))
             _move_in(temporary, output_dir)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

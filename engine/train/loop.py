@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,14 @@ from engine.errors import UserError
 from engine.evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
 from engine.model import load_policy
 from engine.train import checkpoint as checkpoints
-from engine.train.durable import disk_errors, is_complete, sync_file, write_atomically
+from engine.train.durable import (
+    disk_errors,
+    is_complete,
+    only_writer,
+    remove_leftovers,
+    sync_file,
+    write_atomically,
+)
 from engine.train.export import export_model, package_versions
 from engine.train.feed import TrainingStep
 from engine.train.metrics import (
@@ -33,6 +41,7 @@ from engine.train.metrics import (
 from engine.train.objective import Scored
 from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
 from engine.train.setup import Setup, prepare, write_data_file
+from engine.train.throughput import reset_peak_memory
 
 CONFIG_FILE = "config.yaml"
 _ROWS_NAMED = 8
@@ -78,12 +87,23 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
     start, state = _find_start(config, output_dir, resume)
     if resume and is_complete(output_dir):
         log.info("%s is finished: nothing is left to train", output_dir)
-        return TrainResult(output_dir, start or 0, resumed_from=start)
+        return _finished(output_dir)
     setup = prepare(config)
     run = _Run(setup, output_dir)
     if state is not None:
         run.restore(checkpoints.checkpoint_path(output_dir, start), state)
-    return run.train()
+    with disk_errors(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    with only_writer(output_dir):
+        return run.train()
+
+
+def _finished(output_dir: Path) -> TrainResult:
+    """The result of a run that has ended, from its metrics."""
+    metrics: dict[str, float] = {}
+    for line in (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        metrics |= json.loads(line)
+    return TrainResult(output_dir, int(metrics["step"]), metrics)
 
 
 def _find_start(config: RunConfig, output_dir: Path, resume: bool) -> tuple[int, dict[str, Any] | None]:
@@ -173,8 +193,7 @@ class _Run:
 
     def _open(self) -> None:
         """Write what a run folder starts with, and set the random generators."""
-        with disk_errors(self.output_dir):
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.output_dir)
         write_atomically(self.output_dir / CONFIG_FILE, to_yaml(self.config))
         write_data_file(self.setup, self.output_dir)
         keep_rows_until(self.output_dir, self.done)
@@ -187,6 +206,7 @@ class _Run:
 
     def _steps(self) -> None:
         settings, total = self.config.train, self.feed.total_steps
+        reset_peak_memory(self.setup.device)
         self.meter.watch.start()
         for step in self.feed.steps(self.done):
             scored = self.setup.objective.backward(self.policy, step)
@@ -233,7 +253,7 @@ class _Run:
         kept = f"the last checkpoint is {saved[-1][1]}" if saved else "no checkpoint was due yet"
         return (
             f"step {bad.step}: {what} not finite, rows {named}; the step was not applied and {kept}: "
-            "lower optim.learning_rate, check these rows, or use model.dtype=float32"
+            "start a new run with a lower optim.learning_rate, without these rows, or with model.dtype=float32"
         )
 
     def _log(self, grad_norm: Tensor, learning_rate: float) -> None:

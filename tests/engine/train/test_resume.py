@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,9 @@ import pytest
 from engine.config import load_config, to_yaml
 from engine.errors import UserError
 from engine.train.checkpoint import complete_checkpoints
+from engine.train.durable import only_writer
 from engine.train.loop import train
+from engine.train.metrics import JsonlTracker
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
@@ -26,7 +30,9 @@ import sys, torch
 torch.set_num_threads(1)
 from engine.config import load_config
 from engine.train import setup
+from engine.train.durable import only_writer
 from engine.train.loop import train
+from engine.train.metrics import JsonlTracker
 setup.measure_matmul_rate = lambda device, dtype: 1e12
 train(load_config(sys.argv[1]), resume="--resume" in sys.argv)
 """
@@ -59,17 +65,26 @@ def wait_for_rows(run: Path, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora with dropout", "rankings of a step"])
-def test_a_killed_run_resumes_to_the_same_bits(kind, make_config, tmp_path):
-    sections = {
-        "full": {"model": {}, "loss": {}},
-        "lora with dropout": {"model": {"lora": {"r": 4, "dropout": 0.3}}, "loss": {}},
-        "rankings of a step": {"model": {"dtype": "bfloat16"}, "loss": {"loss_type": "aot"}},
-    }[kind]
+@contextmanager
+def interrupted_after(monkeypatch: pytest.MonkeyPatch, rows: int) -> Iterator[None]:
+    """Stop a run in this process, as Ctrl-C does, after some rows of metrics."""
+    log, seen = JsonlTracker.log, []
+
+    def counted(tracker, step, values):
+        log(tracker, step, values)
+        seen.append(step)
+        if len(seen) == rows:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonlTracker, "log", counted)
+        yield
+
+
+def test_a_killed_run_resumes_to_the_same_bits(make_config, tmp_path):
     settings = {"num_train_epochs": 6, "save_steps": 5, "save_total_limit": 2, "logging_steps": 2}
-    whole = make_config(**sections, train={**settings, "output_dir": str(tmp_path / "whole")})
-    train(whole)
-    killed = make_config(**sections, train={**settings, "output_dir": str(tmp_path / "killed")})
+    train(make_config(train={**settings, "output_dir": str(tmp_path / "whole")}))
+    killed = make_config(train={**settings, "output_dir": str(tmp_path / "killed")})
     process = start(killed, tmp_path)
     wait_for_rows(tmp_path / "killed", 6, process)
     process.send_signal(signal.SIGKILL)
@@ -83,19 +98,34 @@ def test_a_killed_run_resumes_to_the_same_bits(kind, make_config, tmp_path):
     assert len(complete_checkpoints(tmp_path / "killed")) == 2
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(make_config, tmp_path):
-    settings = {"num_train_epochs": 3, "save_steps": 12}
-    train(make_config(train={**settings, "output_dir": str(tmp_path / "whole")}))
-    killed = make_config(train={**settings, "output_dir": str(tmp_path / "killed")})
-    process = start(killed, tmp_path)
-    wait_for_rows(tmp_path / "killed", 2, process)
-    process.kill()
-    process.wait()
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"lora": {"r": 4, "dropout": 0.3}}},
+        {"model": {"dtype": "bfloat16"}, "loss": {"loss_type": "aot"}},
+        {"optim": {"optimizer": "rmsprop", "lr_scheduler_type": "cosine", "warmup_steps": 3, "learning_rate": 1e-4}},
+    ],
+    ids=["lora with dropout", "bfloat16 and coupled pairs", "rmsprop"],
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(sections, make_config, tmp_path, monkeypatch):
+    settings = {"num_train_epochs": 3, "save_steps": 5, "logging_steps": 2}
+    train(make_config(**sections, train={**settings, "output_dir": str(tmp_path / "whole")}))
+    config = make_config(**sections, train={**settings, "output_dir": str(tmp_path / "stopped")})
+    with interrupted_after(monkeypatch, rows=4), pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert train(config, resume=True).resumed_from == 5
+    assert run_files(tmp_path / "stopped") == run_files(tmp_path / "whole")
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_anew(make_config, tmp_path, monkeypatch):
+    train(make_config(train={"output_dir": str(tmp_path / "whole")}))
+    config = make_config(train={"output_dir": str(tmp_path / "stopped")})
+    with interrupted_after(monkeypatch, rows=2), pytest.raises(KeyboardInterrupt):
+        train(config)
     with pytest.raises(UserError, match=r"already holds a run \(config\.yaml\).*--resume"):
-        train(killed)
-    shutil.rmtree(tmp_path / "killed" / "checkpoint-12", ignore_errors=True)
-    assert train(killed, resume=True).resumed_from is None
-    assert run_files(tmp_path / "killed") == run_files(tmp_path / "whole")
+        train(config)
+    assert train(config, resume=True).resumed_from is None
+    assert run_files(tmp_path / "stopped") == run_files(tmp_path / "whole")
 
 
 def test_every_checkpoint_resumes_to_the_same_bits(make_config, tmp_path):
@@ -106,9 +136,7 @@ def test_every_checkpoint_resumes_to_the_same_bits(make_config, tmp_path):
     checkpoints = complete_checkpoints(run)
     assert [step for step, _ in checkpoints] == list(range(1, 9))
     for step, _ in reversed(checkpoints):
-        for name in ("manifest.json", "model.safetensors", "config.json"):
-            (run / name).unlink()
-        shutil.rmtree(run / f"checkpoint-{step + 1}", ignore_errors=True)
+        (run / "manifest.json").unlink()
         for later in range(step + 1, 9):
             shutil.rmtree(run / f"checkpoint-{later}", ignore_errors=True)
         assert train(config, resume=True).resumed_from == step
@@ -119,8 +147,20 @@ def test_a_finished_run_is_left_alone(make_config, tmp_path):
     config = make_config(train={"save_steps": 2})
     train(config)
     before = run_files(tmp_path / "run")
-    assert train(config, resume=True).resumed_from == 4
+    (tmp_path / "run" / "README.md").write_text("edited by its owner")
+    result = train(config, resume=True)
+    assert result.steps == 4
+    assert result.metrics["loss"] > 0
     assert run_files(tmp_path / "run") == before
+    assert (tmp_path / "run" / "README.md").read_text() == "edited by its owner"
+
+
+def test_two_processes_do_not_share_a_run_folder(make_config, tmp_path):
+    config = make_config()
+    (tmp_path / "run").mkdir()
+    with only_writer(tmp_path / "run"), pytest.raises(UserError, match=r"run is in use by another training process"):
+        train(config)
+    assert train(config).steps == 4
 
 
 def test_resume_in_an_empty_folder_starts_a_run(make_config, tmp_path):
