@@ -274,6 +274,45 @@ def test_a_step_that_is_not_finite_stops_and_keeps_the_last_checkpoint(make_conf
     assert train(config, resume=True).steps == 4
 
 
+def test_a_deferred_verdict_names_the_step_that_failed_first(make_config, monkeypatch, tmp_path):
+    """What happens on an accelerator, where the verdict is read at the logging interval."""
+    from engine.train.objective import Objective
+    from engine.train.optimizer import GuardedUpdate
+
+    backward = Objective.backward
+
+    def poisoned(self, policy, step):
+        scored = backward(self, policy, step)
+        if step.number == 2:
+            next(policy.parameters()).grad[0, 0] = float("inf")
+        return scored
+
+    monkeypatch.setattr(GuardedUpdate, "deferred", True)
+    monkeypatch.setattr(Objective, "backward", poisoned)
+    config = make_config(train={"logging_steps": 4, "save_steps": 3})
+    with pytest.raises(UserError, match=r"step 2: the loss or a gradient is not finite.*no checkpoint was due yet"):
+        train(config)
+    assert not complete_checkpoints(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_training_on_cuda_follows_the_cpu(dtype, make_config, rows_of, monkeypatch, tmp_path):
+    runs = {}
+    for device in ("cuda", "cpu"):
+        name = "engine.train.setup.resolve_device"
+        monkeypatch.setattr(name, lambda device=device: torch.device(device, *([0] if device == "cuda" else [])))
+        config = make_config(
+            model={"dtype": dtype},
+            reference={"store": str(tmp_path / "store")},
+            train={"output_dir": str(tmp_path / device), "logging_steps": 2},
+        )
+        train(config)
+        runs[device] = [row["loss"] for row in rows_of(config)]
+    assert runs["cuda"] == pytest.approx(runs["cpu"], abs=2e-3 if dtype == "float32" else 5e-2)
+
+
 def test_an_absurd_learning_rate_is_stopped_before_it_is_saved(make_config, tmp_path):
     with pytest.raises(UserError, match=r"step \d+: .* not finite, rows .*the step was not applied"):
         train(make_config(optim={"learning_rate": 1e30, "max_grad_norm": 0.0}, train={"save_steps": 1}))
