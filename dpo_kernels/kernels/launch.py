@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,18 +12,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dpo_kernels.kernels.tile_config import TileConfig, device_arch, tile_config
 
+MAX_BLOCK = 256
+"""Widest tile; its epilogue runs in halves."""
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
 
-def require_launchable(tensor: torch.Tensor) -> None:
-    """Raise ValueError when the kernels, as imported in this process, cannot run on the device of `tensor`."""
-    if tensor.device.type == "cpu" and not INTERPRETING:
-        raise ValueError(
-            "impl='triton' needs a GPU tensor, got a CPU one: use impl='torch', or set TRITON_INTERPRET=1 before "
-            "triton is imported to run the kernels in its interpreter"
-        )
-    if tensor.device.type != "cpu" and INTERPRETING:
-        raise ValueError(f"TRITON_INTERPRET=1 runs kernels on CPU tensors only, got one on {tensor.device}")
+def obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the kernels, as imported in this process, cannot run on tensors of a device and dtype; None when they can."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the Triton kernels take bfloat16, float16 or float32, not {str(dtype).removeprefix('torch.')}"
+    if device_type == "cpu" and not INTERPRETING:
+        return "Triton kernels need a GPU, unless TRITON_INTERPRET=1 is set before triton is imported"
+    if device_type != "cpu" and INTERPRETING:
+        return "TRITON_INTERPRET=1 was set when triton was imported, and the interpreter takes CPU tensors only"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +37,22 @@ class HeadOptions:
     softcap: float | None = None
     temperature: float = 1.0
 
-    def kernel_arguments(self) -> dict[str, Any]:
+    def scalars(self) -> dict[str, Any]:
+        """What a kernel needs that meets final logits."""
         return {
             "logit_scale": self.logit_scale,
             "softcap": 1.0 if self.softcap is None else self.softcap,
             "temperature": self.temperature,
-            "HAS_BIAS": self.bias_V is not None,
             "HAS_SOFTCAP": self.softcap is not None,
         }
+
+    def kernel_arguments(self) -> dict[str, Any]:
+        """What a kernel needs that forms logits from products."""
+        return {**self.scalars(), "HAS_BIAS": self.bias_V is not None}
+
+    def columns(self, start: int, stop: int) -> HeadOptions:
+        """The same options for a slice of the vocabulary."""
+        return self if self.bias_V is None else replace(self, bias_V=self.bias_V[start:stop])
 
 
 class TileLaunch:
@@ -52,18 +62,27 @@ class TileLaunch:
     """
 
     def __init__(
-        self, kernel: str, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, config: TileConfig | None = None
+        self,
+        kernel: str,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        *,
+        softcap: bool,
+        config: TileConfig | None = None,
     ) -> None:
         N, D = hidden_ND.shape
         V = weight_VD.shape[0]
-        assert weight_VD.shape[1] == D and hidden_ND.dtype == weight_VD.dtype
-        assert hidden_ND.stride(1) == 1 and weight_VD.stride(1) == 1, "the kernels read rows of contiguous elements"
+        assert weight_VD.shape[1] == D
+        assert hidden_ND.dtype == weight_VD.dtype
+        assert D == 1 or hidden_ND.stride(1) == weight_VD.stride(1) == 1, "the kernels read rows of contiguous elements"
+        aligned = _tma_ready(hidden_ND) and _tma_ready(weight_VD)
         arch = device_arch(hidden_ND.device)
-        self.config = config or tile_config(kernel, arch=arch, dtype=hidden_ND.dtype, D=D, V=V)
-        self.device = hidden_ND.device
+        self.config = config or tile_config(
+            kernel, arch=arch, dtype=hidden_ND.dtype, D=D, V=V, softcap=softcap, aligned=aligned
+        )
         self.num_programs = triton.cdiv(N, self.config.block_n) * triton.cdiv(V, self.config.block_v)
         self.strides = (hidden_ND.stride(0), weight_VD.stride(0))
-        use_tma = self.config.tma and _tma_ready(hidden_ND) and _tma_ready(weight_VD)
+        use_tma = self.config.tma and aligned
         self.hidden: Any = hidden_ND
         self.weight: Any = weight_VD
         if use_tma:
@@ -77,12 +96,10 @@ class TileLaunch:
             "EVEN_D": D % self.config.block_d == 0,
             "USE_TMA": use_tma,
             "PRECISION": _precision(hidden_ND.dtype),
+            "SPLIT": self.config.block_v == MAX_BLOCK,
             "num_warps": self.config.num_warps,
             "num_stages": self.config.num_stages,
         }
-
-    def on_device(self) -> contextlib.AbstractContextManager[Any]:
-        return on_device(self.device)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -100,5 +117,6 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _tma_ready(matrix: torch.Tensor) -> bool:
-    """Tensor descriptors need 16-byte aligned rows; a matrix that has none is read through pointers."""
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    """Tensor descriptors need rows of contiguous elements that begin at multiples of 16 bytes."""
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    return aligned and matrix.stride(1) == 1

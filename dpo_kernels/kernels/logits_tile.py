@@ -21,7 +21,17 @@ def tile_position(tile, num_tiles_n, num_tiles_v, GROUP_N: tl.constexpr):
 
 
 @triton.jit
+def bias_tile(bias_ptr, cols, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """What the product is added to: starting from the bias costs no registers beside the accumulator's."""
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)
+        return tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32) + bias[None, :]
+    return tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+
+
+@triton.jit
 def tile_product(
+    acc,
     hidden,
     weight,
     hidden_stride,
@@ -38,8 +48,7 @@ def tile_product(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """fp32 tile of hidden @ weight.T. hidden and weight are tensor descriptors with USE_TMA, else pointers."""
-    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    """acc + hidden @ weight.T in fp32. hidden and weight are tensor descriptors with USE_TMA, else pointers."""
     if USE_TMA:
         for d in range(0, D, BLOCK_D):
             hidden_tile = hidden.load([row_start, d])
@@ -76,7 +85,8 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """tanh to fp32 rounding. A series near 0, where 1 - exp(-2x) would cancel; libdevice is absent from the interpreter."""
+    """tanh to fp32 rounding: libdevice, which has one, is absent from the interpreter."""
+    # A series near 0, where 1 - exp(-2 x) would cancel.
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
     decay = tl.exp(-2.0 * tl.abs(x))
@@ -85,20 +95,36 @@ def tanh(x):
 
 
 @triton.jit
-def final_logits(product, bias, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
-    """softcap(scale * (product + bias)) / temperature in fp32; bias broadcasts and may be 0."""
-    z = (product + bias) * tl.cast(logit_scale, tl.float32)
+def softplus(x):
+    """log(1 + exp(x)), and log(1 + u) = log(w) * u / (w - 1) with w = 1 + u, exact where 1 + u would round u away."""
+    u = tl.exp(-tl.abs(x))
+    w = 1.0 + u
+    return tl.maximum(x, 0.0) + tl.where(w == 1.0, u, tl.log(w) * u / tl.where(w == 1.0, 1.0, w - 1.0))
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - exp(x) for x <= 0 without the cancellation near 0."""
+    u = tl.exp(x)
+    exact = (u == 1.0) | (u < 0.5)
+    return tl.where(u == 1.0, -x, tl.where(u < 0.5, 1.0 - u, (1.0 - u) * x / tl.where(exact, 1.0, tl.log(u))))
+
+
+@triton.jit
+def final_logits(biased, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
+    """softcap(scale * biased) / temperature in fp32, where biased = product + bias."""
+    scale = tl.cast(logit_scale, tl.float32)
     if HAS_SOFTCAP:
         cap = tl.cast(softcap, tl.float32)
-        z = cap * tanh(z / cap)
-    return z / tl.cast(temperature, tl.float32)
+        return (cap / tl.cast(temperature, tl.float32)) * tanh(biased * (scale / cap))
+    return biased * (scale / tl.cast(temperature, tl.float32))
 
 
 @triton.jit
 def logits_slope(z, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
-    """Derivative of final_logits with respect to the product, from its value z."""
+    """Derivative of final_logits with respect to `biased`, from its value z."""
     slope = tl.cast(logit_scale, tl.float32) / tl.cast(temperature, tl.float32)
     if HAS_SOFTCAP:
-        ratio = z * tl.cast(temperature, tl.float32) / tl.cast(softcap, tl.float32)
-        return slope * (1.0 - ratio * ratio)
+        ratio = z * (tl.cast(temperature, tl.float32) / tl.cast(softcap, tl.float32))
+        slope = slope * (1.0 - ratio * ratio)
     return slope

@@ -16,7 +16,7 @@ _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.floa
 
 @dataclass(frozen=True, kw_only=True)
 class TileConfig:
-    """Shape of one tile program. `group_n` row tiles share a weight tile in L2; `tma` loads through tensor descriptors."""
+    """Shape of one tile program. `group_n` row tiles share a weight tile in L2; `tma` loads by tensor descriptors."""
 
     block_n: int
     block_v: int
@@ -47,15 +47,20 @@ def device_arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def tile_config(kernel: str, *, arch: str, dtype: torch.dtype, D: int, V: int) -> TileConfig:
-    """Configuration of `kernel` for this problem: the first entry of the table whose `max_D` and `max_V` hold it.
+def tile_config(
+    kernel: str, *, arch: str, dtype: torch.dtype, D: int, V: int, softcap: bool, aligned: bool
+) -> TileConfig:
+    """Configuration of `kernel` for this problem: the first entry of the table whose bounds hold it.
 
-    Architectures without a table of their own use the table of `arch_aliases` in `default.json`, or `default.json`
-    itself, whose tiles fit the smallest shared memory among supported chips. Raises ValueError for a dtype or a kernel
-    that the table does not know.
+    Bounds are `max_D`, `max_V`, `softcap` (whether the final logits are capped, which costs registers) and `aligned`
+    (whether rows begin at multiples of 16 bytes, without which elements are loaded one by one). Architectures without
+    a table of their own use the table that `arch_aliases` in `default.json` names, or `default.json` itself, whose
+    tiles fit the smallest shared memory among supported chips. Raises ValueError for a dtype that the kernels do not
+    take.
     """
-    for entry, config in table_entries(arch)[kernel].get(_dtype_name(dtype), []):
-        if entry.get("max_D", D) >= D and entry.get("max_V", V) >= V:
+    for bounds, config in table_entries(arch)[kernel].get(_dtype_name(dtype), []):
+        fits = bounds.get("max_D", D) >= D and bounds.get("max_V", V) >= V
+        if fits and softcap == bounds.get("softcap", softcap) and aligned == bounds.get("aligned", aligned):
             return config
     raise ValueError(f"no tile configuration of {kernel} for {arch}, {dtype}, D={D}, V={V}")
 

@@ -1,9 +1,11 @@
 """Log-probs of labels from hidden states and a head weight, without the logits: one product over the head (1G).
 
-Legend: N rows, D hidden size, V vocabulary, T column tiles of BLOCK_V.
-1. linear_stats_fwd_kernel: logits tile -> its row-wise max and sum of exponentials, and the label's logit.
-2. merge_stats_kernel: T partials of a row -> log-sum-exp and log-prob, in a fixed order.
-Tiles share no state: no atomics, no locks, so that two runs are bitwise equal.
+Legend: N rows, D hidden size, V vocabulary (or a slice of it), T column tiles.
+1. linear_stats_fwd_kernel: logits tile -> per row a shift, the sum of exp(z - shift), and the label's logit. On request
+   also exp(z - shift) * dz/dbiased itself, the raw material of every gradient.
+2. merge_stats_kernel: the T partials of a row -> log-sum-exp and log-prob, in a fixed order.
+Sums leave the label out, so that 1 - p[label] keeps its accuracy when p[label] is near 1. Tiles share no state: no
+atomics, no locks, and two runs are bitwise equal.
 """
 
 from __future__ import annotations
@@ -14,8 +16,15 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.launch import HeadOptions, TileLaunch
-from dpo_kernels.kernels.logits_tile import final_logits, tile_position, tile_product
+from dpo_kernels.kernels.launch import MAX_BLOCK, HeadOptions, TileLaunch, on_device
+from dpo_kernels.kernels.logits_tile import (
+    bias_tile,
+    final_logits,
+    logits_slope,
+    softplus,
+    tile_position,
+    tile_product,
+)
 from dpo_kernels.kernels.tile_config import TileConfig
 
 
@@ -25,11 +34,15 @@ def linear_stats_fwd_kernel(
     weight,
     bias_ptr,
     labels_ptr,
-    tile_max_ptr,
+    row_shift_ptr,
+    tile_shift_ptr,
     tile_sum_ptr,
     label_logit_ptr,
+    exp_ptr,
     hidden_stride,
     weight_stride,
+    exp_stride,
+    first_col,
     N,
     V,
     D,
@@ -38,6 +51,9 @@ def linear_stats_fwd_kernel(
     temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_SHIFT: tl.constexpr,
+    WRITE_EXP: tl.constexpr,
+    SHIFT_SLACK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -45,84 +61,273 @@ def linear_stats_fwd_kernel(
     EVEN_D: tl.constexpr,
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     tile_n, tile_v = tile_position(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
+    row_start = tile_n * BLOCK_N
+    col_start = tile_v * BLOCK_V
+    rows = row_start + tl.arange(0, BLOCK_N)
+    acc = bias_tile(bias_ptr, col_start + tl.arange(0, BLOCK_V), V, BLOCK_N, BLOCK_V, HAS_BIAS)
     acc = tile_product(
-        hidden, weight, hidden_stride, weight_stride, tile_n * BLOCK_N, tile_v * BLOCK_V, N, V, D,
+        acc, hidden, weight, hidden_stride, weight_stride, row_start, col_start, N, V, D,
         BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
     )  # fmt: skip
+    # Wide tiles in halves: a whole one beside its exponentials would spill registers.
+    if SPLIT:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
+    else:
+        left = acc
+    for half in tl.static_range(2 if SPLIT else 1):
+        _write_stats(
+            left if half == 0 else right, rows, col_start + half * (BLOCK_V // 2), labels_ptr, row_shift_ptr,
+            tile_shift_ptr, tile_sum_ptr, label_logit_ptr, exp_ptr, exp_stride, first_col, N, V,
+            logit_scale, softcap, temperature, HAS_SOFTCAP, HAS_ROW_SHIFT, WRITE_EXP, SHIFT_SLACK,
+            BLOCK_V // 2 if SPLIT else BLOCK_V,
+        )  # fmt: skip
 
-    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+
+@triton.jit
+def _write_stats(
+    biased,
+    rows,
+    col_start,
+    labels_ptr,
+    row_shift_ptr,
+    tile_shift_ptr,
+    tile_sum_ptr,
+    label_logit_ptr,
+    exp_ptr,
+    exp_stride,
+    first_col,
+    N,
+    V,
+    logit_scale,
+    softcap,
+    temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_SHIFT: tl.constexpr,
+    WRITE_EXP: tl.constexpr,
+    SHIFT_SLACK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Partials, and exponentials, of WIDTH columns from col_start on."""
     row_mask = rows < N
-    col_mask = cols < V
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    z = final_logits(acc, bias, logit_scale, softcap, temperature, HAS_SOFTCAP)
-    z = tl.where(col_mask[None, :], z, float("-inf"))
+    cols = col_start + tl.arange(0, WIDTH)
+    z = final_logits(biased, logit_scale, softcap, temperature, HAS_SOFTCAP)
 
-    labels = tl.load(labels_ptr + rows, mask=row_mask, other=-1)
-    is_label = cols[None, :] == labels[:, None]
+    labels = tl.load(labels_ptr + rows, mask=row_mask, other=-1) - first_col
+    # Labels lie below 2^31; an ignored or foreign one, whatever its value, must match no column.
+    owns_label = (labels >= col_start) & (labels < tl.minimum(col_start + WIDTH, V))
+    is_label = cols[None, :] == tl.where(owns_label, labels, -1).to(tl.int32)[:, None]
     label_logit = tl.sum(tl.where(is_label, z, 0.0), axis=1)
-    tile_max = tl.max(z, axis=1)
-    # A bias of -inf may switch off a whole tile: its sum is 0, not exp(-inf + inf).
-    shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)
-    tile_sum = tl.sum(tl.exp(z - shift[:, None]), axis=1)
+    z = tl.where((cols < V)[None, :] & (is_label == 0), z, float("-inf"))
 
-    partial = tile_v.to(tl.int64) * N + rows
-    tl.store(tile_max_ptr + partial, tile_max, mask=row_mask)
-    tl.store(tile_sum_ptr + partial, tile_sum, mask=row_mask)
-    owns_label = (labels >= tile_v * BLOCK_V) & (labels < tl.minimum(tile_v * BLOCK_V + BLOCK_V, V))
+    shift = tl.max(z, axis=1)
+    if HAS_ROW_SHIFT:
+        # Keeping the row's shift keeps its tiles on one scale; the slack bounds how far exp may exceed 1.
+        row_shift = tl.load(row_shift_ptr + rows, mask=row_mask, other=0.0)
+        shift = tl.where(shift <= row_shift + SHIFT_SLACK, row_shift, shift)
+    # Nothing but the label, or a bias of -inf all over: the sum is 0, not exp(-inf + inf).
+    exps = tl.exp(z - tl.where(shift == float("-inf"), 0.0, shift)[:, None])
+
+    partial = (col_start // WIDTH).to(tl.int64) * N + rows
+    tl.store(tile_shift_ptr + partial, shift, mask=row_mask)
+    tl.store(tile_sum_ptr + partial, tl.sum(exps, axis=1), mask=row_mask)
     tl.store(label_logit_ptr + rows, label_logit, mask=row_mask & owns_label)
+    if WRITE_EXP:
+        if HAS_SOFTCAP:
+            # z recovered from its exponential: keeping both tiles would spill registers.
+            z = tl.where(exps > 0.0, shift[:, None] + tl.log(exps), 0.0)
+        exps *= logits_slope(z, logit_scale, softcap, temperature, HAS_SOFTCAP)
+        # The buffer is padded to whole tiles, so no mask.
+        exp_ptrs = exp_ptr + rows.to(tl.int64)[:, None] * exp_stride + cols[None, :]
+        tl.store(exp_ptrs, exps.to(exp_ptr.dtype.element_ty))
 
 
 @triton.jit
 def merge_stats_kernel(
-    tile_max_ptr,
+    tile_shift_ptr,
     tile_sum_ptr,
     label_logit_ptr,
     labels_ptr,
+    row_shift_ptr,
+    row_sum_ptr,
     logps_ptr,
     lse_ptr,
     N,
     V,
     num_tiles,
     ignore_index,
+    HAS_STATE: tl.constexpr,
+    FINISH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    """Without FINISH the merged shift and sum go back to row_shift and row_sum; HAS_STATE starts from them."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < N
-    running_max = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    running_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    row_shift = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if HAS_STATE:
+        row_shift = tl.load(row_shift_ptr + rows, mask=row_mask, other=0.0)
+        row_sum = tl.load(row_sum_ptr + rows, mask=row_mask, other=1.0)
     for start in range(0, num_tiles, BLOCK_T):
         tiles = start + tl.arange(0, BLOCK_T)
         mask = (tiles < num_tiles)[:, None] & row_mask[None, :]
         partial = tiles.to(tl.int64)[:, None] * N + rows[None, :]
-        tile_max = tl.load(tile_max_ptr + partial, mask=mask, other=float("-inf"))
+        tile_shift = tl.load(tile_shift_ptr + partial, mask=mask, other=float("-inf"))
         tile_sum = tl.load(tile_sum_ptr + partial, mask=mask, other=0.0)
-        new_max = tl.maximum(running_max, tl.max(tile_max, axis=0))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        running_sum = running_sum * tl.exp(running_max - shift)
-        running_sum += tl.sum(tile_sum * tl.exp(tile_max - shift[None, :]), axis=0)
-        running_max = new_max
-    lse = running_max + tl.log(running_sum)
+        new_shift = tl.maximum(row_shift, tl.max(tile_shift, axis=0))
+        finite = tl.where(new_shift == float("-inf"), 0.0, new_shift)
+        row_sum = row_sum * tl.exp(row_shift - finite)
+        row_sum += tl.sum(tile_sum * tl.exp(tile_shift - finite[None, :]), axis=0)
+        row_shift = new_shift
 
-    labels = tl.load(labels_ptr + rows, mask=row_mask, other=ignore_index)
-    in_vocab = (labels >= 0) & (labels < V)
-    # The label logit of a row outside the vocabulary was never written: such a row is NaN, loud and deterministic.
-    label_logit = tl.load(label_logit_ptr + rows, mask=row_mask & in_vocab, other=float("nan"))
-    logps = tl.where(labels == ignore_index, 0.0, label_logit - lse)
-    tl.store(logps_ptr + rows, logps, mask=row_mask)
-    tl.store(lse_ptr + rows, lse, mask=row_mask)
+    if FINISH:
+        others = row_shift + tl.log(row_sum)
+        labels = tl.load(labels_ptr + rows, mask=row_mask, other=ignore_index)
+        in_vocab = (labels >= 0) & (labels < V)
+        # The logit of a label outside the vocabulary was never written: such a row is NaN, loud and the same always.
+        label_logit = tl.load(label_logit_ptr + rows, mask=row_mask & in_vocab, other=float("nan"))
+        logps = tl.where(labels == ignore_index, 0.0, -softplus(others - label_logit))
+        tl.store(logps_ptr + rows, logps, mask=row_mask)
+        tl.store(lse_ptr + rows, tl.where(labels == ignore_index, others, label_logit - logps), mask=row_mask)
+    else:
+        tl.store(row_shift_ptr + rows, row_shift, mask=row_mask)
+        tl.store(row_sum_ptr + rows, row_sum, mask=row_mask)
 
 
 class LinearStats(NamedTuple):
-    """fp32 per row: log-prob of the label (0 where ignored) and log-sum-exp of the final logits."""
+    """fp32 per row: log-prob of the label (0 where ignored) and log-sum-exp; shift [T, N] of each `width` columns."""
 
     logps_N: torch.Tensor
     lse_N: torch.Tensor
+    tile_shift_TN: torch.Tensor
+    width: int
+
+
+class TileStats(NamedTuple):
+    """Partials of each row over tiles of `width` columns: sum of exp(z - shift) over all columns but the label's."""
+
+    shift_TN: torch.Tensor
+    sum_TN: torch.Tensor
+    width: int
+
+
+class RowState(NamedTuple):
+    """Of each row, over the slices met so far: shift, sum of exp(z - shift), logit of the label once a slice held it."""
+
+    shift_N: torch.Tensor
+    sum_N: torch.Tensor
+    label_logit_N: torch.Tensor
+
+
+def empty_exps(hidden_ND: torch.Tensor, V: int) -> torch.Tensor:
+    """Room for `tile_stats` to write exponentials in, padded to whole tiles; its first N rows and V columns count."""
+    rows = triton.cdiv(hidden_ND.shape[0], MAX_BLOCK) * MAX_BLOCK
+    return torch.empty(rows, triton.cdiv(V, MAX_BLOCK) * MAX_BLOCK, dtype=hidden_ND.dtype, device=hidden_ND.device)
+
+
+def tile_stats(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    label_logit_N: torch.Tensor,
+    *,
+    options: HeadOptions,
+    first_col: int = 0,
+    exps: torch.Tensor | None = None,
+    row_shift_N: torch.Tensor | None = None,
+    config: TileConfig | None = None,
+) -> TileStats:
+    """Partials of the slice weight_VD, which begins at column `first_col` of the vocabulary.
+
+    Fills label_logit_N where the label is one of these columns, and `exps` (from `empty_exps`) with
+    exp(z - shift) * dz/dbiased, 0 at the label. With row_shift_N a tile keeps the row's shift unless it would overflow.
+    """
+    N, D = hidden_ND.shape
+    V = weight_VD.shape[0]
+    kernel = "linear_stats" if exps is None else "linear_exps"
+    tile = TileLaunch(kernel, hidden_ND, weight_VD, softcap=options.softcap is not None, config=config)
+    assert max(tile.config.block_n, tile.config.block_v) <= MAX_BLOCK
+    width = tile.config.block_v // 2 if tile.meta["SPLIT"] else tile.config.block_v
+    # Whole tiles, so that the second half of the last one, which may lie past V, has its place too.
+    num_tiles = triton.cdiv(V, tile.config.block_v) * (tile.config.block_v // width)
+    shift_TN = torch.empty((num_tiles, N), dtype=torch.float32, device=hidden_ND.device)
+    sum_TN = torch.empty_like(shift_TN)
+    with on_device(hidden_ND.device):
+        linear_stats_fwd_kernel[(tile.num_programs,)](
+            tile.hidden,
+            tile.weight,
+            options.bias_V,
+            labels_N,
+            row_shift_N,
+            shift_TN,
+            sum_TN,
+            label_logit_N,
+            exps,
+            *tile.strides,
+            0 if exps is None else exps.stride(0),
+            first_col,
+            N,
+            V,
+            D,
+            **options.kernel_arguments(),
+            HAS_ROW_SHIFT=row_shift_N is not None,
+            WRITE_EXP=exps is not None,
+            # exp(10) leaves float16 room for the slope; exp(24) is no more than fp32 sums take without loss.
+            SHIFT_SLACK=10.0 if hidden_ND.dtype == torch.float16 else 24.0,
+            **tile.meta,
+        )
+    return TileStats(shift_TN, sum_TN, width)
+
+
+def merge_stats(stats: TileStats, state: RowState, *, first: bool) -> None:
+    """Merge the partials of one more slice into `state`, in place; `first` starts it anew."""
+    _launch_merge(stats, state, None, None, None, V=0, ignore_index=0, first=first)
+
+
+def finish_stats(
+    stats: TileStats, state: RowState, labels_N: torch.Tensor, *, V: int, ignore_index: int, first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logps_N, lse_N) over a vocabulary of V, from `state` (unless `first`) and the partials of the last slice."""
+    logps_N, lse_N = torch.empty_like(state.label_logit_N), torch.empty_like(state.label_logit_N)
+    _launch_merge(stats, state, labels_N, logps_N, lse_N, V=V, ignore_index=ignore_index, first=first)
+    return logps_N, lse_N
+
+
+def _launch_merge(
+    stats: TileStats,
+    state: RowState,
+    labels_N: torch.Tensor | None,
+    logps_N: torch.Tensor | None,
+    lse_N: torch.Tensor | None,
+    *,
+    V: int,
+    ignore_index: int,
+    first: bool,
+) -> None:
+    num_tiles, N = stats.shift_TN.shape
+    with on_device(stats.shift_TN.device):
+        merge_stats_kernel[(triton.cdiv(N, 32),)](
+            stats.shift_TN,
+            stats.sum_TN,
+            state.label_logit_N,
+            labels_N,
+            state.shift_N,
+            state.sum_N,
+            logps_N,
+            lse_N,
+            N,
+            V,
+            num_tiles,
+            ignore_index,
+            HAS_STATE=not first,
+            FINISH=labels_N is not None,
+            BLOCK_N=32,
+            BLOCK_T=32,
+            num_warps=4,
+        )
 
 
 def linear_stats(
@@ -131,49 +336,16 @@ def linear_stats(
     labels_N: torch.Tensor,
     *,
     options: HeadOptions,
-    ignore_index: int = -100,
+    ignore_index: int,
+    exps: torch.Tensor | None = None,
     config: TileConfig | None = None,
 ) -> LinearStats:
-    """Label log-probs and log-sum-exps; a label outside [0, V) that is not ignored gives NaN and reads nothing."""
-    N, V = hidden_ND.shape[0], weight_VD.shape[0]
-    logps_N = torch.empty(N, dtype=torch.float32, device=hidden_ND.device)
-    lse_N = torch.empty_like(logps_N)
-    if N == 0:
-        return LinearStats(logps_N, lse_N)
-    tile = TileLaunch("linear_stats_fwd_kernel", hidden_ND, weight_VD, config)
-    num_tiles = triton.cdiv(V, tile.config.block_v)
-    tile_max_TN = torch.empty((num_tiles, N), dtype=torch.float32, device=hidden_ND.device)
-    tile_sum_TN = torch.empty_like(tile_max_TN)
-    label_logit_N = torch.empty_like(logps_N)
-    with tile.on_device():
-        linear_stats_fwd_kernel[(tile.num_programs,)](
-            tile.hidden,
-            tile.weight,
-            options.bias_V,
-            labels_N,
-            tile_max_TN,
-            tile_sum_TN,
-            label_logit_N,
-            *tile.strides,
-            N,
-            V,
-            hidden_ND.shape[1],
-            **options.kernel_arguments(),
-            **tile.meta,
-        )
-        merge_stats_kernel[(triton.cdiv(N, 32),)](
-            tile_max_TN,
-            tile_sum_TN,
-            label_logit_N,
-            labels_N,
-            logps_N,
-            lse_N,
-            N,
-            V,
-            num_tiles,
-            ignore_index,
-            BLOCK_N=32,
-            BLOCK_T=32,
-            num_warps=4,
-        )
-    return LinearStats(logps_N, lse_N)
+    """Log-probs and log-sum-exps of N > 0 rows over the whole vocabulary; `exps` as in `tile_stats`.
+
+    A label outside [0, V) that is not ignored gives NaN and reads nothing.
+    """
+    label_logit_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
+    state = RowState(label_logit_N, label_logit_N, label_logit_N)
+    stats = tile_stats(hidden_ND, weight_VD, labels_N, label_logit_N, options=options, exps=exps, config=config)
+    logps_N, lse_N = finish_stats(stats, state, labels_N, V=weight_VD.shape[0], ignore_index=ignore_index, first=True)
+    return LinearStats(logps_N, lse_N, stats.shift_TN, stats.width)

@@ -1,0 +1,213 @@
+"""Log-probs and their gradient with respect to hidden states in two products over the head (2G): for a frozen head.
+
+Legend: N rows, D hidden size, V vocabulary, v columns of a slice, T column tiles.
+d logp / d hidden = sum_j (1[j = label] - p_j) dz_j/dbiased W_j is a softmax-weighted sum over the vocabulary, so it is
+formed as attention is: slice by slice, on a running shift per row. One product gives the exponentials of a slice, the
+other sums W with them. Any upstream gradient per row is applied later, to the row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from dpo_kernels.kernels.launch import HeadOptions, on_device
+from dpo_kernels.kernels.logits_tile import logits_slope, one_minus_exp
+from dpo_kernels.kernels.products import add_product_
+from dpo_kernels.kernels.tile_config import TileConfig
+from dpo_kernels.kernels.tile_logps import RowState, TileStats, empty_exps, finish_stats, merge_stats, tile_stats
+
+ROWS = 4
+
+
+@triton.jit
+def align_exps_kernel(
+    exp_ptr,
+    tile_shift_ptr,
+    row_shift_ptr,
+    exp_stride,
+    N,
+    V,
+    num_tiles,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Bring tiles that chose a shift of their own onto the row's. Most did not, and are not read."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row_mask = rows < N
+    mask = row_mask[:, None] & (tiles < num_tiles)[None, :]
+    row_shift = tl.load(row_shift_ptr + rows, mask=row_mask, other=0.0)
+    partial = tiles.to(tl.int64)[None, :] * N + rows[:, None]
+    tile_shift = tl.load(tile_shift_ptr + partial, mask=mask, other=0.0)
+    # A tile without finite logits holds zeros, whatever its shift.
+    moved = mask & (tile_shift != row_shift[:, None]) & (tile_shift != float("-inf"))
+    if tl.max(moved.to(tl.int32)) > 0:
+        factor = tl.exp(tl.where(moved, tile_shift - row_shift[:, None], 0.0))
+        cols = tiles[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        exp_ptrs = exp_ptr + rows.to(tl.int64)[:, None, None] * exp_stride + cols[None, :, :]
+        inside = moved[:, :, None] & (cols < V)[None, :, :]
+        exps = tl.load(exp_ptrs, mask=inside, other=0.0).to(tl.float32) * factor[:, :, None]
+        tl.store(exp_ptrs, exps.to(exp_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rescale_rows_kernel(
+    acc_ptr, old_shift_ptr, new_shift_ptr, acc_stride, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """acc *= exp(old shift - new shift); rows whose shift stayed are not read."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    old = tl.load(old_shift_ptr + rows, mask=rows < N, other=0.0)
+    new = tl.load(new_shift_ptr + rows, mask=rows < N, other=0.0)
+    moved = (old != new) & (old != float("-inf"))
+    if tl.max(moved.to(tl.int32)) > 0:
+        factor = tl.exp(tl.where(moved, old - new, 0.0))
+        row_ptrs = acc_ptr + rows.to(tl.int64) * acc_stride
+        for start in range(0, D, BLOCK_D):
+            dims = start + tl.arange(0, BLOCK_D)
+            mask = moved[:, None] & (dims < D)[None, :]
+            values = tl.load(row_ptrs[:, None] + dims[None, :], mask=mask, other=0.0)
+            tl.store(row_ptrs[:, None] + dims[None, :], values * factor[:, None], mask=mask)
+
+
+@triton.jit
+def finish_dx_kernel(
+    acc_ptr,
+    weight_ptr,
+    dx_ptr,
+    labels_ptr,
+    logps_ptr,
+    lse_ptr,
+    row_shift_ptr,
+    acc_stride,
+    weight_stride,
+    dx_stride,
+    ignore_index,
+    N,
+    V,
+    D,
+    logit_scale,
+    softcap,
+    temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dx = (1 - p[label]) dz/dbiased W[label] - exp(shift - lse) acc, and 0 on ignored rows."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    labels = tl.load(labels_ptr + rows, mask=rows < N, other=ignore_index)
+    used = labels != ignore_index
+    logps = tl.load(logps_ptr + rows, mask=used, other=0.0)
+    lse = tl.load(lse_ptr + rows, mask=used, other=0.0)
+    shift = tl.load(row_shift_ptr + rows, mask=used, other=0.0)
+    label_factor = one_minus_exp(logps) * logits_slope(logps + lse, logit_scale, softcap, temperature, HAS_SOFTCAP)
+    acc_factor = tl.exp(shift - lse)
+    # The log-prob of a label outside the vocabulary is NaN already; whichever row is read for it does not matter.
+    weight_rows = tl.minimum(tl.maximum(labels, 0), V - 1).to(tl.int64)
+    rows = rows.to(tl.int64)
+    for start in range(0, D, BLOCK_D):
+        dims = start + tl.arange(0, BLOCK_D)
+        mask = (rows < N)[:, None] & (dims < D)[None, :]
+        read = mask & used[:, None]
+        acc = tl.load(acc_ptr + rows[:, None] * acc_stride + dims[None, :], mask=read, other=0.0)
+        weight = tl.load(weight_ptr + weight_rows[:, None] * weight_stride + dims[None, :], mask=read, other=0.0)
+        dx = label_factor[:, None] * weight.to(tl.float32) - acc_factor[:, None] * acc
+        dx = tl.where(used[:, None], dx, 0.0).to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + rows[:, None] * dx_stride + dims[None, :], dx, mask=mask)
+
+
+class FrozenHead(NamedTuple):
+    """fp32 log-probs and log-sum-exps, and d logps / d hidden in the dtype of hidden, 0 on ignored rows."""
+
+    logps_N: torch.Tensor
+    lse_N: torch.Tensor
+    dx_ND: torch.Tensor
+
+
+def frozen_head(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    *,
+    slice_columns: int,
+    options: HeadOptions,
+    ignore_index: int,
+    config: TileConfig | None = None,
+) -> FrozenHead:
+    """Forward over slices of `slice_columns` of the vocabulary; N > 0. Workspace: one slice, and N x D in fp32."""
+    N, D = hidden_ND.shape
+    V = weight_VD.shape[0]
+    exps = empty_exps(hidden_ND, min(V, slice_columns))
+    acc_ND = torch.empty(N, D, dtype=torch.float32, device=hidden_ND.device)
+    state = RowState(*torch.empty(3, N, dtype=torch.float32, device=hidden_ND.device))
+    for start in range(0, V, slice_columns):
+        weight_vD = weight_VD[start : start + slice_columns]
+        first = start == 0
+        stats = tile_stats(
+            hidden_ND,
+            weight_vD,
+            labels_N,
+            state.label_logit_N,
+            options=options.columns(start, start + slice_columns),
+            first_col=start,
+            exps=exps,
+            row_shift_N=None if first else state.shift_N,
+            config=config,
+        )
+        old_shift_N = state.shift_N.clone()
+        merge_stats(stats, state, first=first)
+        _align_exps(exps, stats, state.shift_N, weight_vD.shape[0])
+        if not first:
+            with on_device(acc_ND.device):
+                rescale_rows_kernel[(triton.cdiv(N, ROWS),)](
+                    acc_ND, old_shift_N, state.shift_N, acc_ND.stride(0), N, D, BLOCK_N=ROWS, BLOCK_D=512
+                )
+        add_product_(acc_ND, exps[:N, : weight_vD.shape[0]], weight_vD, first=first)
+    none_left = TileStats(stats.shift_TN[:0], stats.sum_TN[:0], stats.width)
+    logps_N, lse_N = finish_stats(none_left, state, labels_N, V=V, ignore_index=ignore_index, first=False)
+    dx_ND = torch.empty(N, D, dtype=hidden_ND.dtype, device=hidden_ND.device)
+    with on_device(acc_ND.device):
+        finish_dx_kernel[(triton.cdiv(N, ROWS),)](
+            acc_ND,
+            weight_VD,
+            dx_ND,
+            labels_N,
+            logps_N,
+            lse_N,
+            state.shift_N,
+            acc_ND.stride(0),
+            weight_VD.stride(0),
+            dx_ND.stride(0),
+            ignore_index,
+            N,
+            V,
+            D,
+            **options.scalars(),
+            BLOCK_N=ROWS,
+            BLOCK_D=512,
+        )
+    return FrozenHead(logps_N, lse_N, dx_ND)
+
+
+def _align_exps(exps: torch.Tensor, stats: TileStats, row_shift_N: torch.Tensor, V: int) -> None:
+    N = row_shift_N.shape[0]
+    num_tiles = triton.cdiv(V, stats.width)
+    block_n, block_t = 8, 512 // stats.width
+    with on_device(exps.device):
+        align_exps_kernel[(triton.cdiv(N, block_n), triton.cdiv(num_tiles, block_t))](
+            exps,
+            stats.shift_TN,
+            row_shift_N,
+            exps.stride(0),
+            N,
+            V,
+            num_tiles,
+            WIDTH=stats.width,
+            BLOCK_N=block_n,
+            BLOCK_T=block_t,
+            num_warps=4,
+        )
