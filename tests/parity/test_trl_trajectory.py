@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from benchmarks.trl_peer import TrlRun, hh_pairs, train_with_trl
 from engine.config import load_config
 from engine.train.loop import train
-from safetensors.torch import load_file
 
 pytest.importorskip("trl")
 

@@ -160,6 +160,18 @@ def assert_same_output(**options):
         assert_close(ours.grads[name], want, **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def _labels_and_count(labels):
+    return {"labels": labels, "num_items_in_batch": 40}
+
+
+def _shifted_labels(labels):
+    return {"shift_labels": labels.roll(-1, 1)}
+
+
+def _shifted_labels_and_count(labels):
+    return {"shift_labels": labels.roll(-1, 1), "num_items_in_batch": torch.tensor(9)}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -170,11 +182,11 @@ def assert_same_output(**options):
         {"family": "phi"},
         {"family": "mixtral", "model_options": MOE},
         {"family": "gpt_oss", "model_options": MOE},
-        {"call": lambda labels: {"labels": labels, "num_items_in_batch": 40}},
-        {"call": lambda labels: {"shift_labels": labels.roll(-1, 1)}},
-        {"call": lambda labels: {"shift_labels": labels.roll(-1, 1), "num_items_in_batch": torch.tensor(9)}},
+        {"call": _labels_and_count},
+        {"call": _shifted_labels},
+        {"call": _shifted_labels_and_count},
     ],
-    ids=str,
+    ids=lambda case: "-".join(str(v) if k != "call" else v.__name__ for k, v in case.items()),
 )
 def test_output(options):
     assert_same_output(**options)
