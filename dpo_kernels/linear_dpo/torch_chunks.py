@@ -64,8 +64,10 @@ def forward(
     call.want_gradients(need_hidden, need_weight, need_bias)
     losses, sums = [], []
     max_rows = max(1, BUFFER_BYTES // (weight_VD.shape[0] * call.dtype.itemsize))
+    # With 4 D rows a chunk, reading and writing dW is small beside the products; more only strains the caches.
+    rows_of_chunk = min(max_rows, max(256, 4 * D))
     # A split pair costs buffers of the size of dW; logits smaller than that are the better deal.
-    for chunk in plan_chunks(cu_responses, max_rows, max_rows_of_pair=D):
+    for chunk in plan_chunks(cu_responses, rows_of_chunk, max_rows_of_pair=max(max_rows, D)):
         offsets = cu_responses[2 * chunk.first_pair : 2 * (chunk.first_pair + chunk.num_pairs) + 1]
         step = call.split_pair if chunk.split else call.whole_pairs
         chunk_losses, chunk_sums = step(offsets, chunk.first_pair, score_pairs, max_rows)

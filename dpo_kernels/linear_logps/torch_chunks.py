@@ -31,6 +31,9 @@ from dpo_kernels.chunks import (
     spread_rows,
 )
 
+SLICE_BYTES = 8 * 2**20
+"""Logits of a slice on the CPU: fits the third-level caches, together with what is read beside it."""
+
 
 def forward(
     hidden_TD: Tensor,
@@ -198,21 +201,32 @@ def _store_product(out: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Non
         out.copy_(raised)
 
 
+def slice_width(T: int, D: int, V: int, itemsize: int, *, converts: bool, cuda: bool) -> int:
+    """Columns of a slice: what a cache holds, but enough for an efficient product, and never beyond the buffer.
+
+    ``converts``: the weight is converted slice by slice, which the buffer for that bounds, too.
+    """
+    column_bytes = max(1, T) * itemsize
+    width = BUFFER_BYTES // column_bytes
+    if not cuda:
+        width = min(width, max(512, SLICE_BYTES // column_bytes))
+    if converts:
+        width = min(width, CAST_BYTES // (D * itemsize))
+    return min(V, max(64, width))
+
+
 def _slices(hidden_TD: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(columns, x W^T of those columns in C, W of those columns in the dtype of products), in one reused buffer."""
     T, D = hidden_TD.shape
     V = head.weight_VD.shape[0]
-    dtype = accumulation_dtype(hidden_TD.dtype)
-    operand = operand_dtype(hidden_TD)
-    largest = BUFFER_BYTES // (max(1, T) * dtype.itemsize)
-    if operand != hidden_TD.dtype:
-        largest = min(largest, CAST_BYTES // (D * dtype.itemsize))
-    largest = min(V, max(64, largest))
+    dtype, operand = accumulation_dtype(hidden_TD.dtype), operand_dtype(hidden_TD)
+    converts = operand != hidden_TD.dtype
+    width = slice_width(T, D, V, dtype.itemsize, converts=converts, cuda=hidden_TD.is_cuda)
     operand_TD = hidden_TD.to(operand)
-    buffer = hidden_TD.new_empty(T * largest, dtype=dtype)
-    for columns in even_slices(V, largest):
-        width = columns.stop - columns.start
+    buffer = hidden_TD.new_empty(T * width, dtype=dtype)
+    for columns in even_slices(V, width):
+        v = columns.stop - columns.start
         W_vD = head.weight_VD[columns].to(operand)
-        z_Tv = buffer[: T * width].view(T, width)
+        z_Tv = buffer[: T * v].view(T, v)
         product_(z_Tv, operand_TD, W_vD.T)
         yield columns, z_Tv, W_vD

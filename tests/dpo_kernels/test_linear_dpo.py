@@ -98,7 +98,7 @@ def test_small_buffers(lengths, loss_type, monkeypatch: pytest.MonkeyPatch) -> N
     """Buffers of 6 rows and D = 5: several chunks, pairs held whole, pairs split for the late scalar."""
     case = Case(lengths)
     monkeypatch.setattr(torch_chunks, "BUFFER_BYTES", 6 * 23 * 8)
-    monkeypatch.setattr(logps_chunks, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(logps_chunks, "slice_width", lambda *sizes, **kind: 10)
     monkeypatch.setattr(chunks, "CACHE_BYTES", 2 * 23 * 8)
     upstream = upstream_of(case, "mean")
     leaves = case.leaves()

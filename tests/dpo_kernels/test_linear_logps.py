@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,7 +116,7 @@ def test_slices_do_not_change_the_result(options: dict, monkeypatch: pytest.Monk
     rest = {k: v for k, v in options.items() if k != "bias"}
     upstream = torch.randn(50)
     expected = run(hidden, weight, labels, bias, upstream, impl="reference", **rest)
-    monkeypatch.setattr(torch_chunks, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(torch_chunks, "slice_width", lambda *sizes, **kind: 64)
     monkeypatch.setattr(chunks, "CACHE_BYTES", 5000)
     torch.testing.assert_close(run(hidden, weight, labels, bias, upstream, impl="torch", **rest), expected)
     hidden.requires_grad_()
@@ -225,7 +227,7 @@ def test_extreme_logits(impl: str, offset: float, spread: float) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bias_may_mask_tokens(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias of -inf on the first slices of the vocabulary removes these tokens, and nothing turns into nan."""
-    monkeypatch.setattr(torch_chunks, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(torch_chunks, "slice_width", lambda *sizes, **kind: 64)
     hidden, weight, _, bias = make_inputs(HeadShape(12, 5, 300), bias=True)
     labels = torch.randint(200, 300, (12,))
     bias[:200] = -torch.inf
@@ -349,6 +351,10 @@ def test_offsets_are_64_bit() -> None:
     """A logits matrix of more than 2^31 elements is never addressed as one: slices stay below the buffer."""
     T, V = 70_000, 65_536
     assert T * V > 2**31
-    widths = [s.stop - s.start for s in chunks.even_slices(V, chunks.BUFFER_BYTES // (T * 4))]
+    for cuda, converts in itertools.product((False, True), repeat=2):
+        width = torch_chunks.slice_width(T, 4096, V, 4, converts=converts, cuda=cuda)
+        assert width >= 64
+        assert width * T * 4 <= chunks.BUFFER_BYTES
+    widths = [s.stop - s.start for s in chunks.even_slices(V, width)]
     assert sum(widths) == V
-    assert max(widths) * T * 4 <= chunks.BUFFER_BYTES
+    assert max(widths) <= width
