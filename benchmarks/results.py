@@ -31,14 +31,15 @@ def markdown_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> st
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def write_result(name: str, result: dict[str, Any], *, columns: Sequence[str]) -> Path:
+def write_result(name: str, result: dict[str, Any], *, columns: Sequence[str], folder: Path | None = None) -> Path:
     """Write ``<name>.json`` and ``<name>.md``, print the table, and return the JSON's path.
 
     Args:
         result: what was measured; ``rows`` become the table, other entries its header.
         columns: entries of a row that the table shows.
+        folder: where to write; the device's folder by default.
     """
-    folder = RESULTS / device_name()
+    folder = folder or RESULTS / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     result = {"date": datetime.date.today().isoformat(), **result}
     table = markdown_table(result["rows"], columns)
