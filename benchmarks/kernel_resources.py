@@ -139,58 +139,63 @@ def describe_config(config: TileConfig) -> str:
     return f"{config.block_n}x{config.block_v}x{config.block_d}-w{config.num_warps}-s{config.num_stages}-{loads}"
 
 
-def tile_cases(arch: str) -> list[Case]:
-    """Every shipped configuration of the tile kernels, with the heaviest options that the table gives it."""
+def tile_cases(arch: str, *, every_option: bool = True) -> list[Case]:
+    """Every shipped configuration of the tile kernels, with every set of options that compiles to a kernel of its own.
+
+    Without `every_option` only the heaviest set of each, and float16 is left to bfloat16, whose kernels are alike.
+    """
     cases: list[Case] = []
     for kernel, by_dtype in table_entries(arch).items():
         for dtype, entries in by_dtype.items():
+            if dtype == "float16" and not every_option:
+                continue
             for bounds, config in entries:
-                # Without a bound the configuration serves both; the softcap is the heavier.
-                softcap, aligned = bounds.get("softcap", True), bounds.get("aligned", True)
-                name = kernel + ("-softcap" if softcap else "") + ("" if aligned else "-unaligned")
-                launch = _tile_launch(kernel, DTYPES[dtype], softcap, D if aligned else D - 1, config)
-                cases.append(Case(name, dtype, launch, config))
+                for options in _option_sets(kernel, bounds, every_option):
+                    name = "-".join([kernel, *(option for option, wanted in options.items() if wanted)])
+                    cases.append(Case(name, dtype, _tile_launch(kernel, DTYPES[dtype], config, **options), config))
     return cases
 
 
-def other_cases() -> list[Case]:
-    """Kernels without a dot."""
+def _option_sets(kernel: str, bounds: dict[str, int], every_option: bool) -> list[dict[str, bool]]:
+    # Without a bound a configuration serves both.
+    softcaps = [bool(bounds["softcap"])] if "softcap" in bounds else [False, True]
+    shifts = [False, True] if kernel == "linear_exps" else [False]
+    unaligned = not bounds.get("aligned", True)
+    sets = [
+        {"softcap": softcap, "unaligned": unaligned, "bias": bias, "shift": shift}
+        for softcap in softcaps
+        for bias in (False, True)
+        for shift in shifts
+    ]
+    return sets if every_option else sets[-1:]
+
+
+def other_cases(*, every_option: bool = True) -> list[Case]:
+    """Kernels without a table entry: those without a product, and what the frozen head puts around its products."""
     cases = []
-    for dtype in DTYPES:
+    for dtype in DTYPES if every_option else ("bfloat16",):
         cases.append(Case("softmax_grad", dtype, _softmax_grad_launch(DTYPES[dtype])))
         cases.append(Case("frozen_head", dtype, _frozen_launch(DTYPES[dtype])))
-    cases += [Case(f"paired_loss-{name}", "float32", _pair_launch(name)) for name in paired_loss.KERNEL_LOSSES]
+    names = paired_loss.KERNEL_LOSSES if every_option else ("sigmoid", "nca_pair", "orpo")
+    cases += [Case(f"paired_loss-{name}", "float32", _pair_launch(name)) for name in names]
     return cases
 
 
 def _tile_launch(
-    kernel: str, dtype: torch.dtype, softcap: bool, features: int, config: TileConfig
+    kernel: str, dtype: torch.dtype, config: TileConfig, *, softcap: bool, unaligned: bool, bias: bool, shift: bool
 ) -> Callable[[], Any]:
     def launch() -> None:
+        features = D - 1 if unaligned else D
         hidden, weight = _meta(N, features, dtype=dtype), _meta(V, features, dtype=dtype)
         labels, row = _meta(N, dtype=torch.int64), _meta(N)
-        for bias in (None, _meta(V, dtype=dtype)):
-            options = HeadOptions(bias_V=bias, softcap=30.0 if softcap else None)
-            if kernel == "slice_grad":
-                out = _meta(N, V, dtype=dtype)
-                slice_grad.slice_grad(
-                    hidden,
-                    weight,
-                    labels,
-                    row,
-                    row,
-                    out,
-                    first_col=0,
-                    ignore_index=-100,
-                    options=options,
-                    config=config,
-                )
-            else:
-                exps = tile_logps.empty_exps(hidden, V) if kernel == "linear_exps" else None
-                for shift in (None, row) if exps is not None else (None,):
-                    tile_logps.tile_stats(
-                        hidden, weight, labels, row, options=options, exps=exps, row_shift_N=shift, config=config
-                    )
+        options = HeadOptions(bias_V=_meta(V, dtype=dtype) if bias else None, softcap=30.0 if softcap else None)
+        common: dict[str, Any] = {"first_col": 0, "options": options, "config": config}
+        if kernel == "slice_grad":
+            out = _meta(N, V, dtype=dtype)
+            slice_grad.slice_grad(hidden, weight, labels, row, row, out, ignore_index=-100, **common)
+            return
+        exps = tile_logps.empty_exps(hidden, V) if kernel == "linear_exps" else None
+        tile_logps.tile_stats(hidden, weight, labels, row, exps=exps, row_shift_N=row if shift else None, **common)
 
     return launch
 
@@ -262,7 +267,7 @@ def main() -> None:
     print("|---|---|---|---:|---:|---:|---:|---|---|")
     for arch in args.arch or shipped_archs():
         for case in tile_cases(arch) + other_cases():
-            for found in dict.fromkeys(case.compile(arch)):
+            for found in case.compile(arch):
                 values = asdict(found)
                 shared = f"{found.shared_bytes / 1024:.1f}"
                 numbers = [values["registers"], values["spilled_bytes"], shared, values["num_warps"]]

@@ -189,9 +189,11 @@ def merge_stats_kernel(
         in_vocab = (labels >= 0) & (labels < V)
         # The logit of a label outside the vocabulary was never written: such a row is NaN, loud and the same always.
         label_logit = tl.load(label_logit_ptr + rows, mask=row_mask & in_vocab, other=float("nan"))
-        logps = tl.where(labels == ignore_index, 0.0, -softplus(others - label_logit))
-        tl.store(logps_ptr + rows, logps, mask=row_mask)
-        tl.store(lse_ptr + rows, tl.where(labels == ignore_index, others, label_logit - logps), mask=row_mask)
+        ignored = labels == ignore_index
+        # Both from the larger of the two terms: neither loses digits when one of them is far below the other.
+        lse = tl.maximum(others, label_logit) + softplus(-tl.abs(others - label_logit))
+        tl.store(logps_ptr + rows, tl.where(ignored, 0.0, -softplus(others - label_logit)), mask=row_mask)
+        tl.store(lse_ptr + rows, tl.where(ignored, others, lse), mask=row_mask)
     else:
         tl.store(row_shift_ptr + rows, row_shift, mask=row_mask)
         tl.store(row_sum_ptr + rows, row_sum, mask=row_mask)
@@ -215,7 +217,7 @@ class TileStats(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """Of each row, over the slices met so far: shift, sum of exp(z - shift), logit of the label once a slice held it."""
+    """Of each row, over the slices met so far: shift, sum of exp(z - shift), label's logit once a slice held it."""
 
     shift_N: torch.Tensor
     sum_N: torch.Tensor

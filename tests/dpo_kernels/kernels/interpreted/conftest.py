@@ -1,0 +1,14 @@
+"""These files run only in a process that set TRITON_INTERPRET=1; `test_interpreted.py` beside this folder starts it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # numpy reports what lanes beyond the mask compute.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
