@@ -16,7 +16,7 @@ FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_in_the_interpreter(file: Path, request: pytest.FixtureRequest):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
     if request.config.getoption("--slow"):
         command.append("--slow")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

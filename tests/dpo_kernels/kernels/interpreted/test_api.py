@@ -1,0 +1,199 @@
+"""``linear_logps`` and ``linear_dpo_loss`` with impl="triton", through registration, dispatch and autograd."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+
+from benchmarks.shapes import RESPONSE_LENGTHS
+from dpo_kernels import describe, linear_dpo_loss, linear_logps
+from tests.dpo_kernels.kernels.interpreted.twin import IGNORED, assert_as_good, rounding
+
+triton_tiles = importlib.import_module("dpo_kernels.linear_logps.triton_tiles")
+triton_pairs = importlib.import_module("dpo_kernels.linear_dpo.triton_pairs")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+ALL_OPTIONS = {"softcap": 3.0, "logit_scale": 0.5, "temperature": 0.7}
+
+
+class Case:
+    """Inputs of one call, and what an implementation makes of them."""
+
+    def __init__(self, lengths, V: int = 150, D: int = 24, dtype: torch.dtype = torch.float32):
+        N, S = sum(lengths), len(lengths)
+        self.tensors = [(torch.randn(*shape) / 2).to(dtype) for shape in ((N, D), (V, D), (V,))]
+        self.labels = torch.randint(0, V, (N,))
+        self.labels[torch.rand(N) < 0.15] = IGNORED
+        self.upstream = torch.randn(N)
+        self.cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        self.ref_S = -5 * torch.tensor(lengths, dtype=torch.float32) + torch.randn(S)
+        self.pair_weights = torch.rand(S // 2) + 0.5
+
+    def leaves(self, dtype: torch.dtype | None, trained) -> list[torch.Tensor]:
+        copies = [t.detach().clone().to(dtype or t.dtype) for t in self.tensors]
+        return [t.requires_grad_(need) for t, need in zip(copies, trained, strict=True)]
+
+    def log_probs(self, impl: str, dtype: torch.dtype | None = None, trained=(True, True, True), **options):
+        hidden, weight, bias = leaves = self.leaves(dtype, trained)
+        logps = linear_logps(hidden, weight, self.labels, bias=bias, impl=impl, **options)
+        needed = [t for t in leaves if t.requires_grad]
+        gradients = torch.autograd.grad(logps, needed, self.upstream.to(logps.dtype)) if needed else ()
+        return [logps.detach(), *gradients]
+
+    def loss(self, impl: str, dtype: torch.dtype | None = None, trained=(True, True, True), **options):
+        hidden, weight, bias = leaves = self.leaves(dtype, trained)
+        out = linear_dpo_loss(
+            hidden,
+            weight,
+            self.labels,
+            self.cu,
+            self.ref_S,
+            bias=bias,
+            pair_weights=self.pair_weights,
+            impl=impl,
+            **options,
+        )
+        needed = [t for t in leaves if t.requires_grad]
+        return [out.loss.detach(), out.pair_losses, out.logps, *torch.autograd.grad(out.loss.sum(), needed)]
+
+
+def compare(case: Case, method: str, **arguments):
+    run = getattr(case, method)
+    exact = run("reference", torch.float64, **arguments)
+    got, rival = run("triton", **arguments), run("torch", **arguments)
+    dtype = case.tensors[0].dtype
+    assert len(got) == len(exact)
+    outputs = 1 if method == "log_probs" else 3
+    for value, other, expected in zip(got[:outputs], rival[:outputs], exact[:outputs], strict=True):
+        assert value.dtype == torch.float32
+        assert_as_good(value, other, expected, 2e-6)
+    for value, other, expected in zip(got[outputs:], rival[outputs:], exact[outputs:], strict=True):
+        assert value.dtype == dtype
+        # The rival forms gradients in fp32 on the CPU, these are rounded before their products, like autograd's.
+        assert_as_good(value, other, expected, 4 * rounding(dtype) + 2e-6)
+    return got
+
+
+@pytest.fixture
+def narrow_slices(monkeypatch):
+    monkeypatch.setattr(triton_tiles, "SLICE_BYTES", 1)
+    monkeypatch.setattr(triton_tiles, "MIN_SLICE", 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["", "all"])
+def test_log_probs(dtype, options, narrow_slices):
+    compare(Case((19,), dtype=dtype), "log_probs", **options)
+
+
+@pytest.mark.parametrize("trained", [t for t in itertools.product([True, False], repeat=3) if any(t)])
+def test_frozen_inputs(trained, narrow_slices):
+    compare(Case((9,)), "log_probs", trained=trained)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_head(dtype, narrow_slices):
+    compare(Case((19,), dtype=dtype), "log_probs", trained=(True, False, False), **ALL_OPTIONS)
+
+
+@pytest.mark.parametrize("lengths", [(0,), (1,), (2,), (129,)])
+def test_row_counts(lengths):
+    compare(Case(lengths, V=70), "log_probs")
+
+
+@pytest.mark.parametrize(("V", "trained"), [(32001, (True, True, True)), (50257, (False, False, False))])
+def test_real_vocabularies(V, trained):
+    compare(Case((2,), V=V, D=16), "log_probs", trained=trained)
+
+
+def test_no_gradient():
+    compare(Case((9,)), "log_probs", trained=(False, False, False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["", "all"])
+def test_loss(dtype, options):
+    compare(Case(RESPONSE_LENGTHS["uneven"], dtype=dtype), "loss", **options)
+
+
+@pytest.mark.parametrize("lengths", RESPONSE_LENGTHS.values(), ids=RESPONSE_LENGTHS)
+def test_response_lengths(lengths):
+    compare(Case(lengths), "loss")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", ["ipo", "orpo"], "aot"])
+def test_reductions_and_losses(reduction, loss_type):
+    compare(Case(RESPONSE_LENGTHS["uneven"]), "loss", reduction=reduction, loss_type=loss_type, beta=0.3)
+
+
+@pytest.mark.parametrize(
+    "trained", [(False, True, False), (True, True, False), (False, False, True), (True, False, False)]
+)
+@pytest.mark.parametrize("rows", [1000, 3])
+def test_loss_with_frozen_inputs(trained, rows, monkeypatch):
+    monkeypatch.setattr(triton_pairs, "CHUNK_BYTES", rows * 256 * 4)
+    compare(Case((4, 4, 3, 2), D=1), "loss", trained=trained)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float32), *itertools.product([6, 14, 30], DTYPES)])
+def test_chunks_and_pairs_longer_than_a_chunk(rows, dtype, monkeypatch):
+    """D = 2 makes splitting cheap, so that pairs of 16 rows and more are split where chunks are shorter."""
+    monkeypatch.setattr(triton_pairs, "CHUNK_BYTES", rows * 256 * dtype.itemsize)
+    compare(Case(RESPONSE_LENGTHS["a long pair between short ones"], D=2, dtype=dtype), "loss")
+
+
+def test_only_long_pairs(monkeypatch):
+    monkeypatch.setattr(triton_pairs, "CHUNK_BYTES", 10 * 256 * 4)
+    compare(Case((40, 0, 21, 30, 0, 25), D=2), "loss")
+
+
+def test_two_runs_are_bitwise_equal(monkeypatch):
+    monkeypatch.setattr(triton_pairs, "CHUNK_BYTES", 14 * 256 * 2)
+    case = Case(RESPONSE_LENGTHS["a long pair between short ones"], D=2, dtype=torch.bfloat16)
+    for method in (case.loss, case.log_probs):
+        assert all(torch.equal(a, b) for a, b in zip(method("triton"), method("triton"), strict=True))
+
+
+def test_small_float16_gradients_survive_a_large_batch():
+    """Without its own scale a gradient of 1e-6 would be a float16 subnormal, whatever a loss scale does later."""
+    case = Case((3, 4), dtype=torch.float16)
+    case.pair_weights *= 1e-5
+    hidden, weight, bias = leaves = case.leaves(None, (True, True, True))
+    out = linear_dpo_loss(
+        hidden, weight, case.labels, case.cu, case.ref_S, bias=bias, pair_weights=case.pair_weights, impl="triton"
+    )
+    got = torch.autograd.grad(out.loss * 1e5, leaves)
+    exact = case.loss("reference", torch.float64)[3:]
+    for value, expected in zip(got, exact, strict=True):
+        torch.testing.assert_close(value.double() * 1e-5, expected, rtol=0.01, atol=2e-3 * expected.abs().max().item())
+
+
+def test_strided_inputs():
+    case = Case((5, 6))
+    wide = [torch.cat([t, t], dim=-1) for t in case.tensors[:2]]
+    expected = case.loss("triton")
+    case.tensors[:2] = [t[:, :24] for t in wide]
+    hidden, weight = (t.detach()[:, :24].requires_grad_() for t in wide)
+    out = linear_dpo_loss(
+        hidden,
+        weight,
+        case.labels,
+        case.cu,
+        case.ref_S,
+        bias=case.tensors[2],
+        pair_weights=case.pair_weights,
+        impl="triton",
+    )
+    assert torch.equal(out.loss.detach(), expected[0])
+
+
+def test_float64_is_refused():
+    with pytest.raises(RuntimeError, match="bfloat16, float16 or float32"):
+        Case((3,)).log_probs("triton", torch.float64)
+
+
+def test_auto_does_not_pick_the_interpreter():
+    assert describe("cpu").linear_logps.impl == "torch"

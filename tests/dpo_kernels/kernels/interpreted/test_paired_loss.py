@@ -1,0 +1,136 @@
+"""The paired-loss kernel against the loss table: values, and slopes against autograd, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from dpo_kernels.kernels.paired_loss import KERNEL_LOSSES, PairTerms, launch_pairs
+from dpo_kernels.linear_dpo.ops import make_pairs
+from dpo_kernels.losses import LOSS_TYPES, LossOptions, resolve_loss
+
+OPTIONS = LossOptions(beta=0.3, label_smoothing=0.1, discopop_tau=0.2, simpo_gamma=0.4, cpo_alpha=0.7)
+UNEVEN = (5, 9, 1, 7, 0, 3, 1, 1)
+
+
+class Batch:
+    """Log-probs of rows, their responses, and the terms of a loss."""
+
+    def __init__(self, lengths=UNEVEN, names=("sigmoid",), weights=None, options=OPTIONS, offset: float = 0.0):
+        self.mix = resolve_loss(names, weights)
+        self.lengths = torch.tensor(lengths)
+        self.cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        self.logps_N = -2 * torch.rand(sum(lengths))
+        sums = torch.stack([part.sum() for part in self.logps_N.split(list(lengths))])
+        self.ref_S = sums + torch.randn(len(lengths)) + offset * torch.tensor([1.0, -1.0]).repeat(len(lengths) // 2)
+        self.scale_P = torch.rand(len(lengths) // 2) + 0.5
+        self.options = options
+        self.terms = PairTerms(
+            names=tuple(t.name for t in self.mix.types),
+            weights=self.mix.weights,
+            **options._asdict(),
+            per_token_reward=all(t.per_token_reward for t in self.mix.types),
+            ref_logps_S=self.ref_S if self.mix.needs_reference else None,
+            lengths_S=self.lengths.float() if self.mix.needs_lengths else None,
+            mean_length=torch.tensor(3.5),
+            scale_P=self.scale_P,
+            cu_S1=self.cu,
+        )
+
+    def launch(self, first_pair: int = 0, num_pairs: int | None = None):
+        """All pairs, or some, whose rows then begin at 0."""
+        num_pairs = len(self.scale_P) if num_pairs is None else num_pairs
+        start, stop = self.cu[2 * first_pair].item(), self.cu[2 * (first_pair + num_pairs)].item()
+        rows = self.logps_N[start:stop]
+        return launch_pairs(rows, self.terms, first_pair=first_pair, num_pairs=num_pairs, first_row=start)
+
+    def expected(self, dtype: torch.dtype = torch.float64):
+        """(losses, sums, rewards, slopes) from the table and autograd."""
+        rows = self.logps_N.to(dtype)
+        sums = torch.stack([part.sum() for part in rows.split(self.lengths.tolist())]).requires_grad_()
+        ref = self.ref_S.to(dtype) if self.mix.needs_reference else None
+        pairs = make_pairs(sums, ref, self.lengths.to(dtype), torch.tensor(3.5, dtype=dtype), self.options)
+        losses = self.mix.losses(pairs)
+        (slopes,) = torch.autograd.grad((losses * self.scale_P.to(dtype)).sum(), sums)
+        rewards = torch.stack(self.mix.rewards(pairs), dim=1).flatten()
+        return losses.detach(), sums.detach(), rewards, slopes
+
+
+def compare(batch: Batch, tolerance: float = 4e-6, dtype: torch.dtype = torch.float64):
+    got = batch.launch()
+    for name, value, expected in zip(("loss", "sum", "reward", "slope"), got[:4], batch.expected(dtype), strict=True):
+        value, expected = value.double(), expected.double()
+        scale = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(
+            value, expected, rtol=tolerance, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert torch.equal(got.grad_N, got.slopes_S.repeat_interleave(batch.lengths))
+
+
+def test_every_loss_that_does_not_couple_pairs_has_a_kernel():
+    assert set(KERNEL_LOSSES) == {name for name, loss in LOSS_TYPES.items() if not loss.couples_pairs}
+
+
+@pytest.mark.parametrize("name", KERNEL_LOSSES)
+def test_losses(name):
+    compare(Batch(names=name))
+
+
+@pytest.mark.parametrize("name", [n for n in KERNEL_LOSSES if n not in ("orpo", "simpo", "cpo", "sft")])
+@pytest.mark.parametrize("offset", [-40.0, 40.0, -400.0, 400.0])
+def test_saturated_margins(name, offset):
+    compare(Batch(names=name, offset=offset))
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "exo_pair", "simpo", "cpo"])
+def test_without_smoothing(name):
+    compare(Batch(names=name, options=LossOptions()))
+
+
+def test_orpo_near_certainty():
+    """Log-prob per token at 0 and just below it, where the clamp, one rounding unit of fp32, keeps the odds finite."""
+    batch = Batch((2, 2, 1, 1), names="orpo")
+    batch.logps_N[:] = torch.tensor([0.0, 0.0, -1e-7, -1e-6, -1e-5, -50.0])
+    compare(batch, tolerance=1e-4, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 0.2, -0.5)])
+def test_weighted_sums_of_losses(weights):
+    compare(Batch(names=("sigmoid", "sft", "bco_pair"), weights=weights))
+
+
+def test_per_token_rewards_only_when_all_losses_have_them():
+    compare(Batch(names=("simpo", "orpo")))
+    compare(Batch(names=("simpo", "sigmoid")))
+
+
+def test_responses_longer_than_a_block():
+    # The log-prob of 2500 tokens is known to 2e-4 in fp32, so is the margin.
+    compare(Batch((1023, 1024, 1025, 2500)), tolerance=1e-4)
+
+
+def test_long_sums_are_rounded_once():
+    """20000 terms: a running fp32 sum would be off by a thousand times this."""
+    batch = Batch((20000, 1))
+    sums = batch.launch().logps_S
+    torch.testing.assert_close(sums.double(), batch.expected()[1], rtol=6e-8, atol=0)
+
+
+def test_some_pairs_of_a_call():
+    batch = Batch()
+    whole, part = batch.launch(), batch.launch(1, 2)
+    assert torch.equal(part.losses_P, whole.losses_P[1:3])
+    assert torch.equal(part.slopes_S, whole.slopes_S[2:6])
+    assert torch.equal(part.grad_N, whole.grad_N[batch.cu[2] : batch.cu[6]])
+
+
+def test_empty_responses_only():
+    batch = Batch((0, 0, 0, 0))
+    compare(batch)
+
+
+def test_two_runs_are_bitwise_equal():
+    batch = Batch((1500, 700, 3, 3000))
+    assert all(torch.equal(a, b) for a, b in zip(batch.launch(), batch.launch(), strict=True))
