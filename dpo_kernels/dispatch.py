@@ -10,10 +10,13 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+
+from dpo_kernels.linear_logps.stats import STATS
 
 IMPLS = ("auto", "triton", "native", "torch", "reference")
 
@@ -35,8 +38,11 @@ def _load(op: str, impl: str) -> ModuleType:
     return importlib.import_module(f"dpo_kernels.{op}.{MODULES[op][impl]}")
 
 
-def why_not(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why ``impl`` of ``op`` cannot run on such tensors, or None. Depends on the arguments and this install alone."""
+def why_not(op: str, impl: str, device_type: str, dtype: torch.dtype, stats: Sequence[str] = ()) -> str | None:
+    """Why ``impl`` of ``op`` cannot run on such tensors and give such statistics of tokens, or None.
+
+    Depends on the arguments and this install alone.
+    """
     if impl == "native":
         return "the native extension is not built"
     if impl != "triton":
@@ -45,11 +51,14 @@ def why_not(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str | N
         return "triton is not installed"
     if importlib.util.find_spec(f"dpo_kernels.{op}.{MODULES[op]['triton']}") is None:
         return f"this build has no Triton kernels for {op}"
+    missing = [name for name in stats if name not in _load(op, "triton").STATS]
+    if missing:
+        return f"no kernel computes the statistics {', '.join(missing)}"
     return _load(op, "triton").why_not(device_type, dtype)
 
 
-def choose(op: str, impl: str, device_type: str, dtype: torch.dtype) -> Choice:
-    """Resolve a requested ``impl``.
+def choose(op: str, impl: str, device_type: str, dtype: torch.dtype, stats: Sequence[str] = ()) -> Choice:
+    """Resolve a requested ``impl`` for tensors, and for statistics of tokens that ``linear_logps`` is asked for.
 
     Raises:
         ValueError: an unknown name.
@@ -57,13 +66,13 @@ def choose(op: str, impl: str, device_type: str, dtype: torch.dtype) -> Choice:
     """
     check_impl(impl)
     if impl != "auto":
-        obstacle = why_not(op, impl, device_type, dtype)
+        obstacle = why_not(op, impl, device_type, dtype, stats)
         if obstacle:
             raise RuntimeError(f"{op} impl={impl!r} cannot run on {device_type} {dtype}: {obstacle}")
         return Choice(impl, "requested")
     if device_type == "cpu":
         return Choice("torch", "cpu tensors: row and vocabulary chunks in torch")
-    obstacle = why_not(op, "triton", device_type, dtype)
+    obstacle = why_not(op, "triton", device_type, dtype, stats)
     if obstacle is None:
         return Choice("triton", f"{device_type} tensors and Triton kernels")
     return Choice("torch", f"no Triton kernels: {obstacle}")
@@ -74,9 +83,9 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
 
 
-def implementation(op: str, impl: str, tensor: torch.Tensor) -> ModuleType:
+def implementation(op: str, impl: str, tensor: torch.Tensor, stats: Sequence[str] = ()) -> ModuleType:
     """The module that runs ``op`` for a tensor like ``tensor``."""
-    return _load(op, choose(op, impl, tensor.device.type, tensor.dtype).impl)
+    return _load(op, choose(op, impl, tensor.device.type, tensor.dtype, stats).impl)
 
 
 class Description(NamedTuple):
@@ -85,6 +94,8 @@ class Description(NamedTuple):
     device: str
     dtype: str
     linear_logps: Choice
+    linear_logps_stats: Choice
+    """``linear_logps`` with statistics of tokens."""
     linear_dpo_loss: Choice
     torch_version: str
     triton_version: str | None
@@ -92,9 +103,12 @@ class Description(NamedTuple):
     def __str__(self) -> str:
         triton = f"triton {self.triton_version}" if self.triton_version else "no triton"
         lines = [f"dpo_kernels on {self.device} {self.dtype} (torch {self.torch_version}, {triton})"]
-        for name in ("linear_logps", "linear_dpo_loss"):
-            choice = getattr(self, name)
-            lines.append(f"  {name}: {choice.impl} ({choice.reason})")
+        choices = {
+            "linear_logps": self.linear_logps,
+            "linear_logps with stats": self.linear_logps_stats,
+            "linear_dpo_loss": self.linear_dpo_loss,
+        }
+        lines += [f"  {name}: {choice.impl} ({choice.reason})" for name, choice in choices.items()]
         return "\n".join(lines)
 
 
@@ -115,6 +129,7 @@ def describe(device: str | torch.device | None = None, dtype: torch.dtype = torc
         device=kind,
         dtype=str(dtype).removeprefix("torch."),
         linear_logps=choose("linear_logps", "auto", kind, dtype),
+        linear_logps_stats=choose("linear_logps", "auto", kind, dtype, STATS),
         linear_dpo_loss=choose("linear_dpo", "auto", kind, dtype),
         torch_version=torch.__version__,
         triton_version=version,

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from dpo_kernels.integrations.token_stats import STATS, token_stats
 from dpo_kernels.integrations.versions import require_series
-from dpo_kernels.linear_logps.api import autocast_head, linear_logps
+from dpo_kernels.linear_logps.api import linear_logps
+from dpo_kernels.linear_logps.stats import STATS
 
 # Before the imports that another release may not have.
 require_series("trl", "1.16", __name__)
@@ -61,8 +61,8 @@ def add_fused_lm_head(
         temperature: divisor of the logits.
         cast_lm_head_to_fp32: run the head in float32, outside autocast.
         outputs: fields to fill beside ``log_probs`` and ``loss``, which always are: "entropy", "log_sum_sq_probs",
-            "mean_logits", "is_top1". All of them together cost one more product with the head weight. They carry no
-            gradient; ``entropy``, which has one in TRL, raises when a gradient reaches it.
+            "mean_logits", "is_top1". They come from the product that gives the log-probs and carry no gradient;
+            ``entropy``, which has one in TRL, raises when a gradient reaches it.
 
     The patched forward returns TRL's ``FusedCausalLMOutput``: per-token fields are [B, M], float32, zero where the
     label is -100; ``log_probs`` stays connected to the graph when every label is -100. ``labels`` are shifted inside;
@@ -184,15 +184,17 @@ def _score(
     with torch.autocast(hidden_ND.device.type, enabled=autocast):
         if not autocast:
             weight, bias = weight.to(hidden_ND.dtype), None if bias is None else bias.to(hidden_ND.dtype)
-        hidden_ND, weight, bias = autocast_head(hidden_ND, weight, bias)
-        options: dict[str, Any] = {
-            "bias": bias,
-            "softcap": settings.softcap,
-            "logit_scale": settings.logit_scale,
-            "temperature": settings.temperature,
-        }
-        fields_N = {"log_probs": linear_logps(hidden_ND, weight, labels_N, **options)}
-        fields_N |= token_stats(hidden_ND, weight, labels_N, settings.stats, **options)
+        logps_N, stats_N = linear_logps(
+            hidden_ND,
+            weight,
+            labels_N,
+            bias=bias,
+            softcap=settings.softcap,
+            logit_scale=settings.logit_scale,
+            temperature=settings.temperature,
+            stats=settings.stats,
+        )
+    fields_N = {"log_probs": logps_N, **stats_N}
     if "entropy" in fields_N:
         fields_N["entropy"] = _WithoutGradient.apply(fields_N["entropy"], hidden_ND)
     rows_N = b_N * M + m_N

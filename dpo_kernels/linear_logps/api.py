@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.dispatch import check_impl
 from dpo_kernels.linear_logps.ops import linear_logps_op
+from dpo_kernels.linear_logps.stats import check_stats
 
 
 def check_head(
@@ -60,6 +63,46 @@ def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+class TokenLogps(NamedTuple):
+    """Log-probs together with the statistics that were asked for."""
+
+    logps: Tensor
+    """[T], what ``linear_logps`` returns alone."""
+    stats: dict[str, Tensor]
+    """name -> [T], detached."""
+
+
+@overload
+def linear_logps(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_logps(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    stats: Sequence[str],
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    impl: str = ...,
+) -> TokenLogps: ...
+
+
 def linear_logps(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -70,8 +113,9 @@ def linear_logps(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    stats: Sequence[str] | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | TokenLogps:
     """Log-prob of every label, log softmax(z)[label].
 
     z = softcap * tanh(logit_scale * (x W^T + b) / softcap) / temperature, the tanh only with a softcap.
@@ -89,10 +133,15 @@ def linear_logps(
         logit_scale: factor of the raw logits (Cohere, Granite), before the softcap.
         temperature: divisor of the logits, after the softcap.
         ignore_index: rows with this label give exactly 0 and get exactly zero gradient.
+        stats: names of statistics of each row's distribution, gathered from the logits of the forward product; no
+            further product. "entropy": -sum p log p, in nats. "is_top1": whether the label has the largest logit, the
+            first of them where several are equal. "mean_logits": mean of z over V. "log_sum_sq_probs": log sum p^2.
         impl: "auto", "triton", "torch", "native" or "reference". What is asked for by name is used or refused.
 
     Returns:
-        [T], float32 (float64 for float64 inputs), in nats.
+        [T], float32 (float64 for float64 inputs), in nats. With ``stats``, even an empty sequence of them,
+        ``TokenLogps(logps, stats)``: the same, and name -> [T] in the same dtype (``is_top1`` is bool), without
+        gradient, 0 (False) on ignored rows.
 
     Under autocast the inputs are cast like those of a matrix product. The result and the gradients have the same bits
     on every run on the same machine. There is no second derivative.
@@ -100,14 +149,17 @@ def linear_logps(
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit; on the CPU also a label out of range (on a GPU
             that is a device-side assertion, which needs no synchronisation).
-        RuntimeError: an ``impl`` that cannot run here.
+        RuntimeError: an ``impl`` that cannot run here, or has not got the statistics asked for.
     """
     check_impl(impl)
+    names = check_stats(stats or ())
     hidden_TD, weight_VD, bias = autocast_head(hidden_TD, weight_VD, bias)
     check_head(hidden_TD, weight_VD, labels_T, bias, softcap, logit_scale, temperature)
     frozen_head = not weight_VD.requires_grad and (bias is None or not bias.requires_grad)
     need_dx = torch.is_grad_enabled() and hidden_TD.requires_grad and frozen_head
-    logps_T, _, _ = linear_logps_op(
-        hidden_TD, weight_VD, labels_T, bias, softcap, logit_scale, temperature, ignore_index, impl, need_dx
-    )
-    return logps_T
+    options = (softcap, logit_scale, temperature, ignore_index, impl, need_dx, ",".join(names))
+    logps_T, _, _, stats_KT = linear_logps_op(hidden_TD, weight_VD, labels_T, bias, *options)
+    if stats is None:
+        return logps_T
+    found = dict(zip(names, stats_KT.unbind(0), strict=True))
+    return TokenLogps(logps_T, {name: v.bool() if name == "is_top1" else v for name, v in found.items()})

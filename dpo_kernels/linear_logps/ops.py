@@ -14,13 +14,16 @@ the same bits when run twice.
 ``why_not(device_type, dtype) -> str | None``
     (Triton only.) Reason this implementation cannot take such tensors, or None. Pure, and of no other argument: every
     shape must work.
-``forward(hidden_TD, weight_VD, labels_T, bias_V, softcap, logit_scale, temperature, ignore_index, need_dx)
--> (logps_T, lse_T, dx_TD | None)``
+``STATS``
+    (Triton only.) Names of the token statistics that it computes; ``torch`` and ``reference`` compute all.
+``forward(hidden_TD, weight_VD, labels_T, bias_V, softcap, logit_scale, temperature, ignore_index, need_dx, stats)
+-> (logps_T, lse_T, dx_TD | None, stats_KT | None)``
     logps_T is float32 (float64 for float64 inputs). Logits reach the log-sum-exp in that precision, never rounded to
     16 bits. lse_T is float32 or float64; it is kept and handed back as float64, because near 1e4 a float32 is too
     coarse to give softmax = e^(z - lse) back. Ignored rows have logps exactly 0 and any finite lse. With ``need_dx``
     (frozen head) dx_TD is d logps_t / d hidden_t in hidden's dtype, exactly 0 on ignored rows; its rows are scaled by
-    the upstream gradient later.
+    the upstream gradient later. ``stats`` are K names of ``dpo_kernels.linear_logps.stats``; where there are some,
+    stats_KT has the dtype of logps_T and is exactly 0 on ignored rows.
 ``backward(grad_logps_T, hidden_TD, weight_VD, labels_T, lse_T, bias_V, softcap, logit_scale, temperature,
 ignore_index, need_hidden, need_weight, need_bias) -> (dX_TD | None, dW_VD | None, db_V | None)``
     Gradients in the dtypes of hidden, weight and bias, accumulated in float32 (float64) and rounded once. grad_logps_T
@@ -53,6 +56,10 @@ def check_labels(labels_T: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
+def split_stats(stats: str) -> tuple[str, ...]:
+    return tuple(stats.split(",")) if stats else ()
+
+
 def unit_stride(matrix: Tensor) -> Tensor:
     """The same matrix with unit stride along its last dimension; a copy only when it has to be."""
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
@@ -69,21 +76,22 @@ def refuse_double_backward(name: str) -> None:
 @torch.library.custom_op(
     "dpo_kernels::linear_logps",
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_OPTIONS}, bool need_dx)"
-    " -> (Tensor logps, Tensor lse, Tensor dx)",
+    schema=f"(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_OPTIONS}, bool need_dx, str stats)"
+    " -> (Tensor logps, Tensor lse, Tensor dx, Tensor stats)",
 )
 def linear_logps_op(
-    hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_index, impl, need_dx
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx is empty, [0, D], unless ``need_dx``."""
-    module = implementation("linear_logps", impl, hidden)
+    hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_index, impl, need_dx, stats
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx is empty, [0, D], unless ``need_dx``; stats is [K, T] for the K names in ``stats``, joined by commas."""
+    names = split_stats(stats)
+    module = implementation("linear_logps", impl, hidden, names)
     check_labels(labels, weight.shape[0], ignore_index)
     T, D = hidden.shape
     if T == 0:
         logps = hidden.new_zeros(0, dtype=accumulation_dtype(hidden.dtype))
-        return logps, logps.new_zeros(0, dtype=torch.float64), hidden.new_zeros(0, D)
+        return logps, logps.new_zeros(0, dtype=torch.float64), hidden.new_zeros(0, D), logps.new_zeros(len(names), 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        logps, lse, dx = module.forward(
+        logps, lse, dx, stats_KT = module.forward(
             unit_stride(hidden),
             unit_stride(weight),
             labels.to(torch.int64).contiguous(),
@@ -93,15 +101,19 @@ def linear_logps_op(
             temperature,
             ignore_index,
             need_dx,
+            names,
         )
-    return logps, lse.double(), hidden.new_zeros(0, D) if dx is None else dx
+    if stats_KT is None:
+        stats_KT = logps.new_zeros(0, T)
+    return logps, lse.double(), hidden.new_zeros(0, D) if dx is None else dx, stats_KT
 
 
 @linear_logps_op.register_fake
-def _(hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_index, impl, need_dx):
+def _(hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_index, impl, need_dx, stats):
     T, D = hidden.shape
     logps = hidden.new_empty(T, dtype=accumulation_dtype(hidden.dtype))
-    return logps, logps.new_empty(T, dtype=torch.float64), hidden.new_empty(T if need_dx else 0, D)
+    lse, dx = logps.new_empty(T, dtype=torch.float64), hidden.new_empty(T if need_dx else 0, D)
+    return logps, lse, dx, logps.new_empty(len(split_stats(stats)), T)
 
 
 @torch.library.custom_op(
@@ -175,9 +187,9 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, labels, bias, *ctx.options, need_dx = inputs
-    _, lse, dx = output
-    ctx.mark_non_differentiable(lse, dx)
+    hidden, weight, labels, bias, *ctx.options, need_dx, _ = inputs
+    _, lse, dx, stats = output
+    ctx.mark_non_differentiable(lse, dx, stats)
     ctx.set_materialize_grads(False)
     ctx.frozen_head = need_dx
     if need_dx:
@@ -186,7 +198,7 @@ def _setup_context(ctx, inputs, output):
         ctx.save_for_backward(hidden, weight, labels, lse, bias)
 
 
-def _backward(ctx, grad_logps, grad_lse, grad_dx):
+def _backward(ctx, grad_logps, *unused):
     refuse_double_backward("linear_logps")
     dX = dW = db = None
     if grad_logps is not None and ctx.frozen_head:
@@ -199,7 +211,7 @@ def _backward(ctx, grad_logps, grad_lse, grad_dx):
             grad_logps, hidden, weight, labels, lse, bias, *ctx.options, need_hidden, need_weight, need_bias
         )
         dX, dW, db = dX if need_hidden else None, dW if need_weight else None, db if need_bias else None
-    return dX, dW, None, db, *(None,) * 6
+    return dX, dW, None, db, *(None,) * 7
 
 
 linear_logps_op.register_autograd(_backward, setup_context=_setup_context)

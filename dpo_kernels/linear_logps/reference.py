@@ -5,8 +5,29 @@ The gradient is autograd's of the forward below, not a formula of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def logits(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """logits_TV, differentiable; float64 for float64 inputs, else float32."""
+    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+    logits_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).T
+    if bias_V is not None:
+        logits_TV = logits_TV + bias_V.to(dtype)
+    logits_TV = logits_TV * logit_scale
+    if softcap is not None:
+        logits_TV = softcap * torch.tanh(logits_TV / softcap)
+    return logits_TV / temperature
 
 
 def logps(
@@ -20,18 +41,23 @@ def logps(
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """(logps_T, lse_T), differentiable; float64 for float64 inputs, else float32."""
-    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
-    logits_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).T
-    if bias_V is not None:
-        logits_TV = logits_TV + bias_V.to(dtype)
-    logits_TV = logits_TV * logit_scale
-    if softcap is not None:
-        logits_TV = softcap * torch.tanh(logits_TV / softcap)
-    logits_TV = logits_TV / temperature
+    logits_TV = logits(hidden_TD, weight_VD, bias_V, softcap, logit_scale, temperature)
     ignored_T = labels_T == ignore_index
     log_softmax_TV = torch.log_softmax(logits_TV, dim=-1)
     logps_T = log_softmax_TV.gather(1, labels_T.masked_fill(ignored_T, 0).unsqueeze(1)).squeeze(1)
     return logps_T.masked_fill(ignored_T, 0), torch.logsumexp(logits_TV, dim=-1)
+
+
+def token_stats(logits_TV: Tensor, labels_T: Tensor, ignore_index: int, names: Sequence[str]) -> Tensor:
+    """[K, T], in the order of the names, 0 on ignored rows; a top-1 hit is 1."""
+    log_p_TV = torch.log_softmax(logits_TV, dim=-1)
+    definitions = {
+        "entropy": lambda: torch.special.entr(log_p_TV.exp()).sum(dim=-1),
+        "is_top1": lambda: (logits_TV.argmax(dim=-1) == labels_T).to(logits_TV.dtype),
+        "mean_logits": lambda: logits_TV.mean(dim=-1),
+        "log_sum_sq_probs": lambda: torch.logsumexp(2 * log_p_TV, dim=-1),
+    }
+    return torch.stack([definitions[name]() for name in names]).masked_fill(labels_T == ignore_index, 0)
 
 
 def forward(
@@ -44,7 +70,8 @@ def forward(
     temperature: float,
     ignore_index: int,
     need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    stats: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     options = (softcap, logit_scale, temperature, ignore_index)
     # Leaving inference mode is what switches autograd back on inside an operator.
@@ -52,7 +79,11 @@ def forward(
         hidden, weight, bias = leaf(hidden_TD, need_dx), leaf(weight_VD), None if bias_V is None else leaf(bias_V)
         logps_T, lse_T = logps(hidden, weight, leaf(labels_T), bias, *options)
         dx_TD = torch.autograd.grad(logps_T.sum(), hidden)[0] if need_dx else None
-    return logps_T.detach(), lse_T.detach(), dx_TD
+    stats_KT = None
+    if stats:
+        logits_TV = logits(hidden_TD, weight_VD, bias_V, softcap, logit_scale, temperature)
+        stats_KT = token_stats(logits_TV, labels_T, ignore_index, stats)
+    return logps_T.detach(), lse_T.detach(), dx_TD, stats_KT
 
 
 def backward(

@@ -9,7 +9,7 @@ Backward recomputes one slice of logits at a time from the saved log-sum-exp, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from dpo_kernels.chunks import (
     softcap_factor,
     spread_rows,
 )
+from dpo_kernels.linear_logps.stats import RunningStats
 
 SLICE_BYTES = 8 * 2**20
 """Logits of a slice on the CPU: fits the third-level caches, together with what is read beside it."""
@@ -45,7 +46,8 @@ def forward(
     temperature: float,
     ignore_index: int,
     need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    stats: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     head = Head(weight_VD, bias_V, softcap, logit_scale, temperature)
     num_rows = hidden_TD.shape[0]
@@ -55,7 +57,7 @@ def forward(
         hidden_TD, labels_T, ignored_T = hidden_TD[kept], labels_T[kept], None
     if ignored_T is not None:
         labels_T = labels_T.masked_fill(ignored_T, 0)
-    state = _Running(hidden_TD, need_dx)
+    state = _Running(hidden_TD, need_dx, stats)
     for columns, z_Tv, W_vD in _slices(hidden_TD, head):
         _fold_slice(state, z_Tv, labels_T - columns.start, head, columns)
         if state.weighted_TD is not None:
@@ -71,19 +73,26 @@ def forward(
     if ignored_T is not None:
         logps_T = logps_T.masked_fill_(ignored_T, 0)
     lse_T = state.max_T.double() + log_sum_T
-    return spread_rows(logps_T, kept, num_rows), spread_rows(lse_T, kept, num_rows), dx_TD
+    stats_KT = None
+    if state.stats is not None:
+        stats_KT = state.stats.finish(state.sum_T, labels_T, weight_VD.shape[0])
+        if ignored_T is not None:
+            stats_KT.masked_fill_(ignored_T, 0)
+        stats_KT = torch.stack([spread_rows(values_T, kept, num_rows) for values_T in stats_KT])
+    return spread_rows(logps_T, kept, num_rows), spread_rows(lse_T, kept, num_rows), dx_TD, stats_KT
 
 
 class _Running:
     """What forward carries from slice to slice."""
 
-    def __init__(self, hidden_TD: Tensor, need_dx: bool):
+    def __init__(self, hidden_TD: Tensor, need_dx: bool, stats: Sequence[str]):
         T = hidden_TD.shape[0]
         dtype = accumulation_dtype(hidden_TD.dtype)
         self.max_T = hidden_TD.new_full((T,), -torch.inf, dtype=dtype)
         self.sum_T = hidden_TD.new_zeros(T, dtype=dtype)
         self.label_logit_T = hidden_TD.new_zeros(T, dtype=dtype)
         self.weighted_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if need_dx else None
+        self.stats = RunningStats(stats, hidden_TD) if stats else None
 
 
 def _fold_slice(state: _Running, z_Tv: Tensor, local_T: Tensor, head: Head, columns: slice) -> None:
@@ -98,7 +107,11 @@ def _fold_slice(state: _Running, z_Tv: Tensor, local_T: Tensor, head: Head, colu
         # Kept finite: a slice whose logits are all -inf, by a bias that masks tokens, must add 0 and not nan.
         new_max = torch.maximum(state.max_T[rows], z.amax(dim=1).clamp_(min=torch.finfo(z.dtype).min))
         factor = softcap_factor(z, head) if head.softcap is not None and state.weighted_TD is not None else None
+        if state.stats is not None:
+            state.stats.fold_logits(z, rows, columns.start)
         z.sub_(new_max.unsqueeze(1)).exp_()
+        if state.stats is not None:
+            state.stats.fold_exps(z, rows, state.sum_T[rows], new_max - state.max_T[rows])
         shrink = torch.exp(state.max_T[rows] - new_max)
         state.sum_T[rows] = state.sum_T[rows] * shrink + z.sum(dim=1)
         state.max_T[rows] = new_max

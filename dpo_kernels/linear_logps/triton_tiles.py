@@ -9,6 +9,8 @@ one more product, and there is no backward (2 in all).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ SLICE_BYTES = 160 * 2**20
 """Size of a slice: with fp32 dX beside it, 8192 rows of 4096 features stay within 300 MiB."""
 MIN_SLICE = 4096
 """Narrower slices would spend more time on reading and writing dX than on products."""
+
+STATS: tuple[str, ...] = ()
+"""Token statistics that the kernels compute."""
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
@@ -39,11 +44,12 @@ def forward(
     temperature: float,
     ignore_index: int,
     need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    stats: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     if need_dx:
-        return frozen_head(
+        logps_T, lse_T, dx_TD = frozen_head(
             hidden_TD,
             weight_VD,
             labels_T,
@@ -51,8 +57,9 @@ def forward(
             options=options,
             ignore_index=ignore_index,
         )
-    stats = linear_stats(hidden_TD, weight_VD, labels_T, options=options, ignore_index=ignore_index)
-    return stats.logps_N, stats.lse_N, None
+        return logps_T, lse_T, dx_TD, None
+    rows = linear_stats(hidden_TD, weight_VD, labels_T, options=options, ignore_index=ignore_index)
+    return rows.logps_N, rows.lse_N, None, None
 
 
 def backward(

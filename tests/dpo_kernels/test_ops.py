@@ -40,9 +40,10 @@ def inputs(T: int = 11, D: int = 5, V: int = 13, dtype: torch.dtype = torch.floa
 )
 def test_opcheck_linear_logps(num_rows: int, dtype: torch.dtype, impl: str) -> None:
     hidden, weight, labels, bias = inputs(num_rows, dtype=dtype)
-    opcheck(linear_logps_op, (hidden, weight, labels, bias, 3.0, 1.5, 0.8, -100, impl, False))
-    opcheck(linear_logps_op, (hidden, weight.detach(), labels, None, None, 1.0, 1.0, -100, impl, True))
-    logps, lse, _ = linear_logps_op(hidden, weight, labels, bias, 3.0, 1.5, 0.8, -100, impl, False)
+    opcheck(linear_logps_op, (hidden, weight, labels, bias, 3.0, 1.5, 0.8, -100, impl, False, ""))
+    opcheck(linear_logps_op, (hidden, weight, labels, bias, 3.0, 1.5, 0.8, -100, impl, False, "is_top1,entropy"))
+    opcheck(linear_logps_op, (hidden, weight.detach(), labels, None, None, 1.0, 1.0, -100, impl, True, "entropy"))
+    logps, lse, *_ = linear_logps_op(hidden, weight, labels, bias, 3.0, 1.5, 0.8, -100, impl, False, "")
     frozen = [t.detach() for t in (hidden, weight, labels, lse, bias)]
     for needs in ((True, True, True), (False, True, False)):
         opcheck(linear_logps_backward_op, (torch.randn_like(logps), *frozen, 3.0, 1.5, 0.8, -100, impl, *needs))
@@ -87,9 +88,15 @@ def logps(hidden, weight, labels, cu, ref, bias, loss_type, reduction):
     return (linear_logps(hidden, weight, labels, bias=bias, softcap=3.0) * 1.5).sum(), hidden.sum()
 
 
+def logps_with_stats(hidden, weight, labels, cu, ref, bias, loss_type, reduction):
+    out = linear_logps(hidden, weight, labels, bias=bias, softcap=3.0, stats=("entropy", "is_top1"))
+    return (out.logps * 1.5).sum(), out.stats["entropy"], out.stats["is_top1"]
+
+
 @pytest.mark.parametrize(
     ("function", "loss_type", "reduction", "frozen", "backend"),
     [
+        (logps_with_stats, "", "", False, "aot_eager"),
         (logps, "", "", False, "inductor"),
         (logps, "", "", True, "aot_eager"),
         (dpo, "sigmoid", "mean", False, "inductor"),
