@@ -81,6 +81,11 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
+def _unreadable(path: Path, line: int, error: Exception) -> UserError:
+    """For JSON that is valid, but beyond what the parser takes: a number of thousands of digits, endless nesting."""
+    return UserError(f"{path}, line {line}: this JSON cannot be read: {str(error).split(':')[0]}; correct the row")
+
+
 def _object(value: Any, path: Path, line: int) -> FileRow:
     if not isinstance(value, dict):
         raise UserError(f"{path}, line {line}: expected an object with named columns, got {type(value).__name__}")
@@ -101,6 +106,8 @@ def _read_json_lines(path: Path, hint: str = "") -> Iterator[FileRow]:
             except json.JSONDecodeError as error:
                 where = f"{path}, line {line}, column {error.colno}"
                 raise UserError(f"{where}: broken JSON: {error.msg}{hint}") from None
+            except (ValueError, RecursionError) as error:
+                raise _unreadable(path, line, error) from None
             yield _object(value, path, line)
 
 
@@ -184,6 +191,8 @@ class _ArrayScanner:
                 if self.ended or not cut:
                     line = self.here() + self.text.count("\n", self.at, error.pos)
                     raise UserError(f"{self.path}, line {line}: broken JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                raise _unreadable(self.path, self.here(), error) from None
             else:
                 self.at = end
                 return value

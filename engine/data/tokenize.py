@@ -68,8 +68,8 @@ class Encoder:
         """Token ids of each example; all texts of a kind go to the tokenizer in one call.
 
         Raises:
-            UserError: text without an EOS token, messages without a chat template, a template that fails on a row, or
-                ids that the tokenizer does not have.
+            UserError: text without an EOS token, messages without a chat template, a template that fails on a row, half
+                of a character, or ids that the tokenizer does not have.
         """
         texts: dict[bool, list[str]] = {True: [], False: []}
         for example in examples:
@@ -77,8 +77,23 @@ class Encoder:
                 texts[True] += self._plain_texts(example)
             elif example.kind == "messages" and not self._own_chat:
                 texts[False] += self._rendered_texts(example)
-        ids = {special: iter(self._tokenize(batch, special)) for special, batch in texts.items()}
+        try:
+            ids = {special: iter(self._tokenize(batch, special)) for special, batch in texts.items()}
+        except (TypeError, UnicodeEncodeError):
+            self._refuse_lone_surrogates(examples)
+            raise
         return [self._assemble(example, ids) for example in examples]
+
+    def _refuse_lone_surrogates(self, examples: Sequence[Example]) -> None:
+        """JSON may escape half of a character, such as ``\\ud800``, which no tokenizer takes."""
+        readers = {"text": self._plain_texts, "messages": self._rendered_texts}
+        for example in examples:
+            texts = readers[example.kind](example) if example.kind in readers else []
+            if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+                raise UserError(
+                    f"{example.where}: the text holds half of a surrogate pair, which is no character; "
+                    "correct or remove the row"
+                )
 
     def _assemble(self, example: Example, ids: dict[bool, Iterator[list[int]]]) -> Encoded:
         if example.kind == "ids":

@@ -329,3 +329,10 @@ def test_faults_of_templates_and_ids(make_tokenizer, plain_tokenizer):
         "double_bos": [3],
         "missing_eos": [3],
     }
+
+
+@pytest.mark.parametrize("side", ["prompt", "chosen"])
+def test_half_a_character_names_its_row(side, tiny_tokenizer):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(UserError, match=r"f\.jsonl, row 1: the text holds half of a surrogate pair"):
+        groups_of([row, row | {side: "x\ud83d"}], tiny_tokenizer)
