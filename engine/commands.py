@@ -83,7 +83,7 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     if options.import_columns:
         _verify_columns(config, datasets)
         return 0
-    reference = _reference_policy(config)
+    reference = _reference_policy(config, datasets)
     digest = model_digest(reference)
     store = ReferenceStore(config.reference.store or default_store_path())
     for name, dataset in datasets.items():
@@ -152,9 +152,9 @@ def _datasets(config: RunConfig) -> dict[str, PreferenceDataset]:
     return datasets
 
 
-def _reference_policy(config: RunConfig) -> Policy:
+def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> Policy:
     """The reference exactly as training loads it, so that both find the same rows of the store."""
-    from engine.model import check_packing, load_policy, resolve_device
+    from engine.model import check_packing, check_vocabulary, load_policy, resolve_device
     from engine.train.references import reference_model
 
     if REFERENCE_FREE_LOSSES.issuperset(config.loss.loss_types):
@@ -163,6 +163,8 @@ def _reference_policy(config: RunConfig) -> Policy:
     policy = load_policy(config.model if own else reference_model(config), device=resolve_device())
     print(f"attention: {policy.backend.name} ({policy.backend.reason})")
     check_packing(policy)
+    for dataset in datasets.values():
+        check_vocabulary(policy, dataset)
     return policy
 
 
@@ -191,7 +193,7 @@ def _verify_columns(config: RunConfig, datasets: dict[str, PreferenceDataset]) -
     found = {name: sums for name, dataset in datasets.items() if (sums := import_columns(dataset)) is not None}
     if not found:
         raise UserError(f"{config.data.dataset_name} has no columns ref_chosen_logps and ref_rejected_logps")
-    reference = _reference_policy(config)
+    reference = _reference_policy(config, datasets)
     for name, sums in found.items():
         count = min(len(datasets[name]), VERIFIED_ROWS)
         verify_rows(reference, datasets[name], sums, count=count, share_prompts=config.packing.share_prompts)

@@ -21,9 +21,18 @@ from engine.config.schema import ModelConfig, RunConfig
 from engine.data import load_dataset_groups
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
-from engine.model import Policy, check_packing, load_policy, load_tokenizer, resolve_device
+from engine.model import (
+    Policy,
+    check_folder,
+    check_packing,
+    check_vocabulary,
+    load_adapter,
+    load_policy,
+    load_tokenizer,
+    resolve_device,
+)
 from engine.packing import Pack, build_batch, check_fits, group_sizes, pack_groups
-from engine.train.checkpoint import ADAPTER_FILE, load_adapter
+from engine.train.checkpoint import ADAPTER_FILE
 from engine.train.durable import write_atomically
 from engine.train.metrics import METRICS_FILE, PREFERENCE_NAMES
 from engine.train.objective import Objective, Scored, sum_responses
@@ -58,19 +67,22 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     Raises:
         UserError: no evaluation data, or a model that cannot be loaded.
     """
+    if model_path is not None:
+        check_folder(model_path, "--model ")
     tokenizer = load_tokenizer(config.model)
     dataset, _ = load_dataset_groups(config.data, tokenizer, split="eval")
     _check_fits(dataset, config)
     device = resolve_device()
     policy = load_policy(config.model, device=device)
     check_packing(policy)
+    check_vocabulary(policy, dataset)
+    trained = policy if model_path is None else load_trained(config.model, policy, model_path)
+    check_vocabulary(trained, dataset)
     objective = Objective(config.loss)
     objective.check_dataset(dataset)
     references = prepare_references(config, policy, objective, {"eval": dataset}, say=log.info)
     objective.live_reference = references.live
-    if model_path is not None:
-        policy = load_trained(config.model, policy, model_path)
-    values = evaluate_policy(policy, dataset, objective, config, lookup=references.lookup("eval"), progress=True)
+    values = evaluate_policy(trained, dataset, objective, config, lookup=references.lookup("eval"), progress=True)
     log.info(format_evaluation(values))
     if model_path is not None and (Path(model_path) / METRICS_FILE).exists():
         write_evaluation(Path(model_path), values)
@@ -78,19 +90,20 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
 
 
 def load_trained(model: ModelConfig, base: Policy, model_path: str) -> Policy:
-    """The model at ``model_path``: an adapter is loaded into ``base``, a full model replaces it.
+    """The model at ``model_path``: an adapter is put on ``base``, whatever ``model.lora`` is; a full model replaces it.
 
     Raises:
-        UserError: an adapter for a configuration without ``model.lora``, or a model that cannot be loaded.
+        UserError: the model cannot be loaded, or the adapter does not fit the base.
     """
-    if (Path(model_path) / ADAPTER_FILE).exists():
-        if not base.has_adapter:
-            raise UserError(f"--model {model_path} is an adapter: set model.lora as in the run that trained it")
-        load_adapter(base, Path(model_path))
-        return base
-    if base.has_adapter:
-        log.info("%s is a full model: model.lora is not applied", model_path)
-    return load_policy(replace(model, model_name_or_path=model_path, revision=None, lora=None), device=base.device)
+    try:
+        if (Path(model_path) / ADAPTER_FILE).exists():
+            load_adapter(base, Path(model_path))
+            return base
+        if base.has_adapter:
+            log.info("%s is a full model: model.lora is not applied", model_path)
+        return load_policy(replace(model, model_name_or_path=model_path, revision=None, lora=None), device=base.device)
+    except UserError as error:
+        raise UserError(f"--model {model_path}: {error}") from error
 
 
 def evaluate_policy(

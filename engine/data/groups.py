@@ -73,6 +73,11 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         return (self[i] for i in range(len(self)))
 
     @property
+    def largest_id(self) -> int:
+        """The largest token id; -1 when there is none."""
+        return int(self._tokens.max(initial=-1))
+
+    @property
     def lengths(self) -> list[np.ndarray]:
         """Per group: int64 [1 + K] = (prompt tokens, response tokens...)."""
         sizes = np.diff(self._offsets)

@@ -1,17 +1,20 @@
 """Any transformers causal language model, run on packs."""
 
 from engine.model.attention import Backend, choose_backend
-from engine.model.checks import check_packing
+from engine.model.checks import check_packing, check_vocabulary
 from engine.model.head import Head, read_head
-from engine.model.load import load_policy, load_tokenizer, resolve_device
+from engine.model.load import check_folder, load_adapter, load_policy, load_tokenizer, resolve_device
 from engine.model.policy import Policy
 
 __all__ = [
     "Backend",
     "Head",
     "Policy",
+    "check_folder",
     "check_packing",
+    "check_vocabulary",
     "choose_backend",
+    "load_adapter",
     "load_policy",
     "load_tokenizer",
     "read_head",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.data.groups import PreferenceGroup
+from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError
 from engine.model.policy import Policy
 from engine.packing.layout import PackedBatch, build_batch
@@ -23,12 +23,15 @@ _EXPERT_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 def check_packing(policy: Policy, *, seed: int = 0) -> None:
-    """Compare a small shared-prompt pack with the model's own forward, and perturb one response.
+    """Compare a small shared-prompt pack with the model's own forward, perturb one response, switch to training mode.
+
+    Args:
+        policy: before its first optimizer step, so that adapters still change nothing.
 
     Raises:
-        UserError: the model is not equal on packs, or a response changes another one's log-probs.
+        UserError: the model is not equal on packs, a response changes another one's log-probs, or training mode does.
     """
-    name = type(policy.causal_lm).__name__
+    name = _name(policy)
     groups = _probe_groups(policy.config.get_text_config().vocab_size, seed)
     batch = build_batch(groups).to(policy.device)
     training = policy.training
@@ -38,8 +41,14 @@ def check_packing(policy: Policy, *, seed: int = 0) -> None:
             packed = _logps(policy, batch, name)
             _check_isolation(policy, groups, batch, packed, name)
             _check_equality(policy, groups, packed, name)
+            policy.train()
+            _check_randomness(packed, _logps(policy, batch, name), policy, name)
     finally:
         policy.train(training)
+
+
+def _name(policy: Policy) -> str:
+    return type(policy.causal_lm).__name__
 
 
 def _probe_groups(vocab_size: int, seed: int) -> list[PreferenceGroup]:
@@ -73,6 +82,29 @@ def _check_isolation(policy, groups, batch: PackedBatch, packed: torch.Tensor, n
         )
     if torch.equal(packed[start:stop], other[start:stop]):
         raise UserError(f"{name} ignores its input in the isolation check and is not supported")
+
+
+def _check_randomness(packed: torch.Tensor, training: torch.Tensor, policy: Policy, name: str) -> None:
+    """Dropout that could not be switched off would make the policy another function than its reference."""
+    if not _unchanged(policy, packed, training):
+        raise UserError(
+            f"{name} gives other log-probs in training mode than in evaluation: it has dropout or noise that cannot be "
+            "switched off here; set its probabilities to 0 in the model's config.json"
+        )
+
+
+def check_vocabulary(policy: Policy, dataset: PreferenceDataset) -> None:
+    """Raise a ``UserError`` that names the first row with a token that the model has no embedding for."""
+    size = policy.causal_lm.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if dataset.largest_id < size:
+        return
+    for group in dataset:
+        largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids))
+        if largest >= size:
+            raise UserError(
+                f"row {group.row}: token {largest} is outside the {size:,} embeddings of {_name(policy)}: the "
+                "tokenizer has more tokens than the model; use the model's own tokenizer, or resize its embeddings"
+            )
 
 
 def _unchanged(policy: Policy, before: torch.Tensor, after: torch.Tensor) -> bool:

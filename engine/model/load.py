@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from engine.config.schema import LoraConfig, ModelConfig
@@ -13,6 +17,9 @@ from engine.model.attention import choose_backend, register_backends
 from engine.model.policy import Policy
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_LOADED_ADAPTER = "loaded"
+# Attributes that functional dropout, layer drop and router noise read, beside the `p` of dropout modules.
+_RANDOM_ATTRIBUTE = re.compile(r"drop|jitter")
 
 
 def resolve_device() -> torch.device:
@@ -30,7 +37,7 @@ def load_tokenizer(model: ModelConfig):
 
     source = model.tokenizer_name_or_path or model.model_name_or_path
     field = "tokenizer_name_or_path" if model.tokenizer_name_or_path else "model_name_or_path"
-    _check_folder(source, field)
+    check_folder(source, f"model.{field}=")
     try:
         return AutoTokenizer.from_pretrained(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -54,7 +61,7 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
     register_backends()
     compute_dtype = DTYPES[model.dtype]
     backend = choose_backend(model.attention, device, compute_dtype)
-    _check_folder(model.model_name_or_path, "model_name_or_path")
+    check_folder(model.model_name_or_path, "model.model_name_or_path=")
     try:
         causal_lm = AutoModelForCausalLM.from_pretrained(
             model.model_name_or_path,
@@ -72,6 +79,11 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
         raise UserError(
             f"model.model_name_or_path={model.model_name_or_path}: its config sets output_router_logits, "
             "which asks for an auxiliary router loss that packs do not compute; set it to false in config.json"
+        )
+    if getattr(causal_lm, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model.model_name_or_path={model.model_name_or_path} is an adapter, not a model: merge it into its base "
+            "with peft's merge_and_unload, save the result and give that folder"
         )
     disable_dropout(causal_lm)
     if gradient_checkpointing:
@@ -113,21 +125,70 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
     return adapted
 
 
+def load_adapter(policy: Policy, path: Path) -> None:
+    """Put the adapter in folder ``path`` on ``policy``, with the rank and scale that it was trained with.
+
+    An adapter that the policy has already stays where it is, switched off.
+
+    Raises:
+        UserError: not a low-rank adapter, or one of another model.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("an adapter needs peft: pip install dpo-kernels[peft]") from error
+    model: Any = policy.model
+    try:
+        config = peft.PeftConfig.from_pretrained(str(path))
+        if config.peft_type != peft.PeftType.LORA:
+            raise UserError(f"{path} is an adapter of kind {config.peft_type}: only LORA is supported")
+        with warnings.catch_warnings():
+            # peft loads what fits and warns of the rest, which is an error below
+            warnings.simplefilter("ignore")
+            if policy.has_adapter:
+                model.load_adapter(str(path), _LOADED_ADAPTER)
+                model.set_adapter(_LOADED_ADAPTER)
+            else:
+                policy.model = model = peft.PeftModel.from_pretrained(model, str(path), _LOADED_ADAPTER)
+        with safe_open(path / "adapter_model.safetensors", "pt") as file:
+            stored = set(file.keys())
+        if stored != set(peft.get_peft_model_state_dict(model, adapter_name=_LOADED_ADAPTER)):
+            raise ValueError("it belongs to other layers")
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        name = type(policy.causal_lm).__name__
+        raise UserError(f"the adapter {path} does not fit {name}: {_first_line(error)}") from error
+
+
 def disable_dropout(model: nn.Module) -> int:
-    """Set every dropout probability to 0; returns how many were not."""
-    active = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    for module in active:
-        module.p = 0.0
+    """Set every dropout probability to 0, of dropout modules and of modules that call dropout as a function.
+
+    Returns:
+        How many were not 0.
+    """
+    active = [
+        (module, name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float)
+        and value > 0
+        and ((name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)) or _RANDOM_ATTRIBUTE.search(name))
+    ]
+    for module, name in active:
+        setattr(module, name, 0.0)
     return len(active)
 
 
-def _check_folder(source: str, field: str) -> None:
-    """A path that looks local must be a folder; otherwise transformers would look for it on the Hub."""
+def check_folder(source: str, option: str) -> None:
+    """Raise a ``UserError`` unless a path that looks local is a folder; transformers would look for it on the Hub.
+
+    Args:
+        option: what the user wrote before ``source``, such as ``--model ``.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"model.{field}={source} is not a folder: give a model folder or a Hub id such as org/name")
+        raise UserError(f"{option}{source} is not a folder: give a model folder or a Hub id such as org/name")
 
 
 def _first_line(error: BaseException) -> str:

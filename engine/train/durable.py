@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from engine.errors import UserError
@@ -30,6 +30,7 @@ _DISK_ERRORS = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
+    errno.ENAMETOOLONG: "the name is too long",
     errno.ENOTDIR: "a part of the path is not a folder",
     errno.EIO: "the disk reported an input/output error",
 }
@@ -137,6 +138,31 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """Create ``folder`` where it is absent and hold it for this process; one that was created and stays empty goes.
+
+    Raises:
+        UserError: it cannot be created or written, or another process holds it.
+    """
+    existed = folder.exists()
+    with disk_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            raise UserError(f"cannot create train.output_dir={folder}: {error.strerror}; choose another") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    try:
+        with only_writer(folder):
+            yield
+    finally:
+        if not existed:
+            # Fails, as it should, for a folder that holds anything.
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @contextmanager

@@ -19,14 +19,7 @@ from engine.errors import UserError
 from engine.evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
 from engine.model import load_policy
 from engine.train import checkpoint as checkpoints
-from engine.train.durable import (
-    disk_errors,
-    is_complete,
-    only_writer,
-    remove_leftovers,
-    sync_file,
-    write_atomically,
-)
+from engine.train.durable import is_complete, remove_leftovers, run_folder, sync_file, write_atomically
 from engine.train.export import export_model, package_versions
 from engine.train.feed import TrainingStep
 from engine.train.metrics import (
@@ -84,17 +77,17 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
             that were complete stay so.
     """
     output_dir = Path(config.train.output_dir)
-    start, state = _find_start(config, output_dir, resume)
-    if resume and is_complete(output_dir):
-        log.info("%s is finished: nothing is left to train", output_dir)
-        return _finished(output_dir)
-    setup = prepare(config)
-    run = _Run(setup, output_dir)
-    if state is not None:
-        run.restore(checkpoints.checkpoint_path(output_dir, start), state)
-    with disk_errors(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-    with only_writer(output_dir):
+    if not resume:
+        checkpoints.refuse_other_run(output_dir)
+    # Held from here on: whether the folder is free must not change while model and data are loaded.
+    with run_folder(output_dir):
+        start, state = _find_start(config, output_dir, resume)
+        if resume and is_complete(output_dir):
+            log.info("%s is finished: nothing is left to train", output_dir)
+            return _finished(output_dir)
+        run = _Run(prepare(config), output_dir)
+        if state is not None:
+            run.restore(checkpoints.checkpoint_path(output_dir, start), state)
         return run.train()
 
 

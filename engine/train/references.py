@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.config.schema import ModelConfig, RunConfig
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
-from engine.model import Policy, load_policy
+from engine.model import Policy, check_vocabulary, load_policy
 from engine.packing import Pack, PackedBatch, build_batch
 from engine.reference import (
     ReferenceStore,
@@ -101,7 +101,7 @@ def prepare_references(
     if mode == "none":
         return References("none", "none: the loss has no reference", {})
     if mode == "live":
-        return _live_references(config, policy)
+        return _live_references(config, policy, datasets)
     columns = {name: import_columns(dataset) for name, dataset in datasets.items()}
     tables = {name: ReferenceTable(sums) for name, sums in columns.items() if sums is not None}
     if config.reference.model_name_or_path is None:
@@ -131,6 +131,7 @@ def _stored_tables(
     digest = model_digest(reference)
     tables = {}
     for name, dataset in datasets.items():
+        check_vocabulary(reference, dataset)
         if config.reference.mode == "auto":
             report = precompute(
                 reference,
@@ -155,11 +156,13 @@ def reference_model(config: RunConfig) -> ModelConfig:
     return replace(config.model, model_name_or_path=name, revision=None, lora=None)
 
 
-def _live_references(config: RunConfig, policy: Policy) -> References:
+def _live_references(config: RunConfig, policy: Policy, datasets: dict[str, PreferenceDataset]) -> References:
     other = config.reference.model_name_or_path
     if policy.has_adapter and other is None:
         return References("live", "live: the model with its adapters off", {}, live=lambda b: _live_sums(policy, b))
     frozen = load_policy(reference_model(config), device=policy.device)
+    for dataset in datasets.values():
+        check_vocabulary(frozen, dataset)
     frozen.requires_grad_(False)
     frozen.eval()
     name = other or config.model.model_name_or_path

@@ -19,7 +19,7 @@ from engine.config.schema import RunConfig
 from engine.data import LintReport, load_dataset_groups
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
-from engine.model import Policy, check_packing, load_policy, load_tokenizer, resolve_device
+from engine.model import Policy, check_packing, check_vocabulary, load_policy, load_tokenizer, resolve_device
 from engine.packing import PlanSummary, check_fits, summarize_plan
 from engine.train.durable import write_atomically
 from engine.train.feed import TrainingFeed
@@ -73,6 +73,8 @@ def prepare(config: RunConfig) -> Setup:
     device = resolve_device()
     policy = load_policy(config.model, device=device, gradient_checkpointing=config.train.gradient_checkpointing)
     check_packing(policy)
+    for dataset in datasets.values():
+        check_vocabulary(policy, dataset)
     references = prepare_references(config, policy, objective, datasets, say=log.info)
     objective.live_reference = references.live
     peak_flops = measure_matmul_rate(device, policy.compute_dtype)

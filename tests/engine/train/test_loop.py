@@ -335,7 +335,27 @@ def test_an_absurd_learning_rate_is_stopped_before_it_is_saved(make_config, tmp_
 def test_what_cannot_run_is_refused_before_a_run_folder_exists(changes, message, make_config, tmp_path):
     with pytest.raises(UserError, match=message):
         train(make_config(**changes))
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_computed(make_config, monkeypatch, tmp_path):
+    monkeypatch.setattr("engine.train.loop.prepare", lambda config: pytest.fail("prepared"))
+    with pytest.raises(UserError, match=r"cannot create train\.output_dir=/proc/nothing"):
+        train(make_config(train={"output_dir": "/proc/nothing"}))
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr("engine.train.durable.os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match="kept: permission denied"):
+        train(make_config(train={"output_dir": str(tmp_path / "kept")}))
+    assert (tmp_path / "kept").is_dir()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(make_config, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["Question"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = make_config(model={"tokenizer_name_or_path": str(tmp_path / "tokenizer")})
+    with pytest.raises(UserError, match=r"row 0: token \d+ is outside the \d+ embeddings of LlamaForCausalLM"):
+        train(config)
 
 
 def test_mode_stored_names_the_missing_row(make_config, tmp_path):

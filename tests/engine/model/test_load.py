@@ -1,0 +1,129 @@
+"""What is loaded, what is refused, and the checks before a model is trusted with packs."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from engine.config.schema import LoraConfig, ModelConfig
+from engine.errors import UserError
+from engine.model import check_packing, load_adapter, load_policy, load_tokenizer
+from engine.model.load import disable_dropout
+from tests.engine.model.families import tiny_model
+
+CPU = torch.device("cpu")
+NOISE = {
+    "opt": {"dropout": 0.3, "attention_dropout": 0.2, "layerdrop": 0.5, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.2},
+    "starcoder2": {"residual_dropout": 0.3, "embedding_dropout": 0.3},
+    "mixtral": {"router_jitter_noise": 0.3},
+}
+
+
+def saved(folder, family, **overrides) -> ModelConfig:
+    tiny_model(family, **overrides).save_pretrained(folder)
+    return ModelConfig(model_name_or_path=str(folder), dtype="float32")
+
+
+@pytest.mark.parametrize("family", NOISE)
+def test_training_mode_computes_what_evaluation_does(family, tmp_path):
+    model = tiny_model(family, **NOISE[family]).train()
+    model.set_attn_implementation("eager")
+    ids = torch.arange(3, 23)[None]
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    policy = load_policy(saved(tmp_path, family, **NOISE[family]), device=CPU)
+    assert disable_dropout(policy) == 0
+    check_packing(policy)
+
+
+def test_noise_that_cannot_be_switched_off_is_refused(tmp_path):
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x) if self.training else x
+
+    policy = load_policy(saved(tmp_path, "llama"), device=CPU)
+    policy.causal_lm.model.norm = nn.Sequential(policy.causal_lm.model.norm, Noisy())
+    with pytest.raises(UserError, match="LlamaForCausalLM gives other log-probs in training mode"):
+        check_packing(policy)
+
+
+def test_a_model_that_mixes_tokens_elsewhere_is_refused(tmp_path):
+    class Mixing(nn.Module):
+        def forward(self, x):
+            return x + x.mean(1, keepdim=True)
+
+    policy = load_policy(saved(tmp_path, "llama"), device=CPU)
+    policy.causal_lm.model.norm = nn.Sequential(policy.causal_lm.model.norm, Mixing())
+    with pytest.raises(UserError, match="LlamaForCausalLM leaks tokens between responses"):
+        check_packing(policy)
+
+
+def test_a_model_that_never_calls_the_attention_function_is_refused(tmp_path):
+    policy = load_policy(saved(tmp_path, "bloom", n_head=4, n_layer=2), device=CPU)
+    with pytest.raises(UserError, match="BloomForCausalLM"):
+        check_packing(policy)
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_an_adapter_keeps_its_own_scale(with_adapter, tmp_path):
+    base = saved(tmp_path / "base", "llama")
+    trained = load_policy(ModelConfig(**(vars(base) | {"lora": LoraConfig(r=3, alpha=24)})), device=CPU)
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    trained.model.save_pretrained(tmp_path / "adapter")
+    other = LoraConfig(r=2, alpha=2) if with_adapter else None
+    policy = load_policy(ModelConfig(**(vars(base) | {"lora": other})), device=CPU)
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        plain = policy.causal_lm(input_ids=ids, attention_plan=_plan(ids)).logits
+        load_adapter(policy, tmp_path / "adapter")
+        expected = trained.causal_lm(input_ids=ids, attention_plan=_plan(ids)).logits
+        torch.testing.assert_close(policy.causal_lm(input_ids=ids, attention_plan=_plan(ids)).logits, expected)
+        with policy.reference_mode():
+            assert torch.equal(policy.causal_lm(input_ids=ids, attention_plan=_plan(ids)).logits, plain)
+
+
+def _plan(ids):
+    from engine.packing.layout import Segment, _attention_plan
+
+    return _attention_plan([Segment(0, ids.shape[1], 0, 0)])
+
+
+def test_an_adapter_of_other_layers_is_refused(tmp_path):
+    base = saved(tmp_path / "base", "llama")
+    lora = LoraConfig(r=3, target_modules=("q_proj",))
+    trained = load_policy(ModelConfig(**(vars(base) | {"lora": lora})), device=CPU)
+    trained.model.save_pretrained(tmp_path / "adapter")
+    deeper = load_policy(saved(tmp_path / "deeper", "llama", num_hidden_layers=3), device=CPU)
+    with pytest.raises(UserError, match="adapter does not fit LlamaForCausalLM: it belongs to other layers"):
+        load_adapter(deeper, tmp_path / "adapter")
+    wider = load_policy(saved(tmp_path / "wider", "llama", hidden_size=64), device=CPU)
+    with pytest.raises(UserError, match="adapter does not fit LlamaForCausalLM"):
+        load_adapter(wider, tmp_path / "adapter")
+
+
+def test_an_adapter_is_not_a_model(tmp_path):
+    base = saved(tmp_path / "base", "llama")
+    load_policy(ModelConfig(**(vars(base) | {"lora": LoraConfig(r=3)})), device=CPU).model.save_pretrained(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(UserError, match="adapter is an adapter, not a model: merge it"):
+        load_policy(ModelConfig(model_name_or_path=str(tmp_path / "adapter")), device=CPU)
+
+
+def test_what_does_not_load_is_named(tiny_model_dir, tmp_path):
+    with pytest.raises(UserError, match=r"model\.model_name_or_path=.*nowhere is not a folder"):
+        load_policy(ModelConfig(model_name_or_path=str(tmp_path / "nowhere")), device=CPU)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty does not load as a causal language model"):
+        load_policy(ModelConfig(model_name_or_path=str(tmp_path / "empty")), device=CPU)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model_dir / name, bare)
+    with pytest.raises(UserError, match=r"bare has no tokenizer that loads.*model\.tokenizer_name_or_path"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(bare)))
