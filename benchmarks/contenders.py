@@ -124,20 +124,12 @@ def contenders(task: str) -> list[Contender]:
         Contender("CCE cce", 2 + gradients, _per_token(cce_logps), "skips gradient tiles below a threshold"),
         Contender("CCE cce_exact", 2 + gradients, _per_token(exact_cce_logps)),
     ]
+    if task == LOSS:
+        note = "with its reference head (1 product)"
+        found.append(Contender("Liger DPO", 4, liger_with_reference, note, compiles=True))
     if task != GRADIENTS:
-        found += [
-            Contender(
-                "Liger DPO", 2 + gradients, liger_with_reference, "with its reference head (1 product)", compiles=True
-            ),
-            Contender(
-                "Liger DPO, no reference",
-                1 + gradients,
-                liger_alone,
-                "reference log-probs all 0",
-                has_reference=False,
-                compiles=True,
-            ),
-        ]
+        options: dict[str, Any] = {"note": "reference log-probs all 0", "has_reference": False, "compiles": True}
+        found.append(Contender("Liger DPO, no reference", 1 + gradients, liger_alone, **options))
     if task == LOSS:
         found.append(Contender("ours: linear_logps", 4, _per_token(our_logps), "any loss", ours=True))
     if task == GRADIENTS:

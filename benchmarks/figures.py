@@ -36,7 +36,7 @@ def draw_table(rows: Sequence[dict[str, Any]], path: Path, *, title: str, subtit
         for task, (times, memory) in zip(tasks, panels, strict=True):
             _draw_times(times, raced[task], task)
             _draw_memory(memory, raced[task])
-        panels[-1][0].set_xlabel("time, as a multiple of three bare products")
+        panels[-1][0].set_xlabel("time over three bare products; white mark: the row's own number of them")
         panels[-1][1].set_xlabel("peak extra memory, MiB")
         figure.text(0.012, 1 - 0.14 / height, title, fontsize=14, fontweight="bold", va="top")
         figure.text(0.0125, 1 - 0.43 / height, subtitle, fontsize=9.5, va="top", color=MUTED)
@@ -90,8 +90,10 @@ def _draw_memory(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(min(1.0, *sizes, axes.get_xlim()[0]), max(axes.get_xlim()[1], max(sizes) * 6))
     for place, row in zip(places, rows, strict=True):
-        axes.text(sizes[place], place, f" {row['extra MiB']:,.0f}", va="center", fontsize=9, color=MUTED)
+        text = f" {row['extra MiB']:,.0f}" if row["extra MiB"] >= 0.5 else " < 1"
+        axes.text(sizes[place], place, text, va="center", fontsize=9, color=MUTED)
     axes.set_yticks([])
+    axes.tick_params(axis="x", which="minor", length=0)
     _tidy(axes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ THREADS = 2
 RESPONSE_LENGTH = 128
 
 
-def race_on(kind: str, entrants: dict[str, Sequence[Contender]]) -> Race:
+Row = dict[str, Any]
+
+
+def race_on(kind: str, entrants: Mapping[str, Sequence[Contender]]) -> Race:
     """A warmed-up race at the CPU's shape, float32 and two threads."""
     torch.set_num_threads(THREADS)
     race = Race(make_inputs(kind, CPU_BENCHMARK, length=RESPONSE_LENGTH), entrants)
@@ -29,8 +32,18 @@ def race_on(kind: str, entrants: dict[str, Sequence[Contender]]) -> Race:
     return race
 
 
-def write_race(name: str, title: str, races: dict[str, Race], *, folder: Path | None = None) -> dict[str, Any]:
-    """Write the results of races by kind of input, and the chart of the first; returns what the JSON holds."""
+def write_race(
+    name: str,
+    title: str,
+    races: Mapping[str, Race],
+    *,
+    targets: Callable[[Sequence[Row]], dict[str, str]] | None = None,
+    folder: Path | None = None,
+) -> Row:
+    """Write the results of races by kind of input, and the chart of the first; returns what the JSON holds.
+
+    ``targets`` says, from the rows of the first kind, what was to be reached and what was.
+    """
     folder = folder or RESULTS / device_name()
     rows = [{"inputs": kind, **row} for kind, race in races.items() for row in race.rows()]
     first = next(iter(races))
@@ -38,16 +51,17 @@ def write_race(name: str, title: str, races: dict[str, Race], *, folder: Path | 
     dtype = str(any_inputs.hidden_ND.dtype).removeprefix("torch.")
     shape = any_inputs.shape
     settings = f"N={shape.T} D={shape.D} V={shape.V} {dtype}, {any_inputs.length} rows per response"
+    charted = [row for row in rows if row["inputs"] == first]
     result = {
         "machine": machine(),
         "settings": settings,
         **{f"{kind} inputs": f"{race.inputs.source}; {softmax_shape(race.inputs)}" for kind, race in races.items()},
         "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
         "legend": LEGEND,
+        **(targets(charted) if targets else {}),
         "rows": rows,
     }
     write_result(name, result, columns=("inputs", *COLUMNS), folder=folder)
-    charted = [row for row in rows if row["inputs"] == first]
     draw_table(charted, folder / f"{name}.png", title=title, subtitle=f"{settings}; {first} hidden states; {machine()}")
     return result
 

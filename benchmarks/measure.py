@@ -226,7 +226,8 @@ class Race:
         self.inputs = inputs
         self.device = inputs.hidden_ND.device
         self.products = BareProducts(inputs)
-        self.tasks = {name: make_task(name, inputs) for name in entrants}
+        task = make_task(next(iter(entrants)), inputs)
+        self.tasks = {name: task._replace(name=name) for name in entrants}
         self.entries = {name: [_Entry(contender) for contender in found] for name, found in entrants.items()}
         self._rounds = 0
 
