@@ -138,6 +138,7 @@ def load_adapter(policy: Policy, path: Path) -> None:
     except ImportError as error:
         raise UserError("an adapter needs peft: pip install dpo-kernels[peft]") from error
     model: Any = policy.model
+    name = type(policy.causal_lm).__name__
     try:
         config = peft.PeftConfig.from_pretrained(str(path))
         if config.peft_type != peft.PeftType.LORA:
@@ -155,7 +156,6 @@ def load_adapter(policy: Policy, path: Path) -> None:
         if stored != set(peft.get_peft_model_state_dict(model, adapter_name=_LOADED_ADAPTER)):
             raise ValueError("it belongs to other layers")
     except (RuntimeError, ValueError, TypeError, OSError) as error:
-        name = type(policy.causal_lm).__name__
         raise UserError(f"the adapter {path} does not fit {name}: {_first_line(error)}") from error
 
 
@@ -192,4 +192,6 @@ def check_folder(source: str, option: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # a heading alone says nothing
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
