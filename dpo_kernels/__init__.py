@@ -2,7 +2,8 @@
 
 from dpo_kernels.dispatch import describe
 from dpo_kernels.linear_dpo.api import LinearDPOLoss, linear_dpo_loss
-from dpo_kernels.linear_logps.api import linear_logps
+from dpo_kernels.linear_logps.api import TokenLogps, linear_logps
+from dpo_kernels.linear_logps.vocab_parallel import linear_logps_vocab_parallel
 from dpo_kernels.losses import LOSS_TYPES
 from dpo_kernels.preference import PlackettLuceLoss, PreferenceLoss, plackett_luce_loss, preference_loss
 
@@ -11,9 +12,11 @@ __all__ = [
     "LinearDPOLoss",
     "PlackettLuceLoss",
     "PreferenceLoss",
+    "TokenLogps",
     "describe",
     "linear_dpo_loss",
     "linear_logps",
+    "linear_logps_vocab_parallel",
     "plackett_luce_loss",
     "preference_loss",
 ]

@@ -27,7 +27,8 @@ the same bits when run twice.
 ``backward(grad_logps_T, hidden_TD, weight_VD, labels_T, lse_T, bias_V, softcap, logit_scale, temperature,
 ignore_index, need_hidden, need_weight, need_bias) -> (dX_TD | None, dW_VD | None, db_V | None)``
     Gradients in the dtypes of hidden, weight and bias, accumulated in float32 (float64) and rounded once. grad_logps_T
-    is float32 (float64), contiguous, non-uniform, and may be anything on ignored rows, which contribute exactly 0. What
+    is float32 (float64), contiguous, non-uniform, and may be anything on ignored rows, which contribute exactly 0. Of
+    a slice of a larger vocabulary (not for ``reference``) lse_T is the whole one's, and -1 is a label elsewhere. What
     is not needed is not computed and returned as None.
 """
 
