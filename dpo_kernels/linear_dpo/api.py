@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_kernels.chunks import accumulation_dtype
 from dpo_kernels.dispatch import check_impl
 from dpo_kernels.linear_dpo.ops import linear_dpo_op, make_pairs, reduce_losses, response_sums
-from dpo_kernels.linear_logps.api import autocast_head, check_head, linear_logps
+from dpo_kernels.linear_logps.api import autocast_head, check_head, check_weight_grad, linear_logps
 from dpo_kernels.losses import LossMix, LossOptions, check_options, resolve_loss, resolve_mean_length
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -54,6 +54,7 @@ def linear_dpo_loss(
     ignore_index: int = -100,
     pair_weights: Tensor | None = None,
     reduction: str = "mean",
+    weight_grad: Tensor | None = None,
     impl: str = "auto",
 ) -> LinearDPOLoss:
     """Preference loss of pairs of responses, straight from hidden states. Rows are the completion tokens of all
@@ -77,6 +78,8 @@ def linear_dpo_loss(
         bias, softcap, logit_scale, temperature, ignore_index: as in ``linear_logps``.
         pair_weights: [P] or None. "mean" is sum(weight * loss) / P, "sum" is sum(weight * loss), "none" the products.
         reduction: "mean", "sum" or "none". Without pairs "mean" is 0.
+        weight_grad: as in ``linear_logps``; but in 3 products, the gradient waits for the upstream factor in the dtype
+            of a bfloat16 weight, so that this call's share is rounded once to it before it is added.
         impl: as in ``linear_logps``.
 
     Returns:
@@ -95,6 +98,7 @@ def linear_dpo_loss(
     check_options(options)
     hidden_TD, weight_VD, bias = autocast_head(hidden_TD, weight_VD, bias)
     check_head(hidden_TD, weight_VD, labels_T, bias, softcap, logit_scale, temperature)
+    check_weight_grad(weight_grad, weight_VD)
     _check_pairs(hidden_TD, cu_responses, ref_logps_S, pair_weights, mix, reduction)
 
     dtype = accumulation_dtype(hidden_TD.dtype)
@@ -129,6 +133,7 @@ def linear_dpo_loss(
             hidden_TD.requires_grad,
             weight_VD.requires_grad,
             bias is not None and bias.requires_grad,
+            weight_grad,
         )
     else:
         logps_T = linear_logps(
@@ -140,6 +145,7 @@ def linear_dpo_loss(
             logit_scale=logit_scale,
             temperature=temperature,
             ignore_index=ignore_index,
+            weight_grad=weight_grad,
             impl=impl,
         )
         logps_S = response_sums(logps_T, cu_responses)

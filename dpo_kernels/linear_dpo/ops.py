@@ -140,7 +140,7 @@ _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor cu_responses, Tensor? ref_logps, Tensor? lengths,"
     " Tensor? mean_length, Tensor? pair_weights, Tensor? bias, str loss_type, float[] loss_weights,"
     " float[] loss_options, bool mean, float? softcap, float logit_scale, float temperature, int ignore_index,"
-    " str impl, bool need_hidden, bool need_weight, bool need_bias)"
+    " str impl, bool need_hidden, bool need_weight, bool need_bias, Tensor? weight_grad=None)"
     " -> (Tensor loss, Tensor losses, Tensor logps, Tensor dX, Tensor dW, Tensor db)"
 )
 
@@ -168,8 +168,12 @@ def linear_dpo_op(
     need_hidden,
     need_weight,
     need_bias,
+    weight_grad=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients are those for an upstream gradient of 1; what is not needed is an empty vector."""
+    """Gradients are those for an upstream gradient of 1; what is not needed is an empty vector.
+
+    ``weight_grad`` is for backward, which adds dW to it.
+    """
     module = implementation("linear_dpo", impl, hidden)
     check_labels(labels, weight.shape[0], ignore_index)
     offsets = check_responses(cu_responses, hidden.shape[0])
@@ -234,6 +238,7 @@ def _(
     need_hidden,
     need_weight,
     need_bias,
+    weight_grad=None,
 ):
     num_responses = cu_responses.shape[0] - 1
     logps = hidden.new_empty(num_responses, dtype=accumulation_dtype(hidden.dtype))
@@ -249,6 +254,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.gradients = tuple(others[2:])
     ctx.dtype = inputs[0].dtype
+    ctx.weight_grad = inputs[-1]
 
 
 def _backward(ctx, grad_loss, *unused):
@@ -260,10 +266,12 @@ def _backward(ctx, grad_loss, *unused):
     hand_over = type(grad_loss) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
     if hand_over:
         ctx.gradients = None
-    result = [None] * 21
+    result = [None] * 22
     if grad_loss is not None:
         for position, gradient in zip((0, 1, 8), gradients, strict=True):
-            if ctx.needs_input_grad[position]:
+            if position == 1 and ctx.weight_grad is not None:
+                ctx.weight_grad.addcmul_(gradient, grad_loss)
+            elif ctx.needs_input_grad[position]:
                 scaled = gradient.mul_(grad_loss) if hand_over else gradient * grad_loss
                 result[position] = scaled.to(ctx.dtype)
     return tuple(result)

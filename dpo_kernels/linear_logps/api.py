@@ -9,6 +9,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from dpo_kernels.chunks import accumulation_dtype
 from dpo_kernels.dispatch import check_impl
 from dpo_kernels.linear_logps.ops import linear_logps_op
 from dpo_kernels.linear_logps.stats import check_stats
@@ -54,6 +55,20 @@ def check_head(
         raise ValueError(f"logit_scale must be finite; got {logit_scale}")
 
 
+def check_weight_grad(weight_grad: Tensor | None, weight_VD: Tensor) -> None:
+    """Raise ValueError for a main gradient that the gradient of this weight cannot be added to."""
+    if weight_grad is None:
+        return
+    shape, dtype = list(weight_VD.shape), accumulation_dtype(weight_VD.dtype)
+    if list(weight_grad.shape) != shape or weight_grad.dtype != dtype or weight_grad.device != weight_VD.device:
+        raise ValueError(
+            f"weight_grad must be {dtype} of shape {shape} on {weight_VD.device}, like weight; got"
+            f" {weight_grad.dtype} of shape {list(weight_grad.shape)} on {weight_grad.device}"
+        )
+    if not weight_VD.requires_grad or weight_grad.requires_grad:
+        raise ValueError("weight_grad needs a weight that requires a gradient, and must not require one itself")
+
+
 def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as autocast casts the inputs of a matrix product; float64 is left alone, as there."""
     device_type = hidden.device.type
@@ -83,6 +98,7 @@ def linear_logps(
     logit_scale: float = ...,
     temperature: float = ...,
     ignore_index: int = ...,
+    weight_grad: Tensor | None = ...,
     impl: str = ...,
 ) -> Tensor: ...
 
@@ -99,6 +115,7 @@ def linear_logps(
     logit_scale: float = ...,
     temperature: float = ...,
     ignore_index: int = ...,
+    weight_grad: Tensor | None = ...,
     impl: str = ...,
 ) -> TokenLogps: ...
 
@@ -113,6 +130,7 @@ def linear_logps(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    weight_grad: Tensor | None = None,
     stats: Sequence[str] | None = None,
     impl: str = "auto",
 ) -> Tensor | TokenLogps:
@@ -133,6 +151,10 @@ def linear_logps(
         logit_scale: factor of the raw logits (Cohere, Granite), before the softcap.
         temperature: divisor of the logits, after the softcap.
         ignore_index: rows with this label give exactly 0 and get exactly zero gradient.
+        weight_grad: [V, D], float32 (float64 for float64 inputs), or None. Backward adds the gradient of the weight to
+            it in place, every time it runs, and hands none to the weight: ``weight.grad`` stays as it is and hooks of
+            the weight see nothing, as with Megatron's ``main_grad``. Averaging it over processes is the caller's.
+            The product accumulates there: nothing is rounded to 16 bits.
         stats: names of statistics of each row's distribution, gathered from the logits of the forward product; no
             further product. "entropy": -sum p log p, in nats. "is_top1": whether the label has the largest logit, the
             first of them where several are equal. "mean_logits": mean of z over V. "log_sum_sq_probs": log sum p^2.
@@ -155,9 +177,10 @@ def linear_logps(
     names = check_stats(stats or ())
     hidden_TD, weight_VD, bias = autocast_head(hidden_TD, weight_VD, bias)
     check_head(hidden_TD, weight_VD, labels_T, bias, softcap, logit_scale, temperature)
+    check_weight_grad(weight_grad, weight_VD)
     frozen_head = not weight_VD.requires_grad and (bias is None or not bias.requires_grad)
     need_dx = torch.is_grad_enabled() and hidden_TD.requires_grad and frozen_head
-    options = (softcap, logit_scale, temperature, ignore_index, impl, need_dx, ",".join(names))
+    options = (softcap, logit_scale, temperature, ignore_index, impl, need_dx, ",".join(names), weight_grad)
     logps_T, _, _, stats_KT = linear_logps_op(hidden_TD, weight_VD, labels_T, bias, *options)
     if stats is None:
         return logps_T

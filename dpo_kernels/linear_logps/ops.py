@@ -25,11 +25,12 @@ the same bits when run twice.
     the upstream gradient later. ``stats`` are K names of ``dpo_kernels.linear_logps.stats``; where there are some,
     stats_KT has the dtype of logps_T and is exactly 0 on ignored rows.
 ``backward(grad_logps_T, hidden_TD, weight_VD, labels_T, lse_T, bias_V, softcap, logit_scale, temperature,
-ignore_index, need_hidden, need_weight, need_bias) -> (dX_TD | None, dW_VD | None, db_V | None)``
+ignore_index, need_hidden, need_weight, need_bias, weight_grad_VD) -> (dX_TD | None, dW_VD | None, db_V | None)``
     Gradients in the dtypes of hidden, weight and bias, accumulated in float32 (float64) and rounded once. grad_logps_T
     is float32 (float64), contiguous, non-uniform, and may be anything on ignored rows, which contribute exactly 0. Of
     a slice of a larger vocabulary (not for ``reference``) lse_T is the whole one's, and -1 is a label elsewhere. What
-    is not needed is not computed and returned as None.
+    is not needed is not computed and returned as None. With weight_grad_VD, float32 (float64) of any strides, dW is
+    added to it unrounded, and None returned in its place.
 """
 
 from __future__ import annotations
@@ -77,13 +78,28 @@ def refuse_double_backward(name: str) -> None:
 @torch.library.custom_op(
     "dpo_kernels::linear_logps",
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_OPTIONS}, bool need_dx, str stats)"
+    schema=f"(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_OPTIONS}, bool need_dx, str stats,"
+    " Tensor? weight_grad=None)"
     " -> (Tensor logps, Tensor lse, Tensor dx, Tensor stats)",
 )
 def linear_logps_op(
-    hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_index, impl, need_dx, stats
+    hidden,
+    weight,
+    labels,
+    bias,
+    softcap,
+    logit_scale,
+    temperature,
+    ignore_index,
+    impl,
+    need_dx,
+    stats,
+    weight_grad=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx is empty, [0, D], unless ``need_dx``; stats is [K, T] for the K names in ``stats``, joined by commas."""
+    """dx is empty, [0, D], unless ``need_dx``; stats is [K, T] for the K names in ``stats``, joined by commas.
+
+    ``weight_grad`` is for backward, which adds dW to it.
+    """
     names = split_stats(stats)
     module = implementation("linear_logps", impl, hidden, names)
     check_labels(labels, weight.shape[0], ignore_index)
@@ -110,11 +126,66 @@ def linear_logps_op(
 
 
 @linear_logps_op.register_fake
-def _(hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_index, impl, need_dx, stats):
+def _(
+    hidden,
+    weight,
+    labels,
+    bias,
+    softcap,
+    logit_scale,
+    temperature,
+    ignore_index,
+    impl,
+    need_dx,
+    stats,
+    weight_grad=None,
+):
     T, D = hidden.shape
     logps = hidden.new_empty(T, dtype=accumulation_dtype(hidden.dtype))
     lse, dx = logps.new_empty(T, dtype=torch.float64), hidden.new_empty(T if need_dx else 0, D)
     return logps, lse, dx, logps.new_empty(len(split_stats(stats)), T)
+
+
+def _run_backward(
+    grad_logps,
+    hidden,
+    weight,
+    labels,
+    lse,
+    bias,
+    softcap,
+    logit_scale,
+    temperature,
+    ignore_index,
+    impl,
+    need_hidden,
+    need_weight,
+    need_bias,
+    weight_grad=None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if hidden.shape[0] == 0:
+        wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
+        dX, dW, db = (
+            torch.zeros_like(t, memory_format=torch.contiguous_format) if need else None for t, need in wanted
+        )
+        return dX, dW, db
+    with torch.autocast(hidden.device.type, enabled=False):
+        return implementation("linear_logps", impl, hidden).backward(
+            grad_logps.contiguous(),
+            unit_stride(hidden),
+            unit_stride(weight),
+            labels.to(torch.int64).contiguous(),
+            lse,
+            None if bias is None else bias.contiguous(),
+            softcap,
+            logit_scale,
+            temperature,
+            ignore_index,
+            need_hidden,
+            need_weight,
+            need_bias,
+            weight_grad,
+        )
 
 
 @torch.library.custom_op(
@@ -140,28 +211,8 @@ def linear_logps_backward_op(
     need_bias,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db); what is not needed is an empty vector."""
-    if hidden.shape[0] == 0:
-        wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
-        dX, dW, db = (
-            torch.zeros_like(t, memory_format=torch.contiguous_format) if need else None for t, need in wanted
-        )
-    else:
-        with torch.autocast(hidden.device.type, enabled=False):
-            dX, dW, db = implementation("linear_logps", impl, hidden).backward(
-                grad_logps.contiguous(),
-                unit_stride(hidden),
-                unit_stride(weight),
-                labels.to(torch.int64).contiguous(),
-                lse,
-                None if bias is None else bias.contiguous(),
-                softcap,
-                logit_scale,
-                temperature,
-                ignore_index,
-                need_hidden,
-                need_weight,
-                need_bias,
-            )
+    options = (softcap, logit_scale, temperature, ignore_index, impl, need_hidden, need_weight, need_bias)
+    dX, dW, db = _run_backward(grad_logps, hidden, weight, labels, lse, bias, *options)
     nothing = hidden.new_zeros(0)
     return nothing if dX is None else dX, nothing.clone() if dW is None else dW, nothing.clone() if db is None else db
 
@@ -187,8 +238,42 @@ def _(
     return tuple(t.new_empty(t.shape) if need else hidden.new_empty(0) for t, need in wanted)
 
 
+@torch.library.custom_op(
+    "dpo_kernels::linear_logps_backward_accumulate",
+    mutates_args=("weight_grad",),
+    schema="(Tensor(a!) weight_grad, Tensor grad_logps, Tensor hidden, Tensor weight, Tensor labels, Tensor lse,"
+    f" Tensor? bias, {_OPTIONS}, bool need_hidden, bool need_bias) -> (Tensor, Tensor)",
+)
+def linear_logps_backward_accumulate_op(
+    weight_grad,
+    grad_logps,
+    hidden,
+    weight,
+    labels,
+    lse,
+    bias,
+    softcap,
+    logit_scale,
+    temperature,
+    ignore_index,
+    impl,
+    need_hidden,
+    need_bias,
+) -> tuple[Tensor, Tensor]:
+    """(dX, db), and dW is added to ``weight_grad``; what is not needed is an empty vector."""
+    options = (softcap, logit_scale, temperature, ignore_index, impl, need_hidden, True, need_bias)
+    dX, _, db = _run_backward(grad_logps, hidden, weight, labels, lse, bias, *options, weight_grad)
+    return hidden.new_zeros(0) if dX is None else dX, hidden.new_zeros(0) if db is None else db
+
+
+@linear_logps_backward_accumulate_op.register_fake
+def _(weight_grad, grad_logps, hidden, weight, labels, lse, bias, *options):
+    wanted = zip((hidden, bias), options[-2:], strict=True)
+    return tuple(t.new_empty(t.shape) if need else hidden.new_empty(0) for t, need in wanted)
+
+
 def _setup_context(ctx, inputs, output):
-    hidden, weight, labels, bias, *ctx.options, need_dx, _ = inputs
+    hidden, weight, labels, bias, *ctx.options, need_dx, _, ctx.weight_grad = inputs
     _, lse, dx, stats = output
     ctx.mark_non_differentiable(lse, dx, stats)
     ctx.set_materialize_grads(False)
@@ -208,11 +293,14 @@ def _backward(ctx, grad_logps, *unused):
     elif grad_logps is not None:
         hidden, weight, labels, lse, bias = ctx.saved_tensors
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-        dX, dW, db = linear_logps_backward_op(
-            grad_logps, hidden, weight, labels, lse, bias, *ctx.options, need_hidden, need_weight, need_bias
-        )
+        saved = (grad_logps, hidden, weight, labels, lse, bias, *ctx.options)
+        if need_weight and ctx.weight_grad is not None:
+            dX, db = linear_logps_backward_accumulate_op(ctx.weight_grad, *saved, need_hidden, need_bias)
+            need_weight = False
+        else:
+            dX, dW, db = linear_logps_backward_op(*saved, need_hidden, need_weight, need_bias)
         dX, dW, db = dX if need_hidden else None, dW if need_weight else None, db if need_bias else None
-    return dX, dW, None, db, *(None,) * 7
+    return dX, dW, None, db, *(None,) * 8
 
 
 linear_logps_op.register_autograd(_backward, setup_context=_setup_context)

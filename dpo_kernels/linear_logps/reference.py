@@ -100,14 +100,21 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    weight_grad_VD: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     options = (softcap, logit_scale, temperature, ignore_index)
     with torch.inference_mode(False):
+        if weight_grad_VD is not None:
+            weight_VD = weight_VD.to(weight_grad_VD.dtype)
         hidden, weight = leaf(hidden_TD, need_hidden), leaf(weight_VD, need_weight)
         bias = None if bias_V is None else leaf(bias_V, need_bias)
         logps_T, _ = logps(hidden, weight, leaf(labels_T), bias, *options)
-        return gradients(logps_T, leaf(grad_logps_T), hidden, weight, bias)
+        dX_TD, dW_VD, db_V = gradients(logps_T, leaf(grad_logps_T), hidden, weight, bias)
+        if dW_VD is not None and weight_grad_VD is not None:
+            weight_grad_VD += dW_VD
+            dW_VD = None
+        return dX_TD, dW_VD, db_V
 
 
 def leaf(tensor: Tensor, requires_grad: bool = False) -> Tensor:

@@ -148,6 +148,7 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    weight_grad_VD: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     head = Head(weight_VD, bias_V, softcap, logit_scale, temperature)
@@ -164,7 +165,9 @@ def backward(
     softmax_factor_T = (shift_T - lse_T).exp().to(dtype)
     coefficient_T = grad_logps_T * head.slope
     dX_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if need_hidden else None
-    dW_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format) if need_weight else None
+    dW_VD = None
+    if need_weight and weight_grad_VD is None:
+        dW_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format)
     db_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
     operand_TD = hidden_TD.to(operand_dtype(hidden_TD))
     for columns, z_Tv, W_vD in _slices(hidden_TD, head):
@@ -174,6 +177,8 @@ def backward(
         z_Tv = z_Tv.to(W_vD.dtype)
         if dX_TD is not None:
             product_(dX_TD, z_Tv, W_vD, accumulate=True)
+        if need_weight and weight_grad_VD is not None:
+            product_(weight_grad_VD[columns], z_Tv.T, operand_TD, accumulate=True)
         if dW_VD is not None:
             _store_product(dW_VD[columns], z_Tv.T, operand_TD, dtype)
     if dX_TD is not None:

@@ -76,6 +76,7 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    weight_grad_VD: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
@@ -85,7 +86,7 @@ def backward(
     pitch = -(-width // 8) * 8
     slice_Tv = hidden_TD.new_empty(T, pitch)
     dX_TD = hidden_TD.new_empty(T, D, dtype=torch.float32) if need_hidden else None
-    dW_VD = weight_VD.new_empty(V, D) if need_weight else None
+    dW_VD = weight_VD.new_empty(V, D) if need_weight and weight_grad_VD is None else None
     db_V = bias_V.new_empty(V) if need_bias and bias_V is not None else None
     for start in range(0, V, width):
         columns = slice(start, min(V, start + width))
@@ -104,6 +105,8 @@ def backward(
         )
         if dX_TD is not None:
             add_product_(dX_TD, gradient_Tv, weight_vD, first=start == 0)
+        if need_weight and weight_grad_VD is not None:
+            add_product_(weight_grad_VD[columns], gradient_Tv.T, hidden_TD)
         if dW_VD is not None:
             torch.mm(gradient_Tv.T, hidden_TD, out=dW_VD[columns])
         if db_V is not None:
