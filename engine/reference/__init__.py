@@ -1,7 +1,7 @@
 """Reference log-probs: computed once per response, stored by content, found again by every later run."""
 
 from engine.reference.columns import export_columns, import_columns
-from engine.reference.keys import dataset_keys, model_digest, response_key
+from engine.reference.keys import dataset_keys, model_digest, response_key, weights_digest
 from engine.reference.lookup import default_store_path, load_ref_logps, load_ref_sums
 from engine.reference.precompute import PrecomputeReport, precompute
 from engine.reference.store import ReferenceStore
@@ -20,4 +20,5 @@ __all__ = [
     "precompute",
     "response_key",
     "verify_rows",
+    "weights_digest",
 ]

@@ -50,6 +50,13 @@ def model_digest(policy: Policy, *, reference_adapter: str | None = None) -> str
     """
     hasher = blake2b(digest_size=16)
     _feed(hasher, "profile", f"{str(policy.compute_dtype).removeprefix('torch.')}/{policy.backend.name}")
+    _feed(hasher, "weights", weights_digest(policy, reference_adapter=reference_adapter))
+    return hasher.hexdigest()
+
+
+def weights_digest(policy: Policy, *, reference_adapter: str | None = None) -> str:
+    """What ``model_digest`` covers without the compute dtype and the attention backend: 32 hexadecimal digits."""
+    hasher = blake2b(digest_size=16)
     _feed(hasher, "config", _as_json(policy.config, _IGNORED_CONFIG))
     if reference_adapter is not None:
         adapter = policy.model.peft_config[reference_adapter]  # type: ignore[index]

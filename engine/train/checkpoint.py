@@ -32,7 +32,7 @@ STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random_state.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "config.json", "adapter_config.json")

@@ -152,6 +152,12 @@ class _Run:
                 "changed); restore it, or start a new run in another train.output_dir"
             )
         model = self.config.model
+        if state["base"] != self.setup.base:
+            raise UserError(
+                f"cannot resume {path}: model.model_name_or_path={model.model_name_or_path} holds other weights than "
+                "when the run began; restore them, on the Hub by model.revision, or start a new run in another "
+                "train.output_dir"
+            )
         if self.policy.has_adapter:
             checkpoints.load_adapter(self.policy, path)
         else:
@@ -292,6 +298,7 @@ class _Run:
             "epoch": self.epoch,
             "config": checkpoints.config_values(self.config),
             "data": self.feed.digest,
+            "base": self.setup.base,
             "schedule": self.schedule.state_dict(),
             "meter": self.meter.state(),
             "last_row": self.last_row,

@@ -104,9 +104,12 @@ def prepare_references(
         return _live_references(config, policy, datasets)
     columns = {name: import_columns(dataset) for name, dataset in datasets.items()}
     tables = {name: ReferenceTable(sums) for name, sums in columns.items() if sums is not None}
-    if config.reference.model_name_or_path is None:
-        for name, table in tables.items():
-            verify_rows(policy, datasets[name], table.sums, share_prompts=config.packing.share_prompts)
+    own = config.reference.model_name_or_path is None
+    reference = policy if own else load_policy(reference_model(config), device=policy.device)
+    for name, dataset in datasets.items():
+        check_vocabulary(reference, dataset)
+        if name in tables:
+            verify_rows(reference, dataset, tables[name].sums, share_prompts=config.packing.share_prompts)
     absent = {name: dataset for name, dataset in datasets.items() if name not in tables}
     sources = []
     if tables:
@@ -114,24 +117,21 @@ def prepare_references(
     if absent:
         store = ReferenceStore(config.reference.store or default_store_path())
         sources.append(f"store {store.path}")
-        tables |= _stored_tables(config, policy, absent, store, say, progress)
+        tables |= _stored_tables(config, reference, absent, store, say, progress)
     return References("stored", ", ".join(sources), tables)
 
 
 def _stored_tables(
     config: RunConfig,
-    policy: Policy,
+    reference: Policy,
     datasets: dict[str, PreferenceDataset],
     store: ReferenceStore,
     say: Callable[[str], None],
     progress: bool,
 ) -> dict[str, ReferenceTable]:
-    own = config.reference.model_name_or_path is None
-    reference = policy if own else load_policy(reference_model(config), device=policy.device)
     digest = model_digest(reference)
     tables = {}
     for name, dataset in datasets.items():
-        check_vocabulary(reference, dataset)
         if config.reference.mode == "auto":
             report = precompute(
                 reference,

@@ -21,6 +21,7 @@ from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
 from engine.model import Policy, check_packing, check_vocabulary, load_policy, load_tokenizer, resolve_device
 from engine.packing import PlanSummary, check_fits, summarize_plan
+from engine.reference import weights_digest
 from engine.train.durable import write_atomically
 from engine.train.feed import TrainingFeed
 from engine.train.objective import Objective
@@ -49,6 +50,8 @@ class Setup:
     plan: PlanSummary
     feed: TrainingFeed
     peak_flops: float
+    base: str
+    """``weights_digest`` of the model before step 1."""
 
     @property
     def device(self) -> torch.device:
@@ -77,6 +80,7 @@ def prepare(config: RunConfig) -> Setup:
         check_vocabulary(policy, dataset)
     references = prepare_references(config, policy, objective, datasets, say=log.info)
     objective.live_reference = references.live
+    base = weights_digest(policy)
     peak_flops = measure_matmul_rate(device, policy.compute_dtype)
     feed = TrainingFeed(
         datasets["train"],
@@ -87,7 +91,7 @@ def prepare(config: RunConfig) -> Setup:
         device=device,
     )
     plan = summarize_plan(datasets["train"], config)
-    setup = Setup(config, tokenizer, policy, objective, references, datasets, lint, plan, feed, peak_flops)
+    setup = Setup(config, tokenizer, policy, objective, references, datasets, lint, plan, feed, peak_flops, base)
     log.info("%s", describe_run(setup))
     return setup
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import torch
 from transformers import LlamaForCausalLM, set_seed
 
 from engine.config.schema import LossConfig
-from engine.data import load_dataset_groups
+from engine.data import PreferenceDataset, load_dataset_groups
 from engine.errors import UserError
 from engine.model import load_policy, load_tokenizer
+from engine.packing import build_batch
 from engine.reference import ReferenceStore, load_ref_sums, model_digest
 from engine.train.loop import train
-from engine.train.objective import Objective
+from engine.train.objective import Objective, sum_responses
 from engine.train.references import ReferenceTable, check_first_loss, prepare_references, resolve_mode
 
 CPU = torch.device("cpu")
@@ -87,3 +89,23 @@ def test_another_reference_model_stored_or_live_is_the_same(make_config, rows_of
         losses[mode] = [row["loss"] for row in rows_of(config)]
     assert losses["auto"] == pytest.approx(losses["live"], abs=1e-5)
     assert losses["auto"][0] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_columns_are_checked_against_the_named_reference_model(loaded, make_config, other_model):
+    config, policy, dataset = loaded
+    other = load_policy(replace(config.model, model_name_or_path=str(other_model)), device=CPU)
+    groups = []
+    with torch.no_grad():
+        for group in dataset:
+            batch = build_batch([group])
+            sums = sum_responses(other.logps(batch), batch.cu_responses_S1)
+            groups.append(replace(group, ref_logps=tuple(sums.tolist())))
+    rows = {"train": PreferenceDataset(groups)}
+    objective = Objective(LossConfig())
+    named = make_config(reference={"model_name_or_path": str(other_model)})
+    assert prepare_references(named, policy, objective, rows, say=print).mode == "stored"
+    with pytest.raises(UserError, match="differ from the model's by up to"):
+        prepare_references(config, policy, objective, rows, say=print)
+    wrong = make_config(reference={"model_name_or_path": config.model.model_name_or_path})
+    with pytest.raises(UserError, match="differ from the model's by up to"):
+        prepare_references(wrong, policy, objective, rows, say=print)

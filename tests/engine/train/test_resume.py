@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from engine.config import load_config, to_yaml
 from engine.errors import UserError
@@ -196,6 +197,19 @@ def test_changed_data_is_refused(make_config, pairs_jsonl, tmp_path):
     (tmp_path / "run" / "manifest.json").unlink()
     data.write_text(data.read_text().replace("yes", "sure", 1))
     with pytest.raises(UserError, match=r"training data is not what it was"):
+        train(config, resume=True)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_a_changed_starting_model_is_refused(lora, make_config, tiny_model_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    config = make_config(model={"model_name_or_path": str(base), "lora": lora}, train={"save_steps": 2})
+    train(config)
+    (tmp_path / "run" / "manifest.json").unlink()
+    weights = load_file(base / "model.safetensors")
+    save_file({n: w + 0.01 for n, w in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model_name_or_path=.*base holds other weights than when the run began"):
         train(config, resume=True)
 
 
