@@ -94,17 +94,19 @@ def _pair_checks(device: torch.device, *, tiny: bool) -> Iterator[Check]:
 
 
 def limit_checks(device: torch.device, *, tiny: bool) -> Iterator[Check]:
-    """Extreme numbers, bitwise repetition, offsets past 2^31, compilation."""
+    """Extreme numbers, bitwise repetition, compilation; offsets past 2^31 where there is room for them."""
     for scale in (1e4, -1e4):
         yield Check(f"logits of {scale:g}", _bind(_extreme_error, device, scale), 1e-3)
     yield Check("all rows ignored give exact zeros", _bind(_ignored_sum, device), 0.0)
     yield Check("two runs are bitwise equal", _bind(_differing_bits, device, tiny), 0.0)
+    if device.type == "cuda":
+        yield Check("torch.compile(fullgraph=True) changes no bit", _bind(_compiled_difference, device), 0.0)
     size = 300 if tiny else 2**31 + 2**20
+    if not tiny and torch.cuda.get_device_properties(device).total_memory < 60 * 2**30:
+        return
     yield Check("exponentials past 2^31 elements", _bind(_large_exps_error, device, size, tiny), 2.0)
     yield Check("weight past 2^31 elements", _bind(_large_operand_error, device, size, "weight", tiny), 1e-3)
     yield Check("hidden states past 2^31 elements", _bind(_large_operand_error, device, size, "hidden", tiny), 1e-3)
-    if device.type == "cuda":
-        yield Check("torch.compile(fullgraph=True) changes no bit", _bind(_compiled_difference, device), 0.0)
 
 
 def _bind(function: Callable[..., float], *args: Any, **kwargs: Any) -> Callable[[], float]:
