@@ -21,6 +21,7 @@ OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 _DISK_ERRORS = {
     errno.ENOSPC: "no space left on the device; free some space or write somewhere else",
     errno.EDQUOT: "the disk quota is used up; free some space or write somewhere else",
+    errno.EFBIG: "the file is larger than this system allows; free some space or write somewhere else",
     errno.EACCES: "permission denied; check its owner and mode, or choose another place",
     errno.EPERM: "not permitted; check its owner and mode, or choose another place",
     errno.EROFS: "the file system is read-only; choose another place",
@@ -252,7 +253,10 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _configure_logging() -> None:
     import logging
+    import warnings
 
+    # deprecations inside other packages are nothing that a user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     for ours in ("engine", "dpo_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO)

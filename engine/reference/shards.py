@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import time
-import uuid
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -22,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.errors import UserError
+from engine.files import TEMPORARY_SUFFIX, replace_file, sync
 
 KEY_BYTES = 16
 SUFFIX = ".parquet"
-TEMPORARY_SUFFIX = ".tmp"
 # No writer needs a minute for a shard; an hour leaves room for clocks of file servers that disagree.
 TEMPORARY_AGE_SECONDS = 3600.0
 
@@ -55,8 +53,8 @@ def write_shard(folder: Path, values: Mapping[bytes, np.ndarray]) -> Path:
     path = folder / f"{content_sum.decode()}{SUFFIX}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
-        _write_atomically(path, data)
+        sync(folder.parent)
+        replace_file(path, data)
     except OSError as error:
         raise UserError(
             f"cannot write reference log-probs to {folder}: {error.strerror or error}; "
@@ -142,33 +140,6 @@ def _encode(keys: np.ndarray, lengths: np.ndarray, flat: np.ndarray, keys_sum: b
         write_page_checksum=True,
     )
     return sink.getbuffer()
-
-
-def _write_atomically(path: Path, data: memoryview) -> None:
-    temporary = path.parent / f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        try:
-            while data:
-                data = data[os.write(descriptor, data) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable: the directory entry is data of the folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(path: Path, columns: list[str]) -> tuple[pa.Table, dict[bytes, bytes]]:

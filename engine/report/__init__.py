@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.files import replace_file
 
 __all__ = ["write_report"]
 
@@ -41,11 +43,13 @@ def write_report(run_dir: Path) -> Path:
                 # A picture of an earlier, longer run must not stay beside this one's.
                 path.unlink(missing_ok=True)
                 continue
-            figure.savefig(path, dpi=DPI)
+            image = io.BytesIO()
+            figure.savefig(image, dpi=DPI)
+            replace_file(path, image.getbuffer())
             width, height = figure.canvas.get_width_height()
             saved.append(SavedPicture(path.name, picture.caption, width, height))
         page = folder / "index.html"
-        page.write_text(render(run, saved), encoding="utf-8")
+        replace_file(page, render(run, saved).encode("utf-8"))
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot write the report to {folder} ({reason}): free space, or check the folder") from error

@@ -24,8 +24,9 @@ from transformers.utils import logging as transformers_logging
 
 from engine.config.schema import RunConfig
 from engine.errors import UserError
+from engine.files import sync
 from engine.model import Policy
-from engine.train.durable import check_content, is_complete, sync_file, write_folder
+from engine.train.durable import check_content, is_complete, write_folder
 from engine.train.optimizer import METRIC_SCHEDULES
 
 STATE_FILE = "trainer_state.json"
@@ -67,7 +68,7 @@ def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
     for _, path in complete_checkpoints(output_dir)[:-limit]:
         # Without its manifest a folder no longer counts, so a kill in the middle leaves nothing to trust.
         (path / "manifest.json").unlink(missing_ok=True)
-        sync_file(path)
+        sync(path)
         shutil.rmtree(path, ignore_errors=True)
 
 

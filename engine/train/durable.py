@@ -18,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from engine import files
 from engine.errors import UserError
+from engine.files import replace_file, sync
 
 MANIFEST = "manifest.json"
 TEMPORARY_SUFFIX = ".incomplete"
@@ -61,32 +63,14 @@ def _disk_error(path: Path, reason: str) -> UserError:
     )
 
 
-def sync_file(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by a file of ``text``; a reader sees the old file or the new one.
 
     Raises:
         UserError: the disk is full or not writable.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
     with disk_errors(path):
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_file(path.parent)
+        replace_file(path, text.encode("utf-8"))
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -111,7 +95,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        sync_file(path.parent)
+        sync(path.parent)
 
 
 def seal(folder: Path, *, editable: Collection[str] = ()) -> None:
@@ -128,12 +112,12 @@ def seal(folder: Path, *, editable: Collection[str] = ()) -> None:
     target = folder / MANIFEST
     target.write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
     for place in (target, *(p for p in folder.rglob("*") if p.is_dir()), folder):
-        sync_file(place)
+        sync(place)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed writers left in ``folder``. Only for a folder that no other process writes to."""
-    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+    for path in (p for suffix in (TEMPORARY_SUFFIX, files.TEMPORARY_SUFFIX) for p in folder.glob(f".*{suffix}")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -222,7 +206,7 @@ def checksum(path: Path) -> str:
 
 
 def _flushed_entry(path: Path) -> dict[str, int | str]:
-    sync_file(path)
+    sync(path)
     return {"bytes": path.stat().st_size, "sha256": checksum(path)}
 
 

@@ -18,10 +18,11 @@ import yaml
 
 from engine.config import to_yaml
 from engine.config.schema import RunConfig
+from engine.files import sync
 from engine.model import Policy
 from engine.model.load import DTYPES
 from engine.train.checkpoint import save_weights
-from engine.train.durable import MANIFEST, TEMPORARY_SUFFIX, disk_errors, seal, sync_file
+from engine.train.durable import MANIFEST, TEMPORARY_SUFFIX, disk_errors, seal
 
 CARD_FILE = "README.md"
 _PACKAGES = ("dpo-kernels", "torch", "transformers", "peft", "datasets")
@@ -54,7 +55,7 @@ def export_model(
             _move_in(temporary, output_dir)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        sync_file(output_dir)
+        sync(output_dir)
 
 
 def _move_in(source: Path, target: Path) -> None:

@@ -17,9 +17,10 @@ from engine.config import load_config, to_yaml
 from engine.config.schema import RunConfig
 from engine.errors import UserError
 from engine.evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
+from engine.files import sync
 from engine.model import load_policy
 from engine.train import checkpoint as checkpoints
-from engine.train.durable import is_complete, remove_leftovers, run_folder, sync_file, write_atomically
+from engine.train.durable import is_complete, remove_leftovers, run_folder, write_atomically
 from engine.train.export import export_model, package_versions
 from engine.train.feed import TrainingStep
 from engine.train.metrics import (
@@ -293,7 +294,7 @@ class _Run:
 
     def _save(self) -> None:
         self.meter.watch.stop()
-        sync_file(self.output_dir / METRICS_FILE)
+        sync(self.output_dir / METRICS_FILE)
         state = {
             "epoch": self.epoch,
             "config": checkpoints.config_values(self.config),

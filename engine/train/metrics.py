@@ -147,15 +147,19 @@ class TensorBoardTracker:
     def __init__(self, output_dir: Path, *, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step or None)
+        self.path = output_dir / "tensorboard"
+        with disk_errors(self.path):
+            self._writer = SummaryWriter(str(self.path), purge_step=first_step or None)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, step)
+        with disk_errors(self.path):
+            for name, value in values.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        with disk_errors(self.path):
+            self._writer.close()
 
 
 def open_trackers(output_dir: Path, report_to: Sequence[str], *, first_step: int) -> list[Tracker]:

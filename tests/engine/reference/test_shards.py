@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, call):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.os, call, fail)
+        patch.setattr(os, call, fail)
         with pytest.raises(UserError, match=r"cannot write .*No space left on device; free space"):
             shards.write_shard(tmp_path, rows(seed=1))
     assert list(tmp_path.iterdir()) == [kept]
@@ -131,7 +131,7 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing(tmp_path, monkeypatch
             raise OSError(28, "No space left on device")
         return real(descriptor, data[: len(data) // 4])
 
-    monkeypatch.setattr(shards.os, "write", short_then_full)
+    monkeypatch.setattr(os, "write", short_then_full)
     with pytest.raises(UserError, match="No space left"):
         shards.write_shard(tmp_path, rows())
     assert not list(tmp_path.iterdir())
@@ -139,7 +139,7 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing(tmp_path, monkeypatch
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     real = os.write
-    monkeypatch.setattr(shards.os, "write", lambda descriptor, data: real(descriptor, data[:100]))
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:100]))
     assert same(read(shards.write_shard(tmp_path, rows())), rows())
 
 

@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("engine.reference.shards.os.open", refuse)
+    monkeypatch.setattr("os.open", refuse)
     with pytest.raises(UserError, match=r"cannot write reference log-probs to .*Permission denied.*reference\.store"):
         ReferenceStore(tmp_path).add(values())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -153,3 +155,18 @@ def test_bad_folders(tmp_path, make_run):
     (folder / "report").write_text("a file in the way")
     with pytest.raises(UserError, match="cannot write the report"):
         write_report(folder)
+
+
+def test_a_full_disk_keeps_the_earlier_report_whole(make_run, monkeypatch):
+    folder = make_run(BRIEF, data=DATA)
+    report = write_report(folder).parent
+    before = {p.name: p.read_bytes() for p in report.iterdir()}
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.2}\n{"step": 2, "loss": 0.1}\n')
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write the report .*No space left"):
+        write_report(folder)
+    assert {p.name: p.read_bytes() for p in report.iterdir()} == before

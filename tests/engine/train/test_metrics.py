@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 
+from engine.errors import UserError
 from engine.train.metrics import (
     IntervalMeter,
     JsonlTracker,
@@ -99,13 +102,22 @@ def test_tensorboard_hides_events_past_a_checkpoint(tmp_path):
 
 
 def test_a_full_disk_is_a_user_error(tmp_path):
-    from engine.errors import UserError
-
     tracker = JsonlTracker(tmp_path)
     tracker._file.close()
     tracker._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
     with pytest.raises(UserError, match=r"metrics\.jsonl: no space left"):
         tracker.log(1, {"step": 1})
+
+
+def test_tensorboard_on_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
+    tracker = open_trackers(tmp_path, ("tensorboard",), first_step=1)[1]
+
+    def full(*_):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(tracker._writer, "add_scalar", full)
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard: the file is larger"):
+        tracker.log(1, {"step": 1, "loss": 0.5})
 
 
 def test_lines_for_people_name_what_matters():
