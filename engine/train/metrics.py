@@ -2,7 +2,8 @@
 
 Names and averages are TRL's: every value is a mean over the pairs of a step, then over the steps of the logging
 interval; ``grad_norm`` (before clipping) and ``learning_rate`` are those of the last step. ``num_tokens`` counts prompt
-and response of every sequence, so the prompt of a pair twice, however it was computed.
+and response of every sequence, so the prompt of a pair twice, however it was computed, and so does
+``perf/tokens_per_second``; times ``1 - perf/shared_fraction`` it is the tokens that went through the model.
 """
 
 from __future__ import annotations
