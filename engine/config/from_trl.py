@@ -210,7 +210,7 @@ class _Converter:
         if listed is None and num_processes is None:
             self._same("num_processes", "not given, so 1; convert with --num-processes N if TRL ran on more")
         if self.trl.take("accelerate_config") is not None:
-            self._same("accelerate_config", "start with torchrun; convert with --num-processes N if it starts several")
+            self._same("accelerate_config", "one process trains; --num-processes N keeps the batch of N")
         max_length = self.result.values["data"].get("max_length", 1024)
         if isinstance(max_length, int):
             packing["tokens_per_pack"] = tokens = per_device * 2 * max_length

@@ -110,7 +110,7 @@ class PackingConfig:
     """How preference groups are laid out in forward passes. It never changes the mathematics."""
 
     pairs_per_step: int = 64
-    """Preference pairs per optimizer step, over all packs, accumulation steps and ranks."""
+    """Preference pairs per optimizer step, over all of its packs."""
     tokens_per_pack: int = 16384
     """Most tokens in one forward pass: the knob for memory."""
     share_prompts: bool = True

@@ -48,7 +48,7 @@ _same("nothing is compiled", "torch_compile torch_compile_backend torch_compile_
 _same("runs are deterministic as they are", "full_determinism")
 _same("the device is found when the run starts", "use_cpu no_cuda use_mps_device")
 _same(
-    "start several processes with torchrun; they need no keys here",
+    "training runs in one process for now",
     "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap deepspeed parallelism_config local_rank "
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout "
     "ignore_bias_buffers average_tokens_across_devices num_machines machine_rank main_process_ip main_process_port "

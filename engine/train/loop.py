@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,6 +78,12 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
         UserError: whatever the user can correct, a loss or gradient that is not finite, or a full disk. Checkpoints
             that were complete stay so.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise UserError(
+            f"training runs in one process, and WORLD_SIZE is {processes}: start `dpo train` without torchrun; "
+            "packing.pairs_per_step stays the batch of a step"
+        )
     output_dir = Path(config.train.output_dir)
     if not resume:
         checkpoints.refuse_other_run(output_dir)

@@ -388,3 +388,9 @@ def test_reference_columns_of_the_data_are_used_and_checked(make_config, rows_of
             train(config)
             assert_same_trajectory(rows_of(config), stored)
             assert not (tmp_path / "unused").exists()
+
+
+def test_several_processes_are_refused(make_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="training runs in one process, and WORLD_SIZE is 2"):
+        train(make_config())
