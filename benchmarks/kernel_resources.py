@@ -158,14 +158,17 @@ def tile_cases(arch: str, *, every_option: bool = True) -> list[Case]:
 
 def _option_sets(kernel: str, bounds: dict[str, int], every_option: bool) -> list[dict[str, bool]]:
     # Without a bound a configuration serves both.
-    softcaps = [bool(bounds["softcap"])] if "softcap" in bounds else [False, True]
     shifts = [False, True] if kernel == "linear_exps" else [False]
+    token_stats = [False] if kernel == "slice_grad" else [False, True]
     unaligned = not bounds.get("aligned", True)
+    heavy = bounds.get("heavy")
     sets = [
-        {"softcap": softcap, "unaligned": unaligned, "bias": bias, "shift": shift}
-        for softcap in softcaps
+        {"softcap": softcap, "unaligned": unaligned, "bias": bias, "shift": shift, "stats": stats}
+        for softcap in (False, True)
         for bias in (False, True)
         for shift in shifts
+        for stats in token_stats
+        if heavy is None or heavy == (softcap or stats)
     ]
     return sets if every_option else sets[-1:]
 
@@ -182,7 +185,15 @@ def other_cases(*, every_option: bool = True) -> list[Case]:
 
 
 def _tile_launch(
-    kernel: str, dtype: torch.dtype, config: TileConfig, *, softcap: bool, unaligned: bool, bias: bool, shift: bool
+    kernel: str,
+    dtype: torch.dtype,
+    config: TileConfig,
+    *,
+    softcap: bool,
+    unaligned: bool,
+    bias: bool,
+    shift: bool,
+    stats: bool,
 ) -> Callable[[], Any]:
     def launch() -> None:
         features = D - 1 if unaligned else D
@@ -195,7 +206,9 @@ def _tile_launch(
             slice_grad.slice_grad(hidden, weight, labels, row, row, out, ignore_index=-100, **common)
             return
         exps = tile_logps.empty_exps(hidden, V) if kernel == "linear_exps" else None
-        tile_logps.tile_stats(hidden, weight, labels, row, exps=exps, row_shift_N=row if shift else None, **common)
+        tile_logps.tile_stats(
+            hidden, weight, labels, row, exps=exps, row_shift_N=row if shift else None, token_stats=stats, **common
+        )
 
     return launch
 
@@ -222,6 +235,7 @@ def _frozen_launch(dtype: torch.dtype) -> Callable[[], Any]:
             slice_columns=512,
             options=HeadOptions(softcap=30.0),
             ignore_index=-100,
+            token_stats=True,
             config=config,
         )
 

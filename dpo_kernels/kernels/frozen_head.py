@@ -19,6 +19,7 @@ from dpo_kernels.kernels.logits_tile import logits_slope, one_minus_exp
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.tile_config import TileConfig
 from dpo_kernels.kernels.tile_logps import RowState, TileStats, empty_exps, finish_stats, merge_stats, tile_stats
+from dpo_kernels.kernels.token_stats import merge_token_stats
 
 ROWS = 4
 
@@ -104,8 +105,9 @@ def finish_dx_kernel(
     logps = tl.load(logps_ptr + rows, mask=used, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=used, other=0.0)
     shift = tl.load(row_shift_ptr + rows, mask=used, other=0.0)
-    label_factor = one_minus_exp(logps) * logits_slope(logps + lse, logit_scale, softcap, temperature, HAS_SOFTCAP)
-    acc_factor = tl.exp(shift - lse)
+    label_logit = (logps + lse).to(tl.float32)
+    label_factor = one_minus_exp(logps) * logits_slope(label_logit, logit_scale, softcap, temperature, HAS_SOFTCAP)
+    acc_factor = tl.exp((shift - lse).to(tl.float32))
     # The log-prob of a label outside the vocabulary is NaN already; whichever row is read for it does not matter.
     weight_rows = tl.minimum(tl.maximum(labels, 0), V - 1).to(tl.int64)
     rows = rows.to(tl.int64)
@@ -121,11 +123,13 @@ def finish_dx_kernel(
 
 
 class FrozenHead(NamedTuple):
-    """fp32 log-probs and log-sum-exps, and d logps / d hidden in the dtype of hidden, 0 on ignored rows."""
+    """fp32 log-probs, fp64 log-sum-exps, and d logps / d hidden in the dtype of hidden, 0 on ignored rows."""
 
     logps_N: torch.Tensor
     lse_N: torch.Tensor
     dx_ND: torch.Tensor
+    token_stats_KN: torch.Tensor | None = None
+    """fp32, in the order of `token_stats.TOKEN_STATS`, when asked for."""
 
 
 def frozen_head(
@@ -136,6 +140,7 @@ def frozen_head(
     slice_columns: int,
     options: HeadOptions,
     ignore_index: int,
+    token_stats: bool = False,
     config: TileConfig | None = None,
 ) -> FrozenHead:
     """Forward over slices of `slice_columns` of the vocabulary; N > 0. Workspace: one slice, and N x D in fp32."""
@@ -144,6 +149,7 @@ def frozen_head(
     exps = empty_exps(hidden_ND, min(V, slice_columns))
     acc_ND = torch.empty(N, D, dtype=torch.float32, device=hidden_ND.device)
     state = RowState(*torch.empty(3, N, dtype=torch.float32, device=hidden_ND.device))
+    slices: list[TileStats] = []
     for start in range(0, V, slice_columns):
         weight_vD = weight_VD[start : start + slice_columns]
         first = start == 0
@@ -156,8 +162,11 @@ def frozen_head(
             first_col=start,
             exps=exps,
             row_shift_N=None if first else state.shift_N,
+            token_stats=token_stats,
             config=config,
         )
+        if token_stats:
+            slices.append(stats)
         old_shift_N = state.shift_N.clone()
         merge_stats(stats, state, first=first)
         _align_exps(exps, stats, state.shift_N, weight_vD.shape[0])
@@ -169,6 +178,10 @@ def frozen_head(
         add_product_(acc_ND, exps[:N, : weight_vD.shape[0]], weight_vD, first=first)
     none_left = TileStats(stats.shift_TN[:0], stats.sum_TN[:0], stats.width)
     logps_N, lse_N = finish_stats(none_left, state, labels_N, V=V, ignore_index=ignore_index, first=False)
+    token_stats_KN = None
+    if token_stats:
+        rows = (labels_N, state.label_logit_N, logps_N, lse_N)
+        token_stats_KN = merge_token_stats(*_join(slices), *rows, V=V, ignore_index=ignore_index)
     dx_ND = torch.empty(N, D, dtype=hidden_ND.dtype, device=hidden_ND.device)
     with on_device(acc_ND.device):
         finish_dx_kernel[(triton.cdiv(N, ROWS),)](
@@ -190,7 +203,14 @@ def frozen_head(
             BLOCK_N=ROWS,
             BLOCK_D=512,
         )
-    return FrozenHead(logps_N, lse_N, dx_ND)
+    return FrozenHead(logps_N, lse_N, dx_ND, token_stats_KN)
+
+
+def _join(slices: list[TileStats]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Shifts, sums and partials of statistics over all slices."""
+    partials = [stats.token_stats_5TN for stats in slices if stats.token_stats_5TN is not None]
+    shifts, sums = [stats.shift_TN for stats in slices], [stats.sum_TN for stats in slices]
+    return torch.cat(shifts), torch.cat(sums), torch.cat(partials, dim=1)
 
 
 def _align_exps(exps: torch.Tensor, stats: TileStats, row_shift_N: torch.Tensor, V: int) -> None:

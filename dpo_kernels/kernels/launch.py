@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dpo_kernels.kernels.tile_config import TileConfig, device_arch, tile_config
 
 MAX_BLOCK = 256
-"""Widest tile; its epilogue runs in halves."""
+"""Widest tile."""
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
 
@@ -67,7 +67,7 @@ class TileLaunch:
         hidden_ND: torch.Tensor,
         weight_VD: torch.Tensor,
         *,
-        softcap: bool,
+        heavy: bool,
         config: TileConfig | None = None,
     ) -> None:
         N, D = hidden_ND.shape
@@ -78,7 +78,7 @@ class TileLaunch:
         aligned = _tma_ready(hidden_ND) and _tma_ready(weight_VD)
         arch = device_arch(hidden_ND.device)
         self.config = config or tile_config(
-            kernel, arch=arch, dtype=hidden_ND.dtype, D=D, V=V, softcap=softcap, aligned=aligned
+            kernel, arch=arch, dtype=hidden_ND.dtype, D=D, V=V, heavy=heavy, aligned=aligned
         )
         self.num_programs = triton.cdiv(N, self.config.block_n) * triton.cdiv(V, self.config.block_v)
         self.strides = (hidden_ND.stride(0), weight_VD.stride(0))
@@ -96,7 +96,8 @@ class TileLaunch:
             "EVEN_D": D % self.config.block_d == 0,
             "USE_TMA": use_tma,
             "PRECISION": _precision(hidden_ND.dtype),
-            "SPLIT": self.config.block_v == MAX_BLOCK,
+            # Half a tile at a time leaves registers for what stands beside it.
+            "SPLIT": self.config.block_v == MAX_BLOCK or (heavy and self.config.block_v == MAX_BLOCK // 2),
             "num_warps": self.config.num_warps,
             "num_stages": self.config.num_stages,
         }
@@ -110,10 +111,10 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Three tf32 products keep fp32 accuracy on tensor cores; half dtypes ignore the setting."""
+    """Three tf32 products keep fp32 accuracy on NVIDIA's tensor cores; half dtypes need nothing."""
     if INTERPRETING:
-        return "ieee"
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+        return "widen"
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
 def _tma_ready(matrix: torch.Tensor) -> bool:

@@ -76,10 +76,9 @@ def tile_product(
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "ieee":
+    if PRECISION == "widen":
         # The interpreter multiplies the bit patterns of bfloat16; in fp32 the products are the same as on tensor cores.
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

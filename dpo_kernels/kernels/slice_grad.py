@@ -96,11 +96,14 @@ def _write_gradient(
     used = labels != ignore_index
     grad = tl.load(grad_ptr + rows, mask=used, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=used, other=0.0)
+    # Two fp32 numbers carry what fp64 holds: z - high is exact where it matters.
+    high = lse.to(tl.float32)
+    low = (lse - high).to(tl.float32)
     local = labels - first_col
     owns_label = (local >= col_start) & (local < col_start + WIDTH)
     is_label = cols[None, :] == tl.where(owns_label, local, -1).to(tl.int32)[:, None]
     slope = logits_slope(z, logit_scale, softcap, temperature, HAS_SOFTCAP)
-    p = tl.exp(z - lse[:, None])
+    p = tl.exp((z - high[:, None]) - low[:, None])
     gradient = tl.where(is_label, 1.0 - p, -p) * slope * grad[:, None]
     # An ignored row is 0 even where its hidden state is not finite.
     gradient = tl.where(used[:, None], gradient, 0.0)
@@ -123,11 +126,11 @@ def slice_grad(
 ) -> None:
     """Fill out_NV with d(sum grad * logps)/dbiased for the slice weight_VD that begins at column `first_col`.
 
-    lse_N and grad_N are fp32; options.bias_V is the slice's own. Ignored rows get exactly 0.
+    lse_N is fp64 (or fp32), grad_N fp32; options.bias_V is the slice's own. Ignored rows get exactly 0.
     """
     N, D = hidden_ND.shape
     V = weight_VD.shape[0]
-    tile = TileLaunch("slice_grad", hidden_ND, weight_VD, softcap=options.softcap is not None, config=config)
+    tile = TileLaunch("slice_grad", hidden_ND, weight_VD, heavy=options.softcap is not None, config=config)
     with on_device(hidden_ND.device):
         slice_grad_kernel[(tile.num_programs,)](
             tile.hidden,

@@ -45,13 +45,13 @@ def softmax_grad_kernel(
     grad = tl.load(grad_ptr + rows, mask=used, other=0.0)
     logps = tl.load(logps_ptr + rows, mask=used, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=used, other=0.0)
-    slope = logits_slope(logps + lse, logit_scale, softcap, temperature, HAS_SOFTCAP)
+    slope = logits_slope((logps + lse).to(tl.float32), logit_scale, softcap, temperature, HAS_SOFTCAP)
     label_value = grad * one_minus_exp(logps) * slope
 
     mask = (used & row_mask)[:, None] & (tiles < num_tiles)[None, :]
     partial = tiles.to(tl.int64)[None, :] * N + rows[:, None]
     shift = tl.load(tile_shift_ptr + partial, mask=mask, other=float("-inf"))
-    factor = -grad[:, None] * tl.exp(shift - lse[:, None])
+    factor = -grad[:, None] * tl.exp((shift - lse[:, None]).to(tl.float32))
 
     cols = tiles[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     exp_ptrs = exp_ptr + rows.to(tl.int64)[:, None, None] * exp_stride + cols[None, :, :]

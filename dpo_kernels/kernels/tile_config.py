@@ -48,19 +48,19 @@ def device_arch(device: torch.device) -> str:
 
 
 def tile_config(
-    kernel: str, *, arch: str, dtype: torch.dtype, D: int, V: int, softcap: bool, aligned: bool
+    kernel: str, *, arch: str, dtype: torch.dtype, D: int, V: int, heavy: bool, aligned: bool
 ) -> TileConfig:
     """Configuration of `kernel` for this problem: the first entry of the table whose bounds hold it.
 
-    Bounds are `max_D`, `max_V`, `softcap` (whether the final logits are capped, which costs registers) and `aligned`
-    (whether rows begin at multiples of 16 bytes, without which elements are loaded one by one). Architectures without
-    a table of their own use the table that `arch_aliases` in `default.json` names, or `default.json` itself, whose
-    tiles fit the smallest shared memory among supported chips. Raises ValueError for a dtype that the kernels do not
-    take.
+    Bounds are `max_D`, `max_V`, `heavy` (whether a softcap or token statistics take registers beside the tile) and
+    `aligned` (whether rows begin at multiples of 16 bytes, without which elements are loaded one by one). Architectures
+    without a table of their own use the table that `arch_aliases` in `default.json` names, or `default.json` itself,
+    whose tiles fit the smallest shared memory among supported chips. Raises ValueError for a dtype that the kernels do
+    not take.
     """
     for bounds, config in table_entries(arch)[kernel].get(_dtype_name(dtype), []):
         fits = bounds.get("max_D", D) >= D and bounds.get("max_V", V) >= V
-        if fits and softcap == bounds.get("softcap", softcap) and aligned == bounds.get("aligned", aligned):
+        if fits and heavy == bounds.get("heavy", heavy) and aligned == bounds.get("aligned", aligned):
             return config
     raise ValueError(f"no tile configuration of {kernel} for {arch}, {dtype}, D={D}, V={V}")
 

@@ -26,6 +26,7 @@ from dpo_kernels.kernels.logits_tile import (
     tile_product,
 )
 from dpo_kernels.kernels.tile_config import TileConfig
+from dpo_kernels.kernels.token_stats import NUM_PARTIALS, merge_token_stats, write_partials
 
 
 @triton.jit
@@ -39,9 +40,11 @@ def linear_stats_fwd_kernel(
     tile_sum_ptr,
     label_logit_ptr,
     exp_ptr,
+    token_stats_ptr,
     hidden_stride,
     weight_stride,
     exp_stride,
+    token_stats_stride,
     first_col,
     N,
     V,
@@ -53,6 +56,7 @@ def linear_stats_fwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ROW_SHIFT: tl.constexpr,
     WRITE_EXP: tl.constexpr,
+    TOKEN_STATS: tl.constexpr,
     SHIFT_SLACK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -80,9 +84,9 @@ def linear_stats_fwd_kernel(
     for half in tl.static_range(2 if SPLIT else 1):
         _write_stats(
             left if half == 0 else right, rows, col_start + half * (BLOCK_V // 2), labels_ptr, row_shift_ptr,
-            tile_shift_ptr, tile_sum_ptr, label_logit_ptr, exp_ptr, exp_stride, first_col, N, V,
-            logit_scale, softcap, temperature, HAS_SOFTCAP, HAS_ROW_SHIFT, WRITE_EXP, SHIFT_SLACK,
-            BLOCK_V // 2 if SPLIT else BLOCK_V,
+            tile_shift_ptr, tile_sum_ptr, label_logit_ptr, exp_ptr, token_stats_ptr, exp_stride, token_stats_stride,
+            first_col, N, V, logit_scale, softcap, temperature, HAS_SOFTCAP, HAS_ROW_SHIFT, WRITE_EXP, TOKEN_STATS,
+            SHIFT_SLACK, BLOCK_V // 2 if SPLIT else BLOCK_V,
         )  # fmt: skip
 
 
@@ -97,7 +101,9 @@ def _write_stats(
     tile_sum_ptr,
     label_logit_ptr,
     exp_ptr,
+    token_stats_ptr,
     exp_stride,
+    token_stats_stride,
     first_col,
     N,
     V,
@@ -107,6 +113,7 @@ def _write_stats(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ROW_SHIFT: tl.constexpr,
     WRITE_EXP: tl.constexpr,
+    TOKEN_STATS: tl.constexpr,
     SHIFT_SLACK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -134,6 +141,9 @@ def _write_stats(
     tl.store(tile_shift_ptr + partial, shift, mask=row_mask)
     tl.store(tile_sum_ptr + partial, tl.sum(exps, axis=1), mask=row_mask)
     tl.store(label_logit_ptr + rows, label_logit, mask=row_mask & owns_label)
+    if TOKEN_STATS:
+        label_cols = tl.minimum(tl.maximum(labels, -1), 2147483647).to(tl.int32)
+        write_partials(z, exps, shift, cols, label_cols, V, token_stats_ptr + partial, token_stats_stride, row_mask)
     if WRITE_EXP:
         if HAS_SOFTCAP:
             # z recovered from its exponential: keeping both tiles would spill registers.
@@ -184,15 +194,17 @@ def merge_stats_kernel(
         row_shift = new_shift
 
     if FINISH:
-        others = row_shift + tl.log(row_sum)
         labels = tl.load(labels_ptr + rows, mask=row_mask, other=ignore_index)
         in_vocab = (labels >= 0) & (labels < V)
         # The logit of a label outside the vocabulary was never written: such a row is NaN, loud and the same always.
         label_logit = tl.load(label_logit_ptr + rows, mask=row_mask & in_vocab, other=float("nan"))
         ignored = labels == ignore_index
-        # Both from the larger of the two terms: neither loses digits when one of them is far below the other.
-        lse = tl.maximum(others, label_logit) + softplus(-tl.abs(others - label_logit))
-        tl.store(logps_ptr + rows, tl.where(ignored, 0.0, -softplus(others - label_logit)), mask=row_mask)
+        # The shift is a logit, too: their difference is exact where their size would swallow the logarithm.
+        log_sum = tl.log(row_sum)
+        gap = (row_shift - label_logit) + log_sum
+        others = row_shift.to(tl.float64) + log_sum.to(tl.float64)
+        lse = tl.where(gap > 0, others, label_logit.to(tl.float64)) + softplus(-tl.abs(gap)).to(tl.float64)
+        tl.store(logps_ptr + rows, tl.where(ignored, 0.0, -softplus(gap)), mask=row_mask)
         tl.store(lse_ptr + rows, tl.where(ignored, others, lse), mask=row_mask)
     else:
         tl.store(row_shift_ptr + rows, row_shift, mask=row_mask)
@@ -200,12 +212,17 @@ def merge_stats_kernel(
 
 
 class LinearStats(NamedTuple):
-    """fp32 per row: log-prob of the label (0 where ignored) and log-sum-exp; shift [T, N] of each `width` columns."""
+    """What one product tells of each row."""
 
     logps_N: torch.Tensor
+    """fp32 log-prob of the label, 0 where ignored."""
     lse_N: torch.Tensor
+    """fp64 log-sum-exp: near 1e4 fp32 is too coarse to give softmax = exp(z - lse) back."""
     tile_shift_TN: torch.Tensor
+    """fp32 shift of each `width` columns."""
     width: int
+    token_stats_KN: torch.Tensor | None = None
+    """fp32, in the order of `token_stats.TOKEN_STATS`, when asked for."""
 
 
 class TileStats(NamedTuple):
@@ -214,6 +231,7 @@ class TileStats(NamedTuple):
     shift_TN: torch.Tensor
     sum_TN: torch.Tensor
     width: int
+    token_stats_5TN: torch.Tensor | None = None
 
 
 class RowState(NamedTuple):
@@ -240,23 +258,27 @@ def tile_stats(
     first_col: int = 0,
     exps: torch.Tensor | None = None,
     row_shift_N: torch.Tensor | None = None,
+    token_stats: bool = False,
     config: TileConfig | None = None,
 ) -> TileStats:
     """Partials of the slice weight_VD, which begins at column `first_col` of the vocabulary.
 
     Fills label_logit_N where the label is one of these columns, and `exps` (from `empty_exps`) with
     exp(z - shift) * dz/dbiased, 0 at the label. With row_shift_N a tile keeps the row's shift unless it would overflow.
+    With `token_stats` the result holds their partials, too.
     """
     N, D = hidden_ND.shape
     V = weight_VD.shape[0]
     kernel = "linear_stats" if exps is None else "linear_exps"
-    tile = TileLaunch(kernel, hidden_ND, weight_VD, softcap=options.softcap is not None, config=config)
+    heavy = token_stats or options.softcap is not None
+    tile = TileLaunch(kernel, hidden_ND, weight_VD, heavy=heavy, config=config)
     assert max(tile.config.block_n, tile.config.block_v) <= MAX_BLOCK
     width = tile.config.block_v // 2 if tile.meta["SPLIT"] else tile.config.block_v
     # Whole tiles, so that the second half of the last one, which may lie past V, has its place too.
     num_tiles = triton.cdiv(V, tile.config.block_v) * (tile.config.block_v // width)
     shift_TN = torch.empty((num_tiles, N), dtype=torch.float32, device=hidden_ND.device)
     sum_TN = torch.empty_like(shift_TN)
+    partials_5TN = torch.empty(NUM_PARTIALS, *shift_TN.shape, device=hidden_ND.device) if token_stats else None
     with on_device(hidden_ND.device):
         linear_stats_fwd_kernel[(tile.num_programs,)](
             tile.hidden,
@@ -268,8 +290,10 @@ def tile_stats(
             sum_TN,
             label_logit_N,
             exps,
+            partials_5TN,
             *tile.strides,
             0 if exps is None else exps.stride(0),
+            shift_TN.numel(),
             first_col,
             N,
             V,
@@ -277,11 +301,12 @@ def tile_stats(
             **options.kernel_arguments(),
             HAS_ROW_SHIFT=row_shift_N is not None,
             WRITE_EXP=exps is not None,
+            TOKEN_STATS=token_stats,
             # exp(10) leaves float16 room for the slope; exp(24) is no more than fp32 sums take without loss.
             SHIFT_SLACK=10.0 if hidden_ND.dtype == torch.float16 else 24.0,
             **tile.meta,
         )
-    return TileStats(shift_TN, sum_TN, width)
+    return TileStats(shift_TN, sum_TN, width, partials_5TN)
 
 
 def merge_stats(stats: TileStats, state: RowState, *, first: bool) -> None:
@@ -293,7 +318,8 @@ def finish_stats(
     stats: TileStats, state: RowState, labels_N: torch.Tensor, *, V: int, ignore_index: int, first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logps_N, lse_N) over a vocabulary of V, from `state` (unless `first`) and the partials of the last slice."""
-    logps_N, lse_N = torch.empty_like(state.label_logit_N), torch.empty_like(state.label_logit_N)
+    logps_N = torch.empty_like(state.label_logit_N)
+    lse_N = torch.empty_like(logps_N, dtype=torch.float64)
     _launch_merge(stats, state, labels_N, logps_N, lse_N, V=V, ignore_index=ignore_index, first=first)
     return logps_N, lse_N
 
@@ -340,14 +366,31 @@ def linear_stats(
     options: HeadOptions,
     ignore_index: int,
     exps: torch.Tensor | None = None,
+    token_stats: bool = False,
     config: TileConfig | None = None,
 ) -> LinearStats:
-    """Log-probs and log-sum-exps of N > 0 rows over the whole vocabulary; `exps` as in `tile_stats`.
+    """Log-probs and log-sum-exps of N > 0 rows over the whole vocabulary; `exps` and `token_stats` as in `tile_stats`.
 
     A label outside [0, V) that is not ignored gives NaN and reads nothing.
     """
     label_logit_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
     state = RowState(label_logit_N, label_logit_N, label_logit_N)
-    stats = tile_stats(hidden_ND, weight_VD, labels_N, label_logit_N, options=options, exps=exps, config=config)
-    logps_N, lse_N = finish_stats(stats, state, labels_N, V=weight_VD.shape[0], ignore_index=ignore_index, first=True)
-    return LinearStats(logps_N, lse_N, stats.shift_TN, stats.width)
+    stats = tile_stats(
+        hidden_ND,
+        weight_VD,
+        labels_N,
+        label_logit_N,
+        options=options,
+        exps=exps,
+        token_stats=token_stats,
+        config=config,
+    )
+    V = weight_VD.shape[0]
+    logps_N, lse_N = finish_stats(stats, state, labels_N, V=V, ignore_index=ignore_index, first=True)
+    token_stats_KN = None
+    if stats.token_stats_5TN is not None:
+        rows = (labels_N, label_logit_N, logps_N, lse_N)
+        token_stats_KN = merge_token_stats(
+            stats.shift_TN, stats.sum_TN, stats.token_stats_5TN, *rows, V=V, ignore_index=ignore_index
+        )
+    return LinearStats(logps_N, lse_N, stats.shift_TN, stats.width, token_stats_KN)

@@ -19,13 +19,14 @@ from dpo_kernels.kernels.launch import HeadOptions, obstacle
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.tile_logps import linear_stats
+from dpo_kernels.kernels.token_stats import TOKEN_STATS
 
 SLICE_BYTES = 160 * 2**20
 """Size of a slice: with fp32 dX beside it, 8192 rows of 4096 features stay within 300 MiB."""
 MIN_SLICE = 4096
 """Narrower slices would spend more time on reading and writing dX than on products."""
 
-STATS: tuple[str, ...] = ()
+STATS = TOKEN_STATS
 """Token statistics that the kernels compute."""
 
 
@@ -48,18 +49,24 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+    dx_TD = None
     if need_dx:
-        logps_T, lse_T, dx_TD = frozen_head(
+        logps_T, lse_T, dx_TD, stats_KT = frozen_head(
             hidden_TD,
             weight_VD,
             labels_T,
             slice_columns=slice_columns(hidden_TD),
             options=options,
             ignore_index=ignore_index,
+            token_stats=bool(stats),
         )
-        return logps_T, lse_T, dx_TD, None
-    rows = linear_stats(hidden_TD, weight_VD, labels_T, options=options, ignore_index=ignore_index)
-    return rows.logps_N, rows.lse_N, None, None
+    else:
+        logps_T, lse_T, *_, stats_KT = linear_stats(
+            hidden_TD, weight_VD, labels_T, options=options, ignore_index=ignore_index, token_stats=bool(stats)
+        )
+    if stats_KT is not None:
+        stats_KT = torch.stack([stats_KT[STATS.index(name)] for name in stats])
+    return logps_T, lse_T, dx_TD, stats_KT
 
 
 def backward(

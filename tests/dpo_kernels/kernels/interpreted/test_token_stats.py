@@ -1,0 +1,94 @@
+"""Statistics of tokens against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dpo_kernels import linear_logps
+from dpo_kernels.kernels.frozen_head import frozen_head
+from dpo_kernels.kernels.launch import HeadOptions
+from dpo_kernels.kernels.tile_config import TileConfig
+from dpo_kernels.kernels.tile_logps import linear_stats
+from dpo_kernels.kernels.token_stats import TOKEN_STATS
+from dpo_kernels.linear_logps.reference import logits, token_stats
+from dpo_kernels.linear_logps.stats import STATS
+from tests.dpo_kernels.kernels.interpreted.twin import IGNORED, Problem
+
+SMALL = TileConfig(block_n=32, block_v=64, block_d=16, group_n=2, num_warps=4, num_stages=1)
+WIDE = TileConfig(block_n=16, block_v=256, block_d=32, group_n=3, num_warps=4, num_stages=1)
+
+
+def expected(problem: Problem) -> torch.Tensor:
+    options = problem.options
+    bias = None if options.bias_V is None else options.bias_V.double()
+    hidden, weight = problem.hidden.double(), problem.weight.double()
+    z = logits(hidden, weight, bias, options.softcap, options.logit_scale, options.temperature)
+    return token_stats(z, problem.labels, IGNORED, TOKEN_STATS)
+
+
+def compare(problem: Problem, config: TileConfig = SMALL, atol: float = 3e-6):
+    common = {"options": problem.options, "ignore_index": IGNORED, "token_stats": True, "config": config}
+    inputs = (problem.hidden, problem.weight, problem.labels)
+    exact = expected(problem)
+    whole = linear_stats(*inputs, **common).token_stats_KN
+    sliced = frozen_head(*inputs, slice_columns=64, **common).token_stats_KN
+    for got in (whole, sliced):
+        assert (got[:, problem.labels == IGNORED] == 0).all()
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=atol)
+
+
+def test_the_kernels_compute_every_statistic():
+    assert set(TOKEN_STATS) == set(STATS)
+
+
+@pytest.mark.parametrize("V", [1, 2, 127, 128, 129, 300])
+@pytest.mark.parametrize("config", [SMALL, WIDE], ids=["small", "wide"])
+def test_vocabularies(V, config):
+    compare(Problem.make(19, V), config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_options(dtype):
+    compare(Problem.make(11, 150, dtype=dtype, bias=True, softcap=3.0, logit_scale=0.5, temperature=0.7))
+
+
+def test_hits():
+    """The label is the top of every row but one."""
+    problem = Problem.make(9, 200, ignored=False)
+    problem.labels = (problem.hidden @ problem.weight.T).argmax(dim=1)
+    problem.labels[4] = (problem.labels[4] + 1) % 200
+    compare(problem)
+
+
+def test_of_equal_logits_the_first_is_the_top():
+    """Ties within a tile, across tiles and across slices."""
+    problem = Problem(torch.ones(4, 16), torch.ones(200, 16), torch.tensor([0, 1, 70, 199]))
+    compare(problem)
+    problem.weight[:66] = 0.5
+    problem.labels = torch.tensor([0, 66, 67, 199])
+    compare(problem)
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_logits_far_from_zero(shift):
+    problem = Problem.make(5, 150)
+    problem.options = HeadOptions(bias_V=torch.full((150,), shift))
+    compare(problem, atol=5e-3)
+
+
+def test_confident_rows():
+    problem = Problem.make(7, 150, scale=40.0, ignored=False)
+    compare(problem, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_through_the_op(frozen):
+    problem = Problem.make(11, 150)
+    hidden = problem.hidden.clone().requires_grad_(frozen)
+    names = ("is_top1", "entropy")
+    out = linear_logps(hidden, problem.weight, problem.labels, stats=names, impl="triton")
+    exact = dict(zip(TOKEN_STATS, expected(problem), strict=True))
+    assert tuple(out.stats) == names
+    assert torch.equal(out.stats["is_top1"], exact["is_top1"].bool())
+    torch.testing.assert_close(out.stats["entropy"].double(), exact["entropy"], rtol=1e-5, atol=3e-6)
