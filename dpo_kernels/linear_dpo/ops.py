@@ -15,13 +15,15 @@ device, same bits when run twice).
 ``forward(hidden_TD, weight_VD, labels_T, cu_responses, score_pairs, bias_V, softcap, logit_scale, temperature,
 ignore_index, need_hidden, need_weight, need_bias) -> (losses_P, logps_S, dX_TD | None, dW_VD | None, db_V | None)``
     ``cu_responses`` is a list of S + 1 Python ints, S > 0: offsets of the responses in the rows, from 0 to T, not
-    decreasing; responses may be empty. ``score_pairs(logps, first_pair) -> (losses, slopes)`` is the only source of
-    loss mathematics: it takes the log-prob sums of consecutive whole pairs from ``first_pair`` on, [2 p] float32
-    (float64), on the device of hidden, contiguous, and returns the losses of the pairs, [p], and d (reduced loss) /
-    d logps, [2 p], in which pair weights and the divisor of the mean are included. It launches a few tiny torch kernels
-    and never synchronises. A row's gradient is then slope[response of the row] * d logps_t. Every pair must be scored
-    exactly once. Ignored rows add 0 to their response and get gradient exactly 0. Gradients have the dtypes of hidden,
-    weight and bias, but float32 for float16 (``early_gradient_dtype``); each is a tensor that nothing else refers to.
+    decreasing; responses may be empty. ``score_pairs(logps, first_pair) -> (losses, slopes)`` defines the loss: it
+    takes the log-prob sums of consecutive whole pairs from ``first_pair`` on, [2 p] float32 (float64), on the device of
+    hidden, contiguous, and returns the losses of the pairs, [p], and d (reduced loss) / d logps, [2 p], in which pair
+    weights and the divisor of the mean are included. It launches a few tiny torch kernels and never synchronises. An
+    implementation that scores pairs in a kernel finds the terms in its attributes ``mix, options, ref_logps_S,
+    lengths_S, mean_length, scale_P``. A row's gradient is then slope[response of the row] * d logps_t. Every pair must
+    be scored exactly once. Ignored rows add 0 to their response and get gradient exactly 0. Gradients have the dtypes
+    of hidden, weight and bias, but float32 for float16 (``early_gradient_dtype``); each is a tensor that nothing else
+    refers to.
 """
 
 from __future__ import annotations
