@@ -75,6 +75,8 @@ def convert_trl(path: str | Path, *, num_processes: int | None = None) -> Conver
     Raises:
         UserError: the file cannot be read, or a value is one that TRL would refuse, too.
     """
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file; give the path of the YAML file that `trl dpo --config` takes")
     trl, _ = read_yaml(path)
     if isinstance(trl.get("model"), dict) or isinstance(trl.get("data"), dict):
         raise UserError(f"{path}: has the sections of a run configuration already; nothing to convert")

@@ -41,6 +41,8 @@ def load_tokenizer(model: ModelConfig):
     try:
         return AutoTokenizer.from_pretrained(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if not Path(source).is_dir():
+            raise _not_found(f"model.{field}={source}", error) from error
         raise UserError(
             f"model.{field}={source} has no tokenizer that loads: {_first_line(error)}; "
             "set model.tokenizer_name_or_path to a folder or Hub id that has one"
@@ -71,6 +73,8 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
             attn_implementation=backend.implementation,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if not Path(model.model_name_or_path).is_dir():
+            raise _not_found(f"model.model_name_or_path={model.model_name_or_path}", error) from error
         raise UserError(
             f"model.model_name_or_path={model.model_name_or_path} does not load as a causal language model: "
             f"{_first_line(error)}"
@@ -195,3 +199,8 @@ def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # a heading alone says nothing
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def _not_found(what: str, error: BaseException) -> UserError:
+    reason = _first_line(error).rstrip(".")
+    return UserError(f"{what} is no folder here, and did not load from the Hub: {reason}; check the path or the Hub id")

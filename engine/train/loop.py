@@ -121,7 +121,8 @@ def _find_start(config: RunConfig, output_dir: Path, resume: bool) -> tuple[int,
     if (output_dir / CONFIG_FILE).exists():
         saved = checkpoints.config_values(load_config(output_dir / CONFIG_FILE))
         checkpoints.check_same_run(saved, config, output_dir)
-    log.info("no complete checkpoint in %s: training starts at step 1", output_dir)
+    if not is_complete(output_dir):
+        log.info("no complete checkpoint in %s: training starts at step 1", output_dir)
     return 0, None
 
 

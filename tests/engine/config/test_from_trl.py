@@ -300,3 +300,8 @@ def test_init_refuses_to_overwrite(tmp_path):
     assert path.read_text() == before
     with pytest.raises(UserError, match="does not exist"):
         write_template(tmp_path / "absent" / "run.yaml")
+
+
+def test_a_missing_file_is_a_missing_trl_file(tmp_path):
+    with pytest.raises(UserError, match=r"no such file; give the path of the YAML file that `trl dpo"):
+        convert_trl(tmp_path / "nope.yaml")

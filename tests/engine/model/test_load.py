@@ -127,3 +127,10 @@ def test_what_does_not_load_is_named(tiny_model_dir, tmp_path):
         shutil.copy(tiny_model_dir / name, bare)
     with pytest.raises(UserError, match=r"bare has no tokenizer that loads.*model\.tokenizer_name_or_path"):
         load_tokenizer(ModelConfig(model_name_or_path=str(bare)))
+
+
+def test_a_name_that_is_no_folder_and_not_on_the_hub():
+    config = ModelConfig(model_name_or_path="models/nope", dtype="float32")
+    for load in (load_tokenizer, lambda c: load_policy(c, device=torch.device("cpu"))):
+        with pytest.raises(UserError, match=r"model_name_or_path=models/nope is no folder here.*check the path"):
+            load(config)
