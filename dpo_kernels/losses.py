@@ -3,8 +3,8 @@
 Legend: B pairs, K responses of one prompt. A reward is r = beta * (log pi(y|x) - log ref(y|x)), the margin is
 m = r_chosen - r_rejected, and log-probs are sums over the completion tokens of a response.
 
-This table defines every loss. The fused op differentiates these functions. Only the Triton kernel for pairs has formulas
-of its own, and tests hold their values and slopes to this table.
+This table defines every loss, and the fused op differentiates these functions. Only the Triton kernel for pairs has
+formulas of its own; tests hold their values and slopes to this table.
 """
 
 from __future__ import annotations
