@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.config.schema import ModelConfig, RunConfig
 from engine.data import load_dataset_groups
 from engine.data.groups import PreferenceDataset
+from engine.data.lengths import GroupLengths
 from engine.errors import UserError
 from engine.model import (
     Policy,
@@ -130,7 +131,7 @@ def evaluate_policy(
     finally:
         policy.train(training)
     lengths = dataset.lengths
-    per_group = tuple(len(n) - 1 for n in lengths)
+    per_group = tuple(lengths.responses.tolist())
     lengths_S = torch.from_numpy(np.concatenate([n[1:] for n in lengths]))
     scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group)
     values = dict(zip((f"eval_{n}" for n in PREFERENCE_NAMES), scored.means().tolist(), strict=True))
@@ -168,7 +169,7 @@ def _score_all(
 
 def _response_order(dataset: PreferenceDataset, packs: list[Pack]) -> Tensor:
     """Where the responses of the dataset, in its order, are in the concatenated packs."""
-    counts = np.array([len(n) - 1 for n in dataset.lengths])
+    counts = dataset.lengths.responses
     first = np.concatenate([[0], np.cumsum(counts)])
     places = np.concatenate([np.arange(first[i], first[i + 1]) for pack in packs for i in pack])
     return torch.from_numpy(np.argsort(places, kind="stable"))
@@ -184,13 +185,13 @@ def _ranking(logps_S: Tensor, lengths_S: Tensor, per_group: tuple[int, ...]) -> 
     return torch.stack(summed).float(), torch.stack(averaged).float()
 
 
-def _by_length(scored: Scored, ranked: Tensor, lengths: list[np.ndarray], *, has_reference: bool) -> dict[str, float]:
+def _by_length(scored: Scored, ranked: Tensor, lengths: GroupLengths, *, has_reference: bool) -> dict[str, float]:
     """Accuracy, and number of groups, by the tokens of the longest response in powers of two.
 
     The accuracy is that of the rewards, or of the ranking for a loss without a reference.
     """
     right = (scored.accuracies if has_reference else ranked).double()
-    longest = torch.tensor([int(n[1:].max()) for n in lengths])
+    longest = torch.from_numpy(lengths.longest)
     values: dict[str, float] = {}
     low, high = 1, 32
     while low <= int(longest.max()):

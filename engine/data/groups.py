@@ -9,8 +9,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+
+from engine.data.lengths import GroupLengths
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +80,7 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         """The largest token id; -1 when there is none."""
         return int(self._tokens.max(initial=-1))
 
-    @property
-    def lengths(self) -> list[np.ndarray]:
+    @cached_property
+    def lengths(self) -> GroupLengths:
         """Per group: int64 [1 + K] = (prompt tokens, response tokens...)."""
-        sizes = np.diff(self._offsets)
-        return [sizes[a:b] for a, b in zip(self._first_part[:-1], self._first_part[1:], strict=True)]
+        return GroupLengths(np.diff(self._offsets), self._first_part)

@@ -1,7 +1,7 @@
 """From preference groups to forward passes: which groups go together, and how a pack is laid out."""
 
 from engine.packing.layout import AttentionPlan, PackedBatch, Segment, build_batch
-from engine.packing.plan import Pack, Step, check_fits, group_sizes, pack_groups, plan_epoch
+from engine.packing.plan import Pack, Step, check_fits, group_costs, group_sizes, pack_groups, plan_epoch
 from engine.packing.summary import PlanSummary, describe_plan, summarize_plan
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "build_batch",
     "check_fits",
     "describe_plan",
+    "group_costs",
     "group_sizes",
     "pack_groups",
     "plan_epoch",

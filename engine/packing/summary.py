@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.config.schema import RunConfig
 from engine.data.groups import PreferenceDataset
+from engine.data.lengths import GroupLengths
 from engine.packing.plan import check_fits, group_sizes, plan_epoch
 
 PADDED_BATCH_PAIRS = 8
@@ -51,12 +52,11 @@ class PlanSummary:
         return self.padded_tokens / self.packed_tokens
 
 
-def padded_tokens(lengths: list[np.ndarray], batch_pairs: int = PADDED_BATCH_PAIRS) -> int:
+def padded_tokens(lengths: GroupLengths, batch_pairs: int = PADDED_BATCH_PAIRS) -> int:
     """Tokens of padded batches in source order: every response of a batch with its prompt, padded to the longest."""
-    longest = [int(n[0] + n[1:].max()) for n in lengths]
-    count = [len(n) - 1 for n in lengths]
-    starts = range(0, len(lengths), batch_pairs)
-    return sum(max(longest[s : s + batch_pairs]) * sum(count[s : s + batch_pairs]) for s in starts)
+    starts = np.arange(0, len(lengths), batch_pairs)
+    longest = np.maximum.reduceat(lengths.prompts + lengths.longest, starts)
+    return int((longest * np.add.reduceat(lengths.responses, starts)).sum())
 
 
 def summarize_plan(dataset: PreferenceDataset, config: RunConfig) -> PlanSummary:
@@ -81,12 +81,12 @@ def summarize_plan(dataset: PreferenceDataset, config: RunConfig) -> PlanSummary
     total = train.max_steps if train.max_steps > 0 else math.ceil(len(steps) * train.num_train_epochs)
     return PlanSummary(
         groups=len(dataset),
-        responses=sum(len(n) - 1 for n in lengths),
+        responses=int(lengths.responses.sum()),
         steps_per_epoch=len(steps),
         total_steps=total,
         packs=packs,
         packed_tokens=int(group_sizes(lengths, share_prompts=packing.share_prompts).sum()),
-        completion_tokens=sum(int(n[1:].sum()) for n in lengths),
+        completion_tokens=int(lengths.completions.sum()),
         unshared_tokens=int(group_sizes(lengths, share_prompts=False).sum()),
         padded_tokens=padded_tokens(lengths),
         capacity_tokens=packs * packing.tokens_per_pack,

@@ -48,7 +48,7 @@ def verify_rows(
         UserError: names the rows that differ, the largest difference, and what usually causes it.
     """
     atol = TOLERANCE[policy.compute_dtype] if atol is None else atol
-    chosen = _sample([int(n.sum()) for n in dataset.lengths], count)
+    chosen = _sample(dataset.lengths.packed(share_prompts=True).tolist(), count)
     batches = (build_batch([dataset[i]], share_prompts=share_prompts) for i in chosen)
     wrong: list[tuple[int, float]] = []
     with scoring(policy):

@@ -16,7 +16,7 @@ from engine.config.schema import PackingConfig, TrainConfig
 from engine.data.groups import PreferenceDataset
 from engine.packing import Pack, PackedBatch, Step, build_batch, plan_epoch
 from engine.train.metrics import StepWork
-from engine.train.throughput import FlopModel, visible_pairs
+from engine.train.throughput import FlopModel
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ class TrainingFeed:
             train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
         )
         self.lengths = dataset.lengths
-        self._visible = np.array([visible_pairs(n, share_prompts=packing.share_prompts) for n in self.lengths])
+        self._packed_G = self.lengths.packed(share_prompts=packing.share_prompts)
+        self._completions_G = self.lengths.completions
+        self._visible_G = self.lengths.visible_pairs(share_prompts=packing.share_prompts)
         # Two epochs: the last step of one is built while the first of the next is.
         self._plan = lru_cache(maxsize=2)(self._plan_epoch)
 
@@ -144,14 +146,10 @@ class TrainingFeed:
     def _work(self, members: Step, packs: tuple[TrainingPack, ...]) -> StepWork:
         groups = [i for pack in members for i in pack]
         rows = sum(p.batch.num_tokens for p in packs)
-        responses = sum(int(self.lengths[i][1:].sum()) for i in groups)
-        prompts = sum(
-            int(self.lengths[i][0]) * (1 if self.packing.share_prompts else len(self.lengths[i]) - 1) for i in groups
-        )
         return StepWork(
             pairs=len(groups),
             unshared_tokens=sum(p.batch.num_unshared_tokens for p in packs),
-            packed_tokens=prompts + responses,
+            packed_tokens=int(self._packed_G[groups].sum()),
             rows=rows,
-            flop=self.flops.step(rows, responses, int(self._visible[groups].sum())),
+            flop=self.flops.step(rows, int(self._completions_G[groups].sum()), int(self._visible_G[groups].sum())),
         )

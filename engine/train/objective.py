@@ -83,12 +83,12 @@ class Objective:
         """Raise a ``UserError`` when a group has more than two responses and the loss takes pairs."""
         if self.ranks:
             return
-        for index, lengths in enumerate(dataset.lengths):
-            if len(lengths) != 3:
-                raise UserError(
-                    f"row {dataset[index].row} has {len(lengths) - 1} responses, and loss.loss_type "
-                    f"{self.config.loss_name} takes pairs: set loss.loss_type to {RANKING_LOSS}"
-                )
+        responses = dataset.lengths.responses
+        for index in (responses != 2).nonzero()[0][:1]:
+            raise UserError(
+                f"row {dataset[index].row} has {responses[index]} responses, and loss.loss_type "
+                f"{self.config.loss_name} takes pairs: set loss.loss_type to {RANKING_LOSS}"
+            )
 
     def _options(self) -> dict[str, Any]:
         c = self.config

@@ -186,7 +186,7 @@ def check_first_loss(
         UserError: the loss is another one, by more than rounding explains.
     """
     lengths = dataset.lengths
-    shortest = sorted(range(len(dataset)), key=lambda i: int(lengths[i].sum()))[:rows]
+    shortest = np.argsort(lengths.packed(share_prompts=True), kind="stable")[:rows].tolist()
     batch = build_batch([dataset[i] for i in shortest]).to(policy.device)
     training = policy.training
     policy.eval()

@@ -163,7 +163,7 @@ def _dropout_words(config: RunConfig) -> str:
 
 def _data_words(setup: Setup, name: str) -> str:
     lint, dataset = setup.lint[name], setup.datasets[name]
-    tokens = sum(int(n.sum()) for n in dataset.lengths)
+    tokens = int(dataset.lengths.sizes_P.sum())
     dropped = f", {lint.dropped:,} dropped (`dpo check` says why)" if lint.dropped else ""
     return f"{len(dataset):,} of {lint.total:,} rows{dropped}; {tokens:,} tokens"
 

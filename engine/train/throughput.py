@@ -7,7 +7,6 @@ import sys
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -51,7 +50,11 @@ class FlopModel:
         return cls(body, trained, head.numel(), head.requires_grad, config.num_hidden_layers * heads * head_dim)
 
     def step(self, packed_tokens: int, completion_tokens: int, visible_pairs: int) -> float:
-        """FLOP of one optimizer step, forward and backward."""
+        """FLOP of one optimizer step, forward and backward.
+
+        Args:
+            visible_pairs: query-key pairs that causal attention looks at (``GroupLengths.visible_pairs``).
+        """
         body = packed_tokens * (4 * self.body_weights + 2 * self.trained_body_weights)
         head = completion_tokens * self.head_weights * (6 if self.head_trained else 4)
         return body + head + 12.0 * self.attention_width * visible_pairs
@@ -62,18 +65,6 @@ def _active_share(config) -> float:
     experts = next((count for name in names if (count := getattr(config, name, 0))), 0)
     picked = getattr(config, "num_experts_per_tok", None)
     return picked / experts if experts and picked else 1.0
-
-
-def visible_pairs(lengths: np.ndarray, *, share_prompts: bool) -> int:
-    """Query-key pairs that causal attention looks at in one group.
-
-    Args:
-        lengths: [1 + K] tokens of the prompt and of each response.
-    """
-    prompt, responses = int(lengths[0]), [int(n) for n in lengths[1:]]
-    prompt_pairs = prompt * (prompt + 1) // 2
-    response_pairs = sum(n * prompt + n * (n + 1) // 2 for n in responses)
-    return response_pairs + prompt_pairs * (1 if share_prompts else len(responses))
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError
-from engine.packing import check_fits, group_sizes, pack_groups, plan_epoch
+from engine.packing import check_fits, group_costs, group_sizes, pack_groups, plan_epoch
+from engine.packing.plan import PAIRS_PER_ROW
 
 group_lengths = st.lists(
     st.lists(st.integers(1, 60), min_size=3, max_size=6).map(lambda n: np.asarray(n, np.int64)), min_size=1, max_size=60
@@ -47,6 +48,57 @@ def test_steps_do_not_depend_on_the_budget(lengths, pairs, budget, share, seed):
     assert [len(m) for m in members[:-1]] == [pairs] * (len(members) - 1)
     sizes = group_sizes(lengths, share_prompts=share)
     assert all(sizes[list(pack)].sum() <= budget for step in steps for pack in step)
+
+
+@given(group_lengths, st.integers(1, 9), st.integers(700, 1500), st.booleans(), st.integers(0, 3), st.integers(1, 3))
+def test_ranks_share_the_groups_of_each_step(lengths, pairs, budget, share, seed, ranks):
+    options = {"pairs_per_step": pairs, "tokens_per_pack": budget, "share_prompts": share, "seed": seed}
+    alone = plan_epoch(lengths, **options)
+    plans = [plan_epoch(lengths, **options, ranks=ranks, rank=rank) for rank in range(ranks)]
+    assert plans == [plan_epoch(lengths, **options, ranks=ranks, rank=rank) for rank in range(ranks)]
+    if ranks == 1:
+        assert plans == [alone]
+    sizes = group_sizes(lengths, share_prompts=share)
+    for steps in zip(alone, *plans, strict=True):
+        whole, *parts = ([list(pack) for pack in step] for step in steps)
+        assert len({len(packs) for packs in parts}) == 1
+        assert sorted(i for packs in parts for pack in packs for i in pack) == sorted(i for p in whole for i in p)
+        assert all(sizes[pack].sum() <= budget for packs in parts for pack in packs)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_work_equally_long(ranks):
+    generator = np.random.default_rng(0)
+    lengths = [np.minimum(generator.lognormal(5, 0.8, 3).astype(np.int64) + 1, 1000) for _ in range(2048)]
+    costs = group_costs(lengths)
+    options = {"pairs_per_step": 256, "tokens_per_pack": 8192, "ranks": ranks}
+    plans = [plan_epoch(lengths, **options, rank=rank) for rank in range(ranks)]
+    for parts in zip(*plans, strict=True):
+        cost = np.array([[costs[list(pack)].sum() for pack in packs] for packs in parts])
+        assert cost.max(0).sum() <= 1.05 * cost.sum() / ranks
+
+
+def test_a_rank_without_groups_has_empty_packs():
+    lengths = [np.array([2, 3, 4])]
+    plans = [plan_epoch(lengths, pairs_per_step=4, tokens_per_pack=9, ranks=3, rank=rank) for rank in range(3)]
+    assert plans == [[((0,),)], [((),)], [((),)]]
+    with pytest.raises(ValueError, match=r"rank must be in 0\.\.1 for ranks=2, got 2"):
+        plan_epoch(lengths, pairs_per_step=4, tokens_per_pack=9, ranks=2, rank=2)
+
+
+def test_an_even_spread_that_does_not_fit_takes_more_packs():
+    lengths = [np.array([n - 2, 1, 1]) for n in (50, 50, 34, 33, 33)]
+    options = {"pairs_per_step": 5, "tokens_per_pack": 100}
+    assert plan_epoch(lengths, **options, shuffle=False) == [((0, 1), (2, 3, 4))]
+    plans = [plan_epoch(lengths, **options, shuffle=False, ranks=2, rank=rank) for rank in range(2)]
+    assert plans == [[((3, 4), (2,))], [((0,), (1,))]]
+
+
+def test_costs():
+    lengths = [np.array([10, 3, 4]), np.array([5, 1, 2, 3])]
+    pairs = 55 + (30 + 6) + (40 + 10)
+    assert group_costs(lengths)[0] == PAIRS_PER_ROW * 17 + pairs
+    assert group_costs(lengths, share_prompts=False)[0] == PAIRS_PER_ROW * 27 + pairs + 55
 
 
 def test_epochs_differ_and_source_order_is_kept_without_shuffle():

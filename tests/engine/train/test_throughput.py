@@ -7,9 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.config.schema import LoraConfig, ModelConfig
 from engine.data.groups import PreferenceGroup
+from engine.data.lengths import GroupLengths
 from engine.model import load_policy
 from engine.packing import build_batch
-from engine.train.throughput import FlopModel, Stopwatch, measure_matmul_rate, peak_memory_gib, visible_pairs
+from engine.train.throughput import FlopModel, Stopwatch, measure_matmul_rate, peak_memory_gib
 
 CPU = torch.device("cpu")
 
@@ -34,21 +35,12 @@ def test_flop_model_counts_the_matrix_products_that_torch_counts(tiny_model_dir,
     with FlopCounterMode(display=False) as counter:
         policy(batch, cross_entropy).backward()
     by_op = {name: n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name)}
-    pairs = sum(visible_pairs(np.array([20, 9, 14]), share_prompts=True) for _ in range(3))
+    pairs = int(GroupLengths.of([np.array([20, 9, 14])] * 3).visible_pairs(share_prompts=True).sum())
     model = FlopModel.of(policy)
     expected = model.step(batch.num_tokens, len(batch.labels_N), pairs) - 12.0 * model.attention_width * pairs
     # The first layer's input needs no gradient without LoRA, which the model counts all the same.
     assert sum(by_op.values()) == pytest.approx(expected, rel=0.12)
     assert sum(by_op.values()) <= expected * 1.001
-
-
-def test_visible_pairs_are_those_of_the_causal_masks():
-    lengths = np.array([5, 3, 2])
-    prompt, first, second = 5, 3, 2
-    rows = [*range(1, prompt + first + 1), *(prompt + i for i in range(1, second + 1))]
-    assert visible_pairs(lengths, share_prompts=True) == sum(rows)
-    apart = [*range(1, prompt + first + 1), *range(1, prompt + second + 1)]
-    assert visible_pairs(lengths, share_prompts=False) == sum(apart)
 
 
 def test_measures_are_plausible():
