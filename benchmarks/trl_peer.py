@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 DIALOGUE_TURN = "\n\nAssistant:"
 
@@ -42,11 +44,20 @@ def train_with_trl(
     learning_rate: float = 1e-6,
     max_length: int = 1024,
     micro_batches: int = 1,
+    gradient_checkpointing: bool = False,
+    peft_config: Any = None,
+    adapter_dir: Path | None = None,
     **config_options,
 ) -> TrlRun:
     """Train one epoch or ``max_steps`` steps in source order with ``DPOTrainer``, float32 on the CPU.
 
     Reference log-probs are precomputed by TRL in a cache of their own, so that nothing is left over from another run.
+
+    Args:
+        micro_batches: gradient accumulation steps, each of ``pairs_per_step // micro_batches`` pairs.
+        peft_config: a fresh adapter of this kind is trained.
+        adapter_dir: the values that the fresh adapter starts with; without ``peft_config``, a trained adapter to
+            continue, whose frozen copy TRL takes as the reference.
     """
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,7 +78,7 @@ def train_with_trl(
         max_length=max_length,
         train_sampling_strategy="sequential",
         precompute_ref_log_probs=True,
-        gradient_checkpointing=False,
+        gradient_checkpointing=gradient_checkpointing,
         use_cpu=True,
         bf16=False,
         logging_steps=1,
@@ -88,7 +99,14 @@ def train_with_trl(
             self.precompute_seconds += time.perf_counter() - start
             return result
 
-    trainer = TimedTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    continued = adapter_dir is not None and peft_config is None
+    if continued:
+        model = _with_adapter(model, adapter_dir)
+    trainer = TimedTrainer(
+        model, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
+    )
+    if adapter_dir is not None and not continued:
+        _set_adapter(trainer.model, adapter_dir)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -96,5 +114,17 @@ def train_with_trl(
         log_history=[row for row in trainer.state.log_history if "loss" in row],
         precompute_seconds=trainer.precompute_seconds,
         train_seconds=seconds,
-        final_weights={name: p.detach().clone() for name, p in model.named_parameters()},
+        final_weights={name: p.detach().clone() for name, p in trainer.model.named_parameters()},
     )
+
+
+def _with_adapter(model: Any, adapter_dir: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=True)
+
+
+def _set_adapter(model: Any, adapter_dir: Path) -> None:
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_file(adapter_dir / "adapter_model.safetensors"))

@@ -1,0 +1,146 @@
+"""Twenty optimizer steps beside TRL with adapters, gradient accumulation and gradient checkpointing, on a tiny model.
+
+The values are compared as in ``test_trl_trajectory``: within 1e-4 of the largest magnitude of a metric in TRL's run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from benchmarks.trl_peer import TrlRun, train_with_trl
+from engine.config import build_config
+from engine.config.schema import RunConfig
+from engine.train.loop import train
+from engine.train.setup import prepare
+from tests.engine.conftest import build_tokenizer, preference_rows
+from tests.parity.test_trl_trajectory import METRICS, RELATIVE, STEPS
+
+pytest.importorskip("trl")
+peft = pytest.importorskip("peft")
+
+PAIRS = 6
+LEARNING_RATE = 5e-3
+LORA = {"r": 4, "alpha": 16, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+SMALL_PACKS = {"tokens_per_pack": 250}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "accumulation": {"trl": {"micro_batches": 3}, "packing": SMALL_PACKS},
+    "checkpointing": {"trl": {"gradient_checkpointing": True}, "train": {"gradient_checkpointing": True}},
+    "lora": {"lora": LORA},
+    "all at once": {
+        "lora": LORA,
+        "trl": {"micro_batches": 3, "gradient_checkpointing": True},
+        "packing": SMALL_PACKS,
+        "train": {"gradient_checkpointing": True},
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _assumed_peak():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.train.setup.measure_matmul_rate", lambda device, dtype: 1e12)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer()
+    set_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **shape))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(STEPS * PAIRS)))
+    return path
+
+
+@pytest.fixture
+def make_config(model_dir: Path, data_file: Path, tmp_path: Path):
+    """The engine's counterpart of a TRL run."""
+
+    def make(variant: dict[str, Any]) -> RunConfig:
+        model = {"model_name_or_path": str(model_dir), "dtype": "float32", "lora": variant.get("lora")}
+        sections = {
+            "model": {**model, **variant.get("model", {})},
+            "data": {"dataset_name": str(data_file), "max_length": 160},
+            "packing": {"pairs_per_step": PAIRS, "shuffle": False, **variant.get("packing", {})},
+            "optim": {"learning_rate": LEARNING_RATE},
+            "reference": {"store": str(tmp_path / "store")},
+            "train": {
+                **{"output_dir": str(tmp_path / "run"), "max_steps": STEPS, "logging_steps": 1, "report_to": []},
+                **variant.get("train", {}),
+            },
+        }
+        return build_config(sections, "test")
+
+    return make
+
+
+def run_trl(model_dir: Path, data_file: Path, work_dir: Path, **options: Any) -> TrlRun:
+    return train_with_trl(
+        model_dir,
+        data_file,
+        work_dir,
+        pairs_per_step=PAIRS,
+        max_steps=STEPS,
+        learning_rate=LEARNING_RATE,
+        max_length=160,
+        **options,
+    )
+
+
+def assert_same_trajectory(output_dir: Path, trl_run: TrlRun) -> None:
+    ours = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    theirs = trl_run.log_history
+    assert len(ours) == len(theirs) == STEPS
+    for name in METRICS:
+        got, want = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for rows in (ours, theirs))
+        assert want.abs().max() > 0
+        worst = ((got - want).abs().max() / want.abs().max()).item()
+        assert worst <= RELATIVE, f"{name}: {worst:.2e} relative to its largest value"
+    # Before the first update every margin is 0 up to rounding, so its sign means nothing.
+    got, want = ([row["rewards/accuracies"] for row in rows[1:]] for rows in (ours, theirs))
+    assert got == pytest.approx(want, abs=1e-6)
+    assert [row["num_tokens"] for row in ours] == [row["num_tokens"] for row in theirs]
+
+
+def assert_same_adapter(output_dir: Path, trl_run: TrlRun) -> None:
+    found = load_file(output_dir / "adapter_model.safetensors")
+    wanted = {n.replace(".default", ""): p for n, p in trl_run.final_weights.items() if ".default." in n}
+    assert found.keys() == wanted.keys()
+    for name, want in wanted.items():
+        torch.testing.assert_close(found[name], want, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_twenty_steps_equal_trl(name, make_config, model_dir, data_file, tmp_path):
+    variant = VARIANTS[name]
+    config = make_config(variant)
+    options = dict(variant.get("trl", {}))
+    if config.model.lora:
+        # What a run of this seed starts with; TRL draws other numbers before it makes its adapter.
+        prepare(config).policy.model.save_pretrained(tmp_path / "initial", save_embedding_layers=False)
+        lora = {"r": LORA["r"], "lora_alpha": LORA["alpha"], "target_modules": LORA["target_modules"]}
+        options |= {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM", **lora), "adapter_dir": tmp_path / "initial"}
+    train(config)
+    trl_run = run_trl(model_dir, data_file, tmp_path, **options)
+    assert_same_trajectory(tmp_path / "run", trl_run)
+    losses = [row["loss"] for row in trl_run.log_history]
+    assert min(losses) < 0.9 * losses[0], "the runs must move for their equality to mean anything"
+    if config.model.lora:
+        assert_same_adapter(tmp_path / "run", trl_run)
