@@ -301,8 +301,8 @@ class _Converter:
         train["gradient_checkpointing"] = self.trl.flag("gradient_checkpointing", True)
         trackers = self.trl.take("report_to", "none")
         trackers = trackers if isinstance(trackers, list) else [trackers or "none"]
-        train["report_to"] = ["tensorboard"] if {"tensorboard", "all"} & set(trackers) else []
-        for name in (t for t in trackers if t not in ("none", "tensorboard")):
+        train["report_to"] = [name for name in ("tensorboard", "wandb") if name in trackers or "all" in trackers]
+        for name in (t for t in trackers if t not in ("none", "all", "tensorboard", "wandb")):
             self._same("report_to", f"{name}: metrics.jsonl always has TRL's metrics under TRL's names")
         self._cadence("logging", "logging_steps", 10)
         self._cadence("save", "save_steps", 500)

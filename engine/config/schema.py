@@ -259,8 +259,8 @@ class TrainConfig:
     """Optimizer steps between evaluations; null evaluates once, after training."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a fifth slower."""
-    report_to: tuple[Literal["tensorboard"], ...] = ("tensorboard",)
-    """Trackers beside metrics.jsonl, which is always written; [] is none."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Trackers beside metrics.jsonl, which is always written; [] is none. wandb reads its environment variables."""
 
     def __post_init__(self) -> None:
         _require(self.output_dir != "", "train.output_dir must not be empty")

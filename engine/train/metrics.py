@@ -8,15 +8,19 @@ and response of every sequence, so the prompt of a pair twice, however it was co
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import yaml
 from torch import Tensor
 
+from engine.errors import UserError
 from engine.train.durable import disk_errors, write_atomically
 from engine.train.throughput import Stopwatch, peak_memory_gib
 
@@ -30,6 +34,7 @@ PREFERENCE_NAMES = (
     "logps/rejected",
 )
 METRICS_FILE = "metrics.jsonl"
+WANDB_FILE = "wandb_run_id.txt"
 
 
 @dataclass(frozen=True)
@@ -163,11 +168,50 @@ class TensorBoardTracker:
             self._writer.close()
 
 
+class WandbTracker:
+    """A Weights & Biases run named after the run folder; a resume continues it."""
+
+    def __init__(self, output_dir: Path):
+        import wandb
+
+        path = output_dir / WANDB_FILE
+        run_id = path.read_text(encoding="utf-8").strip() if path.exists() else None
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "dpo-kernels"),
+                name=os.environ.get("WANDB_NAME", output_dir.resolve().name),
+                id=run_id,
+                resume="allow",
+                dir=str(output_dir),
+                config=yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8")),
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"train.report_to wandb: {str(error).rstrip('.')}; log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+        write_atomically(path, self._run.id + "\n")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        # Not wandb's own step: it drops rows of steps that it has seen, as after a resume.
+        self._run.log({**values, "train/step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Raise a ``UserError`` when a tracker is not installed, before anything is computed."""
+    if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
+        raise UserError("train.report_to wandb needs wandb: pip install wandb, or take it out of train.report_to")
+
+
 def open_trackers(output_dir: Path, report_to: Sequence[str], *, first_step: int) -> list[Tracker]:
     """``metrics.jsonl`` always, then those that the configuration names."""
     trackers: list[Tracker] = [JsonlTracker(output_dir)]
     if "tensorboard" in report_to:
         trackers.append(TensorBoardTracker(output_dir, first_step=first_step))
+    if "wandb" in report_to:
+        trackers.append(WandbTracker(output_dir))
     return trackers
 
 

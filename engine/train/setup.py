@@ -24,6 +24,7 @@ from engine.packing import PlanSummary, check_fits, summarize_plan
 from engine.reference import weights_digest
 from engine.train.durable import write_atomically
 from engine.train.feed import TrainingFeed
+from engine.train.metrics import check_trackers
 from engine.train.objective import Objective
 from engine.train.optimizer import METRIC_SCHEDULES, check_schedule_name
 from engine.train.references import References, check_first_loss, prepare_references
@@ -65,6 +66,7 @@ def prepare(config: RunConfig) -> Setup:
         UserError: anything that the user can correct.
     """
     check_schedule_name(config.optim.lr_scheduler_type)
+    check_trackers(config.train.report_to)
     if config.optim.lr_scheduler_type in METRIC_SCHEDULES and config.train.eval_steps is None:
         raise UserError(f"optim.lr_scheduler_type {config.optim.lr_scheduler_type} needs train.eval_steps")
     log.info("configuration, where it is not the default:\n%s", _indented(format_diff(config)))

@@ -109,7 +109,7 @@ def test_a_realistic_file_keeps_its_meaning(load):
     assert (train.num_train_epochs, train.max_steps, train.seed) == (1, 1000, 7)
     assert (train.logging_steps, train.eval_steps, train.save_steps) == (25, 50, 100)
     assert train.gradient_checkpointing
-    assert train.report_to == ("tensorboard",)
+    assert train.report_to == ("tensorboard", "wandb")
 
 
 def test_a_realistic_file_explains_what_it_drops_and_changes(convert):

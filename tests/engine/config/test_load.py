@@ -96,7 +96,7 @@ def test_paths_are_left_as_they_are(load):
         (BASE + "packing: {pairs_per_step: '8'}\n", ["packing.pairs_per_step", "an integer", "the string '8'"]),
         (BASE + "packing: {shuffle: 1}\n", ["packing.shuffle", "true or false", "the integer 1"]),
         (BASE + "loss: {loss_type: sigmod}\n", ["loss.loss_type", "one of sigmoid", "did you mean sigmoid?"]),
-        (BASE + "train: {report_to: [wandb]}\n", ["train.report_to", "a list (one of tensorboard)"]),
+        (BASE + "train: {report_to: [wandbb]}\n", ["train.report_to", "a list (one of tensorboard, wandb)"]),
         (BASE + "loss: 3\n", ["line 3: loss", "expected a mapping", "the integer 3"]),
         ("model: {model_name_or_path: 12}\ndata: {dataset_name: d}\n", ["expected a string", "put it in quotes"]),
         ("model: {model_name_or_path: m}\n", ["data.dataset_name is missing", "--data.dataset_name VALUE"]),
@@ -235,7 +235,7 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "train.max_steps": st.just(-1) | st.integers(1, 10**9),
         "train.eval_steps": st.none(),
         "train.seed": st.integers(0, 2**32 - 1),
-        "train.report_to": st.lists(st.just("tensorboard"), max_size=2),
+        "train.report_to": st.lists(st.sampled_from(["tensorboard", "wandb"]), max_size=2),
     }
     by_type: dict[object, st.SearchStrategy] = {
         str: st.text(min_size=1),

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from engine.train.metrics import (
     IntervalMeter,
     JsonlTracker,
     StepWork,
+    check_trackers,
     evaluation_line,
     keep_rows_until,
     log_line,
@@ -99,6 +102,51 @@ def test_tensorboard_hides_events_past_a_checkpoint(tmp_path):
     assert events.Tags()["scalars"] == ["loss"]
     got = [(e.step, round(e.value, 3)) for e in events.Scalars("loss")]
     assert got == [(1, 1.1), (2, 2.1), (3, 3.3), (4, 4.3)]
+
+
+def test_wandb_continues_its_run_after_a_resume(tmp_path, monkeypatch):
+    runs = []
+
+    class Run(SimpleNamespace):
+        def log(self, values):
+            self.rows.append(values)
+
+        def finish(self):
+            self.finished = True
+
+    def init(**options):
+        runs.append(Run(options=options, id=options["id"] or "first", rows=[], finished=False))
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
+    (tmp_path / "config.yaml").write_text("loss: {beta: 0.2}\n")
+    for step in (1, 2):
+        trackers = open_trackers(tmp_path, ("wandb",), first_step=step)
+        for tracker in trackers:
+            tracker.log(step, {"step": step, "loss": 0.5})
+            tracker.close()
+    assert [run.id for run in runs] == ["first", "first"]
+    assert [run.options["id"] for run in runs] == [None, "first"]
+    assert runs[0].options["config"] == {"loss": {"beta": 0.2}}
+    assert [run.rows for run in runs] == [[{"step": s, "loss": 0.5, "train/step": s}] for s in (1, 2)]
+    assert all(run.finished for run in runs)
+
+
+def test_a_tracker_that_is_not_installed_is_a_user_error(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"report_to wandb needs wandb: pip install wandb"):
+        check_trackers(("wandb",))
+    check_trackers(("tensorboard",))
+
+
+def test_wandb_without_a_login_is_a_user_error(tmp_path, monkeypatch):
+    def init(**options):
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
+    (tmp_path / "config.yaml").write_text("{}\n")
+    with pytest.raises(UserError, match="WANDB_MODE=offline"):
+        open_trackers(tmp_path, ("wandb",), first_step=1)
 
 
 def test_a_full_disk_is_a_user_error(tmp_path):
