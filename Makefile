@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test test-long lint format bench gpu clean
 
 # constraints.txt pins torch so that pip picks the build known to work here.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -18,6 +18,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadscope $(PYTEST_ARGS)
+
+# The tests that take minutes, and the property tests with thirty times as many examples.
+test-long: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto --dist loadscope --slow -m "slow or property" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -17,6 +17,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    from hypothesis import settings
+
+    # Every run draws the same examples, so that a change is to blame for a failure; the long form looks for new ones.
+    settings.register_profile("fast", derandomize=True, deadline=None, max_examples=100)
+    settings.register_profile("long", deadline=None, max_examples=3000, print_blob=True)
+    settings.load_profile("long" if config.getoption("--slow") else "fast")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 

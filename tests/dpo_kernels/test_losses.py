@@ -136,7 +136,7 @@ def test_policy_equal_to_reference_has_zero_margin(name: str) -> None:
 
 
 @given(st.lists(st.tuples(*[st.floats(-200, 0)] * 4), min_size=1, max_size=6), st.floats(0.01, 2), st.floats(0, 0.49))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_identities(rows, beta, smoothing) -> None:
     """Relations between losses that hold for any numbers."""
     chosen, rejected, ref_chosen, ref_rejected = torch.tensor(rows, dtype=torch.float64).T

@@ -266,7 +266,7 @@ def _nested_values(draw) -> dict:
     return values
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(_nested_values())
 def test_yaml_round_trip(values):
     config = build_config(values, "drawn")

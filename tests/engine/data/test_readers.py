@@ -56,7 +56,7 @@ def test_array_elements_know_their_line(tmp_path):
     assert [(row.line, row.data["a"]) for row in read_file(path)] == [(3, 1), (4, 2), (6, 3)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.lists(
         st.dictionaries(

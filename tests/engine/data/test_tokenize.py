@@ -134,7 +134,7 @@ def test_ids_equal_those_of_trl_on_real_dialogues(shared_dir):
 words = st.text(alphabet=st.sampled_from("the seaT?. \n\u00e9\u4e16</>"), max_size=24)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     prompt=words,
     completions=st.lists(words, min_size=2, max_size=4),

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from engine.data.groups import PreferenceGroup
 from engine.packing import build_batch
 
+pytestmark = pytest.mark.property
+
 
 def group(row: int, prompt: list[int], *responses: list[int]) -> PreferenceGroup:
     return PreferenceGroup(row, np.array(prompt, np.int32), tuple(np.array(r, np.int32) for r in responses))

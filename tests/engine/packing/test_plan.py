@@ -12,6 +12,8 @@ from engine.errors import UserError
 from engine.packing import check_fits, group_costs, group_sizes, pack_groups, plan_epoch
 from engine.packing.plan import PAIRS_PER_ROW
 
+pytestmark = pytest.mark.property
+
 group_lengths = st.lists(
     st.lists(st.integers(1, 60), min_size=3, max_size=6).map(lambda n: np.asarray(n, np.int64)), min_size=1, max_size=60
 )
