@@ -56,6 +56,10 @@ def iter_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, An
             yield from iter_keys(nested, f"{prefix}{name}.")
 
 
+_SYNONYMS = {"dpo": "sigmoid", "cdpo": "sigmoid", "flash_attention_2": "flash", "bf16": "bfloat16", "fp32": "float32"}
+"""What people know a choice by, where its letters do not lead to its name."""
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that ``name`` was probably meant to be.
 
@@ -83,7 +87,11 @@ def suggestion(value: Any, hint: Any) -> str:
     """``; did you mean NAME?`` for a misspelt choice, else nothing."""
     words = value if isinstance(value, (list, tuple)) else [value]
     for word in words:
-        if isinstance(word, str) and word not in choices(hint) and (close := nearest(word, choices(hint))):
+        if not isinstance(word, str) or word in choices(hint):
+            continue
+        synonym = _SYNONYMS.get(word.lower())
+        close = synonym if synonym in choices(hint) else nearest(word, choices(hint))
+        if close:
             return f"; did you mean {close}?"
     return ""
 

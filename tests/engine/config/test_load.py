@@ -96,6 +96,7 @@ def test_paths_are_left_as_they_are(load):
         (BASE + "packing: {pairs_per_step: '8'}\n", ["packing.pairs_per_step", "an integer", "the string '8'"]),
         (BASE + "packing: {shuffle: 1}\n", ["packing.shuffle", "true or false", "the integer 1"]),
         (BASE + "loss: {loss_type: sigmod}\n", ["loss.loss_type", "one of sigmoid", "did you mean sigmoid?"]),
+        (BASE + "loss: {loss_type: dpo}\n", ["loss.loss_type", "did you mean sigmoid?"]),
         (BASE + "train: {report_to: [wandbb]}\n", ["train.report_to", "a list (one of tensorboard, wandb)"]),
         (BASE + "loss: 3\n", ["line 3: loss", "expected a mapping", "the integer 3"]),
         ("model: {model_name_or_path: 12}\ndata: {dataset_name: d}\n", ["expected a string", "put it in quotes"]),
