@@ -1,118 +1,35 @@
 """Compile every Triton kernel for chips that need not be here, and print what each takes of them.
 
-    python -m benchmarks.kernel_resources [--arch sm_90] [--markdown]
+    python -m benchmarks.kernel_resources [--arch sm_90] [--update docs/kernels.md]
 
-Launchers run as they are, on meta tensors: a stand-in driver names the chip, and launching stops after compilation. The
-PTX then goes through Triton's own ptxas once more, whose report gives registers, spills and warnings.
+One row per kernel and shipped configuration, the worst over every set of options that compiles to a kernel of its own.
+``--update`` puts the table into a page, in place of whatever follows the page's marker.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from dpo_kernels.kernels import frozen_head, paired_loss, slice_grad, softmax_grad, tile_logps
 from dpo_kernels.kernels.launch import HeadOptions
+from dpo_kernels.kernels.offline import SHARED_MEMORY, Resources, compiling_for, inspect_kernel
 from dpo_kernels.kernels.tile_config import TileConfig, shipped_archs, table_entries
 
-SHARED_MEMORY = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
-"""KiB that one block may use; sm_89 and sm_120 stand for the chips that share the default table."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 N, D, V = 8192, 4096, 128256
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel takes."""
-
-    kernel: str
-    arch: str
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    num_warps: int
-    tensor_cores: str
-    """Name of the tensor-core instruction in its PTX, or empty."""
-    warnings: tuple[str, ...]
-
-
-class _OfflineDriver:
-    """What Triton asks a driver for before it compiles."""
-
-    def __init__(self, arch: str):
-        self.target = GPUTarget("cuda", _capability(arch), 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        # Compiled kernels are kept by device: one per chip, so that chips do not share them.
-        return f"offline {self.target.arch}"
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
-@contextlib.contextmanager
-def compiling_for(arch: str) -> Iterator[list[Any]]:
-    """Launches inside compile for `arch` and do not run; yields the list that the compiled kernels go to."""
-    compiled: list[Any] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, warmup: bool = False, **kwargs: Any) -> Any:
-        kernel = run(self, *args, warmup=True, **kwargs)
-        compiled.append(kernel)
-        return kernel
-
-    previous = driver._active
-    JITFunction.run = compile_only
-    driver.set_active(_OfflineDriver(arch))
-    try:
-        yield compiled
-    finally:
-        JITFunction.run = run
-        driver._active = previous
-
-
-def inspect_kernel(kernel: Any, arch: str) -> Resources:
-    """Assemble the PTX of a compiled kernel and read the assembler's report."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(kernel.asm["ptx"])
-        suffix = "a" if _capability(arch) >= 90 else ""
-        command = [get_ptxas(_capability(arch)).path, "-v", f"--gpu-name={arch}{suffix}", str(source)]
-        result = subprocess.run([*command, "-o", f"{folder}/out"], capture_output=True, text=True, check=False)
-    report = result.stdout + result.stderr
-    if result.returncode:
-        raise RuntimeError(f"ptxas failed for {kernel.metadata.name} on {arch}: {report}")
-    spills = re.findall(r"(\d+) bytes spill", report)
-    used = re.search(r"Used (\d+) registers", report)
-    assert used, report
-    instructions = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-    return Resources(
-        kernel=kernel.metadata.name,
-        arch=arch,
-        registers=int(used[1]),
-        spilled_bytes=sum(map(int, spills)),
-        shared_bytes=kernel.metadata.shared,
-        num_warps=kernel.metadata.num_warps,
-        tensor_cores=next((name for name in instructions if name in kernel.asm["ptx"]), ""),
-        warnings=tuple(re.findall(r"\(C\d+\)[^\n]*|C75\d\d[^\n]*", report)),
-    )
+MARKER = "<!-- what follows is written by `python -m benchmarks.kernel_resources --update docs/kernels.md` -->"
+COLUMNS = "chip", "kernel", "dtype", "configuration", "variants", "registers", "spilled", "shared KiB", "tensor cores"
 
 
 @dataclass(frozen=True)
@@ -266,27 +183,73 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _capability(arch: str) -> int:
-    return int(arch.removeprefix("sm_"))
+class Row(NamedTuple):
+    """The worst over the variants of a kernel in one configuration."""
+
+    arch: str
+    kernel: str
+    dtype: str
+    config: str
+    found: list[Resources]
+
+    def cells(self) -> list[str]:
+        worst = [max(getattr(r, name) for r in self.found) for name in ("registers", "spilled_bytes", "shared_bytes")]
+        instructions = sorted({r.tensor_cores for r in self.found} - {""}) or ["none"]
+        instructions += sorted({warning for r in self.found for warning in r.warnings})
+        numbers = [str(len(self.found)), str(worst[0]), str(worst[1]), f"{worst[2] / 1024:.1f}"]
+        return [self.arch, self.kernel, self.dtype, self.config, *numbers, ", ".join(instructions)]
+
+
+def rows(arch: str) -> Iterator[Row]:
+    """Every kernel and shipped configuration on one chip."""
+    by_entry: dict[tuple[str, str, str], list[Resources]] = {}
+    for case in tile_cases(arch) + other_cases():
+        for found in case.compile(arch):
+            kernel, config = found.kernel, f"{found.num_warps} warps"
+            if case.config is not None:
+                kernel, config = case.name.partition("-")[0], describe_config(case.config)
+            elif found.tensor_cores:
+                # The tile kernel inside the frozen head is one of the configurations above.
+                continue
+            by_entry.setdefault((kernel, case.dtype, config), []).append(found)
+    for (kernel, dtype, config), variants in by_entry.items():
+        yield Row(arch, kernel, dtype, config, variants)
+
+
+def table_lines(archs: Sequence[str]) -> Iterator[str]:
+    """The table in Markdown, line by line as it is found."""
+    yield f"triton {triton.__version__}, {_ptxas_version()}, N={N} D={D} V={V}."
+    yield ""
+    yield "| " + " | ".join(COLUMNS) + " |"
+    yield "|---|---|---|---|---:|---:|---:|---:|---|"
+    for arch in archs:
+        for row in rows(arch):
+            yield "| " + " | ".join(row.cells()) + " |"
+
+
+def _ptxas_version() -> str:
+    command = [get_ptxas(90).path, "--version"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release [\d.]+, V([\d.]+)", report)
+    return f"ptxas {found[1] if found else 'of unknown version'}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--arch", choices=sorted(SHARED_MEMORY), action="append", help="chip; by default all with a table"
     )
+    parser.add_argument("--update", type=Path, metavar="PAGE", help="page to put the table into")
     args = parser.parse_args()
-    print(f"Triton {triton.__version__}, N={N} D={D} V={V}\n")
-    print("| chip | case | kernel | registers | spilled bytes | shared KiB | warps | tensor cores | warnings |")
-    print("|---|---|---|---:|---:|---:|---:|---|---|")
-    for arch in args.arch or shipped_archs():
-        for case in tile_cases(arch) + other_cases():
-            for found in case.compile(arch):
-                values = asdict(found)
-                shared = f"{found.shared_bytes / 1024:.1f}"
-                numbers = [values["registers"], values["spilled_bytes"], shared, values["num_warps"]]
-                row = [arch, case.label, found.kernel, *numbers, found.tensor_cores, " ".join(found.warnings)]
-                print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    page = args.update.read_text() if args.update else MARKER
+    if MARKER not in page:
+        sys.exit(f"error: {args.update} has no line {MARKER}")
+    lines = []
+    for line in table_lines(args.arch or shipped_archs()):
+        print(line, flush=True)
+        lines.append(line)
+    if args.update:
+        args.update.write_text(page.partition(MARKER)[0] + "\n".join([MARKER, "", *lines]) + "\n")
 
 
 if __name__ == "__main__":

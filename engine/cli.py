@@ -37,7 +37,7 @@ _COMMANDS = {
     "evaluate": "compute loss, rewards and accuracy on the evaluation split",
     "report": "draw the curves of a run into an HTML page",
     "doctor": "say what is installed, what will run and why, and test it",
-    "bench": "run the benchmarks",
+    "bench": "run the benchmarks; `dpo bench tune` finds the fastest tile shapes for this GPU",
 }
 
 
@@ -117,6 +117,8 @@ def explain(error: BaseException) -> str | None:
             if f"os error {number})" in str(cause) or f"[Errno {number}]" in str(cause):
                 return f"output: {_DISK_ERRORS[number]}"
         # by name, since importing torch to compare types is slow
+        if type(cause).__name__ == "TileTableError":
+            return str(cause)
         if type(cause).__name__ == "OutOfMemoryError":
             return (
                 "out of GPU memory; lower packing.tokens_per_pack, or set train.gradient_checkpointing to true "
@@ -188,7 +190,12 @@ def _add_options(commands: dict[str, _Parser]) -> None:
         "--model", metavar="PATH", help="model or adapter to evaluate; the default is model.model_name_or_path"
     )
     commands["report"].add_argument("run_dir", metavar="RUN", type=Path, help="output folder of a run")
-    commands["bench"].add_argument("pytest_args", metavar="ARG", nargs="*", help="passed to pytest, such as -k train")
+    commands["bench"].add_argument(
+        "pytest_args",
+        metavar="ARG",
+        nargs="*",
+        help="passed to pytest, such as -k train; or tune and its options, which `dpo bench tune --help` lists",
+    )
 
 
 def _run(arguments: list[str]) -> int:

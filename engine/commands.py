@@ -131,6 +131,8 @@ def doctor(options: Namespace, overrides: Sequence[str]) -> int:
 
 def bench(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo bench``"""
+    if options.pytest_args[:1] == ["tune"]:
+        return _tune(options.pytest_args[1:])
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
     if not folder.is_dir():
         raise UserError("the benchmarks are not part of the installed package; run `dpo bench` from a source checkout")
@@ -139,6 +141,15 @@ def bench(options: Namespace, overrides: Sequence[str]) -> int:
         raise UserError(f"the benchmarks need {' and '.join(missing)}: pip install 'dpo-kernels[bench]'")
     command = [sys.executable, "-m", "pytest", str(folder), *options.pytest_args]
     return subprocess.call(command, cwd=folder.parent)
+
+
+def _tune(arguments: Sequence[str]) -> int:
+    from dpo_kernels.tuning.command import TuningError, run
+
+    try:
+        return run(arguments, prog="dpo bench tune")
+    except TuningError as error:
+        raise UserError(str(error)) from error
 
 
 def _datasets(config: RunConfig) -> dict[str, PreferenceDataset]:

@@ -15,7 +15,7 @@ PACKAGES = (
 )  # fmt: skip
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME",
-    "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "DPO_CACHE", "WORLD_SIZE",
+    "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "DPO_CACHE", "DPO_TILE_CONFIGS", "WORLD_SIZE",
 )  # fmt: skip
 
 LOGP_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3}
@@ -98,6 +98,7 @@ def _choices() -> Rows:
 
 
 def _places() -> Rows:
+    from dpo_kernels.kernels.tile_config import tile_table
     from engine.reference import default_store_path
 
     for name in ENVIRONMENT:
@@ -107,6 +108,7 @@ def _places() -> Rows:
     offline = any(value in ("1", "true", "yes", "on") for value in switches)
     yield "offline", "yes: only local folders and cached Hub files are read" if offline else "no"
     yield "reference store", _describe_folder(default_store_path())
+    yield "tile shapes", tile_table()
 
 
 def _describe_folder(path: Path) -> str:

@@ -10,10 +10,8 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dpo_kernels.kernels.tile_config import TileConfig, device_arch, tile_config
+from dpo_kernels.kernels.tile_config import MAX_BLOCK, TileConfig, device_arch, tile_config
 
-MAX_BLOCK = 256
-"""Widest tile."""
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
 

@@ -49,8 +49,7 @@ def forward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_dpo.ops``."""
-    row_bytes = -(-weight_VD.shape[0] // MAX_BLOCK) * MAX_BLOCK * hidden_TD.element_size()
-    max_rows = max(1, CHUNK_BYTES // row_bytes)
+    max_rows = chunk_rows(hidden_TD, weight_VD)
     # Splitting a pair costs two fp32 buffers of the size of dW: below their size its exponentials are the better deal.
     chunks = plan_chunks(cu_responses, max_rows, 8 * hidden_TD.shape[1] // hidden_TD.element_size())
     options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
@@ -68,6 +67,12 @@ def forward(
         losses.append(chunk_losses)
         sums.append(chunk_sums)
     return torch.cat(losses), torch.cat(sums), *call.gradients()
+
+
+def chunk_rows(hidden_TD: Tensor, weight_VD: Tensor) -> int:
+    """Most rows of a chunk, unless a single pair has more."""
+    row_bytes = -(-weight_VD.shape[0] // MAX_BLOCK) * MAX_BLOCK * hidden_TD.element_size()
+    return max(1, CHUNK_BYTES // row_bytes)
 
 
 def _pair_terms(score_pairs: Any, cu_responses: list[int], device: torch.device) -> PairTerms:

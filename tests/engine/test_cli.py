@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_kernels.tuning.command import build_parser
 from engine import cli, commands
 from engine.config.fields import iter_keys
 from engine.config.help import config_help
@@ -59,6 +60,8 @@ def surface() -> str:
         arguments = [a.metavar for a in parser._actions if not a.option_strings]
         lines.append(" ".join(["dpo", name, *map(str, arguments)]))
         lines += sorted(f"dpo {name} {flag}" for flag in parser.own_flags())
+    tune = build_parser("dpo bench tune")
+    lines += sorted(f"{tune.prog} {flag}" for action in tune._actions for flag in action.option_strings)
     lines += [line.strip() for line in config_help(width=10**6).splitlines() if line.startswith("  --")]
     return "\n".join(lines) + "\n"
 
@@ -287,6 +290,22 @@ def test_bench_hands_its_arguments_to_pytest(monkeypatch):
     assert cli.main(["bench", "-k", "train", "--benchmark-only"]) == 5
     assert called["command"][-3:] == ["-k", "train", "--benchmark-only"]
     assert (called["cwd"] / "benchmarks").is_dir()
+
+
+def test_bench_tune_is_the_tuner(refused, monkeypatch, tmp_path):
+    """Also outside of a checkout: the tuner is a part of the package."""
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "engine" / "commands.py"))
+    assert "--hidden-size and --vocab-size go together" in refused("bench", "tune", "--hidden-size", "64")
+    assert "see `dpo bench tune --help`" in refused("bench", "tune", "--row", "64")
+    assert cli.main(["bench", "tune", "--help"]) == 0
+
+
+def test_a_broken_tile_table_is_one_line():
+    from dpo_kernels.kernels.tile_config import TileTableError
+
+    error = RuntimeError("in an op")
+    error.__cause__ = TileTableError(Path("tiles.json"), "format: expected 1, got 2")
+    assert (cli.explain(error) or "").startswith("tiles.json: format: expected 1, got 2; correct or delete")
 
 
 def test_bench_outside_a_checkout_explains(refused, monkeypatch, tmp_path):
