@@ -53,8 +53,9 @@ def check(options: Namespace, overrides: Sequence[str]) -> int:
     config = load_config(options.config, overrides)
     from engine.data.check import check
 
-    print(check(config))
-    return 0
+    found = check(config)
+    print(found.text)
+    return 2 if found.obstacles else 0
 
 
 def plan(options: Namespace, overrides: Sequence[str]) -> int:

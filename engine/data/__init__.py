@@ -13,7 +13,7 @@ from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.data.lint import LintReport
 from engine.data.sources import Row, Source, is_single_file, open_source
 from engine.data.tokenize import Encoder, make_groups
-from engine.errors import UserError
+from engine.errors import RowError, UserError
 
 __all__ = ["LintReport", "PreferenceDataset", "PreferenceGroup", "Row", "load_dataset_groups", "load_rows"]
 
@@ -43,11 +43,16 @@ def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[P
     return dataset, report
 
 
-def stream_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[Iterator[PreferenceGroup], LintReport]:
-    """As ``load_dataset_groups``, a group at a time; the report is complete when the groups are used up."""
+def stream_groups(
+    data: DataConfig, tokenizer, *, split: Split, tolerant: bool = False
+) -> tuple[Iterator[PreferenceGroup], LintReport]:
+    """As ``load_dataset_groups``, a group at a time; the report is complete when the groups are used up.
+
+    With ``tolerant``, rows that training would stop at are counted and left out.
+    """
     encoder = Encoder(tokenizer, data)
-    source = _source(data, split)
-    report = LintReport(source.name)
+    source = _source(data, split, tolerant=tolerant)
+    report = LintReport(source.name, tolerant=tolerant)
     examples = _examples(source, data, encoder, report)
     return make_groups(examples, encoder, max_length=data.max_length, report=report), report
 
@@ -60,33 +65,47 @@ def load_rows(data: DataConfig, *, split: Split) -> Source:
     return _source(data, split)
 
 
-def _source(data: DataConfig, split: Split) -> Source:
+def _source(data: DataConfig, split: Split, *, tolerant: bool = False) -> Source:
     if split == "train":
-        return open_source(
-            data.dataset_name, split=data.dataset_train_split, config=data.dataset_config, max_rows=data.max_rows
-        )
-    if data.eval_dataset_name is not None:
-        return open_source(data.eval_dataset_name, split=data.eval_dataset_split, max_rows=data.max_rows)
-    if is_single_file(data.dataset_name):
+        name, part, config = data.dataset_name, data.dataset_train_split, data.dataset_config
+    elif data.eval_dataset_name is not None:
+        name, part, config = data.eval_dataset_name, data.eval_dataset_split, None
+    elif is_single_file(data.dataset_name):
         raise UserError(
             f"there is no evaluation data: data.dataset_name={data.dataset_name} is one file without splits; "
             "set data.eval_dataset_name"
         )
-    return open_source(
-        data.dataset_name, split=data.eval_dataset_split, config=data.dataset_config, max_rows=data.max_rows
-    )
+    else:
+        name, part, config = data.dataset_name, data.eval_dataset_split, data.dataset_config
+    return open_source(name, split=part, config=config, max_rows=data.max_rows, tolerant=tolerant)
+
+
+def _until_damage(source: Source, report: LintReport) -> Iterator[Row]:
+    """The rows of a source; where it cannot be read to its end, a tolerant report notes why, and they end."""
+    try:
+        yield from source
+    except UserError as error:
+        if not (report.tolerant and report.total):
+            raise
+        report.ended = str(error)
 
 
 def _examples(source: Source, data: DataConfig, encoder: Encoder, report: LintReport) -> Iterator[Example]:
     read = None
-    rows = tqdm(source, desc=f"read {source.name}", unit=" rows", delay=3, disable=None)
+    rows = tqdm(_until_damage(source, report), desc=f"read {source.name}", unit=" rows", delay=3, disable=None)
     for row in rows:
-        if read is None:
-            layout = detect_format(row) if data.format == "auto" else data.format
-            read = reader_for(layout, use_messages=encoder.use_messages)
-            report.layout = layout
         report.add_row()
         try:
-            yield read(row)
+            if row.fault is not None:
+                raise row.fault
+            if read is None:
+                layout = detect_format(row) if data.format == "auto" else data.format
+                read = reader_for(layout, use_messages=encoder.use_messages)
+                report.layout = layout
+            example = read(row)
         except PromptsDifferError:
             report.add("differing_prompts", row.index)
+        except RowError as error:
+            report.refuse(error, row.index)
+        else:
+            yield example

@@ -3,54 +3,101 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from engine.config.schema import DataConfig, RunConfig
+from engine.config.schema import RunConfig
 from engine.data import Split, stream_groups
 from engine.data.groups import PreferenceGroup
-from engine.data.lint import LintReport
+from engine.data.lint import PROBLEMS, LintReport
 from engine.data.tokenize import Encoder
 from engine.errors import UserError
+from engine.packing.plan import group_sizes
 
 PERCENTILES = (0, 50, 90, 99, 100)
 PROMPT_TOKENS_SHOWN = 48
 RESPONSE_TOKENS_SHOWN = 32
+LENGTH_BIAS = 0.8
+LENGTH_BIAS_PAIRS = 50
+"""Of fewer pairs, the share says little."""
 
 
-def check(config: RunConfig) -> str:
+class Checked(NamedTuple):
+    """What ``dpo check`` found."""
+
+    text: str
+    reports: dict[Split, LintReport]
+    obstacles: tuple[str, ...]
+    """Why training would stop; empty when it would not."""
+
+
+def check(config: RunConfig) -> Checked:
     """Read the training data and, where it is set, the evaluation data, a row at a time, and describe them.
+
+    Every row is looked at, those that training would stop at included. Memory is bounded: 8 bytes for each response
+    and problem of a row, and what ``Copies`` holds.
 
     Returns:
         Text with what lint found, token lengths, and the first example decoded with its boundary.
 
     Raises:
-        UserError: the data or the tokenizer cannot be read, or no row can be used.
+        UserError: the data or the tokenizer cannot be opened.
     """
     from engine.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     parts = [f"chat template: {Encoder(tokenizer, config.data).template_origin}"]
     splits: tuple[Split, ...] = ("train", "eval") if config.data.eval_dataset_name else ("train",)
+    reports: dict[Split, LintReport] = {}
+    obstacles: list[str] = []
     for split in splits:
-        parts.append(f"{split} data\n{_check_split(config.data, tokenizer, split)}")
-    return "\n\n".join(parts)
+        text, reports[split], reasons = _check_split(config, tokenizer, split)
+        parts.append(f"{split} data\n{text}")
+        obstacles += reasons
+    parts += [f"training would stop: {reason}" for reason in obstacles]
+    return Checked("\n\n".join(parts), reports, tuple(obstacles))
 
 
-def _check_split(data: DataConfig, tokenizer, split: Split) -> str:
-    groups, report = stream_groups(data, tokenizer, split=split)
+def _check_split(config: RunConfig, tokenizer, split: Split) -> tuple[str, LintReport, list[str]]:
+    groups, report = stream_groups(config.data, tokenizer, split=split, tolerant=True)
     first: PreferenceGroup | None = None
     lengths: dict[str, array[int]] = {}
     for group in groups:
         first = first or group
         names = _response_names(len(group.response_ids))
         for name, ids in zip(("prompt", *names), (group.prompt_ids, *group.response_ids), strict=True):
-            lengths.setdefault(name, array("q")).append(len(ids))
-    report.raise_if_empty()
-    assert first is not None
-    parts = [report.format(), _format_lengths(lengths, data.max_length), _format_example(first, tokenizer)]
-    verdict = _strict_verdict(report, data.strict)
-    return "\n\n".join(parts + ([verdict] if verdict else []))
+            lengths.setdefault(name, array("i")).append(len(ids))
+        for problem in _run_faults(group, config):
+            report.add(problem, group.row)
+    parts = [report.format()]
+    if first is not None:
+        parts += [_format_lengths(lengths, config.data.max_length), _format_example(first, tokenizer)]
+    return "\n\n".join(parts), report, _verdicts(report, config.data.strict)
+
+
+def _run_faults(group: PreferenceGroup, config: RunConfig) -> Iterator[str]:
+    """Problems that a row has with the rest of the configuration."""
+    if len(group.response_ids) != 2 and "plackett_luce" not in config.loss.loss_types:
+        yield "not_a_pair"
+    sizes = np.array([len(group.prompt_ids), *map(len, group.response_ids)])
+    if group_sizes([sizes], share_prompts=config.packing.share_prompts)[0] > config.packing.tokens_per_pack:
+        yield "over_budget"
+
+
+def _verdicts(report: LintReport, strict: bool) -> list[str]:
+    """Why training would stop at what lint found."""
+    reasons = [f"reading ended after {report.total:,} rows: {report.ended}"] if report.ended else []
+    if report.stopping:
+        names = ", ".join(name for name in report.counts if PROBLEMS[name].stops)
+        reasons.append(f"{report.source}: {report.stopping:,} of {report.total:,} rows cannot be used ({names})")
+    for stop in (report.raise_if_empty, lambda: report.raise_if_strict(strict)):
+        try:
+            stop()
+        except UserError as error:
+            reasons.append(str(error))
+    return reasons
 
 
 def _response_names(count: int) -> tuple[str, ...]:
@@ -69,7 +116,19 @@ def _format_lengths(lengths: dict[str, array[int]], max_length: int | None) -> s
         cells = [f"{value:,.0f}" for value in np.percentile(sizes, PERCENTILES, method="nearest")]
         cells += [f"{np.mean(sizes):,.1f}", f"{sum(sizes):,}"]
         lines.append(f"  {name:<12}" + "".join(f"{cell:>12}" for cell in cells))
+    if set(lengths) == {"prompt", "chosen", "rejected"}:
+        lines.append(f"  {_length_bias(lengths['chosen'], lengths['rejected'])}")
     return "\n".join(lines)
+
+
+def _length_bias(chosen: array[int], rejected: array[int]) -> str:
+    """How far length alone tells the sides apart."""
+    a, b = np.asarray(chosen), np.asarray(rejected)
+    longer, shorter = float(np.mean(a > b)), float(np.mean(a < b))
+    text = f"chosen is longer than rejected in {longer:.1%} of pairs, shorter in {shorter:.1%}"
+    if len(a) < LENGTH_BIAS_PAIRS or max(longer, shorter) < LENGTH_BIAS:
+        return text
+    return f"{text}: length alone nearly tells them apart, and a model learns that first"
 
 
 def _format_example(group: PreferenceGroup, tokenizer) -> str:
@@ -88,11 +147,3 @@ def _format_example(group: PreferenceGroup, tokenizer) -> str:
             shown = f"{tokenizer.decode(ids[:half])!r} ... {tokenizer.decode(ids[-half:])!r}"
         lines.append(f"  {name:<{width}}  {shown}")
     return "\n".join(lines)
-
-
-def _strict_verdict(report: LintReport, strict: bool) -> str | None:
-    try:
-        report.raise_if_strict(strict)
-    except UserError as error:
-        return f"data.strict is set, so training would stop: {error}"
-    return None

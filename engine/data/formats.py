@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.data.sources import Row
-from engine.errors import UserError
+from engine.errors import RowError
 
 Message = dict[str, Any]
 
@@ -90,7 +90,9 @@ def detect_format(row: Row) -> str:
         dialogues = all(isinstance(side, str) and side.startswith(HUMAN) and ASSISTANT in side for side in sides)
         return "hh" if dialogues and "prompt" not in columns else "preference"
     known = "; ".join(f"{name}: {', '.join(names)}" for name, names in COLUMNS.items() if name != "hh")
-    raise UserError(f"{row.where}: no known layout has the columns {_listed(row.data)}; expected one of {known}")
+    raise RowError(
+        "missing_column", f"{row.where}: no known layout has the columns {_listed(row.data)}; expected one of {known}"
+    )
 
 
 def reader_for(name: str, *, use_messages: bool) -> Callable[[Row], Example]:
@@ -120,28 +122,33 @@ def _listed(names) -> str:
 def _column(row: Row, name: str, layout: str) -> Any:
     value = row.data.get(name)
     if value is None:
-        problem = f"column {name!r} is empty" if name in row.data else f"column {name!r} is missing"
         found, expected = _listed(row.data), ", ".join(COLUMNS[layout])
-        raise UserError(f"{row.where}: {problem}; found columns {found}; {layout} rows need {expected}")
+        problem, state = ("null_value", "empty") if name in row.data else ("missing_column", "missing")
+        raise RowError(
+            problem,
+            f"{row.where}: column {name!r} is {state}; found columns {found}; {layout} rows need {expected}",
+        )
     return value
 
 
 def _reject_images(row: Row) -> None:
     if row.data.get("images") or row.data.get("image"):
-        raise UserError(f"{row.where}: the row has images, but only text is supported; remove the image columns")
+        raise RowError(
+            "has_images", f"{row.where}: the row has images, but only text is supported; remove the image columns"
+        )
 
 
 def _ref_logps(row: Row) -> tuple[float, float] | None:
     values = [row.data.get(name) for name in ("ref_chosen_logps", "ref_rejected_logps")]
     if values == [None, None]:
         return None
-    return tuple(_floats(values, row, "ref_chosen_logps and ref_rejected_logps"))  # type: ignore[return-value]
+    return tuple(_floats(values, row, "ref_chosen_logps and ref_rejected_logps", "bad_reference"))  # type: ignore[return-value]
 
 
-def _floats(values: Sequence[Any], row: Row, name: str) -> list[float]:
+def _floats(values: Sequence[Any], row: Row, name: str, problem: str) -> list[float]:
     good = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
     if not good:
-        raise UserError(f"{row.where}: {name} must be finite numbers, got {list(values)}")
+        raise RowError(problem, f"{row.where}: {name} must be finite numbers, got {list(values)}")
     return [float(v) for v in values]
 
 
@@ -151,10 +158,11 @@ def _template_kwargs(row: Row) -> dict[str, Any]:
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
-            raise UserError(f"{row.where}: column 'tools' holds broken JSON: {error.msg}") from None
+            raise RowError("wrong_type", f"{row.where}: column 'tools' holds broken JSON: {error.msg}") from None
     kwargs = row.data.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
-        raise UserError(f"{row.where}: column 'chat_template_kwargs' must be an object, got {type(kwargs).__name__}")
+        kind = type(kwargs).__name__
+        raise RowError("wrong_type", f"{row.where}: column 'chat_template_kwargs' must be an object, got {kind}")
     return {"tools": tools, **kwargs}
 
 
@@ -162,22 +170,37 @@ def _messages(value: Any, row: Row, name: str) -> list[Message]:
     """Check a message list (or a lone message) and give every turn ``role`` and ``content``."""
     turns = [value] if isinstance(value, dict) else value
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(f"{row.where}: column {name!r} must be a list of messages, got {type(value).__name__}")
+        kind = type(value).__name__
+        raise RowError("wrong_type", f"{row.where}: column {name!r} must be a list of messages, got {kind}")
     messages = []
     for turn in turns:
         if turn.get("role") is not None:
+            _check_content(turn, row, name)
             messages.append(turn)
             continue
         if turn.get("from") is None or "value" not in turn:
             keys = _listed(turn)
-            raise UserError(f"{row.where}: a turn of column {name!r} has {keys}; expected role and content")
+            raise RowError("bad_turn", f"{row.where}: a turn of column {name!r} has {keys}; expected role and content")
         role = SHAREGPT_ROLES.get(str(turn["from"]).lower())
         if role is None:
             speakers = ", ".join(SHAREGPT_ROLES)
-            raise UserError(f"{row.where}: column {name!r} has a turn from {turn['from']!r}; known are {speakers}")
+            speaker = turn["from"]
+            raise RowError(
+                "bad_turn", f"{row.where}: column {name!r} has a turn from {speaker!r}; known are {speakers}"
+            )
         rest = {key: item for key, item in turn.items() if key not in ("from", "value", "role", "content")}
         messages.append({"role": role, "content": turn["value"], **rest})
+        _check_content(messages[-1], row, name)
     return messages
+
+
+def _check_content(turn: Message, row: Row, name: str) -> None:
+    """Refuse a turn without content: most templates would write the word None, or nothing, in its place."""
+    content = turn.get("content")
+    if isinstance(content, str | list) or (content is None and turn.get("tool_calls")):
+        return
+    got = "none" if content is None else type(content).__name__
+    raise RowError("bad_turn", f"{row.where}: a turn of column {name!r} needs text as its content, got {got}")
 
 
 def _is_conversation(value: Any) -> bool:
@@ -196,7 +219,9 @@ def _read_preference(row: Row) -> Example:
     if not (_is_conversation(chosen) and _is_conversation(rejected)):
         kinds = {name: type(row.data[name]).__name__ for name in ("prompt", "chosen", "rejected") if name in row.data}
         listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
-        raise UserError(f"{row.where}: columns must all be text or all be non-empty message lists, got {listed}")
+        raise RowError(
+            "wrong_type", f"{row.where}: columns must all be text or all be non-empty message lists, got {listed}"
+        )
     sides = _messages(chosen, row, "chosen"), _messages(rejected, row, "rejected")
     if _is_conversation(prompt):
         start = _messages(prompt, row, "prompt")
@@ -232,9 +257,10 @@ def _split_dialogue(row: Row) -> tuple[str, str, str]:
     for name in COLUMNS["hh"]:
         text = _column(row, name, "hh")
         if not isinstance(text, str) or ASSISTANT not in text:
-            raise UserError(
+            raise RowError(
+                "no_dialogue",
                 f"{row.where}: column {name!r} is not a dialogue with a '\\n\\nAssistant:' turn; "
-                "set data.format: preference if these rows are plain text"
+                "set data.format: preference if these rows are plain text",
             )
         end = text.rindex(ASSISTANT) + len(ASSISTANT)
         heads.append(text[:end])
@@ -261,13 +287,16 @@ def _read_hh_messages(row: Row) -> Example:
         else:
             messages.append({"role": role, "content": text.strip()})
     if not messages:
-        raise UserError(f"{row.where}: the dialogue has no turn before its last '\\n\\nAssistant:'")
+        raise RowError("bad_turn", f"{row.where}: the dialogue has no turn before its last '\\n\\nAssistant:'")
     answers = tuple([{"role": "assistant", "content": text.strip()}] for text in completions)
     return Example(row.index, row.where, "messages", messages, answers, _ref_logps(row), _template_kwargs(row))
 
 
 def _answer(value: Any, row: Row, name: str) -> list[Message]:
-    return [{"role": "assistant", "content": value}] if isinstance(value, str) else _messages(value, row, name)
+    messages = [{"role": "assistant", "content": value}] if isinstance(value, str) else _messages(value, row, name)
+    if not messages:
+        raise RowError("bad_turn", f"{row.where}: column {name!r} has a response without turns")
+    return messages
 
 
 def _read_sharegpt(row: Row) -> Example:
@@ -278,7 +307,7 @@ def _read_sharegpt(row: Row) -> Example:
     if isinstance(system, str) and system and not (prompt and prompt[0]["role"] == "system"):
         prompt = [{"role": "system", "content": system}, *prompt]
     if not prompt:
-        raise UserError(f"{row.where}: column 'conversations' has no turns")
+        raise RowError("bad_turn", f"{row.where}: column 'conversations' has no turns")
     answers = (_answer(chosen, row, "chosen"), _answer(rejected, row, "rejected"))
     return Example(row.index, row.where, "messages", prompt, answers, _ref_logps(row), _template_kwargs(row))
 
@@ -288,30 +317,38 @@ def _read_kwise(row: Row) -> Example:
     prompt, responses, ranking = (_column(row, name, "kwise") for name in COLUMNS["kwise"])
     if not isinstance(responses, list) or len(responses) < 2:
         count = len(responses) if isinstance(responses, list) else type(responses).__name__
-        raise UserError(f"{row.where}: column 'responses' needs a list of at least 2 responses, got {count}")
+        raise RowError(
+            "bad_ranking", f"{row.where}: column 'responses' needs a list of at least 2 responses, got {count}"
+        )
     if not isinstance(ranking, list) or len(ranking) != len(responses):
         count = len(ranking) if isinstance(ranking, list) else type(ranking).__name__
-        raise UserError(
-            f"{row.where}: column 'ranking' needs one rank for each of {len(responses)} responses, got {count}"
+        raise RowError(
+            "bad_ranking",
+            f"{row.where}: column 'ranking' needs one rank for each of {len(responses)} responses, got {count}",
         )
-    ranks = _floats(ranking, row, "'ranking'")
+    ranks = _floats(ranking, row, "'ranking'", "bad_ranking")
     if len(set(ranks)) < len(ranks):
-        raise UserError(f"{row.where}: column 'ranking' has ties ({ranking}); every response needs its own rank")
+        raise RowError(
+            "bad_ranking", f"{row.where}: column 'ranking' has ties ({ranking}); every response needs its own rank"
+        )
     order = sorted(range(len(ranks)), key=ranks.__getitem__)
     refs = row.data.get("ref_logps")
     if refs is not None:
         if not isinstance(refs, list) or len(refs) != len(responses):
-            raise UserError(f"{row.where}: column 'ref_logps' needs one number for each of {len(responses)} responses")
-        values = _floats(refs, row, "'ref_logps'")
+            raise RowError(
+                "bad_reference",
+                f"{row.where}: column 'ref_logps' needs one number for each of {len(responses)} responses",
+            )
+        values = _floats(refs, row, "'ref_logps'", "bad_reference")
         refs = tuple(values[i] for i in order)
     if isinstance(prompt, str):
         if not all(isinstance(response, str) for response in responses):
-            raise UserError(f"{row.where}: column 'prompt' is text, so every response must be text, too")
+            raise RowError("wrong_type", f"{row.where}: column 'prompt' is text, so every response must be text, too")
         return Example(row.index, row.where, "text", prompt, tuple(responses[i] for i in order), refs)
     answers = tuple(_answer(responses[i], row, "responses") for i in order)
     messages = _messages(prompt, row, "prompt")
     if not messages:
-        raise UserError(f"{row.where}: column 'prompt' has no turns")
+        raise RowError("bad_turn", f"{row.where}: column 'prompt' has no turns")
     return Example(row.index, row.where, "messages", messages, answers, refs, _template_kwargs(row))
 
 
@@ -320,6 +357,8 @@ def _read_tokenized(row: Row) -> Example:
     for name in COLUMNS["tokenized"]:
         ids = _column(row, name, "tokenized")
         if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
-            raise UserError(f"{row.where}: column {name!r} must be a list of token ids (whole numbers, 0 or more)")
+            raise RowError(
+                "wrong_type", f"{row.where}: column {name!r} must be a list of token ids (whole numbers, 0 or more)"
+            )
         parts.append(ids)
     return Example(row.index, row.where, "ids", parts[0], (parts[1], parts[2]), _ref_logps(row))

@@ -1,7 +1,8 @@
 """What is wrong with the data: every problem counted, and named by row.
 
-Two kinds of problem. Those that leave nothing to learn from **drop** the row; the others only **count**, because the
-row is still a defined, if perhaps unintended, training example. ``data.strict`` stops at either.
+Three kinds of problem. Rows that cannot be read as what they should be **stop** training; ``dpo check`` reads on and
+lists them all. Those that leave nothing to learn from **drop** the row; the others only **count**, because the row
+is still a defined, if perhaps unintended, training example. ``data.strict`` stops at any.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 
-from engine.errors import UserError
+import numpy as np
+
+from engine.errors import RowError, UserError
 
 ROWS_SHOWN = 5
 ROWS_SAVED = 100
@@ -23,11 +26,48 @@ class Problem:
     drops: bool
     meaning: str
     advice: str
+    stops: bool = False
 
+    @property
+    def effect(self) -> str:
+        """What becomes of its rows."""
+        return "stops" if self.stops else "dropped" if self.drops else "kept"
+
+
+_STOPS = {
+    "broken_row": ("a line or element that is no JSON object in UTF-8", "correct or remove it"),
+    "missing_column": ("a column that the layout needs is missing", "add it, or set data.format"),
+    "null_value": ("a column that the layout needs is empty", "fill it, or remove the rows"),
+    "wrong_type": ("a column holds another type than its layout needs", "correct or remove the rows"),
+    "bad_turn": (
+        "a message has no role, no content or an unknown speaker, or there is none",
+        "correct or remove the rows",
+    ),
+    "has_images": ("the row has images, but only text is supported", "remove the image columns"),
+    "bad_ranking": ("not one rank for each of two or more responses, or ties", "correct or remove the rows"),
+    "bad_reference": ("reference log-probs that are not one finite number a response", "correct or remove the columns"),
+    "no_dialogue": ("a side has no '\\n\\nAssistant:' turn", "set data.format: preference if the rows are plain text"),
+    "half_character": ("the text holds half of a surrogate pair", "correct or remove the rows"),
+    "no_chat_template": ("messages, but no chat template is in use", "set data.chat_template to a Jinja file"),
+    "template_refused": ("the chat template does not accept the row", "correct the rows, or use another template"),
+    "unknown_token_id": (
+        "a token id that the tokenizer does not have",
+        "tokenise the rows with this model's tokenizer",
+    ),
+    "not_a_pair": (
+        "more or fewer than two responses, and the loss takes pairs",
+        "set loss.loss_type to plackett_luce, or remove the rows",
+    ),
+    "over_budget": (
+        "prompt and responses together are longer than packing.tokens_per_pack",
+        "raise packing.tokens_per_pack, or lower data.max_length",
+    ),
+}
 
 PROBLEMS = {
     problem.name: problem
     for problem in (
+        *(Problem(name, False, meaning, advice, stops=True) for name, (meaning, advice) in _STOPS.items()),
         Problem(
             "differing_prompts",
             True,
@@ -56,6 +96,43 @@ PROBLEMS = {
             "empty_completion",
             False,
             "a completion has no text; what is learned is to stop at once",
+            "remove the rows unless that is meant",
+        ),
+        Problem(
+            "empty_prompt",
+            False,
+            "the prompt has no text",
+            "give the rows a prompt; where both sides hold it, they must begin with the same text",
+        ),
+        Problem(
+            "prompt_repeated",
+            False,
+            "a completion begins with the whole prompt again",
+            "take the prompt off the completions, or remove the prompt column",
+        ),
+        Problem(
+            "odd_roles",
+            False,
+            "turns of unknown roles, a speaker twice in a row, a late system turn, or a completion that does not begin "
+            "and end with the assistant",
+            "correct the turns",
+        ),
+        Problem(
+            "control_token",
+            False,
+            "the text writes out one of the tokenizer's special tokens, which the model reads as the token itself",
+            "remove it from the text",
+        ),
+        Problem(
+            "damaged_text",
+            False,
+            "the text holds U+FFFD or NUL, which a wrong decoding leaves",
+            "decode the source again, or remove the rows",
+        ),
+        Problem(
+            "whitespace_difference",
+            False,
+            "two completions differ in white space alone",
             "remove the rows unless that is meant",
         ),
         Problem(
@@ -100,19 +177,33 @@ PROBLEMS = {
             "prompt and completions are the same tokens as an earlier row's",
             "remove the copies unless the extra weight is meant",
         ),
+        Problem(
+            "contradiction",
+            False,
+            "an earlier row ranks the same completions of the same prompt the other way round",
+            "keep one of the two",
+        ),
     )
 }
 
 
 class LintReport:
-    """Counts of rows and of problems, with the rows of each. Bounded: 8 bytes a problem and row."""
+    """Counts of rows and of problems, with the rows of each. Bounded: 8 bytes a problem and row.
 
-    def __init__(self, source: str):
+    Args:
+        tolerant: count rows that training would stop at, as ``dpo check`` does, instead of raising.
+    """
+
+    def __init__(self, source: str, *, tolerant: bool = False):
         self.source = source
+        self.tolerant = tolerant
         self.layout = ""
         self.total = 0
         self.dropped = 0
+        self.ended: str | None = None
+        """Why the source could not be read to its end, where the report is tolerant."""
         self._rows: dict[str, array[int]] = {}
+        self._messages: dict[str, str] = {}
 
     def add_row(self) -> None:
         """Count one more row of the source."""
@@ -123,10 +214,23 @@ class LintReport:
         self._rows.setdefault(PROBLEMS[problem].name, array("q")).append(row)
         self.dropped += PROBLEMS[problem].drops
 
+    def refuse(self, error: RowError, row: int) -> None:
+        """Note that training stops at a row; raises ``error`` unless the report is tolerant."""
+        if not self.tolerant:
+            raise error
+        self._messages.setdefault(error.problem, str(error))
+        self.add(error.problem, row)
+
+    @property
+    def stopping(self) -> int:
+        """Rows that training stops at."""
+        rows = [rows for name, rows in self._rows.items() if PROBLEMS[name].stops]
+        return len(np.unique(np.concatenate(rows))) if rows else 0
+
     @property
     def kept(self) -> int:
         """Rows that are left to train on."""
-        return self.total - self.dropped
+        return self.total - self.dropped - self.stopping
 
     @property
     def counts(self) -> dict[str, int]:
@@ -152,8 +256,9 @@ class LintReport:
         if self.total == 0:
             raise UserError(f"{self.source}: the split has no rows; check data.dataset_train_split and its slice")
         if self.kept == 0:
-            reasons = [f"{name} {count:,}" for name, count in self.counts.items() if PROBLEMS[name].drops]
-            advice = next((PROBLEMS[name].advice for name in self.counts if PROBLEMS[name].drops), "check the file")
+            lost = {name: count for name, count in self.counts.items() if PROBLEMS[name].effect != "kept"}
+            reasons = [f"{name} {count:,}" for name, count in lost.items()]
+            advice = next((PROBLEMS[name].advice for name in lost), "check the file")
             raise UserError(f"{self.source}: none of {self.total:,} rows can be used ({', '.join(reasons)}); {advice}")
 
     def _first(self, name: str) -> str:
@@ -165,15 +270,19 @@ class LintReport:
         """A table for people: each problem with its count, what happens to its rows, and the first of them."""
         layout = f"{self.layout} " if self.layout else ""
         head = f"{self.source}: {self.total:,} {layout}rows, {self.kept:,} kept, {self.dropped:,} dropped"
+        if stopping := self.stopping:
+            head += f", {stopping:,} that training stops at"
         if not self.counts:
             return f"{head}, no problems"
         lines = [f"{head} (rows are numbered from 0)"]
         width = max(len(name) for name in self.counts)
         digits = max(len(f"{count:,}") for count in self.counts.values())
         for name, count in self.counts.items():
-            verb = "dropped" if PROBLEMS[name].drops else "kept"
-            lines.append(f"  {name:<{width}}  {count:>{digits},}  {verb:<7}  {self._first(name)}")
-            lines.append(f"  {'':<{width}}  {'':>{digits}}  {PROBLEMS[name].meaning}; {PROBLEMS[name].advice}")
+            effect, indent = PROBLEMS[name].effect, f"  {'':<{width}}  {'':>{digits}}  "
+            lines.append(f"  {name:<{width}}  {count:>{digits},}  {effect:<7}  {self._first(name)}")
+            lines.append(f"{indent}{PROBLEMS[name].meaning}; {PROBLEMS[name].advice}")
+            if name in self._messages:
+                lines.append(f"{indent}the first: {self._messages[name]}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, object]:

@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from engine.errors import UserError
+from engine.errors import RowError, UserError
 
 EXTENSIONS = (".jsonl", ".json", ".parquet")
 CHUNK_CHARS = 1 << 20
@@ -32,6 +32,8 @@ class FileRow(NamedTuple):
     file: Path
     line: int | None
     data: dict[str, Any]
+    fault: RowError | None = None
+    """Why the row cannot be read, where the reader was asked to go on; ``data`` is empty then."""
 
 
 def data_extension(path: Path) -> str | None:
@@ -42,8 +44,11 @@ def data_extension(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in EXTENSIONS else None
 
 
-def read_file(path: Path) -> Iterator[FileRow]:
+def read_file(path: Path, *, tolerant: bool = False) -> Iterator[FileRow]:
     """Yield the rows of one file in order.
+
+    With ``tolerant``, a line or element that is no row is yielded with its fault, and reading goes on where the next
+    row can be found: after the line, or after an element of an array that is whole.
 
     Raises UserError, with file and line, for a file that cannot be opened, is empty, is cut short, or holds something
     else than objects.
@@ -60,6 +65,8 @@ def read_file(path: Path) -> Iterator[FileRow]:
     empty = True
     for row in reader(path):
         empty = False
+        if row.fault is not None and not tolerant:
+            raise row.fault
         yield row
     if empty:
         raise UserError(f"{path} holds no rows")
@@ -81,14 +88,18 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _unreadable(path: Path, line: int, error: Exception) -> UserError:
+def _broken(path: Path, line: int, text: str) -> FileRow:
+    return FileRow(path, line, {}, RowError("broken_row", f"{path}, line {line}{text}"))
+
+
+def _unreadable(error: Exception) -> str:
     """For JSON that is valid, but beyond what the parser takes: a number of thousands of digits, endless nesting."""
-    return UserError(f"{path}, line {line}: this JSON cannot be read: {str(error).split(':')[0]}; correct the row")
+    return f": this JSON cannot be read: {str(error).split(':')[0]}; correct the row"
 
 
 def _object(value: Any, path: Path, line: int) -> FileRow:
     if not isinstance(value, dict):
-        raise UserError(f"{path}, line {line}: expected an object with named columns, got {type(value).__name__}")
+        return _broken(path, line, f": expected an object with named columns, got {type(value).__name__}")
     return FileRow(path, line, value)
 
 
@@ -97,18 +108,14 @@ def _read_json_lines(path: Path, hint: str = "") -> Iterator[FileRow]:
         for line, raw in enumerate(stream, start=1):
             try:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+                if text:
+                    yield _object(json.loads(text), path, line)
             except UnicodeDecodeError:
-                raise UserError(f"{path}, line {line}: not UTF-8 text; convert the file to UTF-8") from None
-            if not text:
-                continue
-            try:
-                value = json.loads(text)
+                yield _broken(path, line, ": not UTF-8 text; convert the file to UTF-8")
             except json.JSONDecodeError as error:
-                where = f"{path}, line {line}, column {error.colno}"
-                raise UserError(f"{where}: broken JSON: {error.msg}{hint}") from None
+                yield _broken(path, line, f", column {error.colno}: broken JSON: {error.msg}{hint}")
             except (ValueError, RecursionError) as error:
-                raise _unreadable(path, line, error) from None
-            yield _object(value, path, line)
+                yield _broken(path, line, _unreadable(error))
 
 
 def _read_json(path: Path) -> Iterator[FileRow]:
@@ -192,7 +199,7 @@ class _ArrayScanner:
                     line = self.here() + self.text.count("\n", self.at, error.pos)
                     raise UserError(f"{self.path}, line {line}: broken JSON: {error.msg}") from None
             except (ValueError, RecursionError) as error:
-                raise _unreadable(self.path, self.here(), error) from None
+                raise UserError(f"{self.path}, line {self.here()}{_unreadable(error)}") from None
             else:
                 self.at = end
                 return value

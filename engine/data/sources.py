@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.readers import EXTENSIONS, data_extension, read_file
-from engine.errors import UserError
+from engine.errors import RowError, UserError
 
 SPLIT_WORDS = {
     "train": "train",
@@ -42,6 +42,8 @@ class Row:
     file: str
     """The file, or the dataset's name where there is no file."""
     line: int | None = None
+    fault: RowError | None = None
+    """Why there is no data, where the source was asked to read on after such rows."""
 
     @property
     def where(self) -> str:
@@ -86,7 +88,14 @@ def is_single_file(name: str) -> bool:
     return Path(name).expanduser().is_file()
 
 
-def open_source(name: str, *, split: str = "train", config: str | None = None, max_rows: int | None = None) -> Source:
+def open_source(
+    name: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    max_rows: int | None = None,
+    tolerant: bool = False,
+) -> Source:
     """Open one split of a dataset.
 
     Args:
@@ -94,6 +103,7 @@ def open_source(name: str, *, split: str = "train", config: str | None = None, m
         split: split name, possibly sliced.
         config: configuration of a Hub dataset.
         max_rows: read no more than the first rows of the split.
+        tolerant: yield unreadable rows of a file with their fault, and read on, as ``read_file`` does.
 
     Raises:
         UserError: nothing there, no such split, or an unknown kind of file. Faults inside a file are raised when its
@@ -106,7 +116,7 @@ def open_source(name: str, *, split: str = "train", config: str | None = None, m
     if path.exists():
         if config is not None:
             raise UserError(f"data.dataset_config={config} is for Hub datasets, but {name} is a local path; remove it")
-        rows = _local_rows(path, match["name"])
+        rows = _local_rows(path, match["name"], tolerant)
     elif data_extension(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{name} does not exist; check data.dataset_name and data.eval_dataset_name")
     else:
@@ -114,7 +124,7 @@ def open_source(name: str, *, split: str = "train", config: str | None = None, m
     return Source(name, rows, match["start"], match["stop"], max_rows)
 
 
-def _local_rows(path: Path, split: str) -> Callable[[], Iterator[Row]]:
+def _local_rows(path: Path, split: str, tolerant: bool) -> Callable[[], Iterator[Row]]:
     if path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
         return _saved_rows(path, split)
     files = _folder_files(path, split) if path.is_dir() else [path]
@@ -126,8 +136,8 @@ def _local_rows(path: Path, split: str) -> Callable[[], Iterator[Row]]:
     def rows() -> Iterator[Row]:
         index = 0
         for file in files:
-            for row in read_file(file):
-                yield Row(index, row.data, str(row.file), row.line)
+            for row in read_file(file, tolerant=tolerant):
+                yield Row(index, row.data, str(row.file), row.line, row.fault)
                 index += 1
 
     return rows

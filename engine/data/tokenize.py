@@ -8,7 +8,6 @@ of the prompt belongs to the completions. ``max_length`` then cuts the end of pr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,10 +18,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.schema import DataConfig
+from engine.data.copies import Copies
+from engine.data.faults import control_pattern, text_faults, token_faults
 from engine.data.formats import Example
 from engine.data.groups import PreferenceGroup
 from engine.data.lint import LintReport
-from engine.errors import UserError
+from engine.errors import RowError, UserError
 
 ROWS_PER_CALL = 512
 
@@ -51,6 +52,8 @@ class Encoder:
         self.vocab_size = len(tokenizer)
         added = tokenizer.added_tokens_decoder
         self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        names = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+        self.control_tokens = control_pattern(sorted(names))
         # Tokenizers such as mistral-common's build conversations out of ids, without a template's text.
         self._own_chat = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
         self._template: str | None = None
@@ -90,9 +93,10 @@ class Encoder:
         for example in examples:
             texts = readers[example.kind](example) if example.kind in readers else []
             if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-                raise UserError(
+                raise RowError(
+                    "half_character",
                     f"{example.where}: the text holds half of a surrogate pair, which is no character; "
-                    "correct or remove the row"
+                    "correct or remove the row",
                 )
 
     def _assemble(self, example: Example, ids: dict[bool, Iterator[list[int]]]) -> Encoded:
@@ -116,9 +120,10 @@ class Encoder:
 
     def _rendered_texts(self, example: Example) -> list[str]:
         if not self.use_messages:
-            raise UserError(
+            raise RowError(
+                "no_chat_template",
                 f"{example.where}: the row is a list of messages, but no chat template is in use: "
-                f"{self.template_origin}; set data.chat_template to a Jinja file, or use a tokenizer that has one"
+                f"{self.template_origin}; set data.chat_template to a Jinja file, or use a tokenizer that has one",
             )
         return self._conversations(example, tokenize=False)
 
@@ -139,7 +144,9 @@ class Encoder:
             return [prompt, *(render(example.prompt + completion) for completion in example.completions)]
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{example.where}: the chat template does not accept this row: {reason}") from error
+            raise RowError(
+                "template_refused", f"{example.where}: the chat template does not accept this row: {reason}"
+            ) from error
 
     def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
@@ -152,9 +159,10 @@ class Encoder:
     def _checked_ids(self, example: Example) -> Encoded:
         largest = max((max(ids, default=0) for ids in (example.prompt, *example.completions)), default=0)
         if largest >= self.vocab_size:
-            raise UserError(
+            raise RowError(
+                "unknown_token_id",
                 f"{example.where}: token id {largest} is outside the tokenizer's {self.vocab_size:,} tokens; "
-                "tokenise the rows again with this model's tokenizer"
+                "tokenise the rows again with this model's tokenizer",
             )
         return Encoded(example.prompt, example.completions, merged=False)
 
@@ -181,12 +189,13 @@ def make_groups(
 ) -> Iterator[PreferenceGroup]:
     """Tokenise, lint and truncate examples; yield the groups that are left, in order.
 
-    Holds ``ROWS_PER_CALL`` examples at a time, and 8 bytes a row to find duplicates.
+    Holds ``ROWS_PER_CALL`` examples at a time, and ``Copies`` of what was seen.
     """
-    seen: set[int] = set()
+    copies = Copies()
     stream = iter(examples)
     while chunk := list(islice(stream, ROWS_PER_CALL)):
-        for example, encoded in zip(chunk, encoder.encode(chunk), strict=True):
+        kept: list[PreferenceGroup] = []
+        for example, encoded in _encode_around_faults(chunk, encoder, report):
             dropped = _unusable(encoded, max_length)
             if dropped is not None:
                 report.add(dropped, example.row)
@@ -199,13 +208,29 @@ def make_groups(
                 ),
                 ref_logps=example.ref_logps,
             )
-            for problem in _faults(example, encoded, group, encoder):
+            for problem in (*text_faults(example, encoder), *token_faults(encoded, group, encoder)):
                 report.add(problem, example.row)
-            key = _content_hash(group)
-            if key in seen:
-                report.add("duplicate", example.row)
-            seen.add(key)
-            yield group
+            kept.append(group)
+        for problem, row in copies.find(kept):
+            report.add(problem, row)
+        yield from kept
+
+
+def _encode_around_faults(
+    examples: Sequence[Example], encoder: Encoder, report: LintReport
+) -> Iterator[tuple[Example, Encoded]]:
+    """Encode in one call; where a row stops that and the report takes faults, leave out only those."""
+    try:
+        encoded = encoder.encode(examples)
+    except RowError as error:
+        if len(examples) == 1 or not report.tolerant:
+            report.refuse(error, examples[0].row)
+            return
+        middle = len(examples) // 2
+        for half in (examples[:middle], examples[middle:]):
+            yield from _encode_around_faults(half, encoder, report)
+    else:
+        yield from zip(examples, encoded, strict=True)
 
 
 def _room(encoded: Encoded, max_length: int | None) -> int | None:
@@ -221,52 +246,3 @@ def _unusable(encoded: Encoded, max_length: int | None) -> str | None:
     if max_length is not None and len(encoded.prompt_ids) >= max_length:
         return "prompt_too_long"
     return None
-
-
-def _faults(example: Example, encoded: Encoded, group: PreferenceGroup, encoder: Encoder) -> Iterator[str]:
-    """Names of the problems that a kept row has."""
-    if any(_is_empty(example, completion, encoder) for completion in example.completions):
-        yield "empty_completion"
-    if len({ids.tobytes() for ids in group.response_ids}) < len(group.response_ids):
-        yield "identical_completions"
-    if encoded.merged:
-        yield "boundary_merge"
-    if encoder.bos_id is not None:
-        starts = [(*encoded.prompt_ids[:2], *ids[:1])[:2] for ids in encoded.completion_ids]
-        if (encoder.bos_id, encoder.bos_id) in starts:
-            yield "double_bos"
-    ends = [_end_of_turn(ids, encoder) for ids in encoded.completion_ids]
-    if None in ends:
-        yield "missing_eos"
-    kept = [len(ids) for ids in group.response_ids]
-    if any(size < len(ids) for size, ids in zip(kept, encoded.completion_ids, strict=True)):
-        yield "truncated"
-    if any(end is not None and end >= size for size, end in zip(kept, ends, strict=True)):
-        yield "eos_lost"
-
-
-def _end_of_turn(ids: list[int], encoder: Encoder) -> int | None:
-    """Where a completion's closing special token is. Some templates write a line break after it."""
-    last = len(ids) - 1
-    return next((i for i in (last, last - 1) if i >= 0 and ids[i] in encoder.special_ids), None)
-
-
-def _is_empty(example: Example, completion: Any, encoder: Encoder) -> bool:
-    if example.kind == "text":
-        return not completion.removesuffix(encoder.eos_token).strip()
-    if example.kind == "ids":
-        return completion == [encoder.eos_id]
-    return not any(_has_content(turn) for turn in completion)
-
-
-def _has_content(turn: dict[str, Any]) -> bool:
-    content = turn.get("content")
-    return bool(content.strip() if isinstance(content, str) else content) or bool(turn.get("tool_calls"))
-
-
-def _content_hash(group: PreferenceGroup) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    for ids in (group.prompt_ids, *group.response_ids):
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(ids.tobytes())
-    return int.from_bytes(digest.digest(), "little")

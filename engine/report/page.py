@@ -163,7 +163,7 @@ def _problem(name: str) -> str:
     problem = PROBLEMS.get(name)
     if problem is None:
         return name
-    return f"{name}: {problem.meaning} ({'dropped' if problem.drops else 'kept'})"
+    return f"{name}: {problem.meaning} ({problem.effect})"
 
 
 def _some(rows: Sequence[int], count: int, shown: int = 10) -> str:

@@ -17,7 +17,7 @@ def run_config(model, **data):
 
 def test_train_and_evaluation_data(tiny_model_dir, pairs_jsonl):
     name = str(pairs_jsonl)
-    text = check(run_config(tiny_model_dir, dataset_name=name, eval_dataset_name=name, max_rows=5, max_length=40))
+    text = check(run_config(tiny_model_dir, dataset_name=name, eval_dataset_name=name, max_rows=5, max_length=40)).text
     assert text.startswith("chat template: the tokenizer's\n")
     assert text.count(f"{name}: 5 preference rows") == 2
     train, evaluation = text.split("\n\neval data\n")
@@ -33,7 +33,7 @@ def test_train_and_evaluation_data(tiny_model_dir, pairs_jsonl):
 def test_example_shows_the_boundary(tiny_model_dir, tmp_path):
     rows = [{"prompt": "Tell me.", "responses": [" bad", " best", " fair" * 30], "ranking": [3, 1, 2]}]
     (tmp_path / "k.json").write_text(json.dumps(rows))
-    text = check(run_config(tiny_model_dir, dataset_name=str(tmp_path / "k.json"), max_length=None))
+    text = check(run_config(tiny_model_dir, dataset_name=str(tmp_path / "k.json"), max_length=None)).text
     assert "  prompt      'Tell me.'\n  response 1  ' best</s>'\n  response 2  ' fair" in text
     assert "' ... '" in text
     assert "  response 3  ' bad</s>'" in text
@@ -42,13 +42,23 @@ def test_example_shows_the_boundary(tiny_model_dir, tmp_path):
 
 def test_strict_reports_everything_and_says_that_training_would_stop(tiny_model_dir, pairs_jsonl):
     config = run_config(tiny_model_dir, dataset_name=str(pairs_jsonl), max_length=40, strict=True)
-    text = check(config)
-    assert "data.strict is set, so training would stop: " in text
-    assert "tokens (" in text
+    checked = check(config)
+    assert "training would stop: " in checked.text
+    assert "or set data.strict: false" in checked.obstacles[0]
+    assert "tokens (" in checked.text
 
 
 def test_faults_end_it(tiny_model_dir, pairs_jsonl, tmp_path):
     with pytest.raises(UserError, match=r"absent\.jsonl does not exist"):
         check(run_config(tiny_model_dir, dataset_name=str(tmp_path / "absent.jsonl")))
-    with pytest.raises(UserError, match="none of 24 rows"):
-        check(run_config(tiny_model_dir, dataset_name=str(pairs_jsonl), max_length=2))
+    checked = check(run_config(tiny_model_dir, dataset_name=str(pairs_jsonl), max_length=2))
+    assert "none of 24 rows can be used" in checked.obstacles[0]
+    assert "prompt_too_long  24  dropped  rows 0, 1, 2, 3, 4, ..." in checked.text
+
+
+def test_lengths_that_tell_the_sides_apart(tiny_model_dir, tmp_path):
+    rows = [{"prompt": f"Tell me {i}.", "chosen": " yes" * (2 + i % 5), "rejected": " no"} for i in range(60)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    config = run_config(tiny_model_dir, dataset_name=str(tmp_path / "a.json"))
+    line = "chosen is longer than rejected in 100.0% of pairs, shorter in 0.0%: length alone nearly tells them apart"
+    assert line in check(config).text
