@@ -87,22 +87,23 @@ def weight_blocks(weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, weight_VD[rows].to(dtype)
 
 
-def logits_(a_nv: Tensor, head: Head, columns: slice) -> None:
-    """Turn x W^T into logits, in place: bias, scale, softcap, temperature."""
+def logits_(a_nv: Tensor, head: Head, columns: slice, *, want_factor: bool = False) -> Tensor | None:
+    """Turn x W^T into logits, in place: bias, scale, softcap, temperature.
+
+    Returns:
+        On request and with a softcap, 1 - tanh^2: what ``Head.slope`` leaves out of dz / da. It comes from the tanh
+        itself, since going back from z would add to the cancellation where the cap saturates.
+    """
     if head.bias_V is not None:
         a_nv.add_(head.bias_V[columns])
     if head.softcap is None:
         if head.slope != 1:
             a_nv.mul_(head.slope)
-    else:
-        a_nv.mul_(head.logit_scale / head.softcap).tanh_().mul_(head.softcap / head.temperature)
-
-
-def softcap_factor(z: Tensor, head: Head) -> Tensor:
-    """1 - tanh^2 of logits that went through a softcap: what ``Head.slope`` leaves out."""
-    assert head.softcap is not None
-    tanh = z * (head.temperature / head.softcap)
-    return tanh.square_().neg_().add_(1)
+        return None
+    a_nv.mul_(head.logit_scale / head.softcap).tanh_()
+    factor = a_nv.square().neg_().add_(1) if want_factor else None
+    a_nv.mul_(head.softcap / head.temperature)
+    return factor
 
 
 def add_at_(matrix: Tensor, columns: Tensor, values: Tensor) -> None:

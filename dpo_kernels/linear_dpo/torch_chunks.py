@@ -29,7 +29,6 @@ from dpo_kernels.chunks import (
     plan_chunks,
     product_,
     row_blocks,
-    softcap_factor,
     spread_rows,
     sum_responses,
     weight_blocks,
@@ -195,9 +194,8 @@ class _Call:
 
 def _log_prob_gradient_(a_bV: Tensor, labels_b: Tensor, head: Head) -> Tensor:
     """Log-probs of a few rows of x W^T, which turn into (onehot - softmax) times the softcap's factor."""
-    logits_(a_bV, head, slice(None))
+    factor = logits_(a_bV, head, slice(None), want_factor=True)
     label_logit = a_bV.gather(1, labels_b.unsqueeze(1)).squeeze(1)
-    factor = None if head.softcap is None else softcap_factor(a_bV, head)
     largest = a_bV.amax(dim=1)
     a_bV.sub_(largest.unsqueeze(1)).exp_()
     total = a_bV.sum(dim=1)

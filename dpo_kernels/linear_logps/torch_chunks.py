@@ -27,7 +27,6 @@ from dpo_kernels.chunks import (
     operand_dtype,
     product_,
     row_blocks,
-    softcap_factor,
     spread_rows,
 )
 from dpo_kernels.linear_logps.stats import RunningStats
@@ -91,6 +90,7 @@ class _Running:
         self.max_T = hidden_TD.new_full((T,), -torch.inf, dtype=dtype)
         self.sum_T = hidden_TD.new_zeros(T, dtype=dtype)
         self.label_logit_T = hidden_TD.new_zeros(T, dtype=dtype)
+        self.label_factor_T = hidden_TD.new_ones(T, dtype=dtype)
         self.weighted_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if need_dx else None
         self.stats = RunningStats(stats, hidden_TD) if stats else None
 
@@ -101,12 +101,12 @@ def _fold_slice(state: _Running, z_Tv: Tensor, local_T: Tensor, head: Head, colu
     index_T = local_T.clamp(0, z_Tv.shape[1] - 1)
     for rows in row_blocks(z_Tv):
         z = z_Tv[rows]
-        logits_(z, head, columns)
-        label_logit = z.gather(1, index_T[rows].unsqueeze(1)).squeeze(1)
-        state.label_logit_T[rows] = torch.where(inside_T[rows], label_logit, state.label_logit_T[rows])
+        factor = logits_(z, head, columns, want_factor=state.weighted_TD is not None)
+        _keep_label(state.label_logit_T, rows, z, index_T, inside_T)
+        if factor is not None:
+            _keep_label(state.label_factor_T, rows, factor, index_T, inside_T)
         # Kept finite: a slice whose logits are all -inf, by a bias that masks tokens, must add 0 and not nan.
         new_max = torch.maximum(state.max_T[rows], z.amax(dim=1).clamp_(min=torch.finfo(z.dtype).min))
-        factor = softcap_factor(z, head) if head.softcap is not None and state.weighted_TD is not None else None
         if state.stats is not None:
             state.stats.fold_logits(z, rows, columns.start)
         z.sub_(new_max.unsqueeze(1)).exp_()
@@ -121,6 +121,12 @@ def _fold_slice(state: _Running, z_Tv: Tensor, local_T: Tensor, head: Head, colu
                 z.mul_(factor)
 
 
+def _keep_label(kept_T: Tensor, rows: slice, values: Tensor, index_T: Tensor, inside_T: Tensor) -> None:
+    """Keep each row's value at its label, where the label is one of these columns."""
+    at_label = values.gather(1, index_T[rows].unsqueeze(1)).squeeze(1)
+    kept_T[rows] = torch.where(inside_T[rows], at_label, kept_T[rows])
+
+
 def _log_prob_gradient(state: _Running, labels_T: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
     """d logps / d hidden = slope * (W[label] - sum_j p_j W_j), each W_j with its softcap factor."""
     assert state.weighted_TD is not None
@@ -128,7 +134,7 @@ def _log_prob_gradient(state: _Running, labels_T: Tensor, head: Head, dtype: tor
     for rows in row_blocks(dx_TD):
         label_weight = head.weight_VD[labels_T[rows]].to(state.weighted_TD.dtype)
         if head.softcap is not None:
-            label_weight *= softcap_factor(state.label_logit_T[rows], head).unsqueeze(1)
+            label_weight *= state.label_factor_T[rows].unsqueeze(1)
         label_weight -= state.weighted_TD[rows] / state.sum_T[rows].unsqueeze(1)
         dx_TD[rows] = label_weight.mul_(head.slope)
     return dx_TD
@@ -200,8 +206,7 @@ def _logits_gradient_(
     index_T = local_T.clamp(0, z_Tv.shape[1] - 1)
     for rows in row_blocks(z_Tv):
         z = z_Tv[rows]
-        logits_(z, head, columns)
-        factor = None if head.softcap is None else softcap_factor(z, head)
+        factor = logits_(z, head, columns, want_factor=True)
         z.sub_(shift_T[rows].unsqueeze(1)).exp_()
         z.mul_((-coefficient_T[rows] * softmax_factor_T[rows]).unsqueeze(1))
         add_at_(z, index_T[rows], coefficient_T[rows] * inside_T[rows])

@@ -225,6 +225,21 @@ def test_extreme_logits(impl: str, offset: float, spread: float) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [HeadShape(200, 1, 3), HeadShape(7, 33, 2), HeadShape(40, 16, 300)], ids=str)
+def test_saturated_softcap(impl: str, shape: HeadShape) -> None:
+    """Where a softcap saturates, 1 - tanh^2 must not lose more than torch does, with a frozen head too."""
+    hidden, weight, labels, _ = make_inputs(shape, torch.float32, spread=30.0)
+    options = {"softcap": 5.0, "temperature": 0.7}
+    assert_as_exact_as_torch((hidden, weight, labels, None), torch.randn(shape.T), impl, **options)
+    exact = run(hidden.double(), weight.double(), labels, function=torch_logps, **options)[1]
+    naive = run(hidden, weight, labels, function=torch_logps, **options)[1]
+    hidden.requires_grad_()
+    (found,) = torch.autograd.grad(linear_logps(hidden, weight, labels, impl=impl, **options).sum(), hidden)
+    unit = 4 * torch.finfo(found.dtype).eps * exact.abs().max()
+    assert (found - exact).abs().max() <= 2 * (naive - exact).abs().max() + unit
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_bias_may_mask_tokens(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias of -inf on the first slices of the vocabulary removes these tokens, and nothing turns into nan."""
     monkeypatch.setattr(torch_chunks, "slice_width", lambda *sizes, **kind: 64)
