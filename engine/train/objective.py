@@ -53,9 +53,9 @@ class Scored(NamedTuple):
 
 
 def sum_responses(logps_N: Tensor, cu_responses_S1: Tensor) -> Tensor:
-    """fp32 [S]: per-token log-probs summed over each response, in float64."""
+    """[S] in the dtype of ``logps_N``: per-token log-probs summed over each response, in float64."""
     lengths = cu_responses_S1.diff().long().to(logps_N.device, non_blocking=True)
-    return torch.segment_reduce(logps_N.double(), "sum", lengths=lengths, unsafe=True).float()
+    return torch.segment_reduce(logps_N.double(), "sum", lengths=lengths, unsafe=True).to(logps_N.dtype)
 
 
 class Objective:
