@@ -6,7 +6,8 @@ The loss of a step is the sum over its groups divided by their number, however t
 - Losses that couple pairs (``aot``, ``aot_unpaired``): a first pass without gradients gives every log-prob of the step,
   the loss of the whole step gives d loss / d log-prob, and a second pass per pack carries it back. A step of one pack
   needs no first pass.
-- Rankings of K responses (``plackett_luce``): ``linear_logps`` on every pack, then the loss of whole groups.
+- Rankings of K responses (``plackett_luce``): ``linear_logps`` on every pack, then the loss of whole groups. When every
+  group of the step has two responses it is DPO, and computed as DPO to the bit.
 
 Legend: N completion tokens, S responses, G groups, K responses of a group.
 """
@@ -29,6 +30,8 @@ from engine.packing import PackedBatch
 from engine.train.feed import TrainingStep
 
 RANKING_LOSS = "plackett_luce"
+PAIR_LOSS = "sigmoid"
+"""What ``RANKING_LOSS`` is for two responses."""
 
 
 class Scored(NamedTuple):
@@ -93,7 +96,7 @@ class Objective:
     def _options(self) -> dict[str, Any]:
         c = self.config
         return {
-            "loss_type": c.loss_types,
+            "loss_type": PAIR_LOSS if self.ranks else c.loss_types,
             "loss_weights": c.loss_weights,
             "beta": c.beta,
             "label_smoothing": c.label_smoothing,
@@ -151,7 +154,8 @@ class Objective:
         """Add the gradients of the step's loss to the parameters; returns detached scores in pack order."""
         if self.couples_pairs and len(step.packs) > 1:
             return self._backward_coupled(policy, step)
-        one_pass = self._backward_logps if self.ranks or self.couples_pairs else self._backward_pairs
+        fused = not self.couples_pairs and all(k == 2 for p in step.packs for k in p.batch.responses_per_group)
+        one_pass = self._backward_pairs if fused else self._backward_logps
         return _concatenated(one_pass(policy, step))
 
     def _backward_pairs(self, policy: Policy, step: TrainingStep) -> list[Scored]:

@@ -150,7 +150,7 @@ def describe_run(setup: Setup) -> str:
 def _loss_op(setup: Setup) -> str:
     chosen = describe(setup.device, setup.policy.compute_dtype)
     objective = setup.objective
-    if objective.ranks or objective.couples_pairs:
+    if objective.couples_pairs or (setup.datasets["train"].lengths.responses != 2).any():
         op, choice = "linear_logps", chosen.linear_logps
     else:
         op, choice = "linear_dpo_loss", chosen.linear_dpo_loss

@@ -171,6 +171,28 @@ def test_rankings_train(make_config, rows_of, tmp_path):
         train(make_config(data={"dataset_name": str(data)}, train={"output_dir": str(tmp_path / "pairs")}))
 
 
+def test_a_run_on_rankings_of_two_is_a_dpo_run_to_the_bit(make_config, pairs_jsonl, rows_of, tmp_path):
+    ranked = tmp_path / "ranked.jsonl"
+    with open(ranked, "w") as file:
+        for i, line in enumerate(pairs_jsonl.read_text().splitlines()):
+            row = json.loads(line)
+            responses, ranking = [row["chosen"], row["rejected"]], [1, 2]
+            if i % 2:
+                responses, ranking = responses[::-1], ranking[::-1]
+            file.write(json.dumps({"prompt": row["prompt"], "responses": responses, "ranking": ranking}) + "\n")
+    runs = {"sigmoid": pairs_jsonl, "plackett_luce": ranked}
+    results = []
+    for loss, data in runs.items():
+        output_dir = tmp_path / loss
+        config = make_config(
+            data={"dataset_name": str(data)}, loss={"loss_type": loss}, train={"output_dir": str(output_dir)}
+        )
+        train(config)
+        rows = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows_of(config)]
+        results.append((rows, (output_dir / "model.safetensors").read_bytes()))
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("mode", ["auto", "live"])
 def test_an_adapter_is_trained_and_saved_alone(mode, make_config, rows_of, tiny_model_dir, tmp_path):
     import peft
