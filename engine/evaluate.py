@@ -32,12 +32,12 @@ from engine.model import (
     load_tokenizer,
     resolve_device,
 )
+from engine.model.adapters import ADAPTER_FILE
 from engine.packing import Pack, build_batch, check_fits, group_sizes, pack_groups
-from engine.train.checkpoint import ADAPTER_FILE
 from engine.train.durable import write_atomically
 from engine.train.metrics import METRICS_FILE, PREFERENCE_NAMES
 from engine.train.objective import Objective, Scored, sum_responses
-from engine.train.references import prepare_references
+from engine.train.references import full_model, prepare_references
 
 EVALUATION_FILE = "evaluation.json"
 BY_LENGTH = "eval_accuracies_by_length/"
@@ -91,7 +91,7 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
 
 
 def load_trained(model: ModelConfig, base: Policy, model_path: str) -> Policy:
-    """The model at ``model_path``: an adapter is put on ``base``, whatever ``model.lora`` is; a full model replaces it.
+    """The model at ``model_path``: an adapter is put on ``base``, whatever ``model`` says; a full model replaces it.
 
     Raises:
         UserError: the model cannot be loaded, or the adapter does not fit the base.
@@ -101,8 +101,9 @@ def load_trained(model: ModelConfig, base: Policy, model_path: str) -> Policy:
             load_adapter(base, Path(model_path))
             return base
         if base.has_adapter:
-            log.info("%s is a full model: model.lora is not applied", model_path)
-        return load_policy(replace(model, model_name_or_path=model_path, revision=None, lora=None), device=base.device)
+            log.info("%s is a full model: the adapters and quantization of model are not applied", model_path)
+        full = replace(full_model(model), model_name_or_path=model_path, revision=None)
+        return load_policy(full, device=base.device)
     except UserError as error:
         raise UserError(f"--model {model_path}: {error}") from error
 

@@ -20,7 +20,10 @@ from engine.errors import UserError
 
 _ADAMW = {
     "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_hf", "adamw_apex_fused",
-    "paged_adamw_32bit", "paged_adamw",
+}  # fmt: skip
+_SAME_OPTIMIZER = {
+    "rmsprop": "rmsprop", "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw", "paged_adamw_32bit": "paged_adamw", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
 _ATTENTION = {"flash_attention_2": "flash", "sdpa": "sdpa"}
 _SMOOTHED_IN_TRL = {"exo_pair", "robust", "aot", "aot_unpaired"}
@@ -159,14 +162,17 @@ class _Converter:
 
     def _lora(self) -> None:
         defaults = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": None}
+        variants = {name: self.trl.flag(name) for name in ("use_rslora", "use_dora")}
         given = [name for name in defaults if f"lora_{name}" in self.trl.keys]
         values = {name: self.trl.take(f"lora_{name}", default) for name, default in defaults.items()}
         if not self.trl.flag("use_peft"):
-            for name in given:
-                self._same(f"lora_{name}", "no effect without use_peft")
+            for key in (*(f"lora_{name}" for name in given), *(name for name, used in variants.items() if used)):
+                self._same(key, "no effect without use_peft")
+            self._quantization(trains_adapter=False)
             return
         if values["target_modules"] == ["all-linear"]:
             values["target_modules"] = "all-linear"
+        values |= {name: True for name, used in variants.items() if used}
         self.result.values["model"]["lora"] = values
         self._same("use_peft", "-> model.lora; the adapter switched off is the reference, as in TRL")
         for name in given:
@@ -175,6 +181,21 @@ class _Converter:
             self._same("lora_target_modules", "not given: null, which is peft's own choice, as in TRL")
         if "dropout" not in given:
             self._same("lora_dropout", "not given: TRL's default, 0.05")
+        self._quantization(trains_adapter=True)
+
+    def _quantization(self, *, trains_adapter: bool) -> None:
+        four, eight = self.trl.flag("load_in_4bit"), self.trl.flag("load_in_8bit")
+        kind, nested = self.trl.take("bnb_4bit_quant_type", "nf4"), self.trl.flag("use_bnb_nested_quant")
+        self.trl.take("bnb_4bit_quant_storage")
+        if not (four or eight):
+            return
+        key = "load_in_4bit" if four else "load_in_8bit"
+        if not trains_adapter:
+            self._new(key, "a quantised model can only be trained with adapters; all weights are trained in full")
+            return
+        self._put("model", "quantization", str(kind) if four else "int8", key)
+        if four and not nested:
+            self._new("use_bnb_nested_quant", "false: here the scales of 4-bit weights are always quantised, too")
 
     def _data(self) -> None:
         self._mixture()
@@ -255,10 +276,12 @@ class _Converter:
     def _optim(self) -> None:
         optim = self.result.values["optim"]
         name = str(self.trl.take("optim", "adamw_torch_fused"))
-        optim["optimizer"] = "rmsprop" if name == "rmsprop" else "adamw"
-        if name != "rmsprop" and name not in _ADAMW:
+        optim["optimizer"] = _SAME_OPTIMIZER.get(name, "adamw")
+        if name not in _SAME_OPTIMIZER and name not in _ADAMW:
             self._new("optim", f"{name} is not supported; optim.optimizer adamw takes its place")
-        elif "adamw" in name and name not in ("adamw_torch", "adamw_torch_fused"):
+        elif name in _SAME_OPTIMIZER:
+            self._same("optim", f"{name} -> optim.optimizer {optim['optimizer']}")
+        elif name in _ADAMW and name not in ("adamw_torch", "adamw_torch_fused"):
             self._same("optim", f"{name} -> optim.optimizer adamw, fused where the device has it")
         optim["learning_rate"] = self.trl.number("learning_rate", 1e-6)
         self._copy("optim", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -299,6 +322,9 @@ class _Converter:
         if "gradient_checkpointing" not in self.trl.keys:
             self._same("gradient_checkpointing", "not given: TRL's default, true; false is faster where memory allows")
         train["gradient_checkpointing"] = self.trl.flag("gradient_checkpointing", True)
+        if self.trl.flag("activation_offloading"):
+            train["activation_offload"] = True
+            self._same("activation_offloading", "-> train.activation_offload")
         trackers = self.trl.take("report_to", "none")
         trackers = trackers if isinstance(trackers, list) else [trackers or "none"]
         train["report_to"] = [name for name in ("tensorboard", "wandb") if name in trackers or "all" in trackers]

@@ -98,7 +98,7 @@ def _metavar(hint: Any) -> str:
         return f"{_metavar(get_args(hint)[0])} ..."
     if get_origin(hint) is dict:
         return "NAME VALUE ..."
-    if any(get_origin(member) is Literal for member in get_args(hint)):
+    if {Literal, tuple} <= {get_origin(member) for member in get_args(hint)}:
         return "NAME ..."
     names = {str: "TEXT", int: "INT", float: "NUMBER", bool: "true|false", type(None): "null"}
     return names[hint] if hint in names else "|".join(_metavar(member) for member in get_args(hint))

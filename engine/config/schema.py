@@ -15,6 +15,7 @@ SchedulerType = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 ]  # fmt: skip
+Quantization = Literal["nf4", "fp4", "int8"]
 
 REFERENCE_FREE_LOSSES = frozenset({"sft", "simpo", "orpo", "cpo"})
 """Losses whose value does not depend on reference log-probs."""
@@ -39,6 +40,10 @@ class LoraConfig:
     """Dropout on the input of the adapters, while training."""
     target_modules: str | tuple[str, ...] | None = "all-linear"
     """Module names, a pattern, or all-linear (every linear layer but the head); null is peft's choice for the model."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead (rsLoRA)."""
+    use_dora: bool = False
+    """Train the magnitude of every adapted weight apart from its direction (DoRA); slower."""
 
     def __post_init__(self) -> None:
         _require(self.r > 0, f"model.lora.r must be positive, got {self.r}")
@@ -65,9 +70,23 @@ class ModelConfig:
     """Attention backend: flash (the flash-attn package), varlen (torch, CUDA), sdpa (torch, anywhere)."""
     lora: LoraConfig | None = None
     """Low-rank adapters; null trains all parameters."""
+    adapter_name_or_path: str | None = None
+    """A trained adapter to train further, with its own rank and scale; a frozen copy of it is the reference."""
+    quantization: Quantization | None = None
+    """Hold the frozen base in 4 bits (nf4, fp4) or 8 (int8), through bitsandbytes. Needs adapters: QLoRA."""
 
     def __post_init__(self) -> None:
         _require(self.model_name_or_path != "", "model.model_name_or_path must not be empty")
+        _require(self.adapter_name_or_path != "", "model.adapter_name_or_path must not be empty; leave it out for none")
+        _require(
+            self.lora is None or self.adapter_name_or_path is None,
+            "model.adapter_name_or_path is trained with its own rank and scale: set model.lora to null",
+        )
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether adapters are trained, and the model's own weights frozen."""
+        return self.lora is not None or self.adapter_name_or_path is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +201,9 @@ class LossConfig:
 class OptimConfig:
     """Optimizer and schedule."""
 
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"
-    """rmsprop is what the DPO paper used."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "rmsprop"] = "adamw"
+    """adamw is torch's, fused; 8bit (smaller state) and paged (state leaves a full device for host memory) need
+    bitsandbytes; rmsprop is what the DPO paper used."""
     learning_rate: float = 1.0e-6
     """Peak learning rate."""
     lr_scheduler_type: SchedulerType = "linear"
@@ -259,6 +279,8 @@ class TrainConfig:
     """Optimizer steps between evaluations; null evaluates once, after training."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a fifth slower."""
+    activation_offload: bool = False
+    """Keep activations in host memory until the backward pass; gradient_checkpointing leaves few to move."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Trackers beside metrics.jsonl, which is always written; [] is none. wandb reads its environment variables."""
 
@@ -297,4 +319,8 @@ class RunConfig:
         _require(
             self.train.eval_steps is None or self.data.eval_dataset_name is not None,
             "train.eval_steps needs data.eval_dataset_name",
+        )
+        _require(
+            self.model.quantization is None or self.model.trains_adapter,
+            "model.quantization freezes the model: set a key of model.lora, or model.adapter_name_or_path",
         )

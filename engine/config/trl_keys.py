@@ -41,7 +41,7 @@ _same(
 )
 _same(
     "a cost in time or memory, not in the result; set packing.tokens_per_pack to fit the memory",
-    "auto_find_batch_size torch_empty_cache_steps activation_offloading activation_checkpointing "
+    "auto_find_batch_size torch_empty_cache_steps activation_checkpointing "
     "activation_checkpointing_kwargs gradient_checkpointing_kwargs use_cache skip_memory_metrics tf32",
 )
 _same("nothing is compiled", "torch_compile torch_compile_backend torch_compile_mode")
@@ -75,8 +75,7 @@ _same("set it in the shell", "env")
 _same("TRL's DPO does not read it", "label_smoothing_factor lora_task_type")
 _same(
     "the key has no effect without the one it belongs to",
-    "ref_model_mixup_alpha ref_model_sync_steps f_alpha_divergence_coef metric_for_best_model greater_is_better "
-    "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+    "ref_model_mixup_alpha ref_model_sync_steps f_alpha_divergence_coef metric_for_best_model greater_is_better",
 )
 _same("removed from TRL; evaluation here generates no text", "generate_during_eval")
 _same(
@@ -106,10 +105,6 @@ NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
     "dataloader_drop_last": ((False,), "the last step of an epoch takes the pairs that are left"),
     "data_seed": ((None,), "train.seed alone orders the data"),
     "test_split_size": ((None,), "no split is made here; put the test rows into a file for data.eval_dataset_name"),
-    "load_in_4bit": ((False,), "quantised base models are not supported; the base is held in model.dtype"),
-    "load_in_8bit": ((False,), "quantised base models are not supported; the base is held in model.dtype"),
-    "use_rslora": ((False,), "the update is scaled by alpha / r; multiply lora_alpha by sqrt(r) for the same scale"),
-    "use_dora": ((False,), "DoRA is not supported; plain LoRA is used"),
     "lora_modules_to_save": ((None, []), "with LoRA only the adapters are trained"),
     "lora_target_parameters": ((None, []), "adapters sit on modules, not on single parameters"),
 }
@@ -125,7 +120,8 @@ def _converted(keys: str) -> None:
 
 _converted(
     "model_name_or_path tokenizer_name_or_path model_revision trust_remote_code dtype torch_dtype attn_implementation "
-    "model_init_kwargs fp16 bf16 use_peft lora_r lora_alpha lora_dropout lora_target_modules"
+    "model_init_kwargs fp16 bf16 use_peft lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora "
+    "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"
 )
 _converted(
     "datasets dataset_name dataset_config dataset_train_split dataset_test_split max_length truncation_mode "
@@ -137,6 +133,6 @@ _converted(
     "max_grad_norm warmup_steps warmup_ratio"
 )
 _converted(
-    "output_dir seed save_total_limit num_train_epochs max_steps gradient_checkpointing report_to logging_strategy "
-    "logging_steps save_strategy save_steps eval_strategy evaluation_strategy eval_steps"
+    "output_dir seed save_total_limit num_train_epochs max_steps gradient_checkpointing activation_offloading "
+    "report_to logging_strategy logging_steps save_strategy save_steps eval_strategy evaluation_strategy eval_steps"
 )

@@ -1,10 +1,12 @@
 """Any transformers causal language model, run on packs."""
 
+from engine.model.adapters import load_adapter
 from engine.model.attention import Backend, choose_backend
 from engine.model.checks import check_packing, check_vocabulary
 from engine.model.head import Head, read_head
-from engine.model.load import check_folder, load_adapter, load_policy, load_tokenizer, resolve_device
+from engine.model.load import load_policy, load_tokenizer, resolve_device
 from engine.model.policy import Policy
+from engine.model.sources import check_folder
 
 __all__ = [
     "Backend",

@@ -12,6 +12,7 @@ from torch import nn
 from dpo_kernels import linear_logps
 from engine.model.attention import PLAN_ARGUMENT, Backend
 from engine.model.head import Head, read_head
+from engine.model.offload import OffloadedActivations
 from engine.packing.layout import PackedBatch
 
 R = TypeVar("R")
@@ -23,11 +24,22 @@ class Policy(nn.Module):
     The objective is called inside ``forward``, so that the hooks of distributed wrappers fire around the head, too.
     """
 
-    def __init__(self, model: nn.Module, *, backend: Backend, compute_dtype: torch.dtype):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        backend: Backend,
+        compute_dtype: torch.dtype,
+        reference_adapter: str | None = None,
+    ):
         super().__init__()
         self.model = model
         self.backend = backend
         self.compute_dtype = compute_dtype
+        self.reference_adapter = reference_adapter
+        """Name of the frozen adapter that is part of the reference; None when the reference has none."""
+        self.activation_offload = False
+        """Whether activations wait for the backward pass in host memory."""
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -60,12 +72,13 @@ class Policy(nn.Module):
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Final hidden states of all packed tokens, [T, D]."""
         body: Any = self.causal_lm.base_model
-        output = body(
-            input_ids=batch.input_ids_T[None],
-            position_ids=batch.position_ids_T[None],
-            use_cache=False,
-            **{PLAN_ARGUMENT: batch.plan},
-        )
+        with OffloadedActivations(batch.num_tokens) if self.activation_offload else nullcontext():
+            output = body(
+                input_ids=batch.input_ids_T[None],
+                position_ids=batch.position_ids_T[None],
+                use_cache=False,
+                **{PLAN_ARGUMENT: batch.plan},
+            )
         return output.last_hidden_state[0]
 
     def forward(self, batch: PackedBatch, objective: Callable[[torch.Tensor, Head], R]) -> R:
@@ -88,6 +101,20 @@ class Policy(nn.Module):
 
     @contextmanager
     def reference_mode(self) -> Iterator[None]:
-        """The model as it was before training: adapters are off. Without adapters, the model as it is."""
-        with self.model.disable_adapter() if self.has_adapter else nullcontext():  # type: ignore[operator]
+        """The model as it was before training: adapters are off, or the frozen copy of a trained one is on.
+
+        Without adapters, the model as it is.
+        """
+        model: Any = self.model
+        if not self.has_adapter:
             yield
+        elif self.reference_adapter is None:
+            with model.disable_adapter():
+                yield
+        else:
+            active = model.active_adapter
+            model.set_adapter(self.reference_adapter, inference_mode=True)
+            try:
+                yield
+            finally:
+                model.set_adapter(active)

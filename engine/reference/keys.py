@@ -35,7 +35,7 @@ _IGNORED_ADAPTER_CONFIG = frozenset({
 })  # fmt: skip
 
 
-def model_digest(policy: Policy, *, reference_adapter: str | None = None) -> str:
+def model_digest(policy: Policy) -> str:
     """A name for the function that ``policy`` is in reference mode: 32 hexadecimal digits.
 
     It covers the names, dtypes, shapes and bytes of the weights (tied ones are read once), the architecture's config,
@@ -45,20 +45,20 @@ def model_digest(policy: Policy, *, reference_adapter: str | None = None) -> str
     Weights are read in chunks of 64 MiB, several at a time, wherever they are; nothing else is copied.
 
     Args:
-        policy: the model, before its first optimizer step.
-        reference_adapter: name of a frozen adapter that is part of the reference; its weights and config are covered.
+        policy: the model, before its first optimizer step. A frozen adapter that is part of its reference is covered,
+            weights and config.
     """
     hasher = blake2b(digest_size=16)
     _feed(hasher, "profile", f"{str(policy.compute_dtype).removeprefix('torch.')}/{policy.backend.name}")
-    _feed(hasher, "weights", weights_digest(policy, reference_adapter=reference_adapter))
+    _feed(hasher, "weights", weights_digest(policy))
     return hasher.hexdigest()
 
 
-def weights_digest(policy: Policy, *, reference_adapter: str | None = None) -> str:
+def weights_digest(policy: Policy) -> str:
     """What ``model_digest`` covers without the compute dtype and the attention backend: 32 hexadecimal digits."""
     hasher = blake2b(digest_size=16)
     _feed(hasher, "config", _as_json(policy.config, _IGNORED_CONFIG))
-    if reference_adapter is not None:
+    if (reference_adapter := policy.reference_adapter) is not None:
         adapter = policy.model.peft_config[reference_adapter]  # type: ignore[index]
         _feed(hasher, "adapter", _as_json(adapter, _IGNORED_ADAPTER_CONFIG))
     tensors = dict(sorted(_reference_tensors(policy, reference_adapter), key=lambda item: item[0]))

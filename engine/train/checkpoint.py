@@ -26,13 +26,14 @@ from engine.config.schema import RunConfig
 from engine.errors import UserError
 from engine.files import sync
 from engine.model import Policy
+from engine.model.adapters import ADAPTER_FILE, TRAINED
 from engine.train.durable import check_content, is_complete, write_folder
 from engine.train.optimizer import METRIC_SCHEDULES
+from engine.train.optimizer_state import page_state, slots_of, state_tensors
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random_state.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
 FORMAT = 2
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -42,7 +43,7 @@ _FREE_KEYS = frozenset(
         *("packing.tokens_per_pack", "packing.share_prompts", "model.attention", "model.trust_remote_code"),
         *("data.strict", "data.eval_dataset_name", "data.eval_dataset_split", "reference.store", "reference.mode"),
         *("train.output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.eval_steps"),
-        *("train.gradient_checkpointing", "train.report_to"),
+        *("train.gradient_checkpointing", "train.activation_offload", "train.report_to"),
     )
 )
 """Keys that may change between a run and its resumption: they do not change what is learned."""
@@ -150,7 +151,7 @@ def save_checkpoint(
 
 def save_weights(policy: Policy, folder: Path) -> None:
     """Write the model, or the adapter alone, in Hugging Face layout and the dtype that its parameters have."""
-    options = {"save_embedding_layers": False} if policy.has_adapter else {}
+    options = {"save_embedding_layers": False, "selected_adapters": [TRAINED]} if policy.has_adapter else {}
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -184,18 +185,14 @@ def load_adapter(policy: Policy, path: Path) -> None:
 
 def load_optimizer(path: Path, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, names: list[str]) -> None:
     """Restore the optimizer of ``save_checkpoint``, bit for bit."""
-    tensors = load_file(path / OPTIMIZER_FILE)
-    slots: dict[int, dict[str, Tensor]] = {}
-    position = {name: i for i, name in enumerate(names)}
-    for key, tensor in tensors.items():
-        slot, name = key.split("/", 1)
-        slots.setdefault(position[name], {})[slot] = tensor
+    slots = slots_of(load_file(path / OPTIMIZER_FILE), names)
     groups = optimizer.state_dict()["param_groups"]
     merged = [{**saved, "params": group["params"]} for saved, group in zip(state["param_groups"], groups, strict=True)]
     for group in merged:
         if "betas" in group:
             group["betas"] = tuple(group["betas"])
     optimizer.load_state_dict({"state": slots, "param_groups": merged})
+    page_state(optimizer)
 
 
 def restore_random_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -215,12 +212,7 @@ def _optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: list[str]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     state = optimizer.state_dict()
-    tensors = {
-        f"{slot}/{names[index]}": value.contiguous()
-        for index, slots in state["state"].items()
-        for slot, value in slots.items()
-        if isinstance(value, Tensor)
-    }
+    tensors = state_tensors(state["state"], names)
     groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
     return tensors, json.loads(json.dumps(groups))
 

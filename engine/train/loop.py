@@ -175,6 +175,7 @@ class _Run:
                 device=self.setup.device,
                 gradient_checkpointing=self.config.train.gradient_checkpointing,
             )
+            self.policy.activation_offload = self.config.train.activation_offload
             self._build_update()
         checkpoints.load_optimizer(path, state, self.optimizer, self.names)
         self.schedule.load_state_dict(state["schedule"])

@@ -26,6 +26,11 @@ METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 """Schedules that move on the evaluation loss instead of on steps."""
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+}
 _FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
@@ -56,7 +61,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> tuple[torch.optim.
     """The optimizer over the trainable parameters of ``model``, and their names in its order.
 
     Raises:
-        UserError: no parameter is trainable.
+        UserError: no parameter is trainable, or bitsandbytes is not installed.
     """
     groups, names = parameter_groups(model, config.weight_decay)
     if not names:
@@ -66,6 +71,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> tuple[torch.optim.
         return torch.optim.RMSprop(
             groups, lr=config.learning_rate, alpha=config.rmsprop_alpha, foreach=device.type == "cuda"
         ), names
+    if config.optimizer in _BITSANDBYTES:
+        return _bitsandbytes_adamw(model, groups, config), names
     optimizer = torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
@@ -74,6 +81,28 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> tuple[torch.optim.
         fused=device.type in _FUSED_DEVICES,
     )
     return optimizer, names
+
+
+def _bitsandbytes_adamw(model: nn.Module, groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(
+            f"optim.optimizer={config.optimizer} needs bitsandbytes: pip install dpo-kernels[qlora]"
+        ) from error
+    optimizer = getattr(bitsandbytes.optim, _BITSANDBYTES[config.optimizer])(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+    if optimizer.args.optim_bits == 8:
+        # Rows of embeddings have gradients of very different sizes; the Trainer keeps 32 bits for them, too.
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return optimizer
 
 
 def check_schedule_name(name: str) -> None:

@@ -149,17 +149,26 @@ def _stored_tables(
 
 
 def reference_model(config: RunConfig) -> ModelConfig:
-    """The reference model's configuration: the model before training, without adapters, unless another is named."""
+    """The reference model's configuration: the model before training, unless another is named.
+
+    A fresh adapter is no part of the reference, a trained one that goes on is.
+    """
     name = config.reference.model_name_or_path
     if name is None:
         return replace(config.model, lora=None)
-    return replace(config.model, model_name_or_path=name, revision=None, lora=None)
+    return replace(full_model(config.model), model_name_or_path=name, revision=None)
+
+
+def full_model(model: ModelConfig) -> ModelConfig:
+    """``model`` without adapters and quantization."""
+    return replace(model, lora=None, adapter_name_or_path=None, quantization=None)
 
 
 def _live_references(config: RunConfig, policy: Policy, datasets: dict[str, PreferenceDataset]) -> References:
     other = config.reference.model_name_or_path
     if policy.has_adapter and other is None:
-        return References("live", "live: the model with its adapters off", {}, live=lambda b: _live_sums(policy, b))
+        how = "its adapters off" if policy.reference_adapter is None else "the frozen copy of its adapter"
+        return References("live", f"live: the model with {how}", {}, live=lambda b: _live_sums(policy, b))
     frozen = load_policy(reference_model(config), device=policy.device)
     for dataset in datasets.values():
         check_vocabulary(frozen, dataset)

@@ -20,6 +20,7 @@ from engine.data import LintReport, load_dataset_groups
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
 from engine.model import Policy, check_packing, check_vocabulary, load_policy, load_tokenizer, resolve_device
+from engine.model.quantization import num_weights
 from engine.packing import PlanSummary, check_fits, summarize_plan
 from engine.reference import weights_digest
 from engine.train.durable import write_atomically
@@ -77,6 +78,7 @@ def prepare(config: RunConfig) -> Setup:
     datasets, lint = _load_data(config, tokenizer, objective)
     device = resolve_device()
     policy = load_policy(config.model, device=device, gradient_checkpointing=config.train.gradient_checkpointing)
+    policy.activation_offload = config.train.activation_offload
     check_packing(policy)
     for dataset in datasets.values():
         check_vocabulary(policy, dataset)
@@ -119,12 +121,14 @@ def describe_run(setup: Setup) -> str:
     """The block that a run prints before its first step; checks the first loss where it is known."""
     config, policy, plan = setup.config, setup.policy, setup.plan
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in policy.parameters())
+    total = sum(num_weights(p) for p in policy.parameters())
     dtype = str(policy.compute_dtype).removeprefix("torch.")
+    held = f", base in {config.model.quantization}" if config.model.quantization else ""
     rows = [
         (
             "model",
-            f"{type(policy.causal_lm).__name__}, {_count(trained)} of {_count(total)} parameters trained, {dtype}",
+            f"{type(policy.causal_lm).__name__}, {_count(trained)} of {_count(total)} parameters trained, "
+            f"{dtype}{held}",
         ),
         ("attention", f"{policy.backend.name} ({policy.backend.reason})"),
         ("loss", f"{config.loss.loss_name}, {_loss_op(setup)}"),

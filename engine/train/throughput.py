@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from engine.model import Policy
+from engine.model.quantization import num_weights
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class FlopModel:
         for name, p in model.named_parameters():
             if id(p) in skipped or p.ndim < 2:
                 continue
-            size = p.numel() * (active if "expert" in name and "shared" not in name else 1.0)
+            size = num_weights(p) * (active if "expert" in name and "shared" not in name else 1.0)
             body += size
             trained += size if p.requires_grad else 0.0
         heads = config.num_attention_heads

@@ -100,6 +100,7 @@ def test_a_realistic_file_keeps_its_meaning(load):
     assert config.packing.tokens_per_pack == 2 * 2 * 2048
     assert (config.loss.loss_type, config.loss.beta, config.loss.label_smoothing) == ("sigmoid", 0.05, 0.0)
     assert config.optim.learning_rate == 5e-6
+    assert config.optim.optimizer == "paged_adamw_8bit"
     assert config.optim.weight_decay == 0.01
     assert config.optim.lr_scheduler_type == "cosine_with_min_lr"
     assert config.optim.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
@@ -115,8 +116,7 @@ def test_a_realistic_file_keeps_its_meaning(load):
 def test_a_realistic_file_explains_what_it_drops_and_changes(convert):
     conversion = convert(REALISTIC)
     changed, same = _notes(conversion, "new"), _notes(conversion, "same")
-    assert set(changed) == {"optim", "no_remove_unused_columns", "max_prompt_length", "rpo_alpha"}
-    assert "paged_adamw_8bit is not supported" in changed["optim"]
+    assert set(changed) == {"no_remove_unused_columns", "max_prompt_length", "rpo_alpha"}
     assert "did you mean remove_unused_columns?" in changed["no_remove_unused_columns"]
     assert "removed from TRL" in changed["max_prompt_length"]
     assert "[sigmoid, sft]" in changed["rpo_alpha"]
@@ -305,3 +305,41 @@ def test_init_refuses_to_overwrite(tmp_path):
 def test_a_missing_file_is_a_missing_trl_file(tmp_path):
     with pytest.raises(UserError, match=r"no such file; give the path of the YAML file that `trl dpo"):
         convert_trl(tmp_path / "nope.yaml")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("adamw_torch", "adamw"),
+        ("adamw_bnb_8bit", "adamw_8bit"),
+        ("adamw_8bit", "adamw_8bit"),
+        ("paged_adamw_32bit", "paged_adamw"),
+        ("rmsprop", "rmsprop"),
+    ],
+)
+def test_optimizers_that_are_here_are_kept(theirs, ours, convert, load):
+    text = MINIMAL + f"optim: {theirs}\n"
+    assert load(text).optim.optimizer == ours
+    assert "optim" not in _notes(convert(text), "new")
+
+
+def test_an_optimizer_that_is_not_here_is_named(convert):
+    assert "adafactor is not supported" in _notes(convert(MINIMAL + "optim: adafactor\n"), "new")["optim"]
+
+
+def test_quantization_and_kinds_of_lora(convert, load):
+    text = (
+        MINIMAL + "use_peft: true\nload_in_4bit: true\nuse_dora: true\nuse_rslora: true\nactivation_offloading: true\n"
+    )
+    config = load(text)
+    assert config.model.quantization == "nf4"
+    assert (config.model.lora.use_rslora, config.model.lora.use_dora) == (True, True)
+    assert config.train.activation_offload
+    assert set(_notes(convert(text), "new")) == {"use_bnb_nested_quant"}
+    nested = text + "use_bnb_nested_quant: true\nbnb_4bit_quant_type: fp4\n"
+    assert load(nested).model.quantization == "fp4"
+    assert not _notes(convert(nested), "new")
+    assert load(MINIMAL + "use_peft: true\nload_in_8bit: true\n").model.quantization == "int8"
+    full = MINIMAL + "load_in_4bit: true\n"
+    assert load(full).model.quantization is None
+    assert "only be trained with adapters" in _notes(convert(full), "new")["load_in_4bit"]

@@ -223,6 +223,8 @@ def test_the_templates_commented_lora_block_is_valid(load):
 
 def _plausible(key: str, hint: object) -> st.SearchStrategy:
     ranges: dict[str, st.SearchStrategy] = {
+        "model.adapter_name_or_path": st.none(),
+        "model.quantization": st.none(),
         "model.lora.dropout": st.floats(0, 0.99),
         "model.lora.target_modules": st.none() | st.text(min_size=1) | st.lists(st.text(), min_size=1),
         "data.max_length": st.none() | st.integers(2, 10**9),

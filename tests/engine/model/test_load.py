@@ -111,7 +111,9 @@ def test_an_adapter_is_not_a_model(tmp_path):
     load_policy(ModelConfig(**(vars(base) | {"lora": LoraConfig(r=3)})), device=CPU).model.save_pretrained(
         tmp_path / "adapter"
     )
-    with pytest.raises(UserError, match="adapter is an adapter, not a model: merge it"):
+    with pytest.raises(
+        UserError, match=r"adapter is an adapter, not a model: give the base model here and.*adapter_name_or_path"
+    ):
         load_policy(ModelConfig(model_name_or_path=str(tmp_path / "adapter")), device=CPU)
 
 

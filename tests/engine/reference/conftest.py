@@ -19,6 +19,7 @@ class BigramPolicy(nn.Module):
     """Log-probs of a bigram table: what a policy must offer to be scored, without a transformer."""
 
     has_adapter = False
+    reference_adapter = None
 
     def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32, backend: str = "sdpa"):
         super().__init__()

@@ -20,9 +20,10 @@ def ids(*values: int) -> np.ndarray:
 class Scored:
     """A transformers model with what a policy adds to it."""
 
-    def __init__(self, model, dtype: torch.dtype = torch.float32, backend: str = "sdpa"):
+    def __init__(self, model, dtype=torch.float32, backend: str = "sdpa", reference_adapter: str | None = None):
         self.model = model
         self.compute_dtype = dtype
+        self.reference_adapter = reference_adapter
         self.backend = type("Backend", (), {"name": backend})
 
     @property
@@ -146,11 +147,11 @@ def test_trained_adapters_are_left_out_and_frozen_ones_count():
     model = adapted(target_modules=["q_proj"])
     torch.manual_seed(1)
     model.add_adapter("frozen", peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with_frozen = model_digest(Scored(model), reference_adapter="frozen")
+    with_frozen = model_digest(Scored(model, reference_adapter="frozen"))
     assert model_digest(Scored(model)) == plain
     assert with_frozen != plain
     with torch.no_grad():
         model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_B")["frozen"].weight += 1
-    moved = model_digest(Scored(model), reference_adapter="frozen")
+    moved = model_digest(Scored(model, reference_adapter="frozen"))
     model.peft_config["frozen"].lora_alpha = 99
-    assert len({with_frozen, moved, model_digest(Scored(model), reference_adapter="frozen")}) == 3
+    assert len({with_frozen, moved, model_digest(Scored(model, reference_adapter="frozen"))}) == 3

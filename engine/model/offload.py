@@ -1,0 +1,39 @@
+"""Activations in host memory between the forward and the backward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+SMALLEST = 1024
+"""Elements below which a copy is not worth its launch."""
+
+
+class OffloadedActivations(saved_tensors_hooks):
+    """While it is entered, what autograd saves of the packed tokens is kept in host memory.
+
+    A tensor counts as an activation when one of its dimensions is the number of packed tokens; weights and their copies
+    in the compute dtype stay where they are. Copies run on the stream of the forward pass, from and to page-locked
+    memory on CUDA, so no value and no order of operations changes. On the CPU the copies are made all the same.
+
+    Args:
+        num_tokens: packed tokens of the forward pass.
+    """
+
+    def __init__(self, num_tokens: int):
+        self.num_tokens = num_tokens
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, torch.Tensor]:
+        if self.num_tokens not in tensor.shape or tensor.numel() < SMALLEST:
+            return tensor
+        pinned = tensor.device.type == "cuda"
+        held = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        held.copy_(tensor, non_blocking=pinned)
+        return tensor.device, held
+
+    def _unpack(self, saved: torch.Tensor | tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        device, held = saved
+        return held.to(device, non_blocking=True)

@@ -1,0 +1,43 @@
+"""Quantised base models for QLoRA, through bitsandbytes and transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.config.schema import Quantization
+from engine.errors import UserError
+
+
+def quantization_arguments(kind: Quantization, device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that quantise every linear layer but the head while the weights are read.
+
+    ``nf4`` and ``fp4`` quantise their scales, too, as in the QLoRA paper (arXiv 2305.14314).
+
+    Raises:
+        UserError: a package is missing.
+    """
+    from transformers import BitsAndBytesConfig
+
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"model.quantization={kind} needs {' and '.join(missing)}: pip install dpo-kernels[qlora]")
+    if kind == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def num_weights(parameter: nn.Parameter) -> int:
+    """Entries of a weight; of a quantised one, those that it stands for."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()

@@ -1,0 +1,70 @@
+"""The state of an optimizer as named tensors, so that it is stored without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+
+
+def state_tensors(state: Mapping[int, Mapping[str, Any]], names: list[str]) -> dict[str, Tensor]:
+    """``slot/parameter`` -> tensor. A whole number, such as the step count of bitsandbytes, becomes an int64 scalar.
+
+    Args:
+        state: the part ``state`` of an optimizer's ``state_dict``.
+        names: of the parameters, in the order of the optimizer.
+
+    Raises:
+        UserError: a slot that is neither, which could not be restored to the same bits.
+    """
+    tensors: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for index, slots in state.items():
+        for slot, value in _flat(slots):
+            if isinstance(value, int):
+                value = torch.tensor(value, dtype=torch.int64)
+            if not isinstance(value, Tensor):
+                raise UserError(
+                    f"the optimizer keeps {slot} of {names[index]} as {type(value).__name__}, which checkpoints cannot "
+                    "hold: choose another optim.optimizer"
+                )
+            value = value.contiguous()
+            # Parameters share tables of bitsandbytes, and a file holds no two tensors of one storage.
+            tensors[f"{slot}/{names[index]}"] = value.clone() if value.data_ptr() in stored else value
+            stored.add(value.data_ptr())
+    return tensors
+
+
+def _flat(slots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """bitsandbytes nests its tensors once more when it hands them out, and takes them flat."""
+    for slot, value in slots.items():
+        if isinstance(value, Mapping):
+            yield from value.items()
+        else:
+            yield slot, value
+
+
+def slots_of(tensors: Mapping[str, Tensor], names: list[str]) -> dict[int, dict[str, Any]]:
+    """The inverse of ``state_tensors``."""
+    position = {name: i for i, name in enumerate(names)}
+    slots: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        slot, name = key.split("/", 1)
+        whole = tensor.dtype == torch.int64 and tensor.ndim == 0
+        slots.setdefault(position[name], {})[slot] = int(tensor) if whole else tensor
+    return slots
+
+
+def page_state(optimizer: torch.optim.Optimizer) -> None:
+    """Move the moments of a paged optimizer, which were just loaded, to paged memory."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, slots in optimizer.state.items():
+        for slot in ("state1", "state2"):
+            if slot in slots:
+                buffer = optimizer.get_state_buffer(parameter, dtype=slots[slot].dtype)  # type: ignore[attr-defined]
+                slots[slot] = buffer.copy_(slots[slot])
