@@ -184,17 +184,18 @@ class _Converter:
         self._quantization(trains_adapter=True)
 
     def _quantization(self, *, trains_adapter: bool) -> None:
-        four, eight = self.trl.flag("load_in_4bit"), self.trl.flag("load_in_8bit")
+        four = self.trl.flag("load_in_4bit")
         kind, nested = self.trl.take("bnb_4bit_quant_type", "nf4"), self.trl.flag("use_bnb_nested_quant")
         self.trl.take("bnb_4bit_quant_storage")
-        if not (four or eight):
+        if not four:
             return
-        key = "load_in_4bit" if four else "load_in_8bit"
         if not trains_adapter:
-            self._new(key, "a quantised model can only be trained with adapters; all weights are trained in full")
+            self._new(
+                "load_in_4bit", "a quantised model can only be trained with adapters; all weights are trained in full"
+            )
             return
-        self._put("model", "quantization", str(kind) if four else "int8", key)
-        if four and not nested:
+        self._put("model", "quantization", str(kind), "load_in_4bit")
+        if not nested:
             self._new("use_bnb_nested_quant", "false: here the scales of 4-bit weights are always quantised, too")
 
     def _data(self) -> None:

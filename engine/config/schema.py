@@ -15,7 +15,7 @@ SchedulerType = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 ]  # fmt: skip
-Quantization = Literal["nf4", "fp4", "int8"]
+Quantization = Literal["nf4", "fp4"]
 
 REFERENCE_FREE_LOSSES = frozenset({"sft", "simpo", "orpo", "cpo"})
 """Losses whose value does not depend on reference log-probs."""
@@ -73,7 +73,7 @@ class ModelConfig:
     adapter_name_or_path: str | None = None
     """A trained adapter to train further, with its own rank and scale; a frozen copy of it is the reference."""
     quantization: Quantization | None = None
-    """Hold the frozen base in 4 bits (nf4, fp4) or 8 (int8), through bitsandbytes. Needs adapters: QLoRA."""
+    """Hold the frozen base of adapters in 4 bits, through bitsandbytes: QLoRA."""
 
     def __post_init__(self) -> None:
         _require(self.model_name_or_path != "", "model.model_name_or_path must not be empty")

@@ -105,6 +105,11 @@ NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
     "dataloader_drop_last": ((False,), "the last step of an epoch takes the pairs that are left"),
     "data_seed": ((None,), "train.seed alone orders the data"),
     "test_split_size": ((None,), "no split is made here; put the test rows into a file for data.eval_dataset_name"),
+    "load_in_8bit": (
+        (False,),
+        "LLM.int8 lets the tokens of a pack change each other's numbers; the base is held in model.dtype, "
+        "model.quantization nf4 takes less memory",
+    ),
     "lora_modules_to_save": ((None, []), "with LoRA only the adapters are trained"),
     "lora_target_parameters": ((None, []), "adapters sit on modules, not on single parameters"),
 }
@@ -121,7 +126,7 @@ def _converted(keys: str) -> None:
 _converted(
     "model_name_or_path tokenizer_name_or_path model_revision trust_remote_code dtype torch_dtype attn_implementation "
     "model_init_kwargs fp16 bf16 use_peft lora_r lora_alpha lora_dropout lora_target_modules use_rslora use_dora "
-    "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"
+    "load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"
 )
 _converted(
     "datasets dataset_name dataset_config dataset_train_split dataset_test_split max_length truncation_mode "

@@ -13,7 +13,7 @@ from engine.errors import UserError
 from engine.model.adapters import FROZEN, add_lora, continue_adapter
 from engine.model.attention import choose_backend, register_backends
 from engine.model.policy import Policy
-from engine.model.quantization import quantization_arguments
+from engine.model.quantization import quantization_arguments, use_one_product
 from engine.model.sources import check_folder, first_line, not_found
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -91,6 +91,8 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
             "and the adapter in model.adapter_name_or_path, or merge it into its base with peft's merge_and_unload"
         )
     disable_dropout(causal_lm)
+    if model.quantization:
+        use_one_product(causal_lm)
     if gradient_checkpointing:
         if not causal_lm.supports_gradient_checkpointing:
             raise UserError(

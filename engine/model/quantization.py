@@ -15,7 +15,7 @@ from engine.errors import UserError
 def quantization_arguments(kind: Quantization, device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that quantise every linear layer but the head while the weights are read.
 
-    ``nf4`` and ``fp4`` quantise their scales, too, as in the QLoRA paper (arXiv 2305.14314).
+    The scales are quantised, too, as in the QLoRA paper (arXiv 2305.14314).
 
     Raises:
         UserError: a package is missing.
@@ -25,16 +25,23 @@ def quantization_arguments(kind: Quantization, device: torch.device, compute_dty
     missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"model.quantization={kind} needs {' and '.join(missing)}: pip install dpo-kernels[qlora]")
-    if kind == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=kind,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
-        )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def use_one_product(model: nn.Module) -> None:
+    """On CPUs with AVX-512, bitsandbytes repacks weights in evaluation and computes with them in bfloat16.
+
+    The reference would then be another function than the policy that trains.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not a declared attribute of modules
 
 
 def num_weights(parameter: nn.Parameter) -> int:

@@ -83,6 +83,10 @@ def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float]) 
         front["datasets"] = [data.dataset_name]
     name = Path(config.train.output_dir).name
     trained = "LoRA adapters" if policy.has_adapter else "all weights"
+    if model.quantization:
+        trained += f" on the base in {model.quantization}"
+    if model.adapter_name_or_path:
+        trained += f", continued from `{model.adapter_name_or_path}`"
     rows = "\n".join(f"| `{key}` | {value:.6g} |" for key, value in metrics.items() if not key.startswith("perf/"))
     versions = "\n".join(f"- {package} {version}" for package, version in package_versions().items())
     return f"""---
@@ -138,7 +142,8 @@ def _reference_words(config: RunConfig) -> str:
     if config.reference.mode == "none":
         return "no reference model"
     other = config.reference.model_name_or_path
-    return f"reference model `{other}`" if other else "the base model as reference"
+    own = "the adapter before training" if config.model.adapter_name_or_path else "the base model"
+    return f"reference model `{other}`" if other else f"{own} as reference"
 
 
 def _on_hub(name: str) -> bool:

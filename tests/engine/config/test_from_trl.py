@@ -339,7 +339,9 @@ def test_quantization_and_kinds_of_lora(convert, load):
     nested = text + "use_bnb_nested_quant: true\nbnb_4bit_quant_type: fp4\n"
     assert load(nested).model.quantization == "fp4"
     assert not _notes(convert(nested), "new")
-    assert load(MINIMAL + "use_peft: true\nload_in_8bit: true\n").model.quantization == "int8"
+    eight = MINIMAL + "use_peft: true\nload_in_8bit: true\n"
+    assert load(eight).model.quantization is None
+    assert "change each other's numbers" in _notes(convert(eight), "new")["load_in_8bit"]
     full = MINIMAL + "load_in_4bit: true\n"
     assert load(full).model.quantization is None
     assert "only be trained with adapters" in _notes(convert(full), "new")["load_in_4bit"]

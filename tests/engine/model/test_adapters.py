@@ -1,0 +1,227 @@
+"""Adapters: saved alone, read by peft, continued beside a frozen copy, on a full or a quantised base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from dpo_kernels import linear_dpo_loss
+from engine.config.schema import LoraConfig, ModelConfig
+from engine.data.groups import PreferenceGroup
+from engine.errors import UserError
+from engine.model import Policy, check_packing, load_policy
+from engine.packing import build_batch
+from engine.reference import model_digest
+from engine.train.checkpoint import save_weights
+
+peft = pytest.importorskip("peft")
+CPU = torch.device("cpu")
+KINDS = {
+    "lora": LoraConfig(r=4),
+    "rslora": LoraConfig(r=4, use_rslora=True, target_modules=("q_proj", "down_proj")),
+    "dora": LoraConfig(r=4, use_dora=True),
+}
+
+
+def pack():
+    generator = np.random.default_rng(3)
+
+    def draw(size: int) -> np.ndarray:
+        return generator.integers(0, 300, size, dtype=np.int32)
+
+    return build_batch([PreferenceGroup(i, draw(6 + i), (draw(5), draw(9))) for i in range(3)])
+
+
+def disturb_(policy: Policy, scale: float = 0.1) -> None:
+    """Trained adapters: what is trained moves away from its start."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def plain_logps(model, batch) -> torch.Tensor:
+    """Log-probs of the completions of a pack from a model's own forward, one sequence at a time."""
+    found, cu = [], batch.cu_responses_S1.tolist()
+    for k, segment in enumerate(batch.plan.segments):
+        rows = [*range(segment.prefix_start, segment.prefix_stop), *range(segment.start, segment.stop)]
+        ids = batch.input_ids_T[rows][None]
+        logps = model(input_ids=ids).logits[0].log_softmax(-1)
+        size = cu[k + 1] - cu[k]
+        found.append(logps[-size - 1 : -1].gather(1, ids[0, -size:, None])[:, 0])
+    return torch.cat(found)
+
+
+@pytest.fixture
+def base(tiny_model_dir) -> ModelConfig:
+    return ModelConfig(model_name_or_path=str(tiny_model_dir), dtype="float32")
+
+
+@pytest.fixture
+def trained(base, tmp_path) -> Path:
+    """The folder of an adapter that changes log-probs, with dropout in its configuration."""
+    policy = load_policy(replace(base, lora=LoraConfig(r=4, alpha=12, dropout=0.2)), device=CPU)
+    disturb_(policy)
+    save_weights(policy, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_adapter_gives_peft_the_same_log_probs(kind, base, tmp_path):
+    policy = load_policy(replace(base, lora=KINDS[kind]), device=CPU)
+    check_packing(policy)
+    disturb_(policy)
+    save_weights(policy, tmp_path / "saved")
+    assert {p.name for p in (tmp_path / "saved").glob("*.safetensors")} == {"adapter_model.safetensors"}
+    other = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(other, tmp_path / "saved").eval()
+    batch = pack()
+    with torch.no_grad():
+        got, want = policy.eval().logps(batch), plain_logps(loaded, batch)
+        with policy.reference_mode():
+            unadapted = policy.logps(batch)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    assert (got - unadapted).abs().max() > 1e-2
+
+
+def test_a_continued_adapter_and_its_reference_are_the_trained_one(base, trained):
+    policy = load_policy(replace(base, adapter_name_or_path=str(trained)), device=CPU)
+    check_packing(policy)
+    model = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, dtype=torch.float32)
+    batch = pack()
+    with torch.no_grad():
+        want = plain_logps(peft.PeftModel.from_pretrained(model, trained).eval(), batch)
+        torch.testing.assert_close(policy.eval().logps(batch), want, rtol=0, atol=1e-4)
+        disturb_(policy, 0.3)
+        moved = policy.logps(batch)
+        # The dropout of the trained adapter is not the reference's, whatever the mode.
+        with policy.train().reference_mode():
+            reference = policy.logps(batch)
+    torch.testing.assert_close(reference, want, rtol=0, atol=1e-4)
+    assert (moved - want).abs().max() > 1e-2
+    assert torch.equal(policy.eval().logps(batch).detach(), moved)
+
+
+def test_only_the_continued_copy_is_trained_and_saved(base, trained, tmp_path):
+    policy = load_policy(replace(base, adapter_name_or_path=str(trained)), device=CPU)
+    names = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert names
+    assert all(".default." in name for name in names)
+    with policy.reference_mode():
+        assert not any(p.requires_grad for p in policy.parameters())
+    assert [name for name, p in policy.named_parameters() if p.requires_grad] == names
+    save_weights(policy, tmp_path / "again")
+    assert sorted(p.name for p in (tmp_path / "again").rglob("*.safetensors")) == ["adapter_model.safetensors"]
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (trained, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_stored_references_of_a_continued_adapter_are_its_own(base, trained, tmp_path):
+    plain = model_digest(load_policy(base, device=CPU))
+    fresh = model_digest(load_policy(replace(base, lora=LoraConfig(r=4)), device=CPU))
+    policy = load_policy(replace(base, adapter_name_or_path=str(trained)), device=CPU)
+    continued = model_digest(policy)
+    disturb_(policy)
+    assert model_digest(policy) == continued
+    save_weights(policy, tmp_path / "later")
+    later = model_digest(load_policy(replace(base, adapter_name_or_path=str(tmp_path / "later")), device=CPU))
+    assert plain == fresh
+    assert len({plain, continued, later}) == 3
+
+
+def test_adapters_that_cannot_go_on_are_named(base, trained, tmp_path):
+    def load(path: Path) -> None:
+        load_policy(replace(base, adapter_name_or_path=str(path)), device=CPU)
+
+    with pytest.raises(UserError, match=r"model\.adapter_name_or_path=.*nowhere is not a folder"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"model\.adapter_name_or_path=.*empty does not fit LlamaForCausalLM"):
+        load(tmp_path / "empty")
+    settings = json.loads((trained / "adapter_config.json").read_text())
+    (trained / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj"]}))
+    with pytest.raises(UserError, match="it belongs to other layers"):
+        load(trained)
+    (trained / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "LOHA"}))
+    with pytest.raises(UserError, match="only LORA is supported"):
+        load(trained)
+
+
+def test_a_frozen_head_has_no_gradient_of_its_weight(base, monkeypatch):
+    """LoRA takes the path with two products: no pass makes a tensor of the shape of the head's weight."""
+    policy = load_policy(replace(base, lora=LoraConfig(r=4)), device=CPU)
+    batch, head = pack(), policy.head
+    assert not head.weight.requires_grad
+    shape = head.weight.shape
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            fresh = out if isinstance(out, torch.Tensor) else None
+            if fresh is not None and fresh.shape in (shape, shape[::-1]) and fresh.data_ptr() != head.weight.data_ptr():
+                made.append(func)
+            return out
+
+    def loss(hidden, head):
+        refs = torch.zeros(batch.num_responses)
+        return linear_dpo_loss(
+            hidden, head.weight, batch.labels_N, batch.cu_responses_S1, refs, reduction="sum", **head.options
+        ).loss
+
+    with Watch():
+        policy(batch, loss).backward()
+    assert not made
+    assert head.weight.grad is None
+    assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
+    full = load_policy(base, device=CPU)
+    head = full.head
+    with Watch():
+        full(batch, loss).backward()
+    assert made, "the watch sees the gradient of a trained head"
+
+
+def test_quantization_without_its_package_says_what_to_install(base, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(
+        UserError, match=r"model\.quantization=nf4 needs bitsandbytes: pip install dpo-kernels\[qlora\]"
+    ):
+        load_policy(replace(base, quantization="nf4", lora=LoraConfig(r=4)), device=CPU)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_quantised_base(kind, base, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    config = replace(base, quantization=kind, lora=LoraConfig(r=4))
+    policy = load_policy(config, device=CPU)
+    assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in policy.modules())
+    assert all(p.dtype == torch.float32 and "lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
+    check_packing(policy)
+    batch = pack()
+    with torch.no_grad():
+        before = policy.eval().logps(batch)
+        exact = load_policy(base, device=CPU).eval().logps(batch)
+    assert 0 < (before - exact).abs().max() < 0.5
+    assert model_digest(policy) != model_digest(load_policy(base, device=CPU))
+    assert model_digest(policy) == model_digest(load_policy(replace(config, lora=None), device=CPU))
+    policy.train().logps(batch).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters() if p.requires_grad)
+    disturb_(policy)
+    save_weights(policy, tmp_path / "saved")
+    again = load_policy(replace(config, lora=None, adapter_name_or_path=str(tmp_path / "saved")), device=CPU)
+    with torch.no_grad():
+        assert torch.equal(again.eval().logps(batch), policy.eval().logps(batch))
+        with again.reference_mode():
+            assert not torch.equal(again.logps(batch), before)
