@@ -228,10 +228,15 @@ def table_lines(archs: Sequence[str]) -> Iterator[str]:
 
 
 def _ptxas_version() -> str:
-    command = [get_ptxas(90).path, "--version"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"release [\d.]+, V([\d.]+)", report)
-    return f"ptxas {found[1] if found else 'of unknown version'}"
+    """Triton brings one assembler for older chips and one for newer ones."""
+    versions = {}
+    for capability in (80, 90):
+        command = [get_ptxas(capability).path, "--version"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"release [\d.]+, V([\d.]+)", report)
+        assert found, report
+        versions[found[1]] = None
+    return f"ptxas {' and '.join(versions)}"
 
 
 def main() -> None:

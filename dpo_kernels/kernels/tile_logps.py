@@ -248,6 +248,11 @@ def empty_exps(hidden_ND: torch.Tensor, V: int) -> torch.Tensor:
     return torch.empty(rows, triton.cdiv(V, MAX_BLOCK) * MAX_BLOCK, dtype=hidden_ND.dtype, device=hidden_ND.device)
 
 
+def partial_width(tile: TileLaunch) -> int:
+    """Columns that share a partial."""
+    return tile.config.block_v // 2 if tile.meta["SPLIT"] else tile.config.block_v
+
+
 def tile_stats(
     hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -273,7 +278,7 @@ def tile_stats(
     heavy = token_stats or options.softcap is not None
     tile = TileLaunch(kernel, hidden_ND, weight_VD, heavy=heavy, config=config)
     assert max(tile.config.block_n, tile.config.block_v) <= MAX_BLOCK
-    width = tile.config.block_v // 2 if tile.meta["SPLIT"] else tile.config.block_v
+    width = partial_width(tile)
     # Whole tiles, so that the second half of the last one, which may lie past V, has its place too.
     num_tiles = triton.cdiv(V, tile.config.block_v) * (tile.config.block_v // width)
     shift_TN = torch.empty((num_tiles, N), dtype=torch.float32, device=hidden_ND.device)

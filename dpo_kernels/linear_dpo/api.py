@@ -79,7 +79,8 @@ def linear_dpo_loss(
         pair_weights: [P] or None. "mean" is sum(weight * loss) / P, "sum" is sum(weight * loss), "none" the products.
         reduction: "mean", "sum" or "none". Without pairs "mean" is 0.
         weight_grad: as in ``linear_logps``; but in 3 products, the gradient waits for the upstream factor in the dtype
-            of a bfloat16 weight, so that this call's share is rounded once to it before it is added.
+            of a bfloat16 weight, so that this call's share is rounded to it before it is added: once, or by the Triton
+            kernels once a chunk where up to four chunks are summed in place.
         impl: as in ``linear_logps``.
 
     Returns:

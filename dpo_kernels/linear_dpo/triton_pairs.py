@@ -6,26 +6,37 @@ Per chunk: one product leaves exponentials in the compute dtype and fp32 log-pro
 exponentials become gradients in place -> dX rows and a share of dW by the vendor's library. A pair that is too long for
 a chunk has its slopes known only after all of its rows: its responses gather dW unscaled, in fp32 buffers of their own,
 which are added with the slope at the end.
+
+Workspace beyond the results: at most WORKSPACE_BYTES for a chunk, whose rows are chosen for that. The dW of a bfloat16
+weight is rounded once where one chunk holds everything or where its sum in fp32 fits in half of the workspace; else it
+is summed in place and rounded once a chunk, up to IN_PLACE_CHUNKS; beyond that an fp32 sum comes on top (4 V D bytes).
+A pair of more rows than a chunk takes exponentials of its own size, and one that is split two fp32 buffers like dW.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.chunks import Chunk, early_gradient_dtype, even_slices, plan_chunks
-from dpo_kernels.kernels.launch import MAX_BLOCK, HeadOptions, obstacle
+from dpo_kernels.kernels.launch import MAX_BLOCK, HeadOptions, TileLaunch, obstacle
 from dpo_kernels.kernels.paired_loss import PairTerms, launch_pairs
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
-from dpo_kernels.kernels.tile_logps import LinearStats, empty_exps, linear_stats
+from dpo_kernels.kernels.tile_logps import LinearStats, empty_exps, linear_stats, partial_width
 
-CHUNK_BYTES = 2**30
-"""Size of the exponentials of a chunk: large enough that adding a share of dW costs little beside the products."""
+WORKSPACE_BYTES = 2**30
+"""Exponentials and statistics of a chunk: large enough that adding a share of dW costs little beside the products."""
+STATS_ROWS = 1024
+"""Rows whose sums of exponentials are held at a time; whole tiles of rows."""
+ROW_BYTES = 64
+"""Numbers of a row that are not per column: log-prob, log-sum-exp, shift, slope."""
+IN_PLACE_CHUNKS = 4
+"""Four roundings to bfloat16 have 1.4 to 1.6 times the error of one (shares that add up, shares that are independent),
+which is small beside the error that gradients have from bfloat16 operands."""
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
@@ -49,14 +60,12 @@ def forward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_dpo.ops``."""
-    max_rows = chunk_rows(hidden_TD, weight_VD)
-    # Splitting a pair costs two fp32 buffers of the size of dW: below their size its exponentials are the better deal.
-    chunks = plan_chunks(cu_responses, max_rows, 8 * hidden_TD.shape[1] // hidden_TD.element_size())
     options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     call = _Call(
         hidden_TD, weight_VD, labels_T, options, ignore_index, _pair_terms(score_pairs, cu_responses, hidden_TD.device)
     )
-    call.want_gradients(need_hidden, need_weight, need_bias, chunks)
+    max_rows, chunks, sum_dtype = _plan(hidden_TD, weight_VD, cu_responses, options, need_weight=need_weight)
+    call.want_gradients(need_hidden, need_weight, need_bias, sum_dtype)
     losses, sums = [], []
     for chunk in chunks:
         offsets = cu_responses[2 * chunk.first_pair : 2 * (chunk.first_pair + chunk.num_pairs) + 1]
@@ -69,10 +78,35 @@ def forward(
     return torch.cat(losses), torch.cat(sums), *call.gradients()
 
 
-def chunk_rows(hidden_TD: Tensor, weight_VD: Tensor) -> int:
-    """Most rows of a chunk, unless a single pair has more."""
-    row_bytes = -(-weight_VD.shape[0] // MAX_BLOCK) * MAX_BLOCK * hidden_TD.element_size()
-    return max(1, CHUNK_BYTES // row_bytes)
+def chunk_rows(hidden_TD: Tensor, weight_VD: Tensor, *, heavy: bool, workspace: int = WORKSPACE_BYTES) -> int:
+    """Most rows of a chunk, unless a single pair has more: those whose exponentials and statistics fit `workspace`."""
+    V = weight_VD.shape[0]
+    width = partial_width(TileLaunch("linear_exps", hidden_TD, weight_VD, heavy=heavy))
+    # Of each row and tile a shift, which stays, and a sum, which the next rows' take the place of.
+    partials = 4 * (-(-V // MAX_BLOCK) * MAX_BLOCK // width)
+    row_bytes = -(-V // MAX_BLOCK) * MAX_BLOCK * hidden_TD.element_size() + partials + ROW_BYTES
+    rows = (workspace - STATS_ROWS * partials) // row_bytes
+    # Exponentials are padded to whole tiles of rows.
+    return max(MAX_BLOCK, rows // MAX_BLOCK * MAX_BLOCK)
+
+
+def _plan(
+    hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[int], options: HeadOptions, *, need_weight: bool
+) -> tuple[int, list[Chunk], torch.dtype]:
+    """(most rows of a chunk, chunks, dtype in which dW is summed)."""
+    # Splitting a pair costs two fp32 buffers of the size of dW: below their size its exponentials are the better deal.
+    rows_of_pair = 8 * hidden_TD.shape[1] // hidden_TD.element_size()
+    heavy, dtype = options.softcap is not None, early_gradient_dtype(hidden_TD.dtype)
+    max_rows = chunk_rows(hidden_TD, weight_VD, heavy=heavy)
+    chunks = plan_chunks(cu_responses, max_rows, rows_of_pair)
+    if not need_weight or dtype == torch.float32 or len(chunks) == 1:
+        return max_rows, chunks, dtype
+    sum_bytes = 4 * weight_VD.numel()
+    if 2 * sum_bytes <= WORKSPACE_BYTES:
+        max_rows = chunk_rows(hidden_TD, weight_VD, heavy=heavy, workspace=WORKSPACE_BYTES - sum_bytes)
+        return max_rows, plan_chunks(cu_responses, max_rows, rows_of_pair), torch.float32
+    in_place = len(chunks) <= IN_PLACE_CHUNKS and not any(chunk.split for chunk in chunks)
+    return max_rows, chunks, dtype if in_place else torch.float32
 
 
 def _pair_terms(score_pairs: Any, cu_responses: list[int], device: torch.device) -> PairTerms:
@@ -127,13 +161,10 @@ class _Call:
         self.db_V: Tensor | None = None
         self.dW_empty = True
 
-    def want_gradients(self, hidden: bool, weight: bool, bias: bool, chunks: Sequence[Chunk]) -> None:
+    def want_gradients(self, hidden: bool, weight: bool, bias: bool, sum_dtype: torch.dtype) -> None:
         self.dX_TD = self.hidden_TD.new_empty(self.hidden_TD.shape, dtype=self.gradient_dtype) if hidden else None
         if weight:
-            # Products sum in fp32 whatever they return, so that one or two need no buffer for the sum.
-            in_place = len(chunks) <= 2 and not any(chunk.split for chunk in chunks)
-            dtype = self.gradient_dtype if in_place else torch.float32
-            self.dW_VD = self.weight_VD.new_empty(self.weight_VD.shape, dtype=dtype)
+            self.dW_VD = self.weight_VD.new_empty(self.weight_VD.shape, dtype=sum_dtype)
         if bias:
             self.db_V = self.weight_VD.new_zeros(self.weight_VD.shape[0], dtype=torch.float32)
 
@@ -153,12 +184,12 @@ class _Call:
     def whole_pairs(self, chunk: Chunk, offsets: list[int]) -> tuple[Tensor, Tensor]:
         """Slopes are known before the gradients are formed."""
         rows = slice(offsets[0], offsets[-1])
-        stats = self._stats(rows) if rows.start < rows.stop else None
-        logps_n = self.hidden_TD.new_empty(0, dtype=torch.float32) if stats is None else stats.logps_N
+        stats = self._stats(rows)
+        logps_n = self._log_probs(stats)
         scores = launch_pairs(
             logps_n, self.terms, first_pair=chunk.first_pair, num_pairs=chunk.num_pairs, first_row=rows.start
         )
-        if stats is not None:
+        if stats:
             gradient_nV = self._products_gradient(rows, scores.grad_N, stats)
             if self.dX_TD is not None:
                 add_product_(self.dX_TD[rows], gradient_nV, self.weight_VD, first=True)
@@ -178,8 +209,8 @@ class _Call:
             for part in even_slices(stop - start, max_rows):
                 rows = slice(start + part.start, start + part.stop)
                 stats = self._stats(rows)
-                logps.append(stats.logps_N)
-                gradient_nV = self._products_gradient(rows, torch.ones_like(stats.logps_N), stats)
+                logps.append(self._log_probs(stats))
+                gradient_nV = self._products_gradient(rows, torch.ones_like(logps[-1]), stats)
                 if self.dX_TD is not None:
                     add_product_(self.dX_TD[rows], gradient_nV, self.weight_VD, first=True)
                 if dW_VD is not None:
@@ -202,29 +233,42 @@ class _Call:
                 self.db_V.addcmul_(db_V, slope)
         return scores.losses_P, scores.logps_S
 
-    def _stats(self, rows: slice) -> LinearStats:
-        """Log-probs of some rows; their exponentials stay in the buffer."""
-        hidden_nD = self.hidden_TD[rows]
+    def _stats(self, rows: slice) -> list[LinearStats]:
+        """Log-probs of some rows, STATS_ROWS at a time; their exponentials stay in the buffer."""
+        hidden_nD, labels_n = self.hidden_TD[rows], self.labels_T[rows]
         if self.exps.shape[0] < hidden_nD.shape[0]:
             # The old buffer is given back before the new one is asked for.
             self.exps = self.exps.new_empty(0, 0)
             self.exps = empty_exps(hidden_nD, self.weight_VD.shape[0])
-        return linear_stats(
-            hidden_nD,
-            self.weight_VD,
-            self.labels_T[rows],
-            options=self.options,
-            ignore_index=self.ignore_index,
-            exps=self.exps,
-        )
+        return [
+            linear_stats(
+                hidden_nD[block],
+                self.weight_VD,
+                labels_n[block],
+                options=self.options,
+                ignore_index=self.ignore_index,
+                exps=self.exps[block.start :],
+            )
+            for block in _stats_blocks(hidden_nD.shape[0])
+        ]
 
-    def _products_gradient(self, rows: slice, grad_n: Tensor, stats: LinearStats) -> Tensor:
-        return softmax_grad_(
-            self.exps,
-            grad_n,
-            self.labels_T[rows],
-            stats,
-            V=self.weight_VD.shape[0],
-            ignore_index=self.ignore_index,
-            options=self.options,
-        )
+    def _log_probs(self, stats: list[LinearStats]) -> Tensor:
+        return torch.cat([self.hidden_TD.new_empty(0, dtype=torch.float32), *(block.logps_N for block in stats)])
+
+    def _products_gradient(self, rows: slice, grad_n: Tensor, stats: list[LinearStats]) -> Tensor:
+        labels_n = self.labels_T[rows]
+        for block, block_stats in zip(_stats_blocks(labels_n.shape[0]), stats, strict=True):
+            softmax_grad_(
+                self.exps[block.start :],
+                grad_n[block],
+                labels_n[block],
+                block_stats,
+                V=self.weight_VD.shape[0],
+                ignore_index=self.ignore_index,
+                options=self.options,
+            )
+        return self.exps[: labels_n.shape[0], : self.weight_VD.shape[0]]
+
+
+def _stats_blocks(num_rows: int) -> list[slice]:
+    return [slice(start, min(num_rows, start + STATS_ROWS)) for start in range(0, num_rows, STATS_ROWS)]

@@ -79,7 +79,7 @@ def _problems(kernel: str, dtype: torch.dtype, rows: int, D: int, V: int, heavy:
     if kernel == "linear_exps":
         # The paired loss takes chunks of rows, the frozen head slices of the vocabulary.
         weight = torch.empty(V, D, dtype=dtype, device="meta")
-        return [Problem(kernel, dtype, min(rows, chunk_rows(hidden, weight)), D, V, heavy), narrow]
+        return [Problem(kernel, dtype, min(rows, chunk_rows(hidden, weight, heavy=heavy)), D, V, heavy), narrow]
     assert kernel == "slice_grad", kernel
     return [narrow]
 

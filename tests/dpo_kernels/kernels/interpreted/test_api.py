@@ -134,24 +134,48 @@ def test_reductions_and_losses(reduction, loss_type):
 )
 @pytest.mark.parametrize("rows", [1000, 3])
 def test_loss_with_frozen_inputs(trained, rows, monkeypatch):
-    monkeypatch.setattr(triton_pairs, "CHUNK_BYTES", rows * 256 * 4)
+    monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: rows)
     compare(Case((4, 4, 3, 2), D=1), "loss", trained=trained)
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float32), *itertools.product([6, 14, 30], DTYPES)])
 def test_chunks_and_pairs_longer_than_a_chunk(rows, dtype, monkeypatch):
     """D = 2 makes splitting cheap, so that pairs of 16 rows and more are split where chunks are shorter."""
-    monkeypatch.setattr(triton_pairs, "CHUNK_BYTES", rows * 256 * dtype.itemsize)
+    monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: rows)
     compare(Case(RESPONSE_LENGTHS["a long pair between short ones"], D=2, dtype=dtype), "loss")
 
 
+@pytest.mark.parametrize(("rows", "chunks"), [(1000, 1), (14, 4), (6, 8)])
+@pytest.mark.parametrize("workspace", [0, 2**30])
+def test_how_often_a_bfloat16_weight_gradient_is_rounded(rows, chunks, workspace, monkeypatch):
+    """Once where it is summed in float32; once a chunk, and never more than four times, where that takes no memory."""
+    seen = []
+    want = triton_pairs._Call.want_gradients
+    monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: rows)
+    monkeypatch.setattr(triton_pairs, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(triton_pairs._Call, "want_gradients", lambda self, *a: seen.append(a[3]) or want(self, *a))
+    lengths = (4, 2, 3, 3, 5, 1, 2, 4, 3, 3, 4, 2, 1, 5, 3, 3)
+    assert len(triton_pairs.plan_chunks([0, *itertools.accumulate(lengths)], rows, 1000)) == chunks
+    compare(Case(lengths, D=2, dtype=torch.bfloat16), "loss")
+    in_place = chunks == 1 or (chunks <= triton_pairs.IN_PLACE_CHUNKS and not workspace)
+    assert set(seen) == {torch.bfloat16 if in_place else torch.float32}
+
+
 def test_only_long_pairs(monkeypatch):
-    monkeypatch.setattr(triton_pairs, "CHUNK_BYTES", 10 * 256 * 4)
+    monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: 10)
     compare(Case((40, 0, 21, 30, 0, 25), D=2), "loss")
 
 
+def test_statistics_of_rows_in_blocks(monkeypatch):
+    """More rows than are scored at a time give the same bits as all at once."""
+    case = Case((200, 150, 130, 141), V=70, D=16)
+    whole = case.loss("triton")
+    monkeypatch.setattr(triton_pairs, "STATS_ROWS", 256)
+    assert all(torch.equal(a, b) for a, b in zip(whole, case.loss("triton"), strict=True))
+
+
 def test_two_runs_are_bitwise_equal(monkeypatch):
-    monkeypatch.setattr(triton_pairs, "CHUNK_BYTES", 14 * 256 * 2)
+    monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: 14)
     case = Case(RESPONSE_LENGTHS["a long pair between short ones"], D=2, dtype=torch.bfloat16)
     for method in (case.loss, case.log_probs):
         assert all(torch.equal(a, b) for a, b in zip(method("triton"), method("triton"), strict=True))

@@ -1,0 +1,111 @@
+"""What the paired loss allocates at the size of a real head, counted on tensors without memory."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("triton")
+pytest.importorskip("triton.backends.nvidia.compiler")
+
+from benchmarks.shapes import GPU_BENCHMARK
+from dpo_kernels.kernels import launch
+from dpo_kernels.kernels.offline import compiling_for
+from dpo_kernels.linear_dpo import triton_pairs
+from dpo_kernels.losses import LossOptions, resolve_loss
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations made and somebody still holds, and the most there ever were."""
+
+    def __init__(self, *inputs: torch.Tensor) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in inputs}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._watch(tensor.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.seen.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+def extra_bytes(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
+    """Most bytes of one forward beside its results, with the tiles of an sm_90."""
+    _, D, V = GPU_BENCHMARK
+    T, S = sum(lengths), len(lengths)
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    scorer = SimpleNamespace(
+        mix=resolve_loss("sigmoid", None),
+        options=LossOptions(),
+        ref_logps_S=meta(S),
+        lengths_S=None,
+        mean_length=None,
+        scale_P=meta(S // 2),
+    )
+    hidden, weight = meta(T, D, dtype=torch.bfloat16), meta(V, D, dtype=torch.bfloat16)
+    labels, cu = meta(T, dtype=torch.int64), [0, *itertools.accumulate(lengths)]
+    monkeypatch.setattr(launch, "device_arch", lambda device: "sm_90")
+    with LiveBytes(hidden, weight, labels) as live, compiling_for("sm_90"):
+        results = triton_pairs.forward(
+            hidden, weight, labels, cu, scorer, None, options.get("softcap"), 1.0, 1.0, -100, True, True, False
+        )
+    assert results[3].dtype == torch.bfloat16
+    return live.most - sum(t.untyped_storage().nbytes() for t in results if t is not None)
+
+
+LONG_PAIR = (5000, 3192)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize(
+    "lengths",
+    [(1024,) * 8, (500, 244) * 10 + (700, 52), (1, 3) * 2048, (2000, 1000) * 2 + (1800, 392)],
+    ids=["responses of 1024", "uneven pairs", "short pairs", "long pairs"],
+)
+def test_at_most_one_gibibyte(lengths, softcap, monkeypatch):
+    """N=8192 D=4096 V=128256, and any pairs that fit a chunk."""
+    assert sum(lengths) == GPU_BENCHMARK.T
+    assert extra_bytes(lengths, monkeypatch, softcap=softcap) <= 2**30
+
+
+def test_a_pair_that_is_longer_than_a_chunk_is_held_whole(monkeypatch):
+    """Twice the rows of a chunk: their exponentials, 2 GB, instead of two float32 weights, 4 GiB."""
+    assert sum(LONG_PAIR) == GPU_BENCHMARK.T
+    assert 1.95 * 2**30 < extra_bytes(LONG_PAIR, monkeypatch) < 2.05 * 2**30
+
+
+def test_the_count_counts():
+    """What is alive together is added, what is gone is not, and inputs and views are free."""
+    x = torch.empty(1000, device="meta")
+    with LiveBytes(x) as live:
+        y = x[:500] + 1
+        del y
+        z = x * 2
+        w = z.view(10, 100)[3]
+    assert live.most == live.now == 4000
+    del z, w
+    assert live.now == 0
