@@ -1,4 +1,4 @@
-"""What the paired loss allocates at the size of a real head, counted on tensors without memory."""
+"""What the ops allocate at the size of a real head, counted on tensors without memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia.compiler")
 
 from benchmarks.shapes import GPU_BENCHMARK
-from dpo_kernels.kernels import launch
+from dpo_kernels.kernels import frozen_head, launch
 from dpo_kernels.kernels.offline import compiling_for
 from dpo_kernels.linear_dpo import triton_pairs
+from dpo_kernels.linear_logps import triton_tiles
 from dpo_kernels.losses import LossOptions, resolve_loss
 
 
@@ -50,13 +51,14 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
 def extra_bytes(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
     """Most bytes of one forward beside its results, with the tiles of an sm_90."""
     _, D, V = GPU_BENCHMARK
     T, S = sum(lengths), len(lengths)
-
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
 
     scorer = SimpleNamespace(
         mix=resolve_loss("sigmoid", None),
@@ -96,6 +98,25 @@ def test_a_pair_that_is_longer_than_a_chunk_is_held_whole(monkeypatch):
     """Twice the rows of a chunk: their exponentials, 2 GB, instead of two float32 weights, 4 GiB."""
     assert sum(LONG_PAIR) == GPU_BENCHMARK.T
     assert 1.95 * 2**30 < extra_bytes(LONG_PAIR, monkeypatch) < 2.05 * 2**30
+
+
+@pytest.mark.parametrize("pass_name", ["forward, frozen head", "backward"])
+def test_per_token_log_probs_take_at_most_300_mebibytes(pass_name, monkeypatch):
+    """The same size; products of half operands with float32 results need no copy on a GPU, and are left out here."""
+    T, D, V = GPU_BENCHMARK
+    monkeypatch.setattr(launch, "device_arch", lambda device: "sm_90")
+    for module in (triton_tiles, frozen_head):
+        monkeypatch.setattr(module, "add_product_", lambda *products, **options: None)
+    hidden, weight = meta(T, D, dtype=torch.bfloat16), meta(V, D, dtype=torch.bfloat16)
+    labels, row, lse = meta(T, dtype=torch.int64), meta(T), meta(T, dtype=torch.float64)
+    with LiveBytes(hidden, weight, labels, row, lse) as live, compiling_for("sm_90"):
+        if pass_name == "backward":
+            wanted = (True, True, False, None)
+            results = triton_tiles.backward(row, hidden, weight, labels, lse, None, None, 1.0, 1.0, -100, *wanted)
+        else:
+            results = triton_tiles.forward(hidden, weight, labels, None, None, 1.0, 1.0, -100, True, ())
+    extra = live.most - sum(t.untyped_storage().nbytes() for t in results if t is not None)
+    assert 280 * 2**20 < extra <= 300 * 2**20
 
 
 def test_the_count_counts():
