@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-long lint format bench gpu clean
+.PHONY: demo test test-long kill lint format bench gpu clean
 
 # constraints.txt pins torch so that pip picks the build known to work here.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -22,6 +22,10 @@ test: $(VENV)/.installed
 # The tests that take minutes, and the property tests with thirty times as many examples.
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadscope --slow -m "slow or property" $(PYTEST_ARGS)
+
+# A hundred runs, killed at random moments and resumed; KILL_ARGS="--seed 7" repeats one.
+kill: $(VENV)/.installed
+	$(BIN)/python -m tests.engine.kills.harness --runs 100 $(KILL_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

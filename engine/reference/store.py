@@ -45,7 +45,8 @@ class _Partition:
         known = {path.name for path in self.paths}
         if not known.issubset(names):
             return _Partition(self.folder).update()
-        new = [name for name in names if name not in known]
+        # Oldest first: a run that is resumed finds the values that it began with, whatever was added since.
+        new = sorted(set(names) - known, key=lambda name: (_written_at(self.folder / name), name))
         if not new:
             return self
         keys, shard, row = [self.keys], [self.shard], [self.row]
@@ -55,7 +56,7 @@ class _Partition:
             row.append(np.arange(len(keys[-1]), dtype=np.int32))
             self.paths.append(self.folder / name)
         merged = np.concatenate(keys)
-        # Stable, so that of duplicates the shard that was indexed first is found, every time.
+        # Stable, so that of duplicates the shard that was indexed first, the oldest, is found, every time.
         order = np.argsort(merged, kind="stable")
         self.keys = merged[order]
         self.shard = np.concatenate(shard)[order]
@@ -74,9 +75,9 @@ class _Partition:
 class ReferenceStore:
     """A folder of immutable shards that any number of processes may read and extend at once.
 
-    Writers only ever add files, each renamed into place when it is whole; a row that two writers add is stored twice,
-    which is harmless. Nothing is locked, so a killed process leaves nothing to clean but a temporary file, which is
-    ignored, and deleted once it is an hour old.
+    Writers only ever add files, each renamed into place when it is whole. Of a row that two writers add, both values
+    are kept and the older one is found. Nothing is locked, so a killed process leaves nothing to clean but a temporary
+    file, which is ignored, and deleted once it is an hour old.
 
     Every look-up sees what other processes have added before it, at the price of listing one folder, so look up many
     keys at once.
@@ -204,6 +205,14 @@ def _shard_names(folder: Path) -> list[str]:
         return []
     except OSError as error:
         raise UserError(f"cannot read the reference store {folder}: {error.strerror}; make it readable") from error
+
+
+def _written_at(path: Path) -> int:
+    """Time of writing, in nanoseconds; 0 when it cannot be told, which reading the file then reports."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _subfolders(path: Path) -> list[Path]:

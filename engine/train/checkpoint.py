@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,10 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from engine.config.schema import RunConfig
 from engine.errors import UserError
-from engine.files import sync
 from engine.model import Policy
 from engine.model.adapters import ADAPTER_FILE, TRAINED
-from engine.train.durable import check_content, is_complete, write_folder
+from engine.train.durable import check_content, is_complete, remove_folder, write_folder
 from engine.train.optimizer import METRIC_SCHEDULES
 from engine.train.optimizer_state import page_state, slots_of, state_tensors
 
@@ -56,10 +54,18 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 def complete_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints, oldest first, as (step, folder)."""
+    return [(step, path) for step, path in _checkpoints(output_dir) if is_complete(path)]
+
+
+def newest_checkpoint(output_dir: Path) -> tuple[int, Path] | None:
+    """The newest checkpoint as (step, folder), damaged or not: folders appear and go whole, so none is half-written."""
+    return next(reversed(_checkpoints(output_dir)), None)
+
+
+def _checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     if not output_dir.is_dir():
         return []
-    found = [(int(m[1]), p) for p in output_dir.iterdir() if (m := _NAME.fullmatch(p.name)) and is_complete(p)]
-    return sorted(found)
+    return sorted((int(m[1]), p) for p in output_dir.iterdir() if (m := _NAME.fullmatch(p.name)))
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
@@ -67,10 +73,7 @@ def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
     if limit is None:
         return
     for _, path in complete_checkpoints(output_dir)[:-limit]:
-        # Without its manifest a folder no longer counts, so a kill in the middle leaves nothing to trust.
-        (path / "manifest.json").unlink(missing_ok=True)
-        sync(path)
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
 
 
 def refuse_other_run(output_dir: Path) -> None:
@@ -167,12 +170,17 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: a file is damaged, or another version wrote it.
     """
-    check_content(path)
+    step = int(path.name.rpartition("-")[2])
+    earlier = [str(p) for s, p in complete_checkpoints(path.parent) if s < step]
+    where = f"continue from {earlier[-1]}" if earlier else "start anew, since there is no earlier checkpoint"
+    check_content(path, remedy=f"delete {path} and {where} with --resume")
     state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if state["format"] != FORMAT:
         raise UserError(
             f"{path} has format {state['format']}, this version reads {FORMAT}: resume it where it was made"
         )
+    if state["step"] != step:
+        raise UserError(f"{path} holds the checkpoint of step {state['step']}: delete it, or give it its name back")
     return state
 
 

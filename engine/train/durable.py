@@ -41,16 +41,14 @@ _DISK_ERRORS = {
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full, read-only or failing disk into a ``UserError`` that names ``path``."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
         raise _disk_error(path, _DISK_ERRORS[error.errno]) from error
-    except SafetensorError as error:
-        # safetensors reports failed writes as text, with the number of the system's error at the end.
+    except Exception as error:
+        # safetensors and tokenizers report failed writes as text, with the number of the system's error at the end.
         reasons = [text for number, text in _DISK_ERRORS.items() if f"os error {number})" in str(error)]
         if not reasons:
             raise
@@ -124,6 +122,16 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder; a kill in the middle leaves nothing under its name, and the rest to ``remove_leftovers``."""
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    with disk_errors(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(path, temporary)
+        sync(path.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 @contextmanager
 def run_folder(folder: Path) -> Iterator[None]:
     """Create ``folder`` where it is absent and hold it for this process; one that was created and stays empty goes.
@@ -176,24 +184,40 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def is_complete(folder: Path) -> bool:
     """Whether the manifest is there and every file has the size that it states. Reads no content."""
-    try:
+    return _first_fault(folder) is None
+
+
+def check_content(folder: Path, *, remedy: str) -> None:
+    """Raise a ``UserError`` that names the first file that is not what the manifest says, and ``remedy``."""
+    fault = _first_fault(folder)
+    if fault is None:
         files = _manifest(folder)
-        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            found = pool.map(checksum, [folder / name for name in files])
+            changed = (n for n, digest in zip(files, found, strict=True) if digest != files[n]["sha256"])
+            name = next(changed, None)
+        if name is None:
+            return
+        fault = f"{folder / name} is damaged: its content does not match its checksum"
+    raise UserError(f"{fault}; {remedy}")
+
+
+def _first_fault(folder: Path) -> str | None:
+    """What is wrong with a folder, as far as sizes tell; None when nothing is."""
+    try:
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in _manifest(folder).items()}
+    except FileNotFoundError:
+        return f"{folder / MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def check_content(folder: Path) -> None:
-    """Raise a ``UserError`` that names the first file whose content does not match its checksum."""
-    files = _manifest(folder)
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        found = pool.map(checksum, [folder / name for name in files])
-        for name, entry, digest in zip(files, files.values(), found, strict=True):
-            if digest != entry["sha256"]:
-                raise UserError(
-                    f"{folder / name} is damaged: its content does not match its checksum; "
-                    f"delete {folder} to continue from an earlier checkpoint"
-                )
+        return f"{folder / MANIFEST} is damaged: it is no list of files"
+    for name, (size, _) in files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except (OSError, ValueError):
+            return f"{folder / name} is missing"
+        if found != size:
+            return f"{folder / name} is damaged: it has {found:,} bytes instead of {size:,}"
+    return None
 
 
 def checksum(path: Path) -> str:

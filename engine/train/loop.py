@@ -18,10 +18,9 @@ from engine.config import load_config, to_yaml
 from engine.config.schema import RunConfig
 from engine.errors import UserError
 from engine.evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
-from engine.files import sync
 from engine.model import load_policy
 from engine.train import checkpoint as checkpoints
-from engine.train.durable import is_complete, remove_leftovers, run_folder, write_atomically
+from engine.train.durable import check_content, is_complete, remove_leftovers, run_folder, write_atomically
 from engine.train.export import export_model, package_versions
 from engine.train.feed import TrainingStep
 from engine.train.metrics import (
@@ -91,6 +90,8 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
     with run_folder(output_dir):
         start, state = _find_start(config, output_dir, resume)
         if resume and is_complete(output_dir):
+            remove_leftovers(output_dir)
+            check_content(output_dir, remedy="delete this file to have the model written again")
             log.info("%s is finished: nothing is left to train", output_dir)
             return _finished(output_dir)
         run = _Run(prepare(config), output_dir)
@@ -112,9 +113,9 @@ def _find_start(config: RunConfig, output_dir: Path, resume: bool) -> tuple[int,
     if not resume:
         checkpoints.refuse_other_run(output_dir)
         return 0, None
-    found = checkpoints.complete_checkpoints(output_dir)
-    if found:
-        step, path = found[-1]
+    newest = checkpoints.newest_checkpoint(output_dir)
+    if newest is not None:
+        step, path = newest
         state = checkpoints.read_state(path)
         checkpoints.check_same_run(state["config"], config, path)
         return step, state
@@ -205,7 +206,7 @@ class _Run:
         remove_leftovers(self.output_dir)
         write_atomically(self.output_dir / CONFIG_FILE, to_yaml(self.config))
         write_data_file(self.setup, self.output_dir)
-        keep_rows_until(self.output_dir, self.done)
+        keep_rows_until(self.output_dir, self.done, evaluated_at=self.evaluated_at)
         self.trackers = open_trackers(self.output_dir, self.config.train.report_to, first_step=self.done + 1)
         if self._random is None:
             set_seed(self.config.train.seed)
@@ -303,7 +304,8 @@ class _Run:
 
     def _save(self) -> None:
         self.meter.watch.stop()
-        sync(self.output_dir / METRICS_FILE)
+        for tracker in self.trackers:
+            tracker.flush()
         state = {
             "epoch": self.epoch,
             "config": checkpoints.config_values(self.config),

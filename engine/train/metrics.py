@@ -126,6 +126,9 @@ class Tracker(Protocol):
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
+    def flush(self) -> None:
+        """Make durable what was logged: a resume from a checkpoint written after this logs none of it again."""
+
     def close(self) -> None: ...
 
 
@@ -141,6 +144,10 @@ class JsonlTracker:
         with disk_errors(self.path):
             self._file.write(json.dumps(dict(values)) + "\n")
             self._file.flush()
+
+    def flush(self) -> None:
+        with disk_errors(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         with disk_errors(self.path):
@@ -162,6 +169,10 @@ class TensorBoardTracker:
             for name, value in values.items():
                 if name != "step":
                     self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        with disk_errors(self.path):
+            self._writer.flush()
 
     def close(self) -> None:
         with disk_errors(self.path):
@@ -195,6 +206,9 @@ class WandbTracker:
         # Not wandb's own step: it drops rows of steps that it has seen, as after a resume.
         self._run.log({**values, "train/step": step})
 
+    def flush(self) -> None:
+        """Nothing: a process of its own, which outlives a kill of this one, has every row."""
+
     def close(self) -> None:
         self._run.finish()
 
@@ -215,8 +229,12 @@ def open_trackers(output_dir: Path, report_to: Sequence[str], *, first_step: int
     return trackers
 
 
-def keep_rows_until(output_dir: Path, step: int) -> None:
-    """Drop the rows of ``metrics.jsonl`` past ``step``, and a line that a killed process left half-written."""
+def keep_rows_until(output_dir: Path, step: int, *, evaluated_at: int) -> None:
+    """Drop the rows of ``metrics.jsonl`` past ``step``, and a line that a killed process left half-written.
+
+    Args:
+        evaluated_at: last step whose evaluation is known; rows of later ones go, since the evaluation is made again.
+    """
     path = output_dir / METRICS_FILE
     if not path.exists():
         return
@@ -226,7 +244,7 @@ def keep_rows_until(output_dir: Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row["step"] <= step:
+        if row["step"] <= (step if "loss" in row else evaluated_at):
             kept.append(line + "\n")
     write_atomically(path, "".join(kept))
 

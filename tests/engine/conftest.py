@@ -64,6 +64,26 @@ def preference_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
     ]
 
 
+def save_tiny_model(path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Save a random two-layer Llama (hidden 32, 4 heads, 2 key-value heads) with ``tokenizer`` beside it."""
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer():
     """``build_tokenizer`` itself, for tests that need a tokenizer with a fault."""
@@ -90,24 +110,8 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A saved random two-layer Llama (hidden 32, 4 heads, 2 key-value heads) with ``tiny_tokenizer`` beside it."""
-    path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tiny_tokenizer.bos_token_id,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tiny_tokenizer.save_pretrained(path)
-    return path
+    """What ``save_tiny_model`` writes, with ``tiny_tokenizer``."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -182,6 +182,20 @@ def test_duplicates_across_shards_are_harmless(tmp_path):
     assert len(reopened) == 6
 
 
+def test_of_duplicates_the_older_value_is_found_whatever_is_added_later(tmp_path):
+    """A second process may have computed the same row in another pack, with other rounding."""
+    rows = values(4)
+    ReferenceStore(tmp_path).add(rows)
+    (first,) = (tmp_path / MODEL_A.hex()).iterdir()
+    os.utime(first, ns=(10**18, 10**18))
+    for attempt in range(6):
+        # Names are checksums, so some of these come before the first shard's and some after.
+        ReferenceStore(tmp_path).add({key: value - 0.01 * (attempt + 1) for key, value in rows.items()})
+    names = sorted(path.name for path in first.parent.iterdir())
+    assert 0 < names.index(first.name) < 6
+    assert_holds(ReferenceStore(tmp_path), rows)
+
+
 def test_a_look_up_sees_what_others_added_and_removed(tmp_path):
     reader, other = ReferenceStore(tmp_path), ReferenceStore(tmp_path)
     rows, more = values(), values(seed=1)

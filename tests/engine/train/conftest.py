@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,23 +35,24 @@ def store_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
-@pytest.fixture
-def make_config(tmp_path: Path, tiny_model_dir: Path, pairs_jsonl: Path, store_dir: Path) -> MakeConfig:
-    """``make_config(section={...}, ...)``: four steps of six pairs, in several packs each, unless changed."""
+def default_config(folder: Path, model: Path, pairs: Path, store: Path, /, **sections: dict) -> RunConfig:
+    """Four steps of six pairs, in several packs each, into ``folder/run``, unless changed."""
     defaults = {
-        "model": {"model_name_or_path": str(tiny_model_dir), "dtype": "float32"},
-        "data": {"dataset_name": str(pairs_jsonl), "max_length": 160},
+        "model": {"model_name_or_path": str(model), "dtype": "float32"},
+        "data": {"dataset_name": str(pairs), "max_length": 160},
         "packing": {"pairs_per_step": 6, "tokens_per_pack": 400},
         "loss": {},
         "optim": {"learning_rate": 2e-3},
-        "reference": {"store": str(store_dir)},
-        "train": {"output_dir": str(tmp_path / "run"), "logging_steps": 1, "report_to": []},
+        "reference": {"store": str(store)},
+        "train": {"output_dir": str(folder / "run"), "logging_steps": 1, "report_to": []},
     }
+    return build_config({name: {**values, **sections.get(name, {})} for name, values in defaults.items()}, "test")
 
-    def make(**sections: dict) -> RunConfig:
-        return build_config({name: {**values, **sections.get(name, {})} for name, values in defaults.items()}, "test")
 
-    return make
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_model_dir: Path, pairs_jsonl: Path, store_dir: Path) -> MakeConfig:
+    """``make_config(section={...}, ...)``: ``default_config`` with these sections, into ``tmp_path/run``."""
+    return partial(default_config, tmp_path, tiny_model_dir, pairs_jsonl, store_dir)
 
 
 def read_rows(run_dir: Path | str) -> list[dict]:

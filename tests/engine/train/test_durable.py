@@ -23,7 +23,7 @@ def fill(folder: Path) -> None:
 def test_a_folder_is_complete_when_it_is_there(tmp_path):
     write_folder(tmp_path / "out", fill)
     assert is_complete(tmp_path / "out")
-    check_content(tmp_path / "out")
+    check_content(tmp_path / "out", remedy="delete it")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -49,8 +49,8 @@ def test_a_flipped_byte_is_named(tmp_path):
     write_folder(tmp_path / "out", fill)
     (tmp_path / "out" / "a.bin").write_bytes(b"a" * 999 + b"b")
     assert is_complete(tmp_path / "out")
-    with pytest.raises(UserError, match=r"a\.bin is damaged.*delete .*out"):
-        check_content(tmp_path / "out")
+    with pytest.raises(UserError, match=r"a\.bin is damaged.*; delete it"):
+        check_content(tmp_path / "out", remedy="delete it")
 
 
 def test_what_a_killed_process_left_is_replaced_and_never_counts(tmp_path):
@@ -77,7 +77,7 @@ def test_failure_keeps_what_was_there(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*out: no space left on the disk.*--resume"):
         write_folder(tmp_path / "out", broken)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    check_content(tmp_path / "out")
+    check_content(tmp_path / "out", remedy="delete it")
 
 
 def test_a_bug_is_not_reported_as_a_full_disk(tmp_path):

@@ -77,15 +77,17 @@ def test_rows_past_a_checkpoint_and_torn_lines_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": s, "loss": 0.5}) for s in (1, 2, 3)] + [json.dumps({"step": 2, "eval_loss": 1.0})]
     path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    keep_rows_until(tmp_path, 2)
+    keep_rows_until(tmp_path, 2, evaluated_at=2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2]
+    keep_rows_until(tmp_path, 2, evaluated_at=1)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [json.loads(line) for line in lines[:2]]
     tracker = JsonlTracker(tmp_path)
     tracker.log(3, {"step": 3})
     tracker.close()
     assert path.read_text().splitlines()[-1] == '{"step": 3}'
-    keep_rows_until(tmp_path, 0)
+    keep_rows_until(tmp_path, 0, evaluated_at=0)
     assert path.read_text() == ""
-    keep_rows_until(tmp_path / "nowhere", 0)
+    keep_rows_until(tmp_path / "nowhere", 0, evaluated_at=0)
 
 
 def test_tensorboard_hides_events_past_a_checkpoint(tmp_path):

@@ -1,15 +1,14 @@
-"""A run that was killed ends with the bits of one that was not."""
+"""A run that was stopped or damaged ends with the bits of one that was not, or says what is wrong.
+
+Kills and full disks are in ``tests/engine/kills``.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
+import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,25 +17,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from engine.config import load_config, to_yaml
+from engine.config import load_config
 from engine.errors import UserError
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.durable import only_writer
-from engine.train.loop import train
+from engine.train.loop import _find_start, train
 from engine.train.metrics import JsonlTracker
+from tests.engine.train.conftest import default_config
 
-ROOT = Path(__file__).resolve().parents[3]
-SCRIPT = """
-import sys, torch
-torch.set_num_threads(1)
-from engine.config import load_config
-from engine.train import setup
-from engine.train.durable import only_writer
-from engine.train.loop import train
-from engine.train.metrics import JsonlTracker
-setup.measure_matmul_rate = lambda device, dtype: 1e12
-train(load_config(sys.argv[1]), resume="--resume" in sys.argv)
-"""
 PERF = "perf/"
 
 
@@ -49,21 +37,9 @@ def run_files(run: Path) -> dict[str, bytes]:
     return {**weights, "metrics": json.dumps(kept).encode()}
 
 
-def start(config, folder: Path, *arguments: str, **options) -> subprocess.Popen:
-    path = folder / "run.yaml"
-    path.write_text(to_yaml(config))
-    command = [sys.executable, "-c", SCRIPT, str(path), *arguments]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, **quiet, **options)
-
-
-def wait_for_rows(run: Path, count: int, process: subprocess.Popen) -> None:
-    metrics = run / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def find_start(config, run: Path) -> int:
+    """The step that a resume continues after, without the resume."""
+    return _find_start(config, run, True)[0]
 
 
 @contextmanager
@@ -80,23 +56,6 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, rows: int) -> Iterator[No
     with monkeypatch.context() as patch:
         patch.setattr(JsonlTracker, "log", counted)
         yield
-
-
-def test_a_killed_run_resumes_to_the_same_bits(make_config, tmp_path):
-    settings = {"num_train_epochs": 6, "save_steps": 5, "save_total_limit": 2, "logging_steps": 2}
-    train(make_config(train={**settings, "output_dir": str(tmp_path / "whole")}))
-    killed = make_config(train={**settings, "output_dir": str(tmp_path / "killed")})
-    process = start(killed, tmp_path)
-    wait_for_rows(tmp_path / "killed", 6, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = [step for step, _ in complete_checkpoints(tmp_path / "killed")]
-    assert done
-    assert max(done) < 24
-    result = train(killed, resume=True)
-    assert result.resumed_from == max(done)
-    assert run_files(tmp_path / "killed") == run_files(tmp_path / "whole")
-    assert len(complete_checkpoints(tmp_path / "killed")) == 2
 
 
 @pytest.mark.parametrize(
@@ -213,44 +172,118 @@ def test_a_changed_starting_model_is_refused(lora, make_config, tiny_model_dir, 
         train(config, resume=True)
 
 
-def test_a_damaged_checkpoint_is_named_and_an_incomplete_one_is_passed_over(make_config, tmp_path):
-    config = make_config(train={"save_steps": 1})
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model_dir, pairs_jsonl, store_dir):
+    """A run with checkpoints of steps 2 and 4, and its configuration; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = default_config(folder, tiny_model_dir, pairs_jsonl, store_dir, train={"save_steps": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.train.setup.measure_matmul_rate", lambda device, dtype: 1e12)
+        train(config)
+    return folder / "run"
+
+
+@pytest.fixture
+def unfinished(finished, make_config, tmp_path):
+    """A copy of ``finished`` that lacks the final model, and its configuration."""
     run = tmp_path / "run"
-    train(config)
-    expected = run_files(run)
+    shutil.copytree(finished, run)
     (run / "manifest.json").unlink()
-    weights = run / "checkpoint-4" / "optimizer.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(UserError, match=r"optimizer\.safetensors is damaged.*delete .*checkpoint-4"):
+    return run, make_config(train={"save_steps": 2})
+
+
+def places(content: bytes, count: int = 24) -> list[int]:
+    """Positions spread over a file, its ends included."""
+    return sorted({round(i * (len(content) - 1) / (count - 1)) for i in range(count)})
+
+
+def test_a_byte_flipped_anywhere_in_a_checkpoint_is_named(unfinished):
+    """Every file, the manifest included: the first and the last byte, and some in every region between."""
+    run, config = unfinished
+    folder = run / "checkpoint-4"
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "optimizer.safetensors", "random_state.safetensors", "trainer_state.json"} <= names
+    for path in sorted(folder.iterdir()):
+        good = path.read_bytes()
+        for position in places(good):
+            path.write_bytes(good[:position] + bytes([good[position] ^ 0x01]) + good[position + 1 :])
+            with pytest.raises(UserError) as error:
+                find_start(config, run)
+            # A manifest that is damaged may blame the file that it speaks of.
+            assert str(folder) in str(error.value), position
+            assert path.name == "manifest.json" or str(path) in str(error.value), position
+            assert f"delete {folder} and continue from {run / 'checkpoint-2'} with --resume" in str(error.value)
+            assert "\n" not in str(error.value)
+        path.write_bytes(good)
+    assert find_start(config, run) == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_a_checkpoint_file_that_is_not_whole_is_named(damage, unfinished):
+    run, config = unfinished
+    folder = run / "checkpoint-4"
+    for path in sorted(folder.iterdir()):
+        good = path.read_bytes()
+        path.unlink()
+        if damage != "missing":
+            path.write_bytes(good[: len(good) // 2] if damage == "truncated" else b"")
+        with pytest.raises(
+            UserError, match=re.escape(str(path)) + r" (is damaged: it (has [\d,]+ bytes|is no)|is missin)"
+        ):
+            find_start(config, run)
+        path.write_bytes(good)
+    assert find_start(config, run) == 4
+
+
+def test_what_belongs_to_another_checkpoint_is_named(unfinished):
+    run, config = unfinished
+    newer, older = run / "checkpoint-4", run / "checkpoint-2"
+    good = (newer / "manifest.json").read_bytes()
+    shutil.copy(older / "manifest.json", newer / "manifest.json")
+    with pytest.raises(UserError, match=r"checkpoint-4/\S+ is damaged: .*; delete .*checkpoint-4 and continue from"):
+        find_start(config, run)
+    (newer / "manifest.json").write_bytes(good)
+    for name in ("model.safetensors", "optimizer.safetensors", "trainer_state.json"):
+        kept = (newer / name).read_bytes()
+        shutil.copy(older / name, newer / name)
+        with pytest.raises(UserError, match=rf"checkpoint-4/{name} is damaged"):
+            find_start(config, run)
+        (newer / name).write_bytes(kept)
+    shutil.copytree(older, run / "checkpoint-6")
+    with pytest.raises(UserError, match=r"checkpoint-6 holds the checkpoint of step 2: delete it"):
+        find_start(config, run)
+
+
+def test_following_the_advice_continues_from_the_older_checkpoint(finished, unfinished):
+    run, config = unfinished
+    (run / "checkpoint-4" / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"optimizer\.safetensors is damaged: it has 0 bytes"):
         train(config, resume=True)
-    weights.write_bytes(content[:-5])
-    assert train(config, resume=True).resumed_from == 3
-    assert run_files(run) == expected
+    shutil.rmtree(run / "checkpoint-4")
+    assert train(config, resume=True).resumed_from == 2
+    assert run_files(run) == run_files(finished)
+    (run / "manifest.json").unlink()
+    shutil.rmtree(run / "checkpoint-4")
+    (run / "checkpoint-2" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged.*start anew, since there is no earlier checkpoint"):
+        train(config, resume=True)
+    shutil.rmtree(run / "checkpoint-2")
+    assert train(config, resume=True).resumed_from is None
+    assert run_files(run) == run_files(finished)
 
 
-def _limit_file_size(size: int):
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return limit
-
-
-def test_a_disk_that_fills_up_stops_the_run_and_it_resumes(make_config, tmp_path):
-    settings = {"save_steps": 2, "num_train_epochs": 2}
-    train(make_config(train={**settings, "output_dir": str(tmp_path / "whole")}))
-    config = make_config(train={**settings, "output_dir": str(tmp_path / "full")})
-    process = start(config, tmp_path, preexec_fn=_limit_file_size(100_000))
-    _, errors = process.communicate()
-    assert process.returncode != 0
-    assert "UserError: cannot write" in errors.decode()
-    assert "checkpoint-2: the file is larger than this system allows; free space" in errors.decode()
-    assert not complete_checkpoints(tmp_path / "full")
-    assert not [p.name for p in (tmp_path / "full").iterdir() if "incomplete" in p.name]
-    train(config, resume=True)
-    assert run_files(tmp_path / "full") == run_files(tmp_path / "whole")
+def test_a_damaged_final_model_is_named_and_written_again(finished, make_config, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    weights = run / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    config = make_config(train={"save_steps": 2})
+    with pytest.raises(UserError, match=r"run/model\.safetensors is damaged: .*; delete this file to have the model"):
+        train(config, resume=True)
+    weights.unlink()
+    assert train(config, resume=True).resumed_from == 4
+    assert run_files(run) == run_files(finished)
 
 
 def test_a_full_disk_at_the_very_end_leaves_no_half_model(make_config, tmp_path, monkeypatch):

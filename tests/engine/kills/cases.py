@@ -1,0 +1,82 @@
+"""The commands that are killed: small data, a tiny random model, and configurations that take about a second."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.engine.conftest import CHAT_TEMPLATE, build_tokenizer, preference_rows, save_tiny_model
+
+MODEL, PAIRS, EVAL = "model", "pairs.jsonl", "eval.jsonl"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command and its configuration."""
+
+    command: str
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    own_store: bool = False
+    """Whether every run starts with an empty reference store."""
+    evaluates: bool = False
+
+
+CASES = {
+    "full": Case("train", {"train": {"save_steps": 2, "save_total_limit": 1}}),
+    "lora": Case(
+        "train",
+        {
+            "model": {"lora": {"r": 4, "dropout": 0.3}},
+            "optim": {"optimizer": "rmsprop", "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 2},
+            "train": {"save_steps": 3, "save_total_limit": 2},
+        },
+    ),
+    # The last evaluation comes after the last checkpoint, and rows are means over steps on both sides of a checkpoint.
+    "evaluated": Case(
+        "train",
+        {"train": {"save_steps": 2, "eval_steps": 3, "logging_steps": 3, "report_to": ["tensorboard"]}},
+        evaluates=True,
+    ),
+    "accumulated": Case(
+        "train",
+        {
+            "packing": {"tokens_per_pack": 220},
+            "model": {"dtype": "bfloat16"},
+            "train": {"save_steps": 1, "save_total_limit": 1},
+        },
+        own_store=True,
+    ),
+    "references": Case("train", {"packing": {"tokens_per_pack": 220}, "train": {"save_steps": 4}}, own_store=True),
+    "precompute": Case("precompute", {"packing": {"tokens_per_pack": 220}}, own_store=True),
+}
+
+
+def write_inputs(folder: Path) -> None:
+    """The model and the data that every case uses."""
+    save_tiny_model(folder / MODEL, build_tokenizer(chat_template=CHAT_TEMPLATE))
+    for name, count, seed in ((PAIRS, 24, 0), (EVAL, 8, 1)):
+        rows = preference_rows(count, seed=seed)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_config(case: Case, inputs: Path, place: Path, **sections: dict[str, Any]) -> None:
+    """``place/run.yaml``: a run into ``place/run``, with ``place/store`` when the case has a store of its own."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {"model_name_or_path": str(inputs / MODEL), "dtype": "float32"},
+        "data": {"dataset_name": str(inputs / PAIRS), "max_length": 160},
+        "packing": {"pairs_per_step": 6, "tokens_per_pack": 400},
+        "optim": {"learning_rate": 2e-3},
+        "reference": {"store": str((place if case.own_store else inputs) / "store")},
+        "train": {"output_dir": str(place / "run"), "num_train_epochs": 2, "logging_steps": 1, "report_to": []},
+    }
+    if case.evaluates:
+        values["data"]["eval_dataset_name"] = str(inputs / EVAL)
+    for changes in (case.sections, sections):
+        for section, entries in changes.items():
+            values.setdefault(section, {}).update(entries)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "run.yaml").write_text(yaml.safe_dump(values))

@@ -1,0 +1,262 @@
+"""The processes that are killed: ``dpo`` commands in children forked from one process that has imported everything.
+
+Imports take seconds and a run takes one, so a parent imports once and forks a child for every line of its input. A
+child runs the command line itself, and beside it
+
+- writes to its journal which phase of its work begins and ends, and what became durable, so that the harness knows
+  after a kill what must not be lost;
+- kills itself at the n-th change of the file system within a phase, when its job says so: just before, just after, or
+  with half of the bytes written. All of this is done to the modules of the child, none of it in the product.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import ctypes
+import errno
+import io
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+START, STEPS = "start", "steps"
+DISK_PHASES = ("shard", "open", "checkpoint", "prune", "evaluation", "export")
+"""Phases in which files that must survive are written, renamed or deleted."""
+_NO_CAPABILITIES = (0x20080522, (0,) * 6)
+"""The version and the sets of ``capset``."""
+
+
+@dataclass(frozen=True)
+class Trap:
+    """Where a child kills itself."""
+
+    phase: str
+    nth: int
+    """Of the file-system changes in that phase, counted from 0."""
+    when: str
+    """``before``, ``after``, or ``torn``: after half of the bytes, where bytes are written; else after. ``full`` kills
+    nobody: from there on the disk takes no new file and no byte."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One ``dpo`` command."""
+
+    arguments: list[str]
+    journal: str
+    output: str
+    """File for what the command prints."""
+    trap: Trap | None = None
+    powerless: bool = False
+    """Whether permissions bind the command even if root runs it."""
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, line: str) -> Job:
+        values = json.loads(line)
+        trap = values.pop("trap")
+        return cls(**values, trap=None if trap is None else Trap(**trap))
+
+
+class Journal:
+    """What a child has done, one JSON value a line; every line is written at once and survives the child."""
+
+    def __init__(self, path: str):
+        self._write = os.write
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+    def note(self, **values: Any) -> None:
+        self._write(self._descriptor, (json.dumps(values) + "\n").encode())
+
+
+class Observer:
+    """Follows the phases of a child, counts its changes of the file system, and springs the trap."""
+
+    def __init__(self, journal: Journal, trap: Trap | None):
+        self.journal = journal
+        self.trap = trap
+        self.phases = [START]
+        self.counts: Counter[str] = Counter()
+        self.full = False
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.phases.append(name)
+        self.journal.note(phase=name)
+        try:
+            yield
+        finally:
+            self.phases.pop()
+            self.journal.note(phase=self.phases[-1], left=name, changes=self.counts[name])
+
+    def change(self, call: Callable, *arguments: Any, half: Callable | None = None, **options: Any) -> Any:
+        phase = self.phases[-1]
+        number = self.counts[phase]
+        self.counts[phase] += 1
+        here = self.trap is not None and (self.trap.phase, self.trap.nth) == (phase, number)
+        if here and self.trap.when == "before":
+            self.die()
+        if here and self.trap.when == "full":
+            self.full, here = True, False
+        if self.full and call not in self.harmless:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        result = half() if here and half is not None and self.trap.when == "torn" else call(*arguments, **options)
+        if here:
+            self.die()
+        return result
+
+    def die(self) -> None:
+        self.journal.note(sprung=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch_file_system(self) -> None:
+        """Put every call that changes a file or folder under observation."""
+        # A full disk still renames and deletes.
+        self.harmless = {os.replace, os.rename, os.unlink, os.remove, os.rmdir}
+        for name in ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "fsync"):
+            setattr(os, name, self._watched(getattr(os, name)))
+        write, open_file, open_descriptor = os.write, builtins.open, os.open
+
+        def watched_write(descriptor: int, data: Any) -> int:
+            half = lambda: write(descriptor, bytes(data)[: len(data) // 2])  # noqa: E731
+            return self.change(write, descriptor, data, half=half)
+
+        def watched_open(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            if set("wax+").isdisjoint(mode):
+                return open_file(file, mode, *arguments, **options)
+            return self.change(open_file, file, mode, *arguments, **options)
+
+        def watched_open_descriptor(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+            if not flags & os.O_CREAT:
+                return open_descriptor(path, flags, *arguments, **options)
+            return self.change(open_descriptor, path, flags, *arguments, **options)
+
+        os.write, os.open = watched_write, watched_open_descriptor
+        # pathlib opens through io.
+        builtins.open = io.open = watched_open
+        self._watch_safetensors()
+
+    def _watch_safetensors(self) -> None:
+        import safetensors.torch
+
+        serialize = safetensors.torch.serialize_file
+
+        def watched(tensors: Any, filename: Any, *arguments: Any, **options: Any) -> None:
+            def half() -> None:
+                serialize(tensors, filename, *arguments, **options)
+                os.truncate(filename, os.path.getsize(filename) // 2)
+
+            self.change(serialize, tensors, filename, *arguments, half=half, **options)
+
+        safetensors.torch.serialize_file = watched
+
+    def _watched(self, call: Callable) -> Callable:
+        return lambda *arguments, **options: self.change(call, *arguments, **options)
+
+    def watch_phases(self) -> None:
+        """Note in the journal when the parts of a run begin and end, and what is durable when they end."""
+        from engine.reference import store
+        from engine.train import checkpoint, loop, setup
+
+        # What it measures is timing alone, and it takes half of a run's time.
+        setup.measure_matmul_rate = lambda device, dtype: 1e12
+        # By default only once in 30 s, and these passes take a fraction of one.
+        from engine.reference import precompute
+
+        precompute.__kwdefaults__["flush_seconds"] = 0.0
+        self._wrap(store, "write_shard", "shard", lambda out, folder, values: {"keys": [k.hex() for k in values]})
+        self._wrap(checkpoint, "save_checkpoint", "checkpoint", lambda out, *_, step, **__: {"saved": step})
+        self._wrap(checkpoint, "prune_checkpoints", "prune", None)
+        self._wrap(loop, "export_model", "export", None)
+        self._wrap(loop._Run, "_open", "open", None)
+        self._wrap(loop._Run, "_steps", STEPS, None)
+        self._wrap(loop._Run, "_final_evaluation", "evaluation", None)
+
+    def _wrap(self, owner: Any, name: str, phase: str, durable: Callable[..., dict[str, Any]] | None) -> None:
+        inner = getattr(owner, name)
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            with self.phase(phase):
+                result = inner(*arguments, **options)
+                if durable is not None:
+                    self.journal.note(**durable(result, *arguments, **options))
+                return result
+
+        setattr(owner, name, wrapped)
+
+
+def run(job: Job) -> int:
+    """Run a command as it would run in a process of its own."""
+    journal = Journal(job.journal)
+    observer = Observer(journal, job.trap)
+    descriptor = os.open(job.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    observer.watch_phases()
+    observer.watch_file_system()
+    if job.powerless:
+        give_up_capabilities()
+    from engine import cli
+
+    return cli.main(job.arguments)
+
+
+def give_up_capabilities() -> None:
+    """Make this process, root or not, obey the permissions of files."""
+    version, sets = _NO_CAPABILITIES
+    header, data = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)(*sets)
+    if ctypes.CDLL(None, use_errno=True).capset(header, data):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def import_everything() -> None:
+    """What a run imports late, too. No thread may be started: only the one that forks lives on in a child."""
+    import pandas  # noqa: F401
+    import peft  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import engine.cli
+    import engine.commands
+    import engine.reference
+    import engine.train.loop  # noqa: F401
+
+
+def serve() -> None:
+    """Fork a child for every job on stdin and answer with its process id; answer ``wait PID`` with its exit code."""
+    import torch
+
+    torch.set_num_threads(1)
+    import_everything()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line.startswith("wait "):
+            _, status = os.waitpid(int(line.split()[1]), 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                code = run(Job.decode(line))
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        print(child, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
