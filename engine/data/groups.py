@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 
 import numpy as np
 
@@ -84,3 +85,17 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
     def lengths(self) -> GroupLengths:
         """Per group: int64 [1 + K] = (prompt tokens, response tokens...)."""
         return GroupLengths(np.diff(self._offsets), self._first_part)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of every token, row number and boundary."""
+        hasher = sha256()
+        for numbers, kind in (
+            (np.array([len(self)]), "<i8"),
+            (self._first_part, "<i8"),
+            (self._rows, "<i8"),
+            (self._offsets, "<i8"),
+            (self._tokens, "<i4"),
+        ):
+            hasher.update(np.ascontiguousarray(numbers, kind).data)
+        return hasher.hexdigest()

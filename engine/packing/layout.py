@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from engine.data.groups import PreferenceGroup
+from engine.packing.transfer import send
 
 
 class Segment(NamedTuple):
@@ -93,22 +94,19 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its device-side tensors on ``device``; ``cu_responses_S1`` stays on the CPU."""
         device = torch.device(device)
-        if self.input_ids_T.device == device:
-            return self
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return self if self.input_ids_T.device == device else send(self, device)
 
-    def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked memory, so that ``to`` does not wait."""
-        return self._with_tensors(torch.Tensor.pin_memory)
-
-    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+    def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        """The same batch with ``change`` of each of its device-side tensors."""
         plan = replace(self.plan, **_changed(self.plan, change))
-        changes = _changed(self, change) | {"cu_responses_S1": self.cu_responses_S1, "plan": plan}
-        return replace(self, **changes)
+        changes = _changed(self, change, skipped="cu_responses_S1")
+        return replace(self, **changes, plan=plan)
 
 
-def _changed(record: AttentionPlan | PackedBatch, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    values = {f.name: getattr(record, f.name) for f in fields(record)}
+def _changed(
+    record: AttentionPlan | PackedBatch, change: Callable[[torch.Tensor], torch.Tensor], *, skipped: str = ""
+) -> dict[str, Any]:
+    values = {f.name: getattr(record, f.name) for f in fields(record) if f.name != skipped}
     return {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 

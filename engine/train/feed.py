@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from hashlib import sha256
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from engine.config.schema import PackingConfig, TrainConfig
 from engine.data.groups import PreferenceDataset
 from engine.packing import Pack, PackedBatch, Step, build_batch, plan_epoch
+from engine.packing.transfer import gather, send
 from engine.train.metrics import StepWork
 from engine.train.throughput import FlopModel
 
@@ -27,13 +28,13 @@ class TrainingPack:
     ref_logps_S: torch.Tensor | None
     """fp32 [S]: reference log-prob of each response; None without stored references."""
 
-    def to(self, device: torch.device) -> TrainingPack:
-        ref = None if self.ref_logps_S is None else self.ref_logps_S.to(device, non_blocking=True)
-        return TrainingPack(self.batch.to(device), ref)
+    def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TrainingPack:
+        """The same pack with ``change`` of each of its device-side tensors."""
+        ref = None if self.ref_logps_S is None else change(self.ref_logps_S)
+        return replace(self, batch=self.batch.map_tensors(change), ref_logps_S=ref)
 
-    def pin_memory(self) -> TrainingPack:
-        ref = None if self.ref_logps_S is None else self.ref_logps_S.pin_memory()
-        return TrainingPack(self.batch.pin_memory(), ref)
+    def to(self, device: torch.device) -> TrainingPack:
+        return self if self.batch.input_ids_T.device == device else send(self, device)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class TrainingFeed:
         self.lookup = lookup
         self.flops = flops
         self.device = device
+        self.waited = 0.0
+        """Seconds that ``steps`` waited for a step to be built. The first one has nothing to hide behind."""
         self.steps_per_epoch = math.ceil(len(dataset) / packing.pairs_per_step)
         self.total_steps = (
             train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
@@ -105,16 +108,10 @@ class TrainingFeed:
             epoch=epoch,
         )
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Of every token, row number and boundary: the data that the plan speaks of."""
-        hasher = sha256()
-        for group in self.dataset:
-            hasher.update(np.array([group.row, len(group.response_ids)], "<i8").tobytes())
-            for ids in (group.prompt_ids, *group.response_ids):
-                hasher.update(np.array([len(ids)], "<i8").tobytes())
-                hasher.update(np.ascontiguousarray(ids, "<i4").tobytes())
-        return hasher.hexdigest()
+        return self.dataset.digest
 
     def steps(self, done: int) -> Iterator[TrainingStep]:
         """The steps after the first ``done``, on the device."""
@@ -124,7 +121,9 @@ class TrainingFeed:
         try:
             ahead: Future[TrainingStep] = pool.submit(self.build, done + 1)
             for number in range(done + 1, self.total_steps + 1):
+                asked = time.perf_counter()
                 step = ahead.result()
+                self.waited += time.perf_counter() - asked
                 if number < self.total_steps:
                     ahead = pool.submit(self.build, number + 1)
                 yield TrainingStep(step.number, step.epoch, tuple(p.to(self.device) for p in step.packs), step.work)
@@ -141,7 +140,7 @@ class TrainingFeed:
     def _build_pack(self, pack: Pack) -> TrainingPack:
         batch = build_batch([self.dataset[i] for i in pack], share_prompts=self.packing.share_prompts)
         built = TrainingPack(batch, None if self.lookup is None else torch.from_numpy(self.lookup(pack)))
-        return built.pin_memory() if self.device.type == "cuda" else built
+        return gather(built, pin=True) if self.device.type == "cuda" else built
 
     def _work(self, members: Step, packs: tuple[TrainingPack, ...]) -> StepWork:
         groups = [i for pack in members for i in pack]
