@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadscope $(PYTEST_ARGS)
 
-# The tests that take minutes, and the property tests with thirty times as many examples.
+# The tests that take minutes, and the property tests with twenty times as many examples.
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadscope --slow -m "slow or property" $(PYTEST_ARGS)
 

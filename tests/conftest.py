@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     # Every run draws the same examples, so that a change is to blame for a failure; the long form looks for new ones.
     settings.register_profile("fast", derandomize=True, deadline=None, max_examples=100)
-    settings.register_profile("long", deadline=None, max_examples=3000, print_blob=True)
+    settings.register_profile("long", deadline=None, max_examples=2000, print_blob=True)
     settings.load_profile("long" if config.getoption("--slow") else "fast")
 
 
