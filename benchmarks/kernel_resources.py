@@ -1,9 +1,10 @@
 """Compile every Triton kernel for chips that need not be here, and print what each takes of them.
 
-    python -m benchmarks.kernel_resources [--arch sm_90] [--update docs/kernels.md]
+    python -m benchmarks.kernel_resources [--arch sm_90] [--kernel slice_grad] [--update docs/kernels.md]
 
 One row per kernel and shipped configuration, the worst over every set of options that compiles to a kernel of its own.
-``--update`` puts the table into a page, in place of whatever follows the page's marker.
+``--update`` puts the rows into the table of a page, in place of those of the same chips and kernels. All of them take
+half an hour of a processor; after a change of one kernel, or with a new one, only its rows have to be made anew.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,11 @@ class Case:
         with compiling_for(arch) as compiled:
             self.launch()
         return [inspect_kernel(kernel, arch) for kernel in compiled]
+
+    @property
+    def kernel(self) -> str:
+        """Its name in the tile tables, or of the case."""
+        return self.name.partition("-")[0]
 
     @property
     def label(self) -> str:
@@ -200,14 +206,16 @@ class Row(NamedTuple):
         return [self.arch, self.kernel, self.dtype, self.config, *numbers, ", ".join(instructions)]
 
 
-def rows(arch: str) -> Iterator[Row]:
-    """Every kernel and shipped configuration on one chip."""
+def rows(arch: str, kernels: Sequence[str]) -> Iterator[Row]:
+    """Every kernel and shipped configuration on one chip; of some kernels, if any are named."""
     by_entry: dict[tuple[str, str, str], list[Resources]] = {}
     for case in tile_cases(arch) + other_cases():
+        if kernels and case.kernel not in kernels:
+            continue
         for found in case.compile(arch):
             kernel, config = found.kernel, f"{found.num_warps} warps"
             if case.config is not None:
-                kernel, config = case.name.partition("-")[0], describe_config(case.config)
+                kernel, config = case.kernel, describe_config(case.config)
             elif found.tensor_cores:
                 # The tile kernel inside the frozen head is one of the configurations above.
                 continue
@@ -216,15 +224,33 @@ def rows(arch: str) -> Iterator[Row]:
         yield Row(arch, kernel, dtype, config, variants)
 
 
-def table_lines(archs: Sequence[str]) -> Iterator[str]:
-    """The table in Markdown, line by line as it is found."""
-    yield f"triton {triton.__version__}, {_ptxas_version()}, N={N} D={D} V={V}."
-    yield ""
-    yield "| " + " | ".join(COLUMNS) + " |"
-    yield "|---|---|---|---|---:|---:|---:|---:|---|"
-    for arch in archs:
-        for row in rows(arch):
-            yield "| " + " | ".join(row.cells()) + " |"
+def versions() -> str:
+    """What compiled and assembled, in one line."""
+    return f"triton {triton.__version__}, {_ptxas_version()}, N={N} D={D} V={V}."
+
+
+def table_lines(found: Iterable[Sequence[str]]) -> list[str]:
+    """The table in Markdown from the cells of its rows."""
+    separator = "|---|---|---|---|---:|---:|---:|---:|---|"
+    return [_line(COLUMNS), separator, *map(_line, found)]
+
+
+def read_table(page: str) -> list[list[str]]:
+    """The cells of the rows of a page."""
+    lines = page.partition(MARKER)[2].strip().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+
+
+def update(page: str, found: Sequence[Sequence[str]], info: str) -> str:
+    """The page with `found` in place of the rows of the same chips and kernels, in the order of chips."""
+    new = {tuple(cells[:2]) for cells in found}
+    kept = [cells for cells in read_table(page) if tuple(cells[:2]) not in new]
+    ordered = sorted([*kept, *found], key=lambda cells: int(cells[0].removeprefix("sm_")))
+    return "\n".join([page.partition(MARKER)[0] + MARKER, "", info, "", *table_lines(ordered)]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _ptxas_version() -> str:
@@ -244,17 +270,17 @@ def main() -> None:
     parser.add_argument(
         "--arch", choices=sorted(SHARED_MEMORY), action="append", help="chip; by default all with a table"
     )
-    parser.add_argument("--update", type=Path, metavar="PAGE", help="page to put the table into")
+    parser.add_argument("--kernel", action="append", default=[], help="of a tile table, or a case; by default all")
+    parser.add_argument("--update", type=Path, metavar="PAGE", help="page whose table to update")
     args = parser.parse_args()
-    page = args.update.read_text() if args.update else MARKER
-    if MARKER not in page:
+    if args.update and MARKER not in args.update.read_text():
         sys.exit(f"error: {args.update} has no line {MARKER}")
-    lines = []
-    for line in table_lines(args.arch or shipped_archs()):
-        print(line, flush=True)
-        lines.append(line)
-    if args.update:
-        args.update.write_text(page.partition(MARKER)[0] + "\n".join([MARKER, "", *lines]) + "\n")
+    print(f"{versions()}\n\n" + "\n".join(table_lines([])), flush=True)
+    for arch in args.arch or shipped_archs():
+        found = [row.cells() for row in rows(arch, args.kernel)]
+        print("\n".join(map(_line, found)), flush=True)
+        if args.update:
+            args.update.write_text(update(args.update.read_text(), found, versions()))
 
 
 if __name__ == "__main__":
