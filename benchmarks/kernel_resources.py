@@ -125,8 +125,8 @@ def _tile_launch(
         options = HeadOptions(bias_V=_meta(V, dtype=dtype) if bias else None, softcap=30.0 if softcap else None)
         common: dict[str, Any] = {"first_col": 0, "options": options, "config": config}
         if kernel == "slice_grad":
-            out = _meta(N, V, dtype=dtype)
-            slice_grad.slice_grad(hidden, weight, labels, row, row, out, ignore_index=-100, **common)
+            out, lse = _meta(N, V, dtype=dtype), _meta(N, dtype=torch.float64)
+            slice_grad.slice_grad(hidden, weight, labels, lse, row, out, ignore_index=-100, **common)
             return
         exps = tile_logps.empty_exps(hidden, V) if kernel == "linear_exps" else None
         tile_logps.tile_stats(
@@ -139,7 +139,7 @@ def _tile_launch(
 def _softmax_grad_launch(dtype: torch.dtype) -> Callable[[], Any]:
     def launch() -> None:
         row, labels = _meta(N), _meta(N, dtype=torch.int64)
-        stats = tile_logps.LinearStats(row, row, _meta(-(-V // 128), N), 128)
+        stats = tile_logps.LinearStats(row, _meta(N, dtype=torch.float64), _meta(-(-V // 128), N), 128)
         softmax_grad.softmax_grad_(
             _meta(N, V, dtype=dtype), row, labels, stats, V=V, ignore_index=-100, options=HeadOptions(softcap=30.0)
         )

@@ -103,7 +103,7 @@ def backward(
             hidden_TD,
             weight_vD,
             labels_T,
-            lse_T.float(),
+            lse_T,
             grad_logps_T,
             gradient_Tv,
             first_col=start,

@@ -88,6 +88,25 @@ def test_log_probs(dtype, options, narrow_slices):
     compare(Case((19,), dtype=dtype), "log_probs", **options)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_peaked_logits_of_a_hundred(frozen, narrow_slices):
+    """One token takes nearly all mass: a log-sum-exp rounded to fp32 would move each probability by 4e-6 of itself."""
+    hidden, weight, labels = torch.randn(40, 1) * 30, torch.randn(513, 1), torch.randint(0, 513, (40,))
+
+    def gradients(function, dtype):
+        leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(not frozen)]
+        return torch.autograd.grad(function(*leaves).sum(), leaves[: 2 - frozen])
+
+    def naive(hidden, weight):
+        return torch.log_softmax(hidden @ weight.T, -1).gather(1, labels[:, None])
+
+    exact, rival = gradients(naive, torch.float64), gradients(naive, torch.float32)
+    got = gradients(lambda hidden, weight: linear_logps(hidden, weight, labels, impl="triton"), torch.float32)
+    for found, other, truth in zip(got, rival, exact, strict=True):
+        unit = 4 * torch.finfo(torch.float32).eps * truth.norm()
+        assert (found - truth).norm() <= 2 * (other - truth).norm() + unit
+
+
 @pytest.mark.parametrize("trained", [t for t in itertools.product([True, False], repeat=3) if any(t)])
 def test_frozen_inputs(trained, narrow_slices):
     compare(Case((9,)), "log_probs", trained=trained)
