@@ -19,8 +19,7 @@ from torch import Tensor
 
 from engine.config.schema import ModelConfig, RunConfig
 from engine.data import load_dataset_groups
-from engine.data.groups import PreferenceDataset
-from engine.data.lengths import GroupLengths
+from engine.data.groups import PreferenceDataset, pair_places
 from engine.errors import UserError
 from engine.model import (
     Policy,
@@ -36,7 +35,7 @@ from engine.model.adapters import ADAPTER_FILE
 from engine.packing import Pack, build_batch, check_fits, group_sizes, pack_groups
 from engine.train.durable import write_atomically
 from engine.train.metrics import METRICS_FILE, PREFERENCE_NAMES
-from engine.train.objective import Objective, Scored, sum_responses
+from engine.train.objective import Objective, sum_responses
 from engine.train.references import full_model, prepare_references
 
 EVALUATION_FILE = "evaluation.json"
@@ -134,13 +133,17 @@ def evaluate_policy(
     lengths = dataset.lengths
     per_group = tuple(lengths.responses.tolist())
     lengths_S = torch.from_numpy(np.concatenate([n[1:] for n in lengths]))
-    scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group)
+    places_P2 = pair_places(dataset) if dataset.has_pairs.any() else None
+    pairs_P2 = None if places_P2 is None else torch.from_numpy(places_P2)
+    scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group, pairs_P2)
     values = dict(zip((f"eval_{n}" for n in PREFERENCE_NAMES), scored.means().tolist(), strict=True))
     summed, per_token = _ranking(scores.logps_S, lengths_S, per_group)
     values["eval_ranking_accuracy"] = summed.mean().item()
     values["eval_ranking_accuracy_per_token"] = per_token.mean().item()
-    values["eval_num_pairs"] = float(len(dataset))
-    return values | _by_length(scored, summed, lengths, has_reference=scores.ref_S is not None)
+    values["eval_num_pairs"] = float(dataset.terms.sum())
+    terms_G = torch.from_numpy(dataset.terms)
+    right = summed.repeat_interleave(terms_G) if scores.ref_S is None else scored.accuracies
+    return values | _by_length(right, torch.from_numpy(lengths.longest).repeat_interleave(terms_G))
 
 
 def _score_all(
@@ -186,13 +189,13 @@ def _ranking(logps_S: Tensor, lengths_S: Tensor, per_group: tuple[int, ...]) -> 
     return torch.stack(summed).float(), torch.stack(averaged).float()
 
 
-def _by_length(scored: Scored, ranked: Tensor, lengths: GroupLengths, *, has_reference: bool) -> dict[str, float]:
-    """Accuracy, and number of groups, by the tokens of the longest response in powers of two.
+def _by_length(right: Tensor, longest: Tensor) -> dict[str, float]:
+    """Accuracy, and number of pairs, by the tokens of the longest response of their group in powers of two.
 
-    The accuracy is that of the rewards, or of the ranking for a loss without a reference.
+    Args:
+        right: of each pair or ranking: the accuracy of the rewards, or of the ranking for a loss without a reference.
     """
-    right = (scored.accuracies if has_reference else ranked).double()
-    longest = torch.from_numpy(lengths.longest)
+    right = right.double()
     values: dict[str, float] = {}
     low, high = 1, 32
     while low <= int(longest.max()):

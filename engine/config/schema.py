@@ -107,8 +107,12 @@ class DataConfig:
     """Most tokens of prompt and response; longer responses are cut, longer prompts drop the row. null is no limit."""
     truncation_mode: Literal["keep_start"] = "keep_start"
     """Which end of a sequence over max_length stays."""
-    format: Literal["auto", "preference", "hh", "sharegpt", "kwise", "tokenized"] = "auto"
+    format: Literal["auto", "preference", "hh", "sharegpt", "kwise", "scored", "tokenized"] = "auto"
     """Row layout; auto reads it off the column names."""
+    scored_pairs: Literal["all", "best_vs_rest", "best_worst", "ranking"] = "all"
+    """What scored completions stand for: pairs, which share one prompt, or (ranking) their order, for plackett_luce."""
+    min_score_gap: float = 0.0
+    """Pairs whose scores differ by less are left out, and so are ties."""
     chat_template: str = "auto"
     """auto (the tokenizer's, when it has one), none (plain text), or a path to a Jinja file."""
     max_rows: int | None = None
@@ -121,6 +125,7 @@ class DataConfig:
         _require(
             self.max_length is None or self.max_length > 1, f"data.max_length must be at least 2, got {self.max_length}"
         )
+        _require(self.min_score_gap >= 0, f"data.min_score_gap must not be negative, got {self.min_score_gap}")
         _require(self.max_rows is None or self.max_rows > 0, f"data.max_rows must be positive, got {self.max_rows}")
 
 

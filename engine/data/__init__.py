@@ -11,6 +11,7 @@ from engine.config.schema import DataConfig
 from engine.data.formats import Example, PromptsDifferError, detect_format, reader_for
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.data.lint import LintReport
+from engine.data.scored import expand_scores
 from engine.data.sources import Row, Source, is_single_file, open_source
 from engine.data.tokenize import Encoder, make_groups
 from engine.errors import RowError, UserError
@@ -103,6 +104,11 @@ def _examples(source: Source, data: DataConfig, encoder: Encoder, report: LintRe
                 read = reader_for(layout, use_messages=encoder.use_messages)
                 report.layout = layout
             example = read(row)
+            if example.scores is not None:
+                expanded = expand_scores(example, data, report)
+                if expanded is None:
+                    continue
+                example = expanded
         except PromptsDifferError:
             report.add("differing_prompts", row.index)
         except RowError as error:

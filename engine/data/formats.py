@@ -8,6 +8,7 @@ hh             ``chosen, rejected``: Anthropic dialogues, turns marked by ``\\n\
 sharegpt       ``conversations, chosen, rejected`` with from/value or role/content turns, optional ``system``
 kwise          ``prompt, responses, ranking``: K >= 2 responses; ``ranking[i]`` is the rank of ``responses[i]``, and the
                smallest rank is the best
+scored         ``prompt, responses, scores``, or ``completions`` with a text and a score each (``engine.data.scored``)
 tokenized      ``prompt_ids, chosen_ids, rejected_ids``
 =============  ======================================================================================================
 
@@ -37,6 +38,7 @@ COLUMNS = {
     "hh": ("chosen", "rejected"),
     "sharegpt": ("conversations", "chosen", "rejected"),
     "kwise": ("prompt", "responses", "ranking"),
+    "scored": ("prompt", "responses", "scores"),
     "tokenized": ("prompt_ids", "chosen_ids", "rejected_ids"),
 }
 # ShareGPT speakers as LLaMA-Factory and FastChat write them; unknown ones are an error.
@@ -69,6 +71,10 @@ class Example:
     completions: tuple[Any, ...]
     ref_logps: tuple[float, ...] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    scores: tuple[float, ...] | None = None
+    """One for each completion, largest first; None when the row has none."""
+    pairs: tuple[tuple[int, int], ...] | None = None
+    """See ``PreferenceGroup.pairs``."""
 
 
 class PromptsDifferError(Exception):
@@ -89,6 +95,10 @@ def detect_format(row: Row) -> str:
         sides = (row.data["chosen"], row.data["rejected"])
         dialogues = all(isinstance(side, str) and side.startswith(HUMAN) and ASSISTANT in side for side in sides)
         return "hh" if dialogues and "prompt" not in columns else "preference"
+    from engine.data.scored import is_scored
+
+    if is_scored(row.data):
+        return "scored"
     known = "; ".join(f"{name}: {', '.join(names)}" for name, names in COLUMNS.items() if name != "hh")
     raise RowError(
         "missing_column", f"{row.where}: no known layout has the columns {_listed(row.data)}; expected one of {known}"
@@ -105,12 +115,15 @@ def reader_for(name: str, *, use_messages: bool) -> Callable[[Row], Example]:
     The function raises UserError, naming file, row and column, for a row that does not fit the layout, and
     ``PromptsDifferError`` for one whose sides answer different prompts.
     """
+    from engine.data.scored import read_scored
+
     if name == "hh":
         return _read_hh_messages if use_messages else _read_hh_text
     return {
         "preference": _read_preference,
         "sharegpt": _read_sharegpt,
         "kwise": _read_kwise,
+        "scored": read_scored,
         "tokenized": _read_tokenized,
     }[name]
 
@@ -131,7 +144,7 @@ def _column(row: Row, name: str, layout: str) -> Any:
     return value
 
 
-def _reject_images(row: Row) -> None:
+def refuse_images(row: Row) -> None:
     if row.data.get("images") or row.data.get("image"):
         raise RowError(
             "has_images", f"{row.where}: the row has images, but only text is supported; remove the image columns"
@@ -142,17 +155,17 @@ def _ref_logps(row: Row) -> tuple[float, float] | None:
     values = [row.data.get(name) for name in ("ref_chosen_logps", "ref_rejected_logps")]
     if values == [None, None]:
         return None
-    return tuple(_floats(values, row, "ref_chosen_logps and ref_rejected_logps", "bad_reference"))  # type: ignore[return-value]
+    return tuple(finite_numbers(values, row, "ref_chosen_logps and ref_rejected_logps", "bad_reference"))  # type: ignore[return-value]
 
 
-def _floats(values: Sequence[Any], row: Row, name: str, problem: str) -> list[float]:
+def finite_numbers(values: Sequence[Any], row: Row, name: str, problem: str) -> list[float]:
     good = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
     if not good:
         raise RowError(problem, f"{row.where}: {name} must be finite numbers, got {list(values)}")
     return [float(v) for v in values]
 
 
-def _template_kwargs(row: Row) -> dict[str, Any]:
+def template_kwargs(row: Row) -> dict[str, Any]:
     tools = row.data.get("tools")
     if isinstance(tools, str):
         try:
@@ -208,7 +221,7 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _read_preference(row: Row) -> Example:
-    _reject_images(row)
+    refuse_images(row)
     chosen, rejected = (_column(row, name, "preference") for name in COLUMNS["preference"])
     prompt = _column(row, "prompt", "preference") if "prompt" in row.data else None
     refs = _ref_logps(row)
@@ -233,7 +246,7 @@ def _read_preference(row: Row) -> Example:
         sides = rest[0], rest[1]
         if not start:
             raise PromptsDifferError
-    return Example(row.index, row.where, "messages", start, sides, refs, _template_kwargs(row))
+    return Example(row.index, row.where, "messages", start, sides, refs, template_kwargs(row))
 
 
 def split_implicit_prompt(chosen, rejected):
@@ -289,10 +302,10 @@ def _read_hh_messages(row: Row) -> Example:
     if not messages:
         raise RowError("bad_turn", f"{row.where}: the dialogue has no turn before its last '\\n\\nAssistant:'")
     answers = tuple([{"role": "assistant", "content": text.strip()}] for text in completions)
-    return Example(row.index, row.where, "messages", messages, answers, _ref_logps(row), _template_kwargs(row))
+    return Example(row.index, row.where, "messages", messages, answers, _ref_logps(row), template_kwargs(row))
 
 
-def _answer(value: Any, row: Row, name: str) -> list[Message]:
+def answer_messages(value: Any, row: Row, name: str) -> list[Message]:
     messages = [{"role": "assistant", "content": value}] if isinstance(value, str) else _messages(value, row, name)
     if not messages:
         raise RowError("bad_turn", f"{row.where}: column {name!r} has a response without turns")
@@ -300,7 +313,7 @@ def _answer(value: Any, row: Row, name: str) -> list[Message]:
 
 
 def _read_sharegpt(row: Row) -> Example:
-    _reject_images(row)
+    refuse_images(row)
     conversation, chosen, rejected = (_column(row, name, "sharegpt") for name in COLUMNS["sharegpt"])
     prompt = _messages(conversation, row, "conversations")
     system = row.data.get("system")
@@ -308,12 +321,12 @@ def _read_sharegpt(row: Row) -> Example:
         prompt = [{"role": "system", "content": system}, *prompt]
     if not prompt:
         raise RowError("bad_turn", f"{row.where}: column 'conversations' has no turns")
-    answers = (_answer(chosen, row, "chosen"), _answer(rejected, row, "rejected"))
-    return Example(row.index, row.where, "messages", prompt, answers, _ref_logps(row), _template_kwargs(row))
+    answers = (answer_messages(chosen, row, "chosen"), answer_messages(rejected, row, "rejected"))
+    return Example(row.index, row.where, "messages", prompt, answers, _ref_logps(row), template_kwargs(row))
 
 
 def _read_kwise(row: Row) -> Example:
-    _reject_images(row)
+    refuse_images(row)
     prompt, responses, ranking = (_column(row, name, "kwise") for name in COLUMNS["kwise"])
     if not isinstance(responses, list) or len(responses) < 2:
         count = len(responses) if isinstance(responses, list) else type(responses).__name__
@@ -326,7 +339,7 @@ def _read_kwise(row: Row) -> Example:
             "bad_ranking",
             f"{row.where}: column 'ranking' needs one rank for each of {len(responses)} responses, got {count}",
         )
-    ranks = _floats(ranking, row, "'ranking'", "bad_ranking")
+    ranks = finite_numbers(ranking, row, "'ranking'", "bad_ranking")
     if len(set(ranks)) < len(ranks):
         raise RowError(
             "bad_ranking", f"{row.where}: column 'ranking' has ties ({ranking}); every response needs its own rank"
@@ -339,17 +352,22 @@ def _read_kwise(row: Row) -> Example:
                 "bad_reference",
                 f"{row.where}: column 'ref_logps' needs one number for each of {len(responses)} responses",
             )
-        values = _floats(refs, row, "'ref_logps'", "bad_reference")
+        values = finite_numbers(refs, row, "'ref_logps'", "bad_reference")
         refs = tuple(values[i] for i in order)
     if isinstance(prompt, str):
         if not all(isinstance(response, str) for response in responses):
             raise RowError("wrong_type", f"{row.where}: column 'prompt' is text, so every response must be text, too")
         return Example(row.index, row.where, "text", prompt, tuple(responses[i] for i in order), refs)
-    answers = tuple(_answer(responses[i], row, "responses") for i in order)
-    messages = _messages(prompt, row, "prompt")
+    answers = tuple(answer_messages(responses[i], row, "responses") for i in order)
+    return Example(row.index, row.where, "messages", prompt_messages(prompt, row), answers, refs, template_kwargs(row))
+
+
+def prompt_messages(value: Any, row: Row) -> list[Message]:
+    """A prompt of at least one turn."""
+    messages = _messages(value, row, "prompt")
     if not messages:
         raise RowError("bad_turn", f"{row.where}: column 'prompt' has no turns")
-    return Example(row.index, row.where, "messages", messages, answers, refs, _template_kwargs(row))
+    return messages
 
 
 def _read_tokenized(row: Row) -> Example:

@@ -19,7 +19,7 @@ from engine.data.lengths import GroupLengths
 
 @dataclass(frozen=True, eq=False)
 class PreferenceGroup:
-    """One prompt and K responses, best first. A pair is ``responses[0]`` chosen, ``responses[1]`` rejected."""
+    """One prompt and K responses, best first. Two of them are a pair: the first chosen, the second rejected."""
 
     row: int
     """0-based row in the source, for messages."""
@@ -29,6 +29,8 @@ class PreferenceGroup:
     """K arrays, int32 [R_k], each at least one token."""
     ref_logps: tuple[float, ...] | None = None
     """Reference log-prob sums that came with the row (``ref_chosen_logps``, ``ref_rejected_logps``), or None."""
+    pairs: tuple[tuple[int, int], ...] | None = None
+    """The (chosen, rejected) places in ``response_ids`` that more than two responses stand for; None: their ranking."""
 
 
 class PreferenceDataset(Sequence[PreferenceGroup]):
@@ -42,6 +44,8 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         sizes: array[int] = array("q")
         first_part: array[int] = array("q", [0])
         rows: array[int] = array("q")
+        pairs: array[int] = array("h")
+        first_pair: array[int] = array("q", [0])
         self._ref_logps: list[tuple[float, ...] | None] = []
         for group in groups:
             for ids in (group.prompt_ids, *group.response_ids):
@@ -50,10 +54,14 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
             first_part.append(len(sizes))
             rows.append(group.row)
             self._ref_logps.append(group.ref_logps)
+            pairs.extend(place for pair in group.pairs or () for place in pair)
+            first_pair.append(len(pairs) // 2)
         self._tokens = np.asarray(tokens, dtype=np.int32)
         self._offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self._first_part = np.asarray(first_part, dtype=np.int64)
         self._rows = np.asarray(rows, dtype=np.int64)
+        self._pairs = np.asarray(pairs, dtype=np.int16).reshape(-1, 2)
+        self._first_pair = np.asarray(first_pair, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -71,7 +79,22 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
             prompt_ids=parts[0],
             response_ids=tuple(parts[1:]),
             ref_logps=self._ref_logps[index],
+            pairs=self._pairs_of(index),
         )
+
+    def _pairs_of(self, index: int) -> tuple[tuple[int, int], ...] | None:
+        pairs = self._pairs[self._first_pair[index] : self._first_pair[index + 1]].tolist()
+        return tuple((a, b) for a, b in pairs) or None
+
+    @property
+    def has_pairs(self) -> np.ndarray:
+        """bool [G]: whether a group stands for pairs of its own (``PreferenceGroup.pairs``)."""
+        return np.diff(self._first_pair) > 0
+
+    @property
+    def terms(self) -> np.ndarray:
+        """int64 [G]: losses that each group adds to the sum of a step: one for each of its pairs, or one in all."""
+        return np.maximum(np.diff(self._first_pair), 1)
 
     def __iter__(self) -> Iterator[PreferenceGroup]:
         return (self[i] for i in range(len(self)))
@@ -88,7 +111,7 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of every token, row number and boundary."""
+        """sha256 of every token, row number, boundary and pair."""
         hasher = sha256()
         for numbers, kind in (
             (np.array([len(self)]), "<i8"),
@@ -96,6 +119,23 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
             (self._rows, "<i8"),
             (self._offsets, "<i8"),
             (self._tokens, "<i4"),
+            (self._first_pair, "<i8"),
+            (self._pairs, "<i2"),
         ):
             hasher.update(np.ascontiguousarray(numbers, kind).data)
         return hasher.hexdigest()
+
+
+def pair_places(groups: Sequence[PreferenceGroup]) -> np.ndarray | None:
+    """int64 [P, 2]: (chosen, rejected) responses of every pair, counted over all groups in order.
+
+    Returns:
+        None when no group stands for pairs of its own: each is one pair, or one ranking.
+    """
+    places, first = [], 0
+    own = False
+    for group in groups:
+        own = own or group.pairs is not None
+        places.append(first + np.array(group.pairs or ((0, 1),), np.int64))
+        first += len(group.response_ids)
+    return np.concatenate(places) if own else None

@@ -45,6 +45,7 @@ _STOPS = {
     ),
     "has_images": ("the row has images, but only text is supported", "remove the image columns"),
     "bad_ranking": ("not one rank for each of two or more responses, or ties", "correct or remove the rows"),
+    "bad_score": ("not one finite score for each of two or more responses", "correct or remove the rows"),
     "bad_reference": ("reference log-probs that are not one finite number a response", "correct or remove the columns"),
     "no_dialogue": ("a side has no '\\n\\nAssistant:' turn", "set data.format: preference if the rows are plain text"),
     "half_character": ("the text holds half of a surrogate pair", "correct or remove the rows"),
@@ -73,6 +74,24 @@ PROBLEMS = {
             True,
             "the two sides answer different prompts",
             "remove the rows, or give them one prompt",
+        ),
+        Problem(
+            "no_scored_pair",
+            True,
+            "no two completions whose scores differ by data.min_score_gap as data.scored_pairs asks",
+            "lower data.min_score_gap, or remove the rows",
+        ),
+        Problem(
+            "tied_ranking",
+            True,
+            "two completions have the same score, or are closer than data.min_score_gap, so there is no ranking",
+            "set data.scored_pairs to all and take a loss of pairs, or remove the rows",
+        ),
+        Problem(
+            "tied_scores",
+            False,
+            "completions of the same score, or closer than data.min_score_gap, form no pair",
+            "lower data.min_score_gap unless that is meant",
         ),
         Problem(
             "prompt_too_long",

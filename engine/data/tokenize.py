@@ -207,6 +207,7 @@ def make_groups(
                     np.asarray(ids[: _room(encoded, max_length)], dtype=np.int32) for ids in encoded.completion_ids
                 ),
                 ref_logps=example.ref_logps,
+                pairs=example.pairs,
             )
             for problem in (*text_faults(example, encoder), *token_faults(encoded, group, encoder)):
                 report.add(problem, example.row)

@@ -4,7 +4,7 @@ A group is laid out once as ``prompt, response_1, ..., response_K``. Each respon
 of the prompt. Attention is causal within segments: the first is ``prompt ++ response_1``; response k > 1 is a segment
 of its own whose keys are ``prompt ++ response_k``. So the prompt is computed once, and no token sees another response.
 
-Shape suffixes: T packed tokens, N completion tokens, S responses, Q query segments.
+Shape suffixes: T packed tokens, N completion tokens, S responses, P pairs, Q query segments.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from engine.data.groups import PreferenceGroup
+from engine.data.groups import PreferenceGroup, pair_places
 from engine.packing.transfer import send
 
 
@@ -76,6 +76,12 @@ class PackedBatch:
     responses_per_group: tuple[int, ...]
     rows: tuple[int, ...]
     """Source row of each group, for messages."""
+    terms_per_group: tuple[int, ...]
+    """Losses of each group: one for each of its pairs, or one in all."""
+    pairs_P2: torch.Tensor | None
+    """int64 [P, 2]: (chosen, rejected) responses of every pair; None when every group is one pair or one ranking."""
+    num_chosen_tokens: int
+    """Tokens of the chosen response of every pair, or of the best of a ranking."""
     num_unshared_tokens: int
     """Tokens that the same responses have with the prompt repeated for each."""
 
@@ -148,6 +154,7 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
             predicting.append(np.arange(end - len(response) - 1, end - 1))
             predicting[-1][0] = prompt_start + len(prompt) - 1
     responses = [r for g in groups for r in g.response_ids]
+    places_P2 = pair_places(groups)
     return PackedBatch(
         input_ids_T=_int64(ids),
         position_ids_T=_int64(positions),
@@ -157,6 +164,9 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
         cu_responses_S1=_cumulative([len(r) for r in responses]),
         responses_per_group=tuple(len(g.response_ids) for g in groups),
         rows=tuple(g.row for g in groups),
+        terms_per_group=tuple(len(g.pairs or (0,)) for g in groups),
+        pairs_P2=None if places_P2 is None else torch.from_numpy(places_P2),
+        num_chosen_tokens=sum(len(g.response_ids[best]) for g in groups for best, _ in g.pairs or ((0, 1),)),
         num_unshared_tokens=unshared,
     )
 

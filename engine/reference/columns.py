@@ -20,11 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.data.groups import PreferenceDataset
+from engine.data.scored import is_scored
 from engine.data.sources import Row
 from engine.errors import UserError
 
 PAIR_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 RANKED_COLUMN = "ref_logps"
+RANKING = "ranking"
 _FORMATS = (".jsonl", ".jsonl.gz", ".parquet")
 _PARQUET_ROWS = 1024
 
@@ -97,11 +99,16 @@ def export_columns(
 
 
 def _reference_columns(row: Row, sums: tuple[float, ...], count: int) -> dict[str, Any]:
-    if "ranking" not in row.data or "responses" not in row.data:
+    if RANKING not in row.data and is_scored(row.data):
+        raise UserError(
+            f"{row.where}: rows of scored completions have no columns for references, since ties are left out: leave "
+            "out --export, and share the folder of reference.store instead"
+        )
+    if RANKING not in row.data or "responses" not in row.data:
         assert count == 2
         return dict(zip(PAIR_COLUMNS, sums, strict=True))
     # Groups hold responses best first; the column follows the row's own order.
-    ranking = row.data["ranking"]
+    ranking = row.data[RANKING]
     best_first = sorted(range(len(ranking)), key=ranking.__getitem__)
     return {RANKED_COLUMN: [value for _, value in sorted(zip(best_first, sums, strict=True))]}
 

@@ -50,12 +50,14 @@ class TrainingStep:
 
     @property
     def num_groups(self) -> int:
+        """Of the whole step, a group of several pairs counted once for each: what its loss is divided by."""
         return self.work.pairs
 
     @property
     def rows(self) -> list[int]:
-        """Source rows, in the order of the packs."""
-        return [row for pack in self.packs for row in pack.batch.rows]
+        """Source row of each pair or ranking, in the order of the packs."""
+        batches = [pack.batch for pack in self.packs]
+        return [row for b in batches for row, n in zip(b.rows, b.terms_per_group, strict=True) for _ in range(n)]
 
 
 class TrainingFeed:
@@ -90,6 +92,7 @@ class TrainingFeed:
             train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
         )
         self.lengths = dataset.lengths
+        self._terms_G = dataset.terms
         self._packed_G = self.lengths.packed(share_prompts=packing.share_prompts)
         self._completions_G = self.lengths.completions
         self._visible_G = self.lengths.visible_pairs(share_prompts=packing.share_prompts)
@@ -146,7 +149,7 @@ class TrainingFeed:
         groups = [i for pack in members for i in pack]
         rows = sum(p.batch.num_tokens for p in packs)
         return StepWork(
-            pairs=len(groups),
+            pairs=int(self._terms_G[groups].sum()),
             unshared_tokens=sum(p.batch.num_unshared_tokens for p in packs),
             packed_tokens=int(self._packed_G[groups].sum()),
             rows=rows,

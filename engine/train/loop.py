@@ -257,7 +257,7 @@ class _Run:
         finite_G = torch.stack([t.isfinite() for t in bad.values_G]).all(0).tolist()
         culprits = [row for row, finite in zip(bad.rows, finite_G, strict=True) if not finite]
         what = "log-probs are" if culprits else "the loss or a gradient is"
-        rows = culprits or bad.rows
+        rows = sorted(set(culprits or bad.rows))
         named = ", ".join(map(str, rows[:_ROWS_NAMED])) + (f" and {len(rows) - _ROWS_NAMED} more" if rows[8:] else "")
         saved = checkpoints.complete_checkpoints(self.output_dir)
         kept = f"the last checkpoint is {saved[-1][1]}" if saved else "no checkpoint was due yet"

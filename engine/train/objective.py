@@ -1,6 +1,8 @@
 """From the packs of one optimizer step to its loss and gradients.
 
-The loss of a step is the sum over its groups divided by their number, however they are packed. Three ways lead there:
+The loss of a step is the sum over its pairs and rankings divided by their number, however they are packed. A group is
+one pair, one ranking, or the several pairs of scored completions, each of which counts as any other.
+Ways that lead there:
 
 - Pairs whose losses are independent: ``linear_dpo_loss`` on every pack, gradients accumulate (one pass).
 - Losses that couple pairs (``aot``, ``aot_unpaired``): a first pass without gradients gives every log-prob of the step,
@@ -9,7 +11,9 @@ The loss of a step is the sum over its groups divided by their number, however t
 - Rankings of K responses (``plackett_luce``): ``linear_logps`` on every pack, then the loss of whole groups. When every
   group of the step has two responses it is DPO, and computed as DPO to the bit.
 
-Legend: N completion tokens, S responses, G groups, K responses of a group.
+- Several pairs of one group: ``linear_logps`` on every pack, each response once, then the loss of its pairs.
+
+Legend: N completion tokens, S responses, G groups (or pairs of groups), P pairs, K responses of a group.
 """
 
 from __future__ import annotations
@@ -83,11 +87,17 @@ class Objective:
         return self.mix is not None and self.mix.couples_pairs
 
     def check_dataset(self, dataset: PreferenceDataset) -> None:
-        """Raise a ``UserError`` when a group has more than two responses and the loss takes pairs."""
+        """Raise a ``UserError`` when groups are not what the loss takes: pairs, or rankings."""
+        if (dataset.terms > 1).any() and (self.ranks or self.couples_pairs):
+            needed = "ranking" if self.ranks else "best_worst"
+            raise UserError(
+                f"loss.loss_type {self.config.loss_name} does not take several pairs of one prompt: set "
+                f"data.scored_pairs to {needed}"
+            )
         if self.ranks:
             return
         responses = dataset.lengths.responses
-        for index in (responses != 2).nonzero()[0][:1]:
+        for index in ((responses != 2) & ~dataset.has_pairs).nonzero()[0][:1]:
             raise UserError(
                 f"row {dataset[index].row} has {responses[index]} responses, and loss.loss_type "
                 f"{self.config.loss_name} takes pairs: set loss.loss_type to {RANKING_LOSS}"
@@ -111,25 +121,44 @@ class Objective:
             return self.live_reference(batch)
         return stored_S
 
-    def score(self, logps_S: Tensor, ref_S: Tensor | None, lengths_S: Tensor, per_group: tuple[int, ...]) -> Scored:
+    def score(
+        self,
+        logps_S: Tensor,
+        ref_S: Tensor | None,
+        lengths_S: Tensor,
+        per_group: tuple[int, ...],
+        pairs_P2: Tensor | None = None,
+        *,
+        mean_chosen_length: float | None = None,
+    ) -> Scored:
         """Loss and rewards of whole groups from the log-probs of their responses; differentiable in ``logps_S``.
 
         Args:
             logps_S, ref_S: fp32 [S].
             lengths_S: completion tokens of each response.
             per_group: responses of each group.
+            pairs_P2: (chosen, rejected) responses of each pair; None when groups are pairs or rankings.
+            mean_chosen_length: of the whole step, when this is a part of it.
         """
         if self.ranks:
             assert ref_S is not None
             return self._score_rankings(logps_S, ref_S, per_group)
-        chosen, rejected = logps_S[0::2], logps_S[1::2]
+
+        def sides(values_S: Tensor | None) -> tuple[Any, Any]:
+            if values_S is None:
+                return None, None
+            if pairs_P2 is None:
+                return values_S[0::2], values_S[1::2]
+            return values_S[pairs_P2[:, 0]], values_S[pairs_P2[:, 1]]
+
+        (chosen, rejected), lengths = sides(logps_S), sides(lengths_S)
         out = preference_loss(
             chosen,
             rejected,
-            None if ref_S is None else ref_S[0::2],
-            None if ref_S is None else ref_S[1::2],
-            chosen_lengths=lengths_S[0::2],
-            rejected_lengths=lengths_S[1::2],
+            *sides(ref_S),
+            chosen_lengths=lengths[0],
+            rejected_lengths=lengths[1],
+            mean_chosen_length=mean_chosen_length,
             **self._options(),
         )
         return _scored_pairs(out.loss, out.chosen_rewards, out.rejected_rewards, chosen.detach(), rejected.detach())
@@ -160,9 +189,7 @@ class Objective:
 
     def _backward_pairs(self, policy: Policy, step: TrainingStep) -> list[Scored]:
         options = self._options()
-        if "sft" in self.config.loss_types:
-            chosen_tokens = sum(int(p.batch.cu_responses_S1.diff()[0::2].sum()) for p in step.packs)
-            options["mean_chosen_length"] = chosen_tokens / step.num_groups
+        options["mean_chosen_length"] = self._mean_chosen_length(step)
         parts = []
         for batch, ref_S in ((p.batch, self.reference(p.batch, p.ref_logps_S)) for p in step.packs):
 
@@ -186,13 +213,27 @@ class Objective:
             )
         return parts
 
+    def _mean_chosen_length(self, step: TrainingStep) -> float | None:
+        """Tokens of a chosen response over all pairs of the step, for losses that ask for it."""
+        if "sft" not in self.config.loss_types:
+            return None
+        return sum(p.batch.num_chosen_tokens for p in step.packs) / step.num_groups
+
     def _backward_logps(self, policy: Policy, step: TrainingStep) -> list[Scored]:
         parts = []
+        mean_length = self._mean_chosen_length(step)
         for pack in step.packs:
             batch = pack.batch
             ref_S = self.reference(batch, pack.ref_logps_S)
             logps_S = sum_responses(policy.logps(batch), batch.cu_responses_S1)
-            scored = self.score(logps_S, ref_S, _lengths(batch, logps_S.device), batch.responses_per_group)
+            scored = self.score(
+                logps_S,
+                ref_S,
+                _lengths(batch, logps_S.device),
+                batch.responses_per_group,
+                batch.pairs_P2,
+                mean_chosen_length=mean_length,
+            )
             (scored.losses.sum() / step.num_groups).backward()
             parts.append(scored._replace(losses=scored.losses.detach()))
         return parts

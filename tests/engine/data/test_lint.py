@@ -82,6 +82,8 @@ def test_unknown_problem_is_a_programming_error():
         LintReport("a").add("typo", 0)
     assert {problem.name for problem in PROBLEMS.values() if problem.drops} == {
         "differing_prompts",
+        "no_scored_pair",
+        "tied_ranking",
         "prompt_too_long",
         "no_prompt_tokens",
         "no_completion_tokens",

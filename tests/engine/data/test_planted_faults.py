@@ -61,6 +61,14 @@ def kwise(i, **changes):
     return {"prompt": prompt_of(i), "responses": [f" No {i}.", f" Sea {i}."], "ranking": [2, 1]} | changes
 
 
+def scored(i, **changes):
+    return {
+        "prompt": prompt_of(i),
+        "responses": [f" No {i}.", f" Sea {i}.", f" To {i}."],
+        "scores": [1, 9, 3],
+    } | changes
+
+
 def ids(i, **changes):
     return {"prompt_ids": [40, 50 + i], "chosen_ids": [60, 61, 2], "rejected_ids": [70, 2]} | changes
 
@@ -191,6 +199,23 @@ FAULTS = {
             (["contradiction"], kwise(0, ranking=[1, 2])),
         ],
     ),
+    "scored": (
+        scored,
+        [
+            (["missing_column"], {"prompt": "p", "scores": [1, 2]}),
+            (["missing_column"], scored(1, prompt=None)),
+            (["bad_score"], scored(2, scores=[1, 2])),
+            (["bad_score"], scored(3, scores=[1, 2, None])),
+            (["bad_score"], scored(4, responses=[" a"], scores=[1])),
+            (["bad_score"], scored(5, scores=None)),
+            (["bad_turn"], scored(6, responses=[{"words": "a"}, " b", " c"])),
+            (["no_scored_pair"], scored(7, scores=[2, 2, 2])),
+            (["tied_scores"], scored(8, scores=[2, 1, 2])),
+            (["has_images"], scored(9, images=["a.png"])),
+            (["identical_completions"], scored(10, responses=[" a", " a", " b"])),
+            (["duplicate"], scored(0)),
+        ],
+    ),
     "tokenized": (
         ids,
         [
@@ -265,7 +290,8 @@ def test_every_fault_is_reported_at_its_row_and_nothing_else_is(layout, make_tok
 
 def test_every_problem_is_planted_somewhere():
     planted = {problem for _, faults in FAULTS.values() for problems, _ in faults for problem in problems}
-    assert planted | {"no_chat_template"} == set(PROBLEMS)
+    # Rankings of scored completions are in test_scored.
+    assert planted | {"no_chat_template", "tied_ranking"} == set(PROBLEMS)
 
 
 def test_elements_of_an_array(make_tokenizer, tmp_path):

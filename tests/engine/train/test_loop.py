@@ -11,16 +11,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_kernels.losses import LOSS_TYPES
 from engine.config.schema import REFERENCE_FREE_LOSSES
 from engine.errors import UserError
+from engine.reference import ReferenceStore
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.loop import train
 
 TRAJECTORY = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "learning_rate", "num_tokens")
 
 
-def assert_same_trajectory(ours: list[dict], theirs: list[dict], tolerance: float = 1e-5) -> None:
+def assert_same_trajectory(
+    ours: list[dict], theirs: list[dict], tolerance: float = 1e-5, names: tuple[str, ...] = TRAJECTORY
+) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
-        for name in TRAJECTORY:
+        for name in names:
             assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], name)
 
 
@@ -191,6 +194,38 @@ def test_a_run_on_rankings_of_two_is_a_dpo_run_to_the_bit(make_config, pairs_jso
         rows = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows_of(config)]
         results.append((rows, (output_dir / "model.safetensors").read_bytes()))
     assert results[0] == results[1]
+
+
+def test_a_run_on_scored_completions_is_a_run_on_their_pairs(make_config, pairs_jsonl, rows_of, tmp_path):
+    """The same pairs in the same steps, with half of the responses computed and stored twice or once."""
+    sources = [json.loads(line) for line in pairs_jsonl.read_text().splitlines()]
+    scored, expanded = tmp_path / "scored.jsonl", tmp_path / "expanded.jsonl"
+    with open(scored, "w") as one, open(expanded, "w") as many:
+        for row, other in zip(sources[:12], sources[12:], strict=True):
+            answers = [row["chosen"], other["chosen"], row["rejected"]]
+            line = {"prompt": row["prompt"], "responses": [answers[i] for i in (2, 0, 1)], "scores": [0.5, 9, 3]}
+            one.write(json.dumps(line) + "\n")
+            for a, b in ((0, 1), (0, 2), (1, 2)):
+                line = {"prompt": row["prompt"], "chosen": answers[a], "rejected": answers[b]}
+                many.write(json.dumps(line) + "\n")
+    results = []
+    for name, path, per_step in (("scored", scored, 4), ("expanded", expanded, 12)):
+        config = make_config(
+            data={"dataset_name": str(path), "eval_dataset_name": str(path)},
+            packing={"pairs_per_step": per_step, "shuffle": False},
+            train={"output_dir": str(tmp_path / name), "eval_steps": 2},
+            reference={"store": str(tmp_path / f"store-{name}")},
+        )
+        result = train(config)
+        results.append((rows_of(config), result.metrics))
+    assert_same_trajectory(results[0][0], results[1][0], tolerance=2e-5, names=TRAJECTORY[:-1])
+    # Sequences that are counted: three of a prompt, or two of each of its three pairs.
+    assert results[1][0][-1]["num_tokens"] == 2 * results[0][0][-1]["num_tokens"]
+    assert results[0][1]["eval_num_pairs"] == results[1][1]["eval_num_pairs"] == 36
+    for key in ("eval_loss", "eval_rewards/accuracies", "eval_logps/chosen"):
+        assert results[0][1][key] == pytest.approx(results[1][1][key], rel=1e-5)
+    stores = [ReferenceStore(tmp_path / f"store-{name}") for name in ("scored", "expanded")]
+    assert len(stores[0]) == len(stores[1]) == 36
 
 
 @pytest.mark.parametrize("mode", ["auto", "live"])

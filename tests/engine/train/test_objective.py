@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,62 @@ def test_scores_of_two_are_those_of_pairs_to_the_bit():
     ranked, paired = (Objective(LossConfig(loss_type=name, beta=0.3)) for name in ("plackett_luce", "sigmoid"))
     for a, b in zip(*(o.score(logps, refs, lengths, (2,) * 6) for o in (ranked, paired)), strict=True):
         assert torch.equal(a, b)
+
+
+PAIRS_OF_FOUR = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3))
+
+
+def scored_groups(count: int = 6) -> PreferenceDataset:
+    """Groups of four responses and five pairs, of three and two, and plain pairs."""
+    groups = []
+    for group in dataset(4, count):
+        kind = group.row % 3
+        size, pairs = ((4, PAIRS_OF_FOUR), (3, ((0, 2), (1, 2))), (2, None))[kind]
+        groups.append(replace(group, response_ids=group.response_ids[:size], pairs=pairs))
+    return PreferenceDataset(groups)
+
+
+def expanded(data: PreferenceDataset, table: ReferenceTable) -> tuple[PreferenceDataset, ReferenceTable]:
+    """A row for each pair, with its own copy of the prompt."""
+    rows, sums = [], []
+    for i, group in enumerate(data):
+        refs = table.lookup((i,)).tolist()
+        for a, b in group.pairs or ((0, 1),):
+            rows.append(replace(group, response_ids=(group.response_ids[a], group.response_ids[b]), pairs=None))
+            sums.append((refs[a], refs[b]))
+    return PreferenceDataset(rows), ReferenceTable(sums)
+
+
+@pytest.mark.parametrize("names", ["sigmoid", "ipo", "simpo", ("sigmoid", "sft")])
+def test_pairs_of_one_prompt_train_as_rows_of_their_own(names, policy):
+    """Every pair counts once with equal weight, and every response is computed once."""
+    data = scored_groups()
+    table = references(data)
+    rows, sums = expanded(data, table)
+    assert len(rows) == data.terms.sum() == 16
+    objective = Objective(LossConfig(loss_type=names, beta=0.3))
+    objective.check_dataset(data)
+    plain = objective.backward(policy, one_step(rows, 100_000, sums))
+    want = gradients(policy)
+    for tokens_per_pack in (100_000, 150):
+        step = one_step(data, tokens_per_pack, table)
+        assert step.num_groups == len(step.rows) == 16
+        assert (len(step.packs) > 1) == (tokens_per_pack == 150)
+        assert sum(p.batch.num_responses for p in step.packs) == 18
+        scored = objective.backward(policy, step)
+        torch.testing.assert_close(scored.means(), plain.means(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradients(policy), want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+        if tokens_per_pack == 100_000:
+            for got, one in zip(scored, plain, strict=True):
+                torch.testing.assert_close(got.sort().values, one.sort().values, rtol=1e-5, atol=1e-5)
+
+
+def test_several_pairs_of_one_prompt_are_refused_where_they_have_no_meaning():
+    data = scored_groups()
+    with pytest.raises(UserError, match=r"plackett_luce does not take several pairs.*data\.scored_pairs to ranking"):
+        Objective(LossConfig(loss_type="plackett_luce")).check_dataset(data)
+    with pytest.raises(UserError, match=r"aot does not take several pairs.*data\.scored_pairs to best_worst"):
+        Objective(LossConfig(loss_type="aot")).check_dataset(data)
 
 
 def test_more_than_two_responses_need_a_ranking_loss():

@@ -1,0 +1,141 @@
+"""Rows of scored completions: K answers to one prompt, each with a number, and the pairs that they stand for.
+
+The prompt and the K responses stay one group, so they are laid out, computed and stored once, however many pairs there
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from engine.config.schema import DataConfig
+from engine.data.formats import (
+    Example,
+    answer_messages,
+    finite_numbers,
+    prompt_messages,
+    refuse_images,
+    template_kwargs,
+)
+from engine.data.lint import LintReport
+from engine.data.sources import Row
+from engine.errors import RowError
+
+PROMPTS = ("prompt", "instruction", "question")
+RESPONSES = ("responses", "completions", "generations")
+SCORES = ("scores", "ratings", "rewards")
+ITEM_TEXTS = ("response", "completion", "text", "content")
+ITEM_SCORES = ("score", "overall_score", "rating", "reward")
+"""Names of the parts of a completion that is an object, as in UltraFeedback."""
+
+
+def _first(names: tuple[str, ...], data: Mapping[str, Any]) -> str | None:
+    return next((name for name in names if data.get(name) is not None), None)
+
+
+def _needed(row: Row, what: str, names: tuple[str, ...]) -> str:
+    found = _first(names, row.data)
+    if found is None:
+        raise RowError("missing_column", f"{row.where}: the row needs {what}: one of {', '.join(names)}")
+    return found
+
+
+def is_scored(data: Mapping[str, Any]) -> bool:
+    """Whether a row has a prompt and responses with scores."""
+    responses = _first(RESPONSES, data)
+    if _first(PROMPTS, data) is None or responses is None:
+        return False
+    items = data[responses]
+    inside = isinstance(items, list) and bool(items) and isinstance(items[0], dict) and _first(ITEM_SCORES, items[0])
+    return _first(SCORES, data) is not None or bool(inside)
+
+
+def read_scored(row: Row) -> Example:
+    """A row as an example, its completions best first; of equal scores the first in the row is first.
+
+    Raises:
+        RowError: not a prompt and two or more responses, each with a finite score.
+    """
+    refuse_images(row)
+    prompt_name, name = (_needed(row, *part) for part in (("a prompt", PROMPTS), ("a list of responses", RESPONSES)))
+    prompt, items = row.data[prompt_name], row.data[name]
+    if not isinstance(items, list) or len(items) < 2:
+        count = len(items) if isinstance(items, list) else type(items).__name__
+        raise RowError("bad_score", f"{row.where}: {name!r} needs 2 responses or more, got {count}")
+    responses, scores = _texts_and_scores(row, items)
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    best_first = tuple(scores[i] for i in order)
+    if isinstance(prompt, str) and all(isinstance(response, str) for response in responses):
+        texts = tuple(responses[i] for i in order)
+        return Example(row.index, row.where, "text", prompt, texts, scores=best_first)
+    answers = tuple(answer_messages(responses[i], row, "responses") for i in order)
+    start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt_messages(prompt, row)
+    kwargs = template_kwargs(row)
+    return Example(row.index, row.where, "messages", start, answers, template_kwargs=kwargs, scores=best_first)
+
+
+def _texts_and_scores(row: Row, items: list[Any]) -> tuple[list[Any], list[float]]:
+    column = _first(SCORES, row.data)
+    if column is not None:
+        values = row.data[column]
+        if not isinstance(values, list) or len(values) != len(items):
+            raise RowError("bad_score", f"{row.where}: {column!r} needs one score for each of {len(items)} responses")
+    else:
+        values = []
+        for item in items:
+            key = _first(ITEM_SCORES, item) if isinstance(item, dict) else None
+            if key is None:
+                raise RowError("bad_score", f"{row.where}: a completion has no score: one of {', '.join(ITEM_SCORES)}")
+            values.append(item[key])
+    texts = []
+    for item in items:
+        is_turn = isinstance(item, dict) and "role" in item
+        key = _first(ITEM_TEXTS, item) if isinstance(item, dict) and not is_turn else None
+        if isinstance(item, dict) and not is_turn and key is None:
+            raise RowError("bad_turn", f"{row.where}: a completion has no text: one of {', '.join(ITEM_TEXTS)}")
+        texts.append(item if key is None else item[key])
+    return texts, finite_numbers(values, row, "scores", "bad_score")
+
+
+def expand_scores(example: Example, data: DataConfig, report: LintReport) -> Example | None:
+    """``example`` with the pairs that ``data.scored_pairs`` asks for, and only the completions that they need.
+
+    Returns:
+        None when no pair is left; the report says so.
+    """
+    assert example.scores is not None
+    scores = example.scores
+
+    def apart(better: int, worse: int) -> bool:
+        gap = scores[better] - scores[worse]
+        return gap > 0 and gap >= data.min_score_gap
+
+    everyone = range(len(scores))
+    if data.scored_pairs == "ranking":
+        if not all(apart(i, i + 1) for i in everyone[:-1]):
+            report.add("tied_ranking", example.row)
+            return None
+        return example
+    asked = {
+        "all": list(combinations(everyone, 2)),
+        "best_vs_rest": [(0, i) for i in everyone[1:]],
+        "best_worst": [(0, everyone[-1])],
+    }[data.scored_pairs]
+    pairs = [pair for pair in asked if apart(*pair)]
+    if not pairs:
+        report.add("no_scored_pair", example.row)
+        return None
+    if len(pairs) < len(asked):
+        report.add("tied_scores", example.row)
+    used = sorted({i for pair in pairs for i in pair})
+    place = {i: k for k, i in enumerate(used)}
+    return replace(
+        example,
+        completions=tuple(example.completions[i] for i in used),
+        scores=tuple(scores[i] for i in used),
+        # Two responses are a pair as they are.
+        pairs=None if len(used) == 2 else tuple((place[a], place[b]) for a, b in pairs),
+    )
