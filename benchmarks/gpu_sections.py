@@ -37,9 +37,11 @@ CHECK_WORKERS = 6
 
 def environment(record: Recorder) -> None:
     from dpo_kernels import describe
+    from dpo_kernels.kernels.tile_config import tile_table
 
     record["versions"] = versions() | {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    record["describe"] = str(describe(record.device, torch.bfloat16 if record.device.type == "cuda" else torch.float32))
+    choices = describe(record.device, torch.bfloat16 if record.device.type == "cuda" else torch.float32)
+    record["describe"] = f"{choices}\n  tile shapes: {tile_table()}"
     if record.device.type == "cuda":
         properties = torch.cuda.get_device_properties(record.device)
         capability = f"{properties.major}.{properties.minor}"

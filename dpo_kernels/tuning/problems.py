@@ -102,14 +102,14 @@ class Workload:
         self.row_N = torch.ones(N, device=device)
         self.options = HeadOptions(softcap=30.0 if problem.heavy else None)
         self.buffer = self.hidden_ND.new_empty(0)
-        self.lse_N = self.row_N
+        self.lse_N = self.row_N.double()
         if problem.kernel == "linear_exps":
             self.buffer = empty_exps(self.hidden_ND, V)
         elif problem.kernel == "slice_grad":
             # Rows of 16 bytes, as the op has them.
             self.buffer = self.hidden_ND.new_empty(N, -(-V // 8) * 8)
             if not meta:
-                self.lse_N = self._stats(None).lse_N.float()
+                self.lse_N = self._stats(None).lse_N
 
     def launch(self, config: TileConfig) -> LinearStats | None:
         """What is timed."""
