@@ -144,3 +144,19 @@ def test_twenty_steps_equal_trl(name, make_config, model_dir, data_file, tmp_pat
     assert min(losses) < 0.9 * losses[0], "the runs must move for their equality to mean anything"
     if config.model.lora:
         assert_same_adapter(tmp_path / "run", trl_run)
+
+
+def test_a_continued_adapter_equals_trl(make_config, model_dir, data_file, tmp_path):
+    """Both keep a frozen copy of the trained adapter as the reference."""
+    config = make_config({"lora": LORA})
+    policy = prepare(config).policy
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    policy.model.save_pretrained(tmp_path / "trained", save_embedding_layers=False)
+    train(make_config({"model": {"adapter_name_or_path": str(tmp_path / "trained")}}))
+    trl_run = run_trl(model_dir, data_file, tmp_path, adapter_dir=tmp_path / "trained")
+    assert_same_trajectory(tmp_path / "run", trl_run)
+    assert_same_adapter(tmp_path / "run", trl_run)
