@@ -112,9 +112,9 @@ class Policy(nn.Module):
             with model.disable_adapter():
                 yield
         else:
-            active = model.active_adapter
-            model.set_adapter(self.reference_adapter, inference_mode=True)
+            # The layers alone are switched: peft 0.18 can freeze what it switches to only there.
+            model.base_model.set_adapter(self.reference_adapter, inference_mode=True)
             try:
                 yield
             finally:
-                model.set_adapter(active)
+                model.base_model.set_adapter(model.active_adapter)
