@@ -14,7 +14,7 @@ from engine.model.adapters import FROZEN, add_lora, continue_adapter
 from engine.model.attention import choose_backend, register_backends
 from engine.model.policy import Policy
 from engine.model.quantization import quantization_arguments, use_one_product
-from engine.model.sources import check_folder, first_line, not_found
+from engine.model.sources import check_folder, first_line, hub_options, not_found
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Attributes that functional dropout, layer drop and router noise read, beside the `p` of dropout modules.
@@ -37,8 +37,11 @@ def load_tokenizer(model: ModelConfig):
     source = model.tokenizer_name_or_path or model.model_name_or_path
     field = "tokenizer_name_or_path" if model.tokenizer_name_or_path else "model_name_or_path"
     check_folder(source, f"model.{field}=")
+    options = hub_options(source, f"model.{field}=")
     try:
-        return AutoTokenizer.from_pretrained(source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            source, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         if not Path(source).is_dir():
             raise not_found(f"model.{field}={source}", error) from error
@@ -63,7 +66,9 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
     compute_dtype = DTYPES[model.dtype]
     backend = choose_backend(model.attention, device, compute_dtype)
     check_folder(model.model_name_or_path, "model.model_name_or_path=")
-    options = quantization_arguments(model.quantization, device, compute_dtype) if model.quantization else {}
+    options = hub_options(model.model_name_or_path, "model.model_name_or_path=")
+    if model.quantization:
+        options |= quantization_arguments(model.quantization, device, compute_dtype)
     try:
         causal_lm = AutoModelForCausalLM.from_pretrained(
             model.model_name_or_path,

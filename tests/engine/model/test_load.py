@@ -10,7 +10,7 @@ from torch import nn
 
 from engine.config.schema import LoraConfig, ModelConfig
 from engine.errors import UserError
-from engine.model import check_packing, load_adapter, load_policy, load_tokenizer
+from engine.model import check_packing, load_adapter, load_policy, load_tokenizer, sources
 from engine.model.load import disable_dropout
 from tests.engine.model.families import tiny_model
 
@@ -136,3 +136,32 @@ def test_a_name_that_is_no_folder_and_not_on_the_hub():
     for load in (load_tokenizer, lambda c: load_policy(c, device=torch.device("cpu"))):
         with pytest.raises(UserError, match=r"model_name_or_path=models/nope is no folder here.*check the path"):
             load(config)
+
+
+def test_without_a_connection_the_cache_answers(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sources, "_unreachable", lambda endpoint: "Network is unreachable")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache",
+        lambda name, file: str(tmp_path / file) if (name, file) == ("some/model", "config.json") else None,
+    )
+    assert sources.hub_options("some/model", "--model ") == {"local_files_only": True}
+    assert "some/model is read from the Hub's cache" in caplog.text
+    assert sources.hub_options(str(tmp_path), "--model ") == {}
+    with pytest.raises(UserError, match=r"^--model other/model is no folder here and not in.*unreachable"):
+        sources.hub_options("other/model", "--model ")
+
+
+def test_a_connection_is_tried_once_and_not_past_a_proxy(monkeypatch):
+    def refuse(address, timeout):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr(sources, "getproxies", dict)
+    monkeypatch.delenv("ALL_PROXY", raising=False)
+    sources._unreachable.cache_clear()
+    assert sources._unreachable("https://hub.test") == "Connection refused"
+    monkeypatch.setattr(sources, "getproxies", lambda: {"https": "http://proxy.test"})
+    sources._unreachable.cache_clear()
+    assert sources._unreachable("https://hub.test") is None
+    sources._unreachable.cache_clear()
