@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-long kill lint format bench gpu clean
+.PHONY: demo test test-long kill lint format bench conformance gpu clean
 
 # constraints.txt pins torch so that pip picks the build known to work here.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -39,6 +39,10 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+# Tries every causal-LM family of transformers on packs and rewrites docs/conformance.md.
+conformance: $(VENV)/.installed
+	$(BIN)/python -m tests.conformance
 
 # Runs on a CUDA machine with the system's torch, triton, transformers and pytest; nothing is installed.
 gpu:

@@ -166,7 +166,7 @@ def _datasets(config: RunConfig) -> dict[str, PreferenceDataset]:
 
 def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> Policy:
     """The reference exactly as training loads it, so that both find the same rows of the store."""
-    from engine.model import check_packing, check_vocabulary, load_policy, resolve_device
+    from engine.model import check_dataset, check_packing, load_policy, resolve_device
     from engine.train.references import reference_model
 
     if REFERENCE_FREE_LOSSES.issuperset(config.loss.loss_types):
@@ -174,9 +174,9 @@ def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset])
     own = config.reference.model_name_or_path is None
     policy = load_policy(config.model if own else reference_model(config), device=resolve_device())
     print(f"attention: {policy.backend.name} ({policy.backend.reason})")
-    check_packing(policy)
+    check_packing(policy, share_prompts=config.packing.share_prompts)
     for dataset in datasets.values():
-        check_vocabulary(policy, dataset)
+        check_dataset(policy, dataset)
     return policy
 
 

@@ -23,9 +23,9 @@ from engine.data.groups import PreferenceDataset, pair_places
 from engine.errors import UserError
 from engine.model import (
     Policy,
+    check_dataset,
     check_folder,
     check_packing,
-    check_vocabulary,
     load_adapter,
     load_policy,
     load_tokenizer,
@@ -74,10 +74,10 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     _check_fits(dataset, config)
     device = resolve_device()
     policy = load_policy(config.model, device=device)
-    check_packing(policy)
-    check_vocabulary(policy, dataset)
+    check_packing(policy, share_prompts=config.packing.share_prompts)
+    check_dataset(policy, dataset)
     trained = policy if model_path is None else load_trained(config.model, policy, model_path)
-    check_vocabulary(trained, dataset)
+    check_dataset(trained, dataset)
     objective = Objective(config.loss)
     objective.check_dataset(dataset)
     references = prepare_references(config, policy, objective, {"eval": dataset}, say=log.info)

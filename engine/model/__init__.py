@@ -2,7 +2,7 @@
 
 from engine.model.adapters import load_adapter
 from engine.model.attention import Backend, choose_backend
-from engine.model.checks import check_packing, check_vocabulary
+from engine.model.checks import check_dataset, check_packing
 from engine.model.head import Head, read_head
 from engine.model.load import load_policy, load_tokenizer, resolve_device
 from engine.model.policy import Policy
@@ -12,9 +12,9 @@ __all__ = [
     "Backend",
     "Head",
     "Policy",
+    "check_dataset",
     "check_folder",
     "check_packing",
-    "check_vocabulary",
     "choose_backend",
     "load_adapter",
     "load_policy",

@@ -27,6 +27,8 @@ from engine.packing.layout import AttentionPlan
 PLAN_ARGUMENT = "attention_plan"
 # transformers gives a meaning of its own to names that contain "flash" or "sdpa".
 _IMPLEMENTATIONS = {"flash": "dpo_packed_fa", "varlen": "dpo_packed_varlen", "sdpa": "dpo_packed_segments"}
+# Tensors that models hand on with their other keyword arguments; attention does not read them.
+_NOT_FOR_SCORES = {"position_ids", "cache_position"}
 
 
 class Backend(NamedTuple):
@@ -110,29 +112,42 @@ def _per_segment_attention(
             first = owner[segment.prefix_start]
             key = torch.cat([keys[first].narrow(2, 0, prefix), key], dim=2)
             value = torch.cat([values[first].narrow(2, 0, prefix), value], dim=2)
-        outputs.append(attend(query, key, value))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+        outputs.append(attend(query, key, value).transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
 def _causal_mask(
-    plan: AttentionPlan, num_queries: int, num_keys: int, window: int | None, device: torch.device
+    plan: AttentionPlan,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+    *,
+    window: int | None,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """bool [queries, keys], True where attended; the last query is aligned with the last key."""
-    shape = (num_queries, num_keys, window, device)
+    shape = (num_queries, num_keys, device, window, chunk)
     if shape not in plan.masks:
         offset = num_keys - num_queries
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril_(offset)
-        plan.masks[shape] = mask if window is None else mask.triu_(offset - window + 1)
+        if window is not None:
+            mask.triu_(offset - window + 1)
+        if chunk is not None:
+            # keys begin with the first token of the sequence, so their index is their position
+            chunk_of_key = torch.arange(num_keys, device=device) // chunk
+            mask &= chunk_of_key[offset:, None] == chunk_of_key
+        plan.masks[shape] = mask
     return plan.masks[shape]
 
 
-def _sdpa_attention(query, key, value, plan, *, scaling, window) -> torch.Tensor:
+def _sdpa_attention(query, key, value, plan, *, scaling, window, chunk=None) -> torch.Tensor:
+    limit = min(window or plan.max_seqlen_k, chunk or plan.max_seqlen_k)
     grouped = query.shape[1] != key.shape[1]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         num_queries, num_keys = q.shape[2], k.shape[2]
-        plain = num_queries == num_keys and (window is None or num_keys <= window)
-        mask = None if plain else _causal_mask(plan, num_queries, num_keys, window, q.device)
+        plain = num_queries == num_keys <= limit
+        mask = None if plain else _causal_mask(plan, num_queries, num_keys, q.device, window=window, chunk=chunk)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scaling, enable_gqa=grouped)
 
     return _per_segment_attention(query, key, value, plan, attend)
@@ -147,7 +162,7 @@ def _eager_attention(query, key, value, plan, *, scaling, window, softcap, sinks
         scores = (q @ k.transpose(2, 3)) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        mask = _causal_mask(plan, q.shape[2], k.shape[2], window, q.device)
+        mask = _causal_mask(plan, q.shape[2], k.shape[2], q.device, window=window)
         scores = scores.masked_fill(~mask, float("-inf")).float()
         if sinks is not None:
             sink = sinks.float().reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)
@@ -231,17 +246,47 @@ def packed_attention(
     """
     if attention_plan is None:
         raise UserError(f"{type(module).__name__} does not pass keyword arguments of the model to its attention")
-    if unused.get("position_bias") is not None:
-        raise UserError(f"{type(module).__name__} adds a position bias to its scores, which packs do not support")
+    attention_plan.readers.add(type(module).__name__)
+    _check_unused(module, unused)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kind, config = _layer_kind(module)
+    if kind == "sliding_attention" and sliding_window is None:
+        # Qwen 2 MoE tells its mask of the window, but not its attention
+        sliding_window = config.sliding_window
     options: dict[str, Any] = {"scaling": scaling, "window": sliding_window}
     if s_aux is not None or (softcap is not None and backend != "flash"):
         return _eager_attention(query, key, value, attention_plan, **options, softcap=softcap, sinks=s_aux), None
-    if backend == "sdpa":
-        return _sdpa_attention(query, key, value, attention_plan, **options), None
+    # Llama 4: a layer does not look beyond its chunk
+    chunk = config.attention_chunk_size if kind == "chunked_attention" else None
+    if backend == "sdpa" or (chunk is not None and attention_plan.max_seqlen_k > chunk):
+        return _sdpa_attention(query, key, value, attention_plan, **options, chunk=chunk), None
+    width = value.shape[-1]
+    query, key, value = _equal_widths(query, key, value)
     if backend == "flash":
-        return _flash_attention(query, key, value, attention_plan, **options, softcap=softcap), None
-    return _varlen_attention(query, key, value, attention_plan, **options), None
+        output = _flash_attention(query, key, value, attention_plan, **options, softcap=softcap)
+    else:
+        output = _varlen_attention(query, key, value, attention_plan, **options)
+    return output[..., :width], None
+
+
+def _check_unused(module: torch.nn.Module, arguments: dict[str, Any]) -> None:
+    """Raise for a tensor that the attention of a model depends on and that packs would ignore, such as a mask."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and name not in _NOT_FOR_SCORES:
+            raise UserError(f"{type(module).__name__} gives its attention `{name}`, which packs do not support")
+
+
+def _layer_kind(module: torch.nn.Module) -> tuple[str | None, Any]:
+    """What the config calls the attention of this layer, if it tells layers apart, and the config."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    return (kinds[layer] if kinds is not None and layer is not None else None), config
+
+
+def _equal_widths(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Pad head dimensions with zeros to the largest one: latent attention has narrower values than keys."""
+    width = max(x.shape[-1] for x in tensors)
+    return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors]
 
 
 def register_backends() -> None:
@@ -250,6 +295,6 @@ def register_backends() -> None:
 
         def attention(module, query, key, value, attention_mask=None, _name=name, **kwargs):
             kwargs.setdefault(PLAN_ARGUMENT, None)
-            return packed_attention(_name, module, query, key, value, **kwargs)
+            return packed_attention(_name, module, query, key, value, attention_mask=attention_mask, **kwargs)
 
         AttentionInterface.register(implementation, attention)

@@ -29,11 +29,23 @@ class Head(NamedTuple):
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
 
+# What models call a factor of their logits, and whether they multiply (1) or divide (-1) by it.
+_FACTORS = {
+    "logit_scale": 1,
+    "lm_head_multiplier": 1,
+    "logits_scaling": -1,
+    "logits_mup_width_multiplier": -1,
+}
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# The same name with the opposite meaning.
+_EXCEPTIONS = {"hyperclovax": {"logits_scaling": 1}}
+
+
 def read_head(model: nn.Module) -> Head:
     """The head of a transformers causal language model.
 
-    Softcap and scale are read from the text config under the names that transformers models use:
-    ``final_logit_softcapping`` (Gemma), ``logit_scale`` (Cohere: multiplies), ``logits_scaling`` (Granite: divides).
+    Softcap and scale are read from the text config under the names that transformers models use. Where a model does
+    more than its config says, the start-up check finds other log-probs and refuses it.
 
     Raises:
         UserError: no linear output layer, or adapters on it.
@@ -45,7 +57,8 @@ def read_head(model: nn.Module) -> Head:
     if not isinstance(layer, nn.Linear):
         raise UserError(f"{name}: the output layer is {type(layer).__name__}, expected a linear layer")
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    return Head(layer.weight, layer.bias, softcap, float(scale) / float(divisor))
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
+    scale = 1.0
+    for attribute, power in (_FACTORS | _EXCEPTIONS.get(config.model_type, {})).items():
+        scale *= float(getattr(config, attribute, None) or 1.0) ** power
+    return Head(layer.weight, layer.bias, softcap, scale)

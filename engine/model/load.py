@@ -79,6 +79,11 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
             **options,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if backend.implementation in str(error):
+            raise UserError(
+                f"model.model_name_or_path={model.model_name_or_path} cannot run on packs: its model does not use "
+                "transformers' AttentionInterface; choose a family that docs/conformance.md lists as equal"
+            ) from error
         if not Path(model.model_name_or_path).is_dir():
             raise not_found(f"model.model_name_or_path={model.model_name_or_path}", error) from error
         raise UserError(
@@ -95,7 +100,7 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
             f"model.model_name_or_path={model.model_name_or_path} is an adapter, not a model: give the base model here "
             "and the adapter in model.adapter_name_or_path, or merge it into its base with peft's merge_and_unload"
         )
-    disable_dropout(causal_lm)
+    disabled = disable_dropout(causal_lm)
     if model.quantization:
         use_one_product(causal_lm)
     if gradient_checkpointing:
@@ -116,6 +121,7 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
         compute_dtype=compute_dtype,
         reference_adapter=FROZEN if model.adapter_name_or_path else None,
     )
+    policy.disabled_dropouts = disabled
     assert policy.head is not None
     return policy
 

@@ -40,6 +40,8 @@ class Policy(nn.Module):
         """Name of the frozen adapter that is part of the reference; None when the reference has none."""
         self.activation_offload = False
         """Whether activations wait for the backward pass in host memory."""
+        self.disabled_dropouts = 0
+        """How many dropout probabilities of the model were set to 0."""
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -71,7 +73,9 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Final hidden states of all packed tokens, [T, D]."""
-        body: Any = self.causal_lm.base_model
+        model: Any = self.causal_lm
+        # Llama 4 keeps its body elsewhere than its prefix says, and is then its own base_model
+        body = model.model if model.base_model is model else model.base_model
         with OffloadedActivations(batch.num_tokens) if self.activation_offload else nullcontext():
             output = body(
                 input_ids=batch.input_ids_T[None],

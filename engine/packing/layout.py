@@ -52,6 +52,8 @@ class AttentionPlan:
     max_seqlen_k: int
     masks: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     """Masks that a backend made for this pack, so that layers share them."""
+    readers: set[str] = field(default_factory=set, init=False, repr=False)
+    """Types of the modules that asked for attention over this pack, so that a check can name those that did not."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.config.schema import ModelConfig, RunConfig
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
-from engine.model import Policy, check_vocabulary, load_policy
+from engine.model import Policy, check_dataset, load_policy
 from engine.packing import Pack, PackedBatch, build_batch
 from engine.reference import (
     ReferenceStore,
@@ -107,7 +107,7 @@ def prepare_references(
     own = config.reference.model_name_or_path is None
     reference = policy if own else load_policy(reference_model(config), device=policy.device)
     for name, dataset in datasets.items():
-        check_vocabulary(reference, dataset)
+        check_dataset(reference, dataset)
         if name in tables:
             verify_rows(reference, dataset, tables[name].sums, share_prompts=config.packing.share_prompts)
     absent = {name: dataset for name, dataset in datasets.items() if name not in tables}
@@ -171,7 +171,7 @@ def _live_references(config: RunConfig, policy: Policy, datasets: dict[str, Pref
         return References("live", f"live: the model with {how}", {}, live=lambda b: _live_sums(policy, b))
     frozen = load_policy(reference_model(config), device=policy.device)
     for dataset in datasets.values():
-        check_vocabulary(frozen, dataset)
+        check_dataset(frozen, dataset)
     frozen.requires_grad_(False)
     frozen.eval()
     name = other or config.model.model_name_or_path

@@ -19,7 +19,7 @@ from engine.config.schema import RunConfig
 from engine.data import LintReport, load_dataset_groups
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
-from engine.model import Policy, check_packing, check_vocabulary, load_policy, load_tokenizer, resolve_device
+from engine.model import Policy, check_dataset, check_packing, load_policy, load_tokenizer, resolve_device
 from engine.model.quantization import num_weights
 from engine.packing import PlanSummary, check_fits, summarize_plan
 from engine.reference import weights_digest
@@ -79,9 +79,9 @@ def prepare(config: RunConfig) -> Setup:
     device = resolve_device()
     policy = load_policy(config.model, device=device, gradient_checkpointing=config.train.gradient_checkpointing)
     policy.activation_offload = config.train.activation_offload
-    check_packing(policy)
+    check_packing(policy, share_prompts=config.packing.share_prompts)
     for dataset in datasets.values():
-        check_vocabulary(policy, dataset)
+        check_dataset(policy, dataset)
     references = prepare_references(config, policy, objective, datasets, say=log.info)
     objective.live_reference = references.live
     base = weights_digest(policy)
@@ -132,7 +132,7 @@ def describe_run(setup: Setup) -> str:
         ),
         ("attention", f"{policy.backend.name} ({policy.backend.reason})"),
         ("loss", f"{config.loss.loss_name}, {_loss_op(setup)}"),
-        ("dropout", _dropout_words(config)),
+        ("dropout", _dropout_words(config, policy.disabled_dropouts)),
         *((f"data ({name})", _data_words(setup, name)) for name in setup.datasets),
         (
             "packing",
@@ -162,9 +162,10 @@ def _loss_op(setup: Setup) -> str:
     return f"{op}: {choice.impl} ({choice.reason}){coupled}"
 
 
-def _dropout_words(config: RunConfig) -> str:
+def _dropout_words(config: RunConfig, disabled: int) -> str:
     adapter = config.model.lora.dropout if config.model.lora else 0.0
-    return "disabled in the model" + (f"; {adapter:g} in the adapters, as configured" if adapter else "")
+    found = f"{disabled:,} probabilities set to 0" if disabled else "it had none"
+    return f"disabled in the model ({found})" + (f"; {adapter:g} in the adapters, as configured" if adapter else "")
 
 
 def _data_words(setup: Setup, name: str) -> str:

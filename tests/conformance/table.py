@@ -1,0 +1,79 @@
+"""The committed table ``docs/conformance.md``: written by the sweep, read by a test."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.conformance.families import DROPOUT, SHORT
+from tests.conformance.trial import EQUAL, FAILS, GRAD_BOUND, LOGPS_BOUND, NOT_BUILT, REFUSED, WRONG, Result
+
+PATH = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
+
+_INTRODUCTION = """# Which model families run on packs
+
+Written by `make conformance`, not by hand. {date}, transformers {transformers}, torch {torch}, CPU, float32.
+
+**{equal} equal, {refused} refused at start-up with the reason below, {not_built} not built, {fails} fail,
+{wrong} silently wrong**, of all {total} model types that transformers maps to a causal language model.
+
+Each family is built tiny from its default config, with random weights far from zero, dropout {dropout} wherever the
+config has one, caps and scales of the logits switched on, every kind of layer that its code knows, and local attention
+that reaches {short} tokens. Saved and loaded as a user would, it is compared in training mode with the same weights in
+transformers' own eager forward, one response at a time: log-probs and all gradients, with and without shared prompts,
+and isolation (other tokens in one response leave every other log-prob as it is: to the bit, to rounding with experts).
+
+- **equal**: log-probs within {logps:g} nats per token, every gradient within {grad:g} of its largest element (or of 1),
+  isolated, and the start-up check accepts it. The columns show the largest errors found.
+- **refused**: the start-up check of every command stops with the line given. It ran on two models, with windows
+  shorter and longer than its own probe, and must refuse both. Numbers beside it say how wrong the packs would have
+  been; without numbers they do not run at all.
+- **not built**: no tiny model, or no gradient of it, for the reason given. Such a model is still checked at start-up.
+- **local**: attention of limited reach was part of the trial.
+- **dropouts**: how many probabilities the engine found and set to 0.
+
+| model type | class | verdict | log-probs | gradients | isolated | local | dropouts | what the user is told |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def render(results: list[Result]) -> str:
+    """The whole page."""
+    counts = Counter(r.verdict for r in results)
+    head = _INTRODUCTION.format(
+        date=date.today().isoformat(),
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+        equal=counts[EQUAL],
+        refused=counts[REFUSED],
+        not_built=counts[NOT_BUILT],
+        fails=counts[FAILS],
+        wrong=counts[WRONG],
+        total=len(results),
+        dropout=DROPOUT,
+        short=SHORT,
+        logps=LOGPS_BOUND,
+        grad=GRAD_BOUND,
+    )
+    return head + "".join(_row(result) for result in results)
+
+
+def _row(r: Result) -> str:
+    numbers = ["", "", ""]
+    if r.logps_error is not None:
+        numbers = [f"{r.logps_error:.1e}", f"{r.grad_error:.1e}", "yes" if r.isolated else "no"]
+    dropouts = str(r.dropouts) if r.dropouts else ""
+    reason = r.reason.replace("|", "\\|").encode("ascii", "replace").decode()
+    cells = [r.model_type, r.class_name, r.verdict, *numbers, "yes" if r.local else "", dropouts, reason]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def read_rows() -> list[dict[str, str]]:
+    """The rows of the committed table by column name."""
+    lines = [line for line in PATH.read_text(encoding="ascii").splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
