@@ -13,7 +13,9 @@ import resource
 import sys
 import time
 import traceback
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+from typing import NamedTuple
 
 # before torch: one thread, so that the sweep does not depend on the machine
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -26,7 +28,13 @@ from tests.conformance.families import model_types
 from tests.conformance.table import PATH, render
 from tests.conformance.trial import EQUAL, FAILS, NOT_BUILT, REFUSED, Result, first_line, try_family
 
-SECONDS, BYTES = 120, 8 << 30
+SECONDS, BYTES = 300, 8 << 30
+
+
+class _Trial(NamedTuple):
+    model_type: str
+    process: ForkProcess
+    deadline: float
 
 
 def main(chosen: list[str]) -> int:
@@ -35,15 +43,7 @@ def main(chosen: list[str]) -> int:
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     start = time.monotonic()
-    results = []
-    for model_type in chosen or model_types():
-        results.append(_in_child(model_type))
-        result = results[-1]
-        error = "" if result.logps_error is None else f"{result.logps_error:.1e} {result.grad_error:.1e}"
-        print(
-            f"{model_type:<26}{result.verdict:<11}{error:<17} {'local' if result.local else '':<6}{result.reason}",
-            flush=True,
-        )
+    results = _sweep(chosen or model_types(), jobs=os.cpu_count() or 1)
     if not chosen:
         PATH.write_text(render(results), encoding="ascii")
     counts = {v: sum(r.verdict == v for r in results) for v in dict.fromkeys(r.verdict for r in results)}
@@ -51,24 +51,47 @@ def main(chosen: list[str]) -> int:
     return int(any(r.verdict not in (EQUAL, REFUSED, NOT_BUILT) for r in results))
 
 
-def _in_child(model_type: str) -> Result:
-    """Fork, so that the imports are paid once."""
+def _sweep(types: list[str], jobs: int) -> list[Result]:
+    """Each family in a fork of this process, so that the imports are paid once; in the order of ``types``."""
     context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(model_type, sender))
-    child.start()
-    sender.close()
+    waiting = types[::-1]
+    running: dict[Connection, _Trial] = {}
+    results: dict[str, Result] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            model_type = waiting.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(model_type, sender))
+            process.start()
+            sender.close()
+            running[receiver] = _Trial(model_type, process, time.monotonic() + SECONDS)
+        ready = wait(list(running), timeout=1)
+        for receiver, trial in list(running.items()):
+            if receiver in ready or time.monotonic() > trial.deadline:
+                results[trial.model_type] = result = _collect(receiver, trial, receiver in ready)
+                del running[receiver]
+                _report(result)
+    return [results[model_type] for model_type in types]
+
+
+def _collect(receiver: Connection, trial: _Trial, ready: bool) -> Result:
+    reason = f"no result after {SECONDS} s"
     try:
-        if receiver.poll(SECONDS):
+        if ready:
             return receiver.recv()
-        reason = f"no result after {SECONDS} s"
     except EOFError:
-        child.join()
-        reason = f"the process ended with exit code {child.exitcode}"
+        trial.process.join()
+        reason = f"the process ended with exit code {trial.process.exitcode}"
     finally:
-        child.kill()
-        child.join()
-    return Result(model_type, "", FAILS, reason=reason)
+        trial.process.kill()
+        trial.process.join()
+        receiver.close()
+    return Result(trial.model_type, "", FAILS, reason=reason)
+
+
+def _report(result: Result) -> None:
+    error = "" if result.logps_error is None else f"{result.logps_error:.1e} {result.grad_error:.1e}"
+    print(f"{result.model_type:<26}{result.verdict:<11}{error:<17}{result.reason}", flush=True)
 
 
 def _child(model_type: str, sender: Connection) -> None:

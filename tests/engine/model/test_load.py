@@ -35,6 +35,7 @@ def test_training_mode_computes_what_evaluation_does(family, tmp_path):
     ids = torch.arange(3, 23)[None]
     assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
     policy = load_policy(saved(tmp_path, family, **NOISE[family]), device=CPU)
+    assert policy.disabled_dropouts > 0
     assert disable_dropout(policy) == 0
     check_packing(policy)
 

@@ -12,7 +12,9 @@ from engine.model.attention import Backend, packed_attention, register_backends
 from engine.model.load import disable_dropout
 from engine.model.policy import Policy
 from engine.packing import build_batch
-from tests.engine.model.families import tiny_model
+from tests.conformance.families import tiny_config
+from tests.conformance.families import tiny_model as model_of
+from tests.engine.model.families import FAMILIES, tiny_model
 from tests.engine.model.test_attention import make_policy, random_groups
 
 
@@ -22,6 +24,7 @@ def varlen_reference(q_THD, k_TKD, v_TKD, cu_q, cu_k, max_q, max_k, *, scale, wi
     assert max_k == cu_k.diff().max()
     assert cu_q[-1] == len(q_THD)
     assert cu_k[-1] == len(k_TKD) == len(v_TKD)
+    assert q_THD.shape[-1] == k_TKD.shape[-1] == v_TKD.shape[-1]
     outputs = []
     for i in range(len(cu_q) - 1):
         q, k, v = q_THD[cu_q[i] : cu_q[i + 1]], k_TKD[cu_k[i] : cu_k[i + 1]], v_TKD[cu_k[i] : cu_k[i + 1]]
@@ -60,10 +63,10 @@ def stand_ins(monkeypatch):
 
 @pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("backend", ["flash", "varlen"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "deepseek_v3", "llama4_text", "qwen2_moe"])
 def test_equal_to_sdpa(stand_ins, family, backend, share_prompts):
     batch = build_batch(random_groups(), share_prompts=share_prompts)
-    model = tiny_model(family)
+    model = tiny_model(family) if family in FAMILIES else model_of(tiny_config(family))
     results = []
     policy = make_policy(model)
     for name in ("sdpa", backend):
