@@ -129,9 +129,9 @@ FIX_UPS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 12, "attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "hybrid_layer_ids": [1, 3]},
-    "zaya": {"num_experts_per_tok": 1},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ...},
 }
-"""What generic sizes do not settle, by model type."""
+"""What generic sizes do not settle, by model type; ``...`` leaves a field at its default."""
 
 
 def model_types() -> list[str]:
