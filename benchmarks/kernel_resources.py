@@ -242,11 +242,16 @@ def read_table(page: str) -> list[list[str]]:
 
 
 def update(page: str, found: Sequence[Sequence[str]], info: str) -> str:
-    """The page with `found` in place of the rows of the same chips and kernels, in the order of chips."""
-    new = {tuple(cells[:2]) for cells in found}
-    kept = [cells for cells in read_table(page) if tuple(cells[:2]) not in new]
-    ordered = sorted([*kept, *found], key=lambda cells: int(cells[0].removeprefix("sm_")))
+    """The page with `found` in place of the rows of the same chips and kernels; both keep their order."""
+    new, before = {tuple(cells[:2]) for cells in found}, read_table(page)
+    kept = [cells for cells in before if tuple(cells[:2]) not in new]
+    kernels = list(dict.fromkeys(cells[1] for cells in [*before, *found]))
+    ordered = sorted([*kept, *found], key=lambda cells: (_capability(cells[0]), kernels.index(cells[1])))
     return "\n".join([page.partition(MARKER)[0] + MARKER, "", info, "", *table_lines(ordered)]) + "\n"
+
+
+def _capability(arch: str) -> int:
+    return int(arch.removeprefix("sm_"))
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -102,4 +102,4 @@ def test_an_update_replaces_rows_of_the_same_chips_and_kernels():
     page = update(page, [row("sm_90", "a", 7), row("sm_80", "c", 8)], "second")
     assert page.count(MARKER) == page.count("second") == 1
     assert "first" not in page
-    assert read_table(page) == [row("sm_80", "c", 8), row("sm_90", "b", 2), row("sm_90", "a", 7), row("sm_100", "a", 3)]
+    assert read_table(page) == [row("sm_80", "c", 8), row("sm_90", "a", 7), row("sm_90", "b", 2), row("sm_100", "a", 3)]
