@@ -62,6 +62,7 @@ class _Evidence(NamedTuple):
     step: int
     rows: list[int]
     values_G: list[Tensor]
+    loss: Tensor
     grad_norm: Tensor
 
 
@@ -224,7 +225,7 @@ class _Run:
             learning_rate = self.update.learning_rate
             grad_norm = self.update.step(means[0])
             self.meter.add(means, step.work)
-            self._remember(step, scored, grad_norm)
+            self._remember(step, scored, means[0], grad_norm)
             self.done, self.epoch = step.number, step.epoch
             log_now = step.number % settings.logging_steps == 0 or step.number == total
             evaluate_now = self._evaluates_at(step.number)
@@ -243,8 +244,9 @@ class _Run:
         every = self.config.train.eval_steps
         return "eval" in self.setup.datasets and every is not None and step % every == 0
 
-    def _remember(self, step: TrainingStep, scored: Scored, grad_norm: Tensor) -> None:
-        self.evidence.append(_Evidence(step.number, step.rows, [scored.chosen_logps, scored.rejected_logps], grad_norm))
+    def _remember(self, step: TrainingStep, scored: Scored, loss: Tensor, grad_norm: Tensor) -> None:
+        logps = [scored.chosen_logps, scored.rejected_logps]
+        self.evidence.append(_Evidence(step.number, step.rows, logps, loss, grad_norm))
 
     def _require_finite(self) -> None:
         """Stop when a loss or gradient was not finite; it has not reached the weights."""
@@ -253,7 +255,7 @@ class _Run:
         self.evidence.clear()
 
     def _explain_failure(self) -> str:
-        bad = next(e for e in self.evidence if not all(t.isfinite().all() for t in (*e.values_G, e.grad_norm)))
+        bad = next(e for e in self.evidence if not all(t.isfinite().all() for t in (*e.values_G, e.loss, e.grad_norm)))
         finite_G = torch.stack([t.isfinite() for t in bad.values_G]).all(0).tolist()
         culprits = [row for row, finite in zip(bad.rows, finite_G, strict=True) if not finite]
         what = "log-probs are" if culprits else "the loss or a gradient is"

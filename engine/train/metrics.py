@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,8 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = output_dir / "tensorboard"
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._on_thread_error
         with disk_errors(self.path):
             self._writer = SummaryWriter(str(self.path), purge_step=first_step or None)
 
@@ -175,8 +178,14 @@ class TensorBoardTracker:
             self._writer.flush()
 
     def close(self) -> None:
+        threading.excepthook = self._excepthook
         with disk_errors(self.path):
             self._writer.close()
+
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        # The thread that writes hands a full disk to the next call here; its traceback would be printed besides.
+        if not (isinstance(error.exc_value, OSError) and type(error.thread).__name__ == "_AsyncWriterThread"):
+            self._excepthook(error)
 
 
 class WandbTracker:

@@ -146,15 +146,18 @@ class Harness:
         self._baselines: dict[str, Baseline] = {}
         write_inputs(folder)
 
-    def start(self, case: Case, place: Path, *, trap: Trap | None = None, resume: bool = False) -> int:
-        """Start the command of a case in ``place``, which has its configuration."""
+    def start(self, case: Case, place: Path, *, resume: bool = False, **limits: Any) -> int:
+        """Start the command of a case in ``place``, which has its configuration, with limits of a ``Job``."""
         arguments = [case.command, str(place / "run.yaml"), *(["--resume"] if resume else [])]
-        return self.parent.start(Job(arguments, str(place / "journal"), str(place / "output"), trap))
+        return self.parent.start(Job(arguments, str(place / "journal"), str(place / "output"), **limits))
 
     def finish(self, pid: int, place: Path, since: float) -> Attempt:
         """Wait for what ``start`` started and read what it reported."""
         code = self.parent.wait(pid)
-        seconds = time.monotonic() - since
+        return self.report(place, code=code, seconds=time.monotonic() - since)
+
+    def report(self, place: Path, *, code: int = 0, seconds: float = 0.0) -> Attempt:
+        """What the last process that ran in ``place`` reported."""
         lines = [json.loads(line) for line in (place / "journal").read_text().splitlines()]
         return Attempt(
             code,
@@ -166,12 +169,15 @@ class Harness:
             (place / "output").read_text(errors="replace"),
         )
 
-    def attempt(self, case: Case, place: Path, moment: Trap | float | None = None, *, resume: bool = False) -> Attempt:
+    def attempt(
+        self, case: Case, place: Path, moment: Trap | float | None = None, *, resume: bool = False, **limits: Any
+    ) -> Attempt:
         """Run the command; it is killed by a trap, or after some seconds, or not at all."""
         since = time.monotonic()
         for name in ("journal", "output"):
             (place / name).write_text("")
-        pid = self.start(case, place, trap=moment if isinstance(moment, Trap) else None, resume=resume)
+        trap = moment if isinstance(moment, Trap) else None
+        pid = self.start(case, place, resume=resume, trap=trap, **limits)
         if isinstance(moment, float):
             time.sleep(max(0.0, since + moment - time.monotonic()))
             # Not yet waited for, so the number still means this child, dead or alive.

@@ -18,11 +18,14 @@ import errno
 import io
 import json
 import os
+import resource
+import shutil
 import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 START, STEPS = "start", "steps"
@@ -55,6 +58,10 @@ class Job:
     trap: Trap | None = None
     powerless: bool = False
     """Whether permissions bind the command even if root runs it."""
+    file_bytes: int | None = None
+    """No file may become larger: the system refuses the write."""
+    disk_bytes: int | None = None
+    """The run folder is a disk of its own, of this size; what it held at the end is in the folder afterwards."""
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -202,11 +209,42 @@ def run(job: Job) -> int:
     os.dup2(descriptor, 2)
     observer.watch_phases()
     observer.watch_file_system()
-    if job.powerless:
-        give_up_capabilities()
     from engine import cli
 
-    return cli.main(job.arguments)
+    if job.disk_bytes is not None:
+        return on_small_disk(Path(job.output).parent / "run", job.disk_bytes, lambda: cli.main(job.arguments))
+    if job.powerless:
+        give_up_capabilities()
+    if job.file_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job.file_bytes, resource.RLIM_INFINITY))
+    try:
+        return cli.main(job.arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+NO_SMALL_DISK = 71
+"""Exit code of a child whose system does not let it mount a disk."""
+
+
+def on_small_disk(folder: Path, size: int, body: Callable[[], int]) -> int:
+    """Run ``body`` with ``folder`` on a file system in memory of ``size`` bytes that only this process sees."""
+    kept = folder.with_name("kept")
+    folder.mkdir(exist_ok=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, private = 0x00020000, 0x4000 | 0x40000
+    if libc.unshare(new_mounts) or libc.mount(None, b"/", None, private, None):
+        return NO_SMALL_DISK
+    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, f"size={size}".encode()):
+        return NO_SMALL_DISK
+    code = body()
+    shutil.copytree(folder, kept)
+    if libc.umount2(str(folder).encode(), 2):
+        return NO_SMALL_DISK
+    os.rmdir(folder)
+    os.rename(kept, folder)
+    return code
 
 
 def give_up_capabilities() -> None:
