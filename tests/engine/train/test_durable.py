@@ -4,12 +4,13 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from engine.errors import UserError
-from engine.train.durable import MANIFEST, check_content, is_complete, write_atomically, write_folder
+from engine.train.durable import MANIFEST, check_content, is_complete, remove_folder, write_atomically, write_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -51,6 +52,48 @@ def test_a_flipped_byte_is_named(tmp_path):
     assert is_complete(tmp_path / "out")
     with pytest.raises(UserError, match=r"a\.bin is damaged.*; delete it"):
         check_content(tmp_path / "out", remedy="delete it")
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, str]]:
+    """Flushes, renames and deletions that follow, as (call, name of the file or folder)."""
+    made: list[tuple[str, str]] = []
+
+    def watch(name: str, place: Callable[..., str]) -> None:
+        call = getattr(os, name)
+
+        def watched(*arguments, **options):
+            made.append((name, Path(place(*arguments)).name))
+            return call(*arguments, **options)
+
+        monkeypatch.setattr(os, name, watched)
+
+    watch("fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
+    watch("replace", lambda source, target: target)
+    for name in ("unlink", "rmdir"):
+        watch(name, lambda path: path)
+    return made
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads the names of open files from /proc")
+def test_files_are_flushed_before_the_rename_and_the_folder_after_it(tmp_path, calls):
+    """What a power cut takes is what was not flushed."""
+    write_folder(tmp_path / "out", fill)
+    flushed = [name for call, name in calls if call == "fsync"]
+    rename = calls.index(("replace", "out"))
+    assert set(flushed[:2]) == {"a.bin", "b.txt"}
+    assert flushed[2:] == [MANIFEST, "sub", ".out.incomplete", tmp_path.name]
+    assert rename == len(calls) - 2
+    calls.clear()
+    write_atomically(tmp_path / "x.json", "one")
+    assert [call for call, _ in calls] == ["fsync", "replace", "fsync"]
+    assert calls[1:] == [("replace", "x.json"), ("fsync", tmp_path.name)]
+    calls.clear()
+    remove_folder(tmp_path / "out")
+    # Nothing is deleted before the folder has lost its name for good.
+    assert calls[:2] == [("replace", ".out.incomplete"), ("fsync", tmp_path.name)]
+    assert {call for call, _ in calls[2:]} == {"unlink", "rmdir"}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_what_a_killed_process_left_is_replaced_and_never_counts(tmp_path):
