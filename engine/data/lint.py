@@ -91,7 +91,7 @@ PROBLEMS = {
             "tied_scores",
             False,
             "completions of the same score, or closer than data.min_score_gap, form no pair",
-            "lower data.min_score_gap unless that is meant",
+            "lower data.min_score_gap if it leaves out too many",
         ),
         Problem(
             "prompt_too_long",
