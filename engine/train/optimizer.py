@@ -83,13 +83,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> tuple[torch.optim.
     return optimizer, names
 
 
-def _bitsandbytes_adamw(model: nn.Module, groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+def check_optimizer(name: str) -> None:
+    """Raise a ``UserError`` when the package of an optimizer is not installed."""
+    if name not in _BITSANDBYTES:
+        return
     try:
-        import bitsandbytes
+        import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            f"optim.optimizer={config.optimizer} needs bitsandbytes: pip install dpo-kernels[qlora]"
-        ) from error
+        raise UserError(f"optim.optimizer={name} needs bitsandbytes: pip install dpo-kernels[qlora]") from error
+
+
+def _bitsandbytes_adamw(model: nn.Module, groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    check_optimizer(config.optimizer)
+    import bitsandbytes
+
     optimizer = getattr(bitsandbytes.optim, _BITSANDBYTES[config.optimizer])(
         groups,
         lr=config.learning_rate,

@@ -27,7 +27,7 @@ from engine.train.durable import write_atomically
 from engine.train.feed import TrainingFeed
 from engine.train.metrics import check_trackers
 from engine.train.objective import Objective
-from engine.train.optimizer import METRIC_SCHEDULES, check_schedule_name
+from engine.train.optimizer import METRIC_SCHEDULES, check_optimizer, check_schedule_name
 from engine.train.references import References, check_first_loss, prepare_references
 from engine.train.throughput import FlopModel, measure_matmul_rate
 
@@ -67,6 +67,7 @@ def prepare(config: RunConfig) -> Setup:
         UserError: anything that the user can correct.
     """
     check_schedule_name(config.optim.lr_scheduler_type)
+    check_optimizer(config.optim.optimizer)
     check_trackers(config.train.report_to)
     if config.optim.lr_scheduler_type in METRIC_SCHEDULES and config.train.eval_steps is None:
         raise UserError(f"optim.lr_scheduler_type {config.optim.lr_scheduler_type} needs train.eval_steps")
@@ -141,7 +142,8 @@ def describe_run(setup: Setup) -> str:
         ),
         (
             "steps",
-            f"{setup.feed.total_steps:,} of {config.packing.pairs_per_step} pairs, {plan.steps_per_epoch:,} per epoch",
+            f"{setup.feed.total_steps:,} of {config.packing.pairs_per_step} {_step_unit(setup)}, "
+            f"{plan.steps_per_epoch:,} per epoch",
         ),
         ("reference", setup.references.source),
         ("start-up check", _first_loss_words(setup)),
@@ -166,6 +168,12 @@ def _dropout_words(config: RunConfig, disabled: int) -> str:
     adapter = config.model.lora.dropout if config.model.lora else 0.0
     found = f"{disabled:,} probabilities set to 0" if disabled else "it had none"
     return f"disabled in the model ({found})" + (f"; {adapter:g} in the adapters, as configured" if adapter else "")
+
+
+def _step_unit(setup: Setup) -> str:
+    terms_G = setup.datasets["train"].terms
+    several = bool((terms_G > 1).any())
+    return f"prompts ({terms_G.mean():.1f} pairs each)" if several else "pairs"
 
 
 def _data_words(setup: Setup, name: str) -> str:
