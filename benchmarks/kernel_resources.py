@@ -22,13 +22,23 @@ import torch
 import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
-from dpo_kernels.kernels import frozen_head, paired_loss, slice_grad, softmax_grad, tile_logps
+from dpo_kernels.kernels import (
+    filtered_products,
+    frozen_head,
+    paired_loss,
+    slice_grad,
+    softmax_grad,
+    tile_logps,
+    tile_mass,
+)
 from dpo_kernels.kernels.launch import HeadOptions
 from dpo_kernels.kernels.offline import SHARED_MEMORY, Resources, compiling_for, inspect_kernel
 from dpo_kernels.kernels.tile_config import TileConfig, shipped_archs, table_entries
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 N, D, V = 8192, 4096, 128256
+PRODUCTS = ("filtered_dx", "filtered_dw")
+"""Tile kernels that meet no logits, and so none of their options."""
 MARKER = "<!-- what follows is written by `python -m benchmarks.kernel_resources --update docs/kernels.md` -->"
 COLUMNS = "chip", "kernel", "dtype", "configuration", "variants", "registers", "spilled", "shared KiB", "tensor cores"
 
@@ -75,14 +85,19 @@ def tile_cases(arch: str, *, every_option: bool = True) -> list[Case]:
             for bounds, config in entries:
                 for options in _option_sets(kernel, bounds, every_option):
                     name = "-".join([kernel, *(option for option, wanted in options.items() if wanted)])
-                    cases.append(Case(name, dtype, _tile_launch(kernel, DTYPES[dtype], config, **options), config))
+                    make = _product_launch if kernel in PRODUCTS else _tile_launch
+                    cases.append(Case(name, dtype, make(kernel, DTYPES[dtype], config, **options), config))
     return cases
 
 
 def _option_sets(kernel: str, bounds: dict[str, int], every_option: bool) -> list[dict[str, bool]]:
+    if kernel in PRODUCTS:
+        return [{"unaligned": not bounds.get("aligned", True), "later": later} for later in (False, True)][
+            0 if every_option else 1 :
+        ]
     # Without a bound a configuration serves both.
     shifts = [False, True] if kernel == "linear_exps" else [False]
-    token_stats = [False] if kernel == "slice_grad" else [False, True]
+    token_stats = [False] if kernel in ("slice_grad", "filtered_grad") else [False, True]
     unaligned = not bounds.get("aligned", True)
     heavy = bounds.get("heavy")
     sets = [
@@ -102,6 +117,7 @@ def other_cases(*, every_option: bool = True) -> list[Case]:
     for dtype in DTYPES if every_option else ("bfloat16",):
         cases.append(Case("softmax_grad", dtype, _softmax_grad_launch(DTYPES[dtype])))
         cases.append(Case("frozen_head", dtype, _frozen_launch(DTYPES[dtype])))
+        cases.append(Case("filter", dtype, _filter_launch(DTYPES[dtype])))
     names = paired_loss.KERNEL_LOSSES if every_option else ("sigmoid", "nca_pair", "orpo")
     cases += [Case(f"paired_loss-{name}", "float32", _pair_launch(name)) for name in names]
     return cases
@@ -124,14 +140,51 @@ def _tile_launch(
         labels, row = _meta(N, dtype=torch.int64), _meta(N)
         options = HeadOptions(bias_V=_meta(V, dtype=dtype) if bias else None, softcap=30.0 if softcap else None)
         common: dict[str, Any] = {"first_col": 0, "options": options, "config": config}
-        if kernel == "slice_grad":
+        if kernel in ("slice_grad", "filtered_grad"):
             out, lse = _meta(N, V, dtype=dtype), _meta(N, dtype=torch.float64)
-            slice_grad.slice_grad(hidden, weight, labels, lse, row, out, ignore_index=-100, **common)
+            lists = _tile_lists() if kernel == "filtered_grad" else None
+            slice_grad.slice_grad(hidden, weight, labels, lse, row, out, ignore_index=-100, lists=lists, **common)
             return
         exps = tile_logps.empty_exps(hidden, V) if kernel == "linear_exps" else None
         tile_logps.tile_stats(
             hidden, weight, labels, row, exps=exps, row_shift_N=row if shift else None, token_stats=stats, **common
         )
+
+    return launch
+
+
+def _tile_lists() -> filtered_products.TileLists:
+    kept = _meta(-(-N // 128), -(-V // 128), dtype=torch.bool)
+    return filtered_products.TileLists.make(kept, rows=128, columns=128)
+
+
+def _product_launch(
+    kernel: str, dtype: torch.dtype, config: TileConfig, *, unaligned: bool, later: bool
+) -> Callable[[], Any]:
+    """`later`: on top of what an earlier slice, or an earlier backward, has left."""
+
+    def launch() -> None:
+        features = D - 1 if unaligned else D
+        hidden, weight = _meta(N, features, dtype=dtype), _meta(V, features, dtype=dtype)
+        grad, lists = _meta(N, V, dtype=dtype), _tile_lists()
+        if kernel == "filtered_dx":
+            first_col = 128 if later else 0
+            dX = _meta(N, features)
+            filtered_products.add_filtered_dx_(dX, grad, weight, lists, first_col=first_col, config=config)
+        else:
+            out = _meta(V, features) if later else weight
+            filtered_products.filtered_dw(out, grad, hidden, lists, first_col=0, accumulate=later, config=config)
+
+    return launch
+
+
+def _filter_launch(dtype: torch.dtype) -> Callable[[], Any]:
+    """What a filter needs around its products."""
+
+    def launch() -> None:
+        partials, lse = _meta(-(-V // 64), N), _meta(N, dtype=torch.float64)
+        tile_mass.tile_mass(partials, partials, lse, width=64, columns=128, V=V)
+        filtered_products.filtered_db(_meta(V, dtype=dtype), _meta(N, V, dtype=dtype), _tile_lists(), first_col=0)
 
     return launch
 

@@ -38,13 +38,17 @@ def _load(op: str, impl: str) -> ModuleType:
     return importlib.import_module(f"dpo_kernels.{op}.{MODULES[op][impl]}")
 
 
-def why_not(op: str, impl: str, device_type: str, dtype: torch.dtype, stats: Sequence[str] = ()) -> str | None:
-    """Why ``impl`` of ``op`` cannot run on such tensors and give such statistics of tokens, or None.
+def why_not(
+    op: str, impl: str, device_type: str, dtype: torch.dtype, stats: Sequence[str] = (), filtered: bool = False
+) -> str | None:
+    """Why ``impl`` of ``op`` cannot run on such tensors, give such statistics of tokens or filter a backward, or None.
 
     Depends on the arguments and this install alone.
     """
     if impl == "native":
         return "the native extension is not built"
+    if impl == "torch" and filtered and device_type == "cuda":
+        return "leaving out products in torch would wait for the GPU"
     if impl != "triton":
         return None
     if importlib.util.find_spec("triton") is None:
@@ -57,24 +61,28 @@ def why_not(op: str, impl: str, device_type: str, dtype: torch.dtype, stats: Seq
     return _load(op, "triton").why_not(device_type, dtype)
 
 
-def choose(op: str, impl: str, device_type: str, dtype: torch.dtype, stats: Sequence[str] = ()) -> Choice:
-    """Resolve a requested ``impl`` for tensors, and for statistics of tokens that ``linear_logps`` is asked for.
+def choose(
+    op: str, impl: str, device_type: str, dtype: torch.dtype, stats: Sequence[str] = (), filtered: bool = False
+) -> Choice:
+    """Resolve a requested ``impl`` for tensors, and for statistics of tokens or a filter asked of ``linear_logps``.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: an explicit request that cannot run here.
+        RuntimeError: an explicit request that cannot run here; a filter that nothing here can run.
     """
     check_impl(impl)
     if impl != "auto":
-        obstacle = why_not(op, impl, device_type, dtype, stats)
+        obstacle = why_not(op, impl, device_type, dtype, stats, filtered)
         if obstacle:
             raise RuntimeError(f"{op} impl={impl!r} cannot run on {device_type} {dtype}: {obstacle}")
         return Choice(impl, "requested")
     if device_type == "cpu":
         return Choice("torch", "cpu tensors: row and vocabulary chunks in torch")
-    obstacle = why_not(op, "triton", device_type, dtype, stats)
+    obstacle = why_not(op, "triton", device_type, dtype, stats, filtered)
     if obstacle is None:
         return Choice("triton", f"{device_type} tensors and Triton kernels")
+    if filtered and (refusal := why_not(op, "torch", device_type, dtype, stats, filtered)):
+        raise RuntimeError(f"{op} cannot run on {device_type} {dtype}: {obstacle}; {refusal}")
     return Choice("torch", f"no Triton kernels: {obstacle}")
 
 
@@ -83,9 +91,11 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
 
 
-def implementation(op: str, impl: str, tensor: torch.Tensor, stats: Sequence[str] = ()) -> ModuleType:
+def implementation(
+    op: str, impl: str, tensor: torch.Tensor, stats: Sequence[str] = (), filtered: bool = False
+) -> ModuleType:
     """The module that runs ``op`` for a tensor like ``tensor``."""
-    return _load(op, choose(op, impl, tensor.device.type, tensor.dtype, stats).impl)
+    return _load(op, choose(op, impl, tensor.device.type, tensor.dtype, stats, filtered).impl)
 
 
 class Description(NamedTuple):
@@ -96,6 +106,8 @@ class Description(NamedTuple):
     linear_logps: Choice
     linear_logps_stats: Choice
     """``linear_logps`` with statistics of tokens."""
+    linear_logps_filtered: Choice
+    """``linear_logps`` with ``filter_mass``; "none" where it would be refused."""
     linear_dpo_loss: Choice
     torch_version: str
     triton_version: str | None
@@ -106,10 +118,18 @@ class Description(NamedTuple):
         choices = {
             "linear_logps": self.linear_logps,
             "linear_logps with stats": self.linear_logps_stats,
+            "linear_logps with filter_mass": self.linear_logps_filtered,
             "linear_dpo_loss": self.linear_dpo_loss,
         }
         lines += [f"  {name}: {choice.impl} ({choice.reason})" for name, choice in choices.items()]
         return "\n".join(lines)
+
+
+def _choose_filtered(device_type: str, dtype: torch.dtype) -> Choice:
+    try:
+        return choose("linear_logps", "auto", device_type, dtype, filtered=True)
+    except RuntimeError as error:
+        return Choice("none", str(error))
 
 
 def describe(device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Description:
@@ -130,6 +150,7 @@ def describe(device: str | torch.device | None = None, dtype: torch.dtype = torc
         dtype=str(dtype).removeprefix("torch."),
         linear_logps=choose("linear_logps", "auto", kind, dtype),
         linear_logps_stats=choose("linear_logps", "auto", kind, dtype, STATS),
+        linear_logps_filtered=_choose_filtered(kind, dtype),
         linear_dpo_loss=choose("linear_dpo", "auto", kind, dtype),
         torch_version=torch.__version__,
         triton_version=version,

@@ -73,7 +73,7 @@ class TileLaunch:
         assert weight_VD.shape[1] == D
         assert hidden_ND.dtype == weight_VD.dtype
         assert D == 1 or hidden_ND.stride(1) == weight_VD.stride(1) == 1, "the kernels read rows of contiguous elements"
-        aligned = _tma_ready(hidden_ND) and _tma_ready(weight_VD)
+        aligned = tma_ready(hidden_ND) and tma_ready(weight_VD)
         arch = device_arch(hidden_ND.device)
         self.config = config or tile_config(
             kernel, arch=arch, dtype=hidden_ND.dtype, D=D, V=V, heavy=heavy, aligned=aligned
@@ -93,7 +93,7 @@ class TileLaunch:
             "GROUP_N": self.config.group_n,
             "EVEN_D": D % self.config.block_d == 0,
             "USE_TMA": use_tma,
-            "PRECISION": _precision(hidden_ND.dtype),
+            "PRECISION": precision(hidden_ND.dtype),
             # Half a tile at a time leaves registers for what stands beside it.
             "SPLIT": self.config.block_v == MAX_BLOCK or (heavy and self.config.block_v == MAX_BLOCK // 2),
             "num_warps": self.config.num_warps,
@@ -108,14 +108,14 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     """Three tf32 products keep fp32 accuracy on NVIDIA's tensor cores; half dtypes need nothing."""
     if INTERPRETING:
         return "widen"
     return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
-def _tma_ready(matrix: torch.Tensor) -> bool:
+def tma_ready(matrix: torch.Tensor) -> bool:
     """Tensor descriptors need rows of contiguous elements that begin at multiples of 16 bytes."""
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
     return aligned and matrix.stride(1) == 1

@@ -53,7 +53,7 @@ def tile_product(
         for d in range(0, D, BLOCK_D):
             hidden_tile = hidden.load([row_start, d])
             weight_tile = weight.load([col_start, d])
-            acc = _dot(hidden_tile, weight_tile.T, acc, PRECISION)
+            acc = dot(hidden_tile, weight_tile.T, acc, PRECISION)
     else:
         # Rows and columns past the end read the last valid one: no mask in the loop, and the epilogue drops them.
         rows = tl.minimum(row_start + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
@@ -68,14 +68,15 @@ def tile_product(
             else:
                 hidden_tile = tl.load(hidden_ptrs, mask=dims[None, :] < D - d, other=0.0)
                 weight_tile = tl.load(weight_ptrs, mask=dims[:, None] < D - d, other=0.0)
-            acc = _dot(hidden_tile, weight_tile, acc, PRECISION)
+            acc = dot(hidden_tile, weight_tile, acc, PRECISION)
             hidden_ptrs += BLOCK_D
             weight_ptrs += BLOCK_D
     return acc
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32."""
     if PRECISION == "widen":
         # The interpreter multiplies the bit patterns of bfloat16; in fp32 the products are the same as on tensor cores.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dpo_kernels.kernels.filtered_products import TileLists
 from dpo_kernels.kernels.launch import HeadOptions, TileLaunch, on_device
 from dpo_kernels.kernels.logits_tile import bias_tile, final_logits, logits_slope, tile_position, tile_product
 from dpo_kernels.kernels.tile_config import TileConfig
@@ -24,9 +25,11 @@ def slice_grad_kernel(
     lse_ptr,
     grad_ptr,
     out_ptr,
+    kept_ptr,
     hidden_stride,
     weight_stride,
     out_stride,
+    kept_stride,
     first_col,
     ignore_index,
     N,
@@ -37,6 +40,9 @@ def slice_grad_kernel(
     temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    FILTERED: tl.constexpr,
+    FILTER_ROWS: tl.constexpr,
+    FILTER_COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -49,6 +55,10 @@ def slice_grad_kernel(
     tile_n, tile_v = tile_position(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
     row_start = tile_n * BLOCK_N
     col_start = tile_v * BLOCK_V
+    if FILTERED:
+        kept_ptrs = kept_ptr + (row_start // FILTER_ROWS) * kept_stride + (first_col + col_start) // FILTER_COLUMNS
+        if tl.load(kept_ptrs) == 0:
+            return
     rows = row_start + tl.arange(0, BLOCK_N)
     acc = bias_tile(bias_ptr, col_start + tl.arange(0, BLOCK_V), V, BLOCK_N, BLOCK_V, HAS_BIAS)
     acc = tile_product(
@@ -64,7 +74,7 @@ def slice_grad_kernel(
         _write_gradient(
             left if half == 0 else right, rows, col_start + half * (BLOCK_V // 2), labels_ptr, lse_ptr, grad_ptr,
             out_ptr, out_stride, first_col, ignore_index, N, V, logit_scale, softcap, temperature, HAS_SOFTCAP,
-            BLOCK_V // 2 if SPLIT else BLOCK_V,
+            FILTERED, BLOCK_V // 2 if SPLIT else BLOCK_V,
         )  # fmt: skip
 
 
@@ -86,6 +96,7 @@ def _write_gradient(
     softcap,
     temperature,
     HAS_SOFTCAP: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """Gradients of WIDTH columns from col_start on."""
@@ -108,7 +119,13 @@ def _write_gradient(
     # An ignored row is 0 even where its hidden state is not finite.
     gradient = tl.where(used[:, None], gradient, 0.0)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
-    tl.store(out_ptrs, gradient.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (cols < V)[None, :])
+    inside = (cols < V)[None, :]
+    if WHOLE_TILES:
+        # Products over whole tiles need zeros beyond the last column.
+        gradient = tl.where(inside, gradient, 0.0)
+        tl.store(out_ptrs, gradient.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
+    else:
+        tl.store(out_ptrs, gradient.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & inside)
 
 
 def slice_grad(
@@ -122,15 +139,20 @@ def slice_grad(
     first_col: int,
     ignore_index: int,
     options: HeadOptions,
+    lists: TileLists | None = None,
     config: TileConfig | None = None,
 ) -> None:
     """Fill out_NV with d(sum grad * logps)/dbiased for the slice weight_VD that begins at column `first_col`.
 
-    lse_N is fp64 (or fp32), grad_N fp32; options.bias_V is the slice's own. Ignored rows get exactly 0.
+    lse_N is fp64 (or fp32), grad_N fp32; options.bias_V is the slice's own. Ignored rows get exactly 0. With `lists`
+    only tiles that these keep are computed and written, whole ones: rows of out_NV must reach to the end of a tile.
     """
     N, D = hidden_ND.shape
     V = weight_VD.shape[0]
-    tile = TileLaunch("slice_grad", hidden_ND, weight_VD, heavy=options.softcap is not None, config=config)
+    kernel = "slice_grad" if lists is None else "filtered_grad"
+    tile = TileLaunch(kernel, hidden_ND, weight_VD, heavy=options.softcap is not None, config=config)
+    if lists is not None:
+        assert lists.rows % tile.config.block_n == 0 == lists.columns % tile.config.block_v
     with on_device(hidden_ND.device):
         slice_grad_kernel[(tile.num_programs,)](
             tile.hidden,
@@ -140,13 +162,18 @@ def slice_grad(
             lse_N,
             grad_N,
             out_NV,
+            None if lists is None else lists.kept_BC,
             *tile.strides,
             out_NV.stride(0),
+            0 if lists is None else lists.kept_BC.stride(0),
             first_col,
             ignore_index,
             N,
             V,
             D,
             **options.kernel_arguments(),
+            FILTERED=lists is not None,
+            FILTER_ROWS=1 if lists is None else lists.rows,
+            FILTER_COLUMNS=1 if lists is None else lists.columns,
             **tile.meta,
         )

@@ -26,6 +26,7 @@ from dpo_kernels.kernels.logits_tile import (
     tile_product,
 )
 from dpo_kernels.kernels.tile_config import TileConfig
+from dpo_kernels.kernels.tile_mass import tile_mass
 from dpo_kernels.kernels.token_stats import NUM_PARTIALS, merge_token_stats, write_partials
 
 
@@ -223,6 +224,8 @@ class LinearStats(NamedTuple):
     width: int
     token_stats_KN: torch.Tensor | None = None
     """fp32, in the order of `token_stats.TOKEN_STATS`, when asked for."""
+    mass_NC: torch.Tensor | None = None
+    """fp32 probability of tiles of `mass_columns` columns without the label's own, when asked for."""
 
 
 class TileStats(NamedTuple):
@@ -372,10 +375,12 @@ def linear_stats(
     ignore_index: int,
     exps: torch.Tensor | None = None,
     token_stats: bool = False,
+    mass_columns: int | None = None,
     config: TileConfig | None = None,
 ) -> LinearStats:
     """Log-probs and log-sum-exps of N > 0 rows over the whole vocabulary; `exps` and `token_stats` as in `tile_stats`.
 
+    With `mass_columns` also the mass of each row's tiles of as many columns.
     A label outside [0, V) that is not ignored gives NaN and reads nothing.
     """
     label_logit_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
@@ -398,4 +403,7 @@ def linear_stats(
         token_stats_KN = merge_token_stats(
             stats.shift_TN, stats.sum_TN, stats.token_stats_5TN, *rows, V=V, ignore_index=ignore_index
         )
-    return LinearStats(logps_N, lse_N, stats.shift_TN, stats.width, token_stats_KN)
+    mass_NC = None
+    if mass_columns is not None:
+        mass_NC = tile_mass(stats.shift_TN, stats.sum_TN, lse_N, width=stats.width, columns=mass_columns, V=V)
+    return LinearStats(logps_N, lse_N, stats.shift_TN, stats.width, token_stats_KN, mass_NC)

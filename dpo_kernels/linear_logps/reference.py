@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from dpo_kernels.linear_logps.tile_filter import COLUMNS, Kept, kept_elements
+
+FILTER_ROWS = 128
+"""See ``dpo_kernels.linear_logps.ops``."""
 
 
 def logits(
@@ -39,9 +45,15 @@ def logps(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    kept_TV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(logps_T, lse_T), differentiable; float64 for float64 inputs, else float32."""
+    """(logps_T, lse_T), differentiable; float64 for float64 inputs, else float32.
+
+    Where kept_TV is False a logit has its value and no gradient: what a filtered backward leaves out.
+    """
     logits_TV = logits(hidden_TD, weight_VD, bias_V, softcap, logit_scale, temperature)
+    if kept_TV is not None:
+        logits_TV = torch.where(kept_TV, logits_TV, logits_TV.detach())
     ignored_T = labels_T == ignore_index
     log_softmax_TV = torch.log_softmax(logits_TV, dim=-1)
     logps_T = log_softmax_TV.gather(1, labels_T.masked_fill(ignored_T, 0).unsqueeze(1)).squeeze(1)
@@ -71,7 +83,8 @@ def forward(
     ignore_index: int,
     need_dx: bool,
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    tile_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     options = (softcap, logit_scale, temperature, ignore_index)
     # Leaving inference mode is what switches autograd back on inside an operator.
@@ -79,11 +92,15 @@ def forward(
         hidden, weight, bias = leaf(hidden_TD, need_dx), leaf(weight_VD), None if bias_V is None else leaf(bias_V)
         logps_T, lse_T = logps(hidden, weight, leaf(labels_T), bias, *options)
         dx_TD = torch.autograd.grad(logps_T.sum(), hidden)[0] if need_dx else None
-    stats_KT = None
-    if stats:
+    stats_KT = mass_TC = None
+    if stats or tile_mass:
         logits_TV = logits(hidden_TD, weight_VD, bias_V, softcap, logit_scale, temperature)
-        stats_KT = token_stats(logits_TV, labels_T, ignore_index, stats)
-    return logps_T.detach(), lse_T.detach(), dx_TD, stats_KT
+        if stats:
+            stats_KT = token_stats(logits_TV, labels_T, ignore_index, stats)
+        if tile_mass:
+            p_TV = F.pad(logits_TV.softmax(dim=-1), (0, -logits_TV.shape[1] % COLUMNS))
+            mass_TC = p_TV.unflatten(1, (-1, COLUMNS)).sum(dim=-1)
+    return logps_T.detach(), lse_T.detach(), dx_TD, stats_KT, mass_TC
 
 
 def backward(
@@ -101,15 +118,17 @@ def backward(
     need_weight: bool,
     need_bias: bool,
     weight_grad_VD: Tensor | None,
+    tiles: Kept | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     options = (softcap, logit_scale, temperature, ignore_index)
+    kept_TV = None if tiles is None else kept_elements(tiles, weight_VD.shape[0], FILTER_ROWS)
     with torch.inference_mode(False):
         if weight_grad_VD is not None:
             weight_VD = weight_VD.to(weight_grad_VD.dtype)
         hidden, weight = leaf(hidden_TD, need_hidden), leaf(weight_VD, need_weight)
         bias = None if bias_V is None else leaf(bias_V, need_bias)
-        logps_T, _ = logps(hidden, weight, leaf(labels_T), bias, *options)
+        logps_T, _ = logps(hidden, weight, leaf(labels_T), bias, *options, None if kept_TV is None else leaf(kept_TV))
         dX_TD, dW_VD, db_V = gradients(logps_T, leaf(grad_logps_T), hidden, weight, bias)
         if dW_VD is not None and weight_grad_VD is not None:
             weight_grad_VD += dW_VD

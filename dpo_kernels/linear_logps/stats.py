@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.chunks import accumulation_dtype
+from dpo_kernels.linear_logps.tile_filter import FILTER_STATS
 
 STATS = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
 
@@ -18,9 +19,9 @@ STATS = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
 def check_stats(names: Iterable[str]) -> tuple[str, ...]:
     """The names as a tuple; ValueError for one that is unknown or there twice."""
     found = tuple(names)
-    unknown = [name for name in found if name not in STATS]
+    unknown = [name for name in found if name not in STATS + FILTER_STATS]
     if unknown:
-        raise ValueError(f"stats must be among {', '.join(STATS)}; got {', '.join(map(str, unknown))}")
+        raise ValueError(f"stats must be among {', '.join(STATS + FILTER_STATS)}; got {', '.join(map(str, unknown))}")
     if len(set(found)) < len(found):
         raise ValueError(f"stats must not repeat a name; got {', '.join(found)}")
     return found

@@ -10,6 +10,7 @@ Backward recomputes one slice of logits at a time from the saved log-sum-exp, so
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +31,12 @@ from dpo_kernels.chunks import (
     spread_rows,
 )
 from dpo_kernels.linear_logps.stats import RunningStats
+from dpo_kernels.linear_logps.tile_filter import COLUMNS, Kept, num_tiles
 
 SLICE_BYTES = 8 * 2**20
 """Logits of a slice on the CPU: fits the third-level caches, together with what is read beside it."""
+FILTER_ROWS = 1
+"""See ``dpo_kernels.linear_logps.ops``: the rows that need a tile are gathered, so that each is filtered for itself."""
 
 
 def forward(
@@ -46,7 +50,8 @@ def forward(
     ignore_index: int,
     need_dx: bool,
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    tile_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     head = Head(weight_VD, bias_V, softcap, logit_scale, temperature)
     num_rows = hidden_TD.shape[0]
@@ -56,8 +61,8 @@ def forward(
         hidden_TD, labels_T, ignored_T = hidden_TD[kept], labels_T[kept], None
     if ignored_T is not None:
         labels_T = labels_T.masked_fill(ignored_T, 0)
-    state = _Running(hidden_TD, need_dx, stats)
-    for columns, z_Tv, W_vD in _slices(hidden_TD, head):
+    state = _Running(hidden_TD, need_dx, stats, num_tiles(weight_VD.shape[0]) if tile_mass else 0)
+    for columns, _, z_Tv, _, W_vD in _slices(hidden_TD, head, COLUMNS if tile_mass else 1):
         _fold_slice(state, z_Tv, labels_T - columns.start, head, columns)
         if state.weighted_TD is not None:
             product_(state.weighted_TD, z_Tv.to(W_vD.dtype), W_vD, accumulate=True)
@@ -78,13 +83,14 @@ def forward(
         if ignored_T is not None:
             stats_KT.masked_fill_(ignored_T, 0)
         stats_KT = torch.stack([spread_rows(values_T, kept, num_rows) for values_T in stats_KT])
-    return spread_rows(logps_T, kept, num_rows), spread_rows(lse_T, kept, num_rows), dx_TD, stats_KT
+    mass_TC = None if state.tiles is None else spread_rows(state.tiles.finish(lse_T), kept, num_rows)
+    return spread_rows(logps_T, kept, num_rows), spread_rows(lse_T, kept, num_rows), dx_TD, stats_KT, mass_TC
 
 
 class _Running:
     """What forward carries from slice to slice."""
 
-    def __init__(self, hidden_TD: Tensor, need_dx: bool, stats: Sequence[str]):
+    def __init__(self, hidden_TD: Tensor, need_dx: bool, stats: Sequence[str], tiles: int):
         T = hidden_TD.shape[0]
         dtype = accumulation_dtype(hidden_TD.dtype)
         self.max_T = hidden_TD.new_full((T,), -torch.inf, dtype=dtype)
@@ -93,6 +99,31 @@ class _Running:
         self.label_factor_T = hidden_TD.new_ones(T, dtype=dtype)
         self.weighted_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if need_dx else None
         self.stats = RunningStats(stats, hidden_TD) if stats else None
+        self.tiles = _TileMass(hidden_TD.new_empty(T, tiles, dtype=dtype)) if tiles else None
+
+
+class _TileMass:
+    """Sums of exponentials of each row's tiles, on the scale of the slice that held them."""
+
+    def __init__(self, sum_TC: Tensor):
+        self.sum_TC = sum_TC
+        self.scales: list[tuple[slice, Tensor]] = []
+
+    def fold_exps(self, exps: Tensor, rows: slice, columns: slice) -> None:
+        first, whole = columns.start // COLUMNS, exps.shape[1] // COLUMNS
+        tiles = exps[:, : whole * COLUMNS].unflatten(1, (whole, COLUMNS))
+        torch.sum(tiles, dim=-1, out=self.sum_TC[rows, first : first + whole])
+        if exps.shape[1] % COLUMNS:
+            torch.sum(exps[:, whole * COLUMNS :], dim=-1, out=self.sum_TC[rows, first + whole])
+
+    def end_slice(self, columns: slice, max_T: Tensor) -> None:
+        self.scales.append((slice(columns.start // COLUMNS, num_tiles(columns.stop)), max_T.clone()))
+
+    def finish(self, lse_T: Tensor) -> Tensor:
+        """[T, C]: the probability of each row's tile."""
+        for tiles, max_T in self.scales:
+            self.sum_TC[:, tiles] *= (max_T - lse_T).exp().to(self.sum_TC.dtype).unsqueeze(1)
+        return self.sum_TC
 
 
 def _fold_slice(state: _Running, z_Tv: Tensor, local_T: Tensor, head: Head, columns: slice) -> None:
@@ -112,6 +143,8 @@ def _fold_slice(state: _Running, z_Tv: Tensor, local_T: Tensor, head: Head, colu
         z.sub_(new_max.unsqueeze(1)).exp_()
         if state.stats is not None:
             state.stats.fold_exps(z, rows, state.sum_T[rows], new_max - state.max_T[rows])
+        if state.tiles is not None:
+            state.tiles.fold_exps(z, rows, columns)
         shrink = torch.exp(state.max_T[rows] - new_max)
         state.sum_T[rows] = state.sum_T[rows] * shrink + z.sum(dim=1)
         state.max_T[rows] = new_max
@@ -119,6 +152,8 @@ def _fold_slice(state: _Running, z_Tv: Tensor, local_T: Tensor, head: Head, colu
             state.weighted_TD[rows] *= shrink.unsqueeze(1)
             if factor is not None:
                 z.mul_(factor)
+    if state.tiles is not None:
+        state.tiles.end_slice(columns, state.max_T)
 
 
 def _keep_label(kept_T: Tensor, rows: slice, values: Tensor, index_T: Tensor, inside_T: Tensor) -> None:
@@ -155,61 +190,75 @@ def backward(
     need_weight: bool,
     need_bias: bool,
     weight_grad_VD: Tensor | None,
+    tiles: Kept | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     head = Head(weight_VD, bias_V, softcap, logit_scale, temperature)
     num_rows = hidden_TD.shape[0]
-    ignored_T = ignored_rows(labels_T, ignore_index)
+    # A filter keeps no tile of an ignored row.
+    ignored_T = None if tiles is not None else ignored_rows(labels_T, ignore_index)
     kept = kept_rows(ignored_T)
     if kept is not None:
         hidden_TD, labels_T, lse_T, grad_logps_T = hidden_TD[kept], labels_T[kept], lse_T[kept], grad_logps_T[kept]
     elif ignored_T is not None:
         labels_T, grad_logps_T = labels_T.masked_fill(ignored_T, 0), grad_logps_T.masked_fill(ignored_T, 0)
     dtype = accumulation_dtype(hidden_TD.dtype)
-    shift_T = lse_T.to(dtype)
-    # e^(z - lse) = e^(z - shift) * e^(shift - lse): what rounding the log-sum-exp takes away goes into a row's factor.
-    softmax_factor_T = (shift_T - lse_T).exp().to(dtype)
-    coefficient_T = grad_logps_T * head.slope
+    terms = _RowTerms.make(labels_T, lse_T, grad_logps_T, head, dtype)
     dX_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if need_hidden else None
     dW_VD = None
     if need_weight and weight_grad_VD is None:
         dW_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format)
     db_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
-    operand_TD = hidden_TD.to(operand_dtype(hidden_TD))
-    for columns, z_Tv, W_vD in _slices(hidden_TD, head):
-        _logits_gradient_(z_Tv, labels_T - columns.start, shift_T, softmax_factor_T, coefficient_T, head, columns)
+    for block in _slices(hidden_TD, head) if tiles is None else _kept_tiles(hidden_TD, head, tiles.kept_BC):
+        columns, z_nv, W_vD = block.columns, block.z_nv, block.W_vD
+        _logits_gradient_(z_nv, terms.select(block.rows), head, columns)
         if db_V is not None:
-            db_V[columns] = z_Tv.sum(dim=0)
-        z_Tv = z_Tv.to(W_vD.dtype)
+            db_V[columns] = z_nv.sum(dim=0)
+        z_nv = z_nv.to(W_vD.dtype)
         if dX_TD is not None:
-            product_(dX_TD, z_Tv, W_vD, accumulate=True)
+            if block.rows is None:
+                product_(dX_TD, z_nv, W_vD, accumulate=True)
+            else:
+                dX_TD.index_add_(0, block.rows, z_nv @ W_vD)
         if need_weight and weight_grad_VD is not None:
-            product_(weight_grad_VD[columns], z_Tv.T, operand_TD, accumulate=True)
+            product_(weight_grad_VD[columns], z_nv.T, block.hidden_nD, accumulate=True)
         if dW_VD is not None:
-            _store_product(dW_VD[columns], z_Tv.T, operand_TD, dtype)
+            _store_product(dW_VD[columns], z_nv.T, block.hidden_nD, dtype)
     if dX_TD is not None:
         dX_TD = spread_rows(dX_TD.to(hidden_TD.dtype), kept, num_rows)
     return dX_TD, dW_VD, db_V
 
 
-def _logits_gradient_(
-    z_Tv: Tensor,
-    local_T: Tensor,
-    shift_T: Tensor,
-    softmax_factor_T: Tensor,
-    coefficient_T: Tensor,
-    head: Head,
-    columns: slice,
-) -> None:
+class _RowTerms(NamedTuple):
+    """What the gradient of the logits takes from each row."""
+
+    labels: Tensor
+    shift: Tensor
+    """The log-sum-exp, rounded to C."""
+    softmax_factor: Tensor
+    """e^(z - lse) = e^(z - shift) * e^(shift - lse): what that rounding takes away."""
+    coefficient: Tensor
+
+    @classmethod
+    def make(cls, labels_T: Tensor, lse_T: Tensor, grad_logps_T: Tensor, head: Head, dtype: torch.dtype) -> _RowTerms:
+        shift_T = lse_T.to(dtype)
+        return cls(labels_T, shift_T, (shift_T - lse_T).exp().to(dtype), grad_logps_T * head.slope)
+
+    def select(self, rows: Tensor | slice | None) -> _RowTerms:
+        return self if rows is None else _RowTerms(*(term[rows] for term in self))
+
+
+def _logits_gradient_(z_nv: Tensor, terms: _RowTerms, head: Head, columns: slice) -> None:
     """Turn a slice of x W^T into coefficient * (onehot - softmax) * softcap factor, in place."""
-    inside_T = (local_T >= 0) & (local_T < z_Tv.shape[1])
-    index_T = local_T.clamp(0, z_Tv.shape[1] - 1)
-    for rows in row_blocks(z_Tv):
-        z = z_Tv[rows]
+    local = terms.labels - columns.start
+    coefficient = terms.coefficient * ((local >= 0) & (local < z_nv.shape[1]))
+    index = local.clamp(0, z_nv.shape[1] - 1)
+    for rows in row_blocks(z_nv):
+        z = z_nv[rows]
         factor = logits_(z, head, columns, want_factor=True)
-        z.sub_(shift_T[rows].unsqueeze(1)).exp_()
-        z.mul_((-coefficient_T[rows] * softmax_factor_T[rows]).unsqueeze(1))
-        add_at_(z, index_T[rows], coefficient_T[rows] * inside_T[rows])
+        z.sub_(terms.shift[rows].unsqueeze(1)).exp_()
+        z.mul_((-terms.coefficient[rows] * terms.softmax_factor[rows]).unsqueeze(1))
+        add_at_(z, index[rows], coefficient[rows])
         if factor is not None:
             z.mul_(factor)
 
@@ -238,18 +287,48 @@ def slice_width(T: int, D: int, V: int, itemsize: int, *, converts: bool, cuda: 
     return min(V, max(64, width))
 
 
-def _slices(hidden_TD: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(columns, x W^T of those columns in C, W of those columns in the dtype of products), in one reused buffer."""
+class _Block(NamedTuple):
+    """Products of some rows with some columns of the head."""
+
+    columns: slice
+    rows: Tensor | None
+    """Indices of the n rows, None for all of them in order."""
+    z_nv: Tensor
+    """x W^T in C."""
+    hidden_nD: Tensor
+    """Like W_vD in the dtype of products."""
+    W_vD: Tensor
+
+
+def _slices(hidden_TD: Tensor, head: Head, multiple: int = 1) -> Iterator[_Block]:
+    """All rows by slices of the vocabulary, in one reused buffer; slices begin at multiples of ``multiple``."""
     T, D = hidden_TD.shape
     V = head.weight_VD.shape[0]
     dtype, operand = accumulation_dtype(hidden_TD.dtype), operand_dtype(hidden_TD)
     converts = operand != hidden_TD.dtype
     width = slice_width(T, D, V, dtype.itemsize, converts=converts, cuda=hidden_TD.is_cuda)
     operand_TD = hidden_TD.to(operand)
-    buffer = hidden_TD.new_empty(T * width, dtype=dtype)
-    for columns in even_slices(V, width):
+    units = -(-V // multiple)
+    largest = max(1, width // multiple)
+    buffer = hidden_TD.new_empty(T * min(V, largest * multiple), dtype=dtype)
+    for unit in even_slices(units, largest):
+        columns = slice(unit.start * multiple, min(V, unit.stop * multiple))
         v = columns.stop - columns.start
         W_vD = head.weight_VD[columns].to(operand)
         z_Tv = buffer[: T * v].view(T, v)
         product_(z_Tv, operand_TD, W_vD.T)
-        yield columns, z_Tv, W_vD
+        yield _Block(columns, None, z_Tv, operand_TD, W_vD)
+
+
+def _kept_tiles(hidden_TD: Tensor, head: Head, kept_TC: Tensor) -> Iterator[_Block]:
+    """Every tile of the vocabulary with the rows that keep it, which may be none: nothing else is multiplied."""
+    dtype, operand = accumulation_dtype(hidden_TD.dtype), operand_dtype(hidden_TD)
+    operand_TD = hidden_TD.to(operand)
+    V = head.weight_VD.shape[0]
+    for tile, kept_T in enumerate(kept_TC.T.contiguous()):
+        columns = slice(tile * COLUMNS, min(V, (tile + 1) * COLUMNS))
+        rows = kept_T.nonzero().squeeze(1)
+        hidden_nD, W_vD = operand_TD[rows], head.weight_VD[columns].to(operand)
+        z_nv = hidden_nD.new_empty(len(rows), len(W_vD), dtype=dtype)
+        product_(z_nv, hidden_nD, W_vD.T)
+        yield _Block(columns, rows, z_nv, hidden_nD, W_vD)

@@ -10,21 +10,27 @@ one more product, and there is no backward (2 in all).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dpo_kernels.kernels.filtered_products import TileLists, add_filtered_dx_, filtered_db, filtered_dw
 from dpo_kernels.kernels.frozen_head import frozen_head
 from dpo_kernels.kernels.launch import HeadOptions, obstacle
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.tile_logps import linear_stats
 from dpo_kernels.kernels.token_stats import TOKEN_STATS
+from dpo_kernels.linear_logps.tile_filter import COLUMNS, Kept
 
 SLICE_BYTES = 160 * 2**20
 """Size of a slice: with fp32 dX beside it, 8192 rows of 4096 features stay within 300 MiB."""
 MIN_SLICE = 4096
 """Narrower slices would spend more time on reading and writing dX than on products."""
+
+FILTER_ROWS = 128
+"""See ``dpo_kernels.linear_logps.ops``: with tiles of 128 columns what tensor cores are still fed well with."""
 
 STATS = TOKEN_STATS
 """Token statistics that the kernels compute."""
@@ -46,10 +52,11 @@ def forward(
     ignore_index: int,
     need_dx: bool,
     stats: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    tile_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
-    dx_TD = None
+    dx_TD = mass_TC = None
     if need_dx:
         logps_T, lse_T, dx_TD, stats_KT = frozen_head(
             hidden_TD,
@@ -61,12 +68,18 @@ def forward(
             token_stats=bool(stats),
         )
     else:
-        logps_T, lse_T, *_, stats_KT = linear_stats(
-            hidden_TD, weight_VD, labels_T, options=options, ignore_index=ignore_index, token_stats=bool(stats)
+        logps_T, lse_T, *_, stats_KT, mass_TC = linear_stats(
+            hidden_TD,
+            weight_VD,
+            labels_T,
+            options=options,
+            ignore_index=ignore_index,
+            token_stats=bool(stats),
+            mass_columns=COLUMNS if tile_mass else None,
         )
     if stats_KT is not None:
         stats_KT = torch.stack([stats_KT[STATS.index(name)] for name in stats])
-    return logps_T, lse_T, dx_TD, stats_KT
+    return logps_T, lse_T, dx_TD, stats_KT, mass_TC
 
 
 def backward(
@@ -84,17 +97,25 @@ def backward(
     need_weight: bool,
     need_bias: bool,
     weight_grad_VD: Tensor | None,
+    tiles: Kept | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_logps.ops``."""
     options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    lists = None
+    if tiles is not None:
+        lists = TileLists.make(tiles.kept_BC, rows=FILTER_ROWS, columns=COLUMNS)
+        hidden_TD, labels_T, lse_T, grad_logps_T = (
+            t[tiles.order_T] for t in (hidden_TD, labels_T, lse_T, grad_logps_T)
+        )
     width = min(V, slice_columns(hidden_TD))
-    # Rows of 16 bytes keep the products on aligned operands whatever V is.
-    pitch = -(-width // 8) * 8
-    slice_Tv = hidden_TD.new_empty(T, pitch)
+    # Rows of 16 bytes keep the products on aligned operands whatever V is; those of a filter read whole tiles.
+    multiple = 8 if lists is None else COLUMNS
+    slice_Tv = hidden_TD.new_empty(T, -(-width // multiple) * multiple)
     dX_TD = hidden_TD.new_empty(T, D, dtype=torch.float32) if need_hidden else None
     dW_VD = weight_VD.new_empty(V, D) if need_weight and weight_grad_VD is None else None
     db_V = bias_V.new_empty(V) if need_bias and bias_V is not None else None
+    results = _Results(dX_TD, dW_VD, weight_grad_VD if need_weight else None, db_V)
     for start in range(0, V, width):
         columns = slice(start, min(V, start + width))
         weight_vD = weight_VD[columns]
@@ -109,16 +130,55 @@ def backward(
             first_col=start,
             ignore_index=ignore_index,
             options=options.columns(columns.start, columns.stop),
+            lists=lists,
         )
-        if dX_TD is not None:
-            add_product_(dX_TD, gradient_Tv, weight_vD, first=start == 0)
-        if need_weight and weight_grad_VD is not None:
-            add_product_(weight_grad_VD[columns], gradient_Tv.T, hidden_TD)
-        if dW_VD is not None:
-            torch.mm(gradient_Tv.T, hidden_TD, out=dW_VD[columns])
-        if db_V is not None:
-            db_V[columns] = gradient_Tv.sum(dim=0, dtype=torch.float32)
-    return None if dX_TD is None else dX_TD.to(hidden_TD.dtype), dW_VD, db_V
+        if lists is None:
+            _add_products(results, gradient_Tv, hidden_TD, weight_vD, columns)
+        else:
+            _add_kept_products(results, gradient_Tv, hidden_TD, weight_vD, columns, lists)
+    if dX_TD is not None:
+        dX_TD = dX_TD.to(hidden_TD.dtype)
+        if tiles is not None:
+            dX_TD = torch.empty_like(dX_TD).index_copy_(0, tiles.order_T, dX_TD)
+    return dX_TD, dW_VD, db_V
+
+
+class _Results(NamedTuple):
+    """What backward fills slice by slice, None for what is not needed."""
+
+    dX_TD: Tensor | None
+    """fp32, summed over the slices."""
+    dW_VD: Tensor | None
+    weight_grad_VD: Tensor | None
+    """Takes the place of dW_VD, which is added to it."""
+    db_V: Tensor | None
+
+
+def _add_products(results: _Results, gradient_Tv: Tensor, hidden_TD: Tensor, weight_vD: Tensor, columns: slice) -> None:
+    """A slice whose gradient is there as a whole, by the library's products."""
+    if results.dX_TD is not None:
+        add_product_(results.dX_TD, gradient_Tv, weight_vD, first=columns.start == 0)
+    if results.weight_grad_VD is not None:
+        add_product_(results.weight_grad_VD[columns], gradient_Tv.T, hidden_TD)
+    if results.dW_VD is not None:
+        torch.mm(gradient_Tv.T, hidden_TD, out=results.dW_VD[columns])
+    if results.db_V is not None:
+        results.db_V[columns] = gradient_Tv.sum(dim=0, dtype=torch.float32)
+
+
+def _add_kept_products(
+    results: _Results, gradient_Tv: Tensor, hidden_TD: Tensor, weight_vD: Tensor, columns: slice, lists: TileLists
+) -> None:
+    """A slice of whose gradient only kept tiles are there."""
+    first = columns.start
+    if results.dX_TD is not None:
+        add_filtered_dx_(results.dX_TD, gradient_Tv, weight_vD, lists, first_col=first)
+    for out_VD in (results.dW_VD, results.weight_grad_VD):
+        if out_VD is not None:
+            accumulate = out_VD is results.weight_grad_VD
+            filtered_dw(out_VD[columns], gradient_Tv, hidden_TD, lists, first_col=first, accumulate=accumulate)
+    if results.db_V is not None:
+        filtered_db(results.db_V[columns], gradient_Tv, lists, first_col=first)
 
 
 def slice_columns(hidden_TD: Tensor) -> int:

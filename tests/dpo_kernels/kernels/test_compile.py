@@ -55,7 +55,7 @@ def test_other_kernels(arch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["linear_stats", "linear_exps", "slice_grad"])
+@pytest.mark.parametrize("kernel", ["linear_stats", "linear_exps", "slice_grad", "filtered"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_every_option(arch, kernel):
     for case in kernel_resources.tile_cases(arch):
