@@ -113,7 +113,7 @@ def filter_stats(plan: FilterPlan, names: Sequence[str], dtype: torch.dtype) -> 
     found = {}
     if "dropped_mass" in names:
         lost_BR = mass_BRC.masked_fill(kept_BC.unsqueeze(1), 0).sum(dim=2)
-        found["dropped_mass"] = lost_BR.flatten()[: len(order_T)] * UNIT
+        found["dropped_mass"] = lost_BR.flatten()[: len(order_T)].double() * UNIT
     if "kept_tiles" in names:
         share_B = kept_BC.double().mean(dim=1)
         found["kept_tiles"] = share_B.repeat_interleave(mass_BRC.shape[1])[: len(order_T)]
