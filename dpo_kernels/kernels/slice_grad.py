@@ -52,7 +52,11 @@ def slice_grad_kernel(
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    tile_n, tile_v = tile_position(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
+    if FILTERED:
+        num_tiles_v = tl.cdiv(V, FILTER_COLUMNS) * (FILTER_COLUMNS // BLOCK_V)
+    else:
+        num_tiles_v = tl.cdiv(V, BLOCK_V)
+    tile_n, tile_v = tile_position(tl.program_id(0), tl.cdiv(N, BLOCK_N), num_tiles_v, GROUP_N)
     row_start = tile_n * BLOCK_N
     col_start = tile_v * BLOCK_V
     if FILTERED:
@@ -151,10 +155,13 @@ def slice_grad(
     V = weight_VD.shape[0]
     kernel = "slice_grad" if lists is None else "filtered_grad"
     tile = TileLaunch(kernel, hidden_ND, weight_VD, heavy=options.softcap is not None, config=config)
+    num_programs = tile.num_programs
     if lists is not None:
         assert lists.rows % tile.config.block_n == 0 == lists.columns % tile.config.block_v
+        whole_columns = triton.cdiv(V, lists.columns) * lists.columns
+        num_programs = triton.cdiv(N, tile.config.block_n) * (whole_columns // tile.config.block_v)
     with on_device(hidden_ND.device):
-        slice_grad_kernel[(tile.num_programs,)](
+        slice_grad_kernel[(num_programs,)](
             tile.hidden,
             tile.weight,
             options.bias_V,
