@@ -192,6 +192,7 @@ class _Entry:
     errors: Errors | None = None
     times: list[float] = field(default_factory=list)
     obstacle: str | None = None
+    remark: str = ""
 
 
 class BareProducts:
@@ -259,6 +260,7 @@ class Race:
         if contender.has_reference not in references:
             references[contender.has_reference] = float64_reference(task, has_reference=contender.has_reference)
         entry.errors = errors(outcome, references[contender.has_reference], self.inputs.length)
+        entry.remark = contender.measure(task) if contender.measure else ""
         entry.run = run
 
     def round(self) -> None:
@@ -300,4 +302,5 @@ class Race:
         }
         named = zip(("token error", "response error", "dX error", "dW error"), entry.errors, strict=True)
         row |= {column: value for column, value in named if value is not None}
-        return {**row, "note": contender.note, "ours": contender.ours, "times_ms": entry.times}
+        note = "; ".join(part for part in (entry.remark, contender.note) if part)
+        return {**row, "note": note, "ours": contender.ours, "times_ms": entry.times}

@@ -108,7 +108,8 @@ def backward(
         hidden_TD, labels_T, lse_T, grad_logps_T = (
             t[tiles.order_T] for t in (hidden_TD, labels_T, lse_T, grad_logps_T)
         )
-    width = min(V, slice_columns(hidden_TD))
+    # The copy of the hidden states comes out of the slice's share.
+    width = min(V, slice_columns(hidden_TD, taken=0 if tiles is None else hidden_TD.nbytes))
     # Rows of 16 bytes keep the products on aligned operands whatever V is; those of a filter read whole tiles.
     multiple = 8 if lists is None else COLUMNS
     slice_Tv = hidden_TD.new_empty(T, -(-width // multiple) * multiple)
@@ -137,6 +138,8 @@ def backward(
         else:
             _add_kept_products(results, gradient_Tv, hidden_TD, weight_vD, columns, lists)
     if dX_TD is not None:
+        if tiles is not None:
+            del slice_Tv, gradient_Tv
         dX_TD = dX_TD.to(hidden_TD.dtype)
         if tiles is not None:
             dX_TD = torch.empty_like(dX_TD).index_copy_(0, tiles.order_T, dX_TD)
@@ -181,7 +184,7 @@ def _add_kept_products(
         filtered_db(results.db_V[columns], gradient_Tv, lists, first_col=first)
 
 
-def slice_columns(hidden_TD: Tensor) -> int:
-    """Columns of a slice: SLICE_BYTES worth of them, in whole tiles."""
-    columns = SLICE_BYTES // (hidden_TD.shape[0] * hidden_TD.element_size())
+def slice_columns(hidden_TD: Tensor, *, taken: int = 0) -> int:
+    """Columns of a slice: SLICE_BYTES worth of them, less what is ``taken``, in whole tiles."""
+    columns = (SLICE_BYTES - taken) // (hidden_TD.shape[0] * hidden_TD.element_size())
     return max(MIN_SLICE, columns // 256 * 256)

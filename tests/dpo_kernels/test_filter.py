@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.library import opcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode

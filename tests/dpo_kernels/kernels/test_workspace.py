@@ -16,10 +16,10 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia.compiler")
 
 from benchmarks.shapes import GPU_BENCHMARK
-from dpo_kernels.kernels import frozen_head, launch
+from dpo_kernels.kernels import filtered_products, frozen_head, launch
 from dpo_kernels.kernels.offline import compiling_for
 from dpo_kernels.linear_dpo import triton_pairs
-from dpo_kernels.linear_logps import triton_tiles
+from dpo_kernels.linear_logps import tile_filter, triton_tiles
 from dpo_kernels.losses import LossOptions, resolve_loss
 
 
@@ -100,23 +100,31 @@ def test_a_pair_that_is_longer_than_a_chunk_is_held_whole(monkeypatch):
     assert 1.95 * 2**30 < extra_bytes(LONG_PAIR, monkeypatch) < 2.05 * 2**30
 
 
-@pytest.mark.parametrize("pass_name", ["forward, frozen head", "backward"])
+@pytest.mark.parametrize("pass_name", ["forward, frozen head", "backward", "filtered forward", "filtered backward"])
 def test_per_token_log_probs_take_at_most_300_mebibytes(pass_name, monkeypatch):
     """The same size; products of half operands with float32 results need no copy on a GPU, and are left out here."""
     T, D, V = GPU_BENCHMARK
     monkeypatch.setattr(launch, "device_arch", lambda device: "sm_90")
+    monkeypatch.setattr(filtered_products, "device_arch", lambda device: "sm_90")
     for module in (triton_tiles, frozen_head):
         monkeypatch.setattr(module, "add_product_", lambda *products, **options: None)
     hidden, weight = meta(T, D, dtype=torch.bfloat16), meta(V, D, dtype=torch.bfloat16)
     labels, row, lse = meta(T, dtype=torch.int64), meta(T), meta(T, dtype=torch.float64)
-    with LiveBytes(hidden, weight, labels, row, lse) as live, compiling_for("sm_90"):
-        if pass_name == "backward":
-            wanted = (True, True, False, None)
+    kept = meta(T // triton_tiles.FILTER_ROWS, tile_filter.num_tiles(V), dtype=torch.bool)
+    with LiveBytes(hidden, weight, labels, row, lse, kept) as live, compiling_for("sm_90"):
+        if pass_name.endswith("backward"):
+            tiles = tile_filter.Kept(labels, kept) if pass_name.startswith("filtered") else None
+            wanted = (True, True, False, None, tiles)
             results = triton_tiles.backward(row, hidden, weight, labels, lse, None, None, 1.0, 1.0, -100, *wanted)
+        elif pass_name == "filtered forward":
+            *results, mass = triton_tiles.forward(hidden, weight, labels, None, None, 1.0, 1.0, -100, False, (), True)
+            rows = triton_tiles.FILTER_ROWS
+            plan = tile_filter.plan_filter(mass, labels, ignore_index=-100, filter_mass=1e-3, rows=rows)
+            results = [*results, *plan.kept]
         else:
-            results = triton_tiles.forward(hidden, weight, labels, None, None, 1.0, 1.0, -100, True, ())
+            results = triton_tiles.forward(hidden, weight, labels, None, None, 1.0, 1.0, -100, True, (), False)
     extra = live.most - sum(t.untyped_storage().nbytes() for t in results if t is not None)
-    assert 280 * 2**20 < extra <= 300 * 2**20
+    assert (180 if pass_name.startswith("filtered") else 280) * 2**20 < extra <= 300 * 2**20
 
 
 def test_the_count_counts():
