@@ -19,7 +19,12 @@ from dpo_kernels.kernels.offline import SHARED_MEMORY, Resources
 from dpo_kernels.kernels.tile_config import shipped_archs, table_entries
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
-TILE_KERNELS = {"linear_stats_fwd_kernel": ("linear_stats", "linear_exps"), "slice_grad_kernel": ("slice_grad",)}
+TILE_KERNELS = {
+    "linear_stats_fwd_kernel": ("linear_stats", "linear_exps"),
+    "slice_grad_kernel": ("slice_grad", "filtered_grad"),
+    "filtered_dx_kernel": ("filtered_dx",),
+    "filtered_dw_kernel": ("filtered_dw",),
+}
 """Kernels that a tile table names otherwise."""
 TENSOR_CORES = {"sm_80": {"mma.sync"}, "sm_90": {"wgmma.mma_async"}, "sm_100": {"tcgen05.mma", "mma.sync"}}
 

@@ -96,10 +96,9 @@ def test_mistakes_are_one_line(arguments, message):
         command.run(arguments, prog="dpo bench tune")
 
 
-def test_every_kernel_of_the_tables_is_tuned():
-    """But for those of the filtered backward, whose best tiles depend on how much is filtered."""
-    filtered = {kernel for kernel in table_entries("default") if kernel.startswith("filtered_")}
-    assert set(command.KERNELS) == set(table_entries("default")) - filtered
+def test_every_dense_kernel_of_the_tables_is_tuned():
+    """What a filter leaves to do depends on the data, so that its kernels keep the shipped tiles."""
+    assert set(command.KERNELS) == {name for name in table_entries("default") if not name.startswith("filtered_")}
 
 
 def test_problems_are_the_launches_of_the_ops():
