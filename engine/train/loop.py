@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from engine.train.metrics import (
     keep_rows_until,
     log_line,
     open_trackers,
+    read_rows,
 )
 from engine.train.objective import Scored
 from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
@@ -104,8 +104,8 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
 def _finished(output_dir: Path) -> TrainResult:
     """The result of a run that has ended, from its metrics."""
     metrics: dict[str, float] = {}
-    for line in (output_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        metrics |= json.loads(line)
+    for row in read_rows(output_dir / METRICS_FILE):
+        metrics |= row
     return TrainResult(output_dir, int(metrics["step"]), metrics)
 
 

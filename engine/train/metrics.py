@@ -245,17 +245,28 @@ def keep_rows_until(output_dir: Path, step: int, *, evaluated_at: int) -> None:
         evaluated_at: last step whose evaluation is known; rows of later ones go, since the evaluation is made again.
     """
     path = output_dir / METRICS_FILE
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    if path.exists():
+        kept = [row for row in read_rows(path) if row["step"] <= (step if "loss" in row else evaluated_at)]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``, without a last one that a killed process left half-written.
+
+    Raises:
+        UserError: another line cannot be read.
+    """
+    rows = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= (step if "loss" in row else evaluated_at):
-            kept.append(line + "\n")
-    write_atomically(path, "".join(kept))
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise UserError(f"{path} line {number} is damaged: repair or remove the line") from error
+    return rows
 
 
 def log_line(row: Mapping[str, float], *, total_steps: int, seconds_left: float) -> str:

@@ -90,6 +90,18 @@ def test_rows_past_a_checkpoint_and_torn_lines_are_dropped(tmp_path):
     keep_rows_until(tmp_path / "nowhere", 0, evaluated_at=0)
 
 
+@pytest.mark.parametrize(
+    "damaged", [b"{", b"\xff\n", b'{"step" 2}\n', b'{"st\xf0p": 2}\n', b'{"step": null}\n', b"[2]\n", b"\n"]
+)
+def test_a_damaged_row_is_named(damaged, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + damaged + b'\n{"step": 3, "loss": 0.5}\n')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is damaged: repair or remove the line"):
+        keep_rows_until(tmp_path, 3, evaluated_at=0)
+    assert path.read_bytes() == before
+
+
 def test_tensorboard_hides_events_past_a_checkpoint(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
