@@ -28,7 +28,7 @@ from engine.train.references import ReferenceTable
 from engine.train.throughput import FlopModel, peak_memory_gib
 
 PAIRS = 1_000_000
-ROUNDS = 3
+ROUNDS = 2
 OPTIONS = {"pairs_per_step": 64, "tokens_per_pack": 16384}
 CPU = torch.device("cpu")
 STEP_SECONDS = 0.02
@@ -43,14 +43,15 @@ def synthetic_lengths(pairs: int) -> GroupLengths:
 
 
 def plan_and_measure(ranks: int) -> None:
-    """Print seconds of each round, resident GiB before and at the peak, as JSON."""
+    """Print elapsed and processor seconds of each round, resident GiB before and at the peak, as JSON."""
     lengths = synthetic_lengths(PAIRS)
     before = peak_memory_gib(CPU)
+    clocks = (time.perf_counter, time.process_time)
     rounds = []
     for _ in range(ROUNDS):
-        start = time.perf_counter()
+        start = [clock() for clock in clocks]
         packs = sum(map(len, plan_epoch(lengths, **OPTIONS, ranks=ranks)))
-        rounds.append(time.perf_counter() - start)
+        rounds.append([clock() - begun for clock, begun in zip(clocks, start, strict=True)])
     print(json.dumps({"rounds": rounds, "gib_before": before, "peak_gib": peak_memory_gib(CPU), "packs": packs}))
 
 
@@ -61,11 +62,13 @@ def test_plan_a_million_pairs(benchmark, ranks):
         subprocess.run, (command,), {"check": True, "capture_output": True, "text": True}, rounds=1
     )
     found = json.loads(done.stdout)
-    row = {"pairs": PAIRS, "ranks": ranks, "seconds": statistics.median(found["rounds"]), **found}
+    elapsed, processor = map(statistics.median, zip(*found["rounds"], strict=True))
+    row = {"pairs": PAIRS, "ranks": ranks, "seconds": elapsed, "processor seconds": processor, **found}
     name = "planning" if ranks == 1 else f"planning_{ranks}_ranks"
-    columns = ("pairs", "ranks", "seconds", "gib_before", "peak_gib", "packs")
+    columns = ("pairs", "ranks", "seconds", "processor seconds", "gib_before", "peak_gib", "packs")
     write_result(name, {"settings": str(OPTIONS), "rows": [row]}, columns=columns)
-    assert row["seconds"] < 20
+    # Elapsed time on a machine that others use says little.
+    assert processor < 20
     assert row["peak_gib"] < 1
 
 

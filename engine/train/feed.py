@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +19,9 @@ from engine.packing import Pack, PackedBatch, Step, build_batch, plan_epoch
 from engine.packing.transfer import gather, send
 from engine.train.metrics import StepWork
 from engine.train.throughput import FlopModel
+
+STEPS_AHEAD = 3
+"""Steps that are built before they are asked for, so that a delay of the host does not reach the device."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class TrainingStep:
 
 
 class TrainingFeed:
-    """The steps of a run, each built in the background while the one before runs.
+    """The steps of a run, built in the background while those before run.
 
     Args:
         dataset: what is trained on.
@@ -122,13 +126,14 @@ class TrainingFeed:
             return
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         try:
-            ahead: Future[TrainingStep] = pool.submit(self.build, done + 1)
+            soon = range(done + 1, min(done + STEPS_AHEAD, self.total_steps) + 1)
+            ahead: deque[Future[TrainingStep]] = deque(pool.submit(self.build, number) for number in soon)
             for number in range(done + 1, self.total_steps + 1):
                 asked = time.perf_counter()
-                step = ahead.result()
+                step = ahead.popleft().result()
                 self.waited += time.perf_counter() - asked
-                if number < self.total_steps:
-                    ahead = pool.submit(self.build, number + 1)
+                if number + STEPS_AHEAD <= self.total_steps:
+                    ahead.append(pool.submit(self.build, number + STEPS_AHEAD))
                 yield TrainingStep(step.number, step.epoch, tuple(p.to(self.device) for p in step.packs), step.work)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
