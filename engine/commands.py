@@ -63,12 +63,14 @@ def plan(options: Namespace, overrides: Sequence[str]) -> int:
     config = load_config(options.config, overrides)
     from engine.data import load_dataset_groups
     from engine.model import load_tokenizer
-    from engine.packing import describe_plan
 
     dataset, report = load_dataset_groups(config.data, load_tokenizer(config.model), split="train")
     if report.dropped:
         print(f"{report.dropped:,} of {report.total:,} rows are dropped; `dpo check {options.config}` says why\n")
-    print(describe_plan(dataset, config))
+    # After the data: what is read counts as memory of the process.
+    from engine.forecast import describe_forecast
+
+    print(describe_forecast(dataset, config))
     return 0
 
 

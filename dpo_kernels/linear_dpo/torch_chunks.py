@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dpo_kernels.chunks import (
     BUFFER_BYTES,
+    CAST_BYTES,
+    Chunk,
     Head,
     accumulation_dtype,
     add_at_,
@@ -53,7 +55,7 @@ def forward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_dpo.ops``."""
-    T, D = hidden_TD.shape
+    T = hidden_TD.shape[0]
     ignored_T = ignored_rows(labels_T, ignore_index)
     kept = kept_rows(ignored_T)
     if kept is not None:
@@ -62,11 +64,8 @@ def forward(
     call = _Call(hidden_TD, labels_T, ignored_T, Head(weight_VD, bias_V, softcap, logit_scale, temperature))
     call.want_gradients(need_hidden, need_weight, need_bias)
     losses, sums = [], []
-    max_rows = max(1, BUFFER_BYTES // (weight_VD.shape[0] * call.dtype.itemsize))
-    # With 4 D rows a chunk, reading and writing dW is small beside the products; more only strains the caches.
-    rows_of_chunk = min(max_rows, max(256, 4 * D))
-    # A split pair costs buffers of the size of dW; logits smaller than that are the better deal.
-    for chunk in plan_chunks(cu_responses, rows_of_chunk, max_rows_of_pair=max(max_rows, D)):
+    chunks, max_rows = _chunks(cu_responses, weight_VD, call.dtype)
+    for chunk in chunks:
         offsets = cu_responses[2 * chunk.first_pair : 2 * (chunk.first_pair + chunk.num_pairs) + 1]
         step = call.split_pair if chunk.split else call.whole_pairs
         chunk_losses, chunk_sums = step(offsets, chunk.first_pair, score_pairs, max_rows)
@@ -81,6 +80,35 @@ def forward(
         None if dW_VD is None else dW_VD.to(gradient_dtype),
         None if db_V is None else db_V.to(gradient_dtype),
     )
+
+
+def _chunks(cu_responses: list[int], weight_VD: Tensor, dtype: torch.dtype) -> tuple[list[Chunk], int]:
+    """The chunks of a call, and the most rows of one that is part of a split pair."""
+    V, D = weight_VD.shape
+    max_rows = max(1, BUFFER_BYTES // (V * dtype.itemsize))
+    # With 4 D rows a chunk, reading and writing dW is small beside the products; more only strains the caches.
+    rows_of_chunk = min(max_rows, max(256, 4 * D))
+    # A split pair costs buffers of the size of dW; logits smaller than that are the better deal.
+    return plan_chunks(cu_responses, rows_of_chunk, max_rows_of_pair=max(max_rows, D)), max_rows
+
+
+def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[int], need_weight: bool) -> int:
+    """Most bytes that ``forward`` holds beyond its inputs and results, from shapes and dtypes alone."""
+    (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    dtype, operand = accumulation_dtype(hidden_TD.dtype), operand_dtype(hidden_TD)
+    chunks, max_rows = _chunks(cu_responses, weight_VD, dtype)
+    ends = cu_responses[::2]
+    rows = max(max_rows if c.split else ends[c.first_pair + c.num_pairs] - ends[c.first_pair] for c in chunks)
+    size = rows * V * dtype.itemsize + rows * D * dtype.itemsize
+    if need_weight and any(chunk.split for chunk in chunks):
+        size += 2 * V * D * dtype.itemsize
+    if operand != hidden_TD.dtype:
+        size += min(CAST_BYTES, V * D * operand.itemsize)
+    if operand != dtype:
+        size += rows * V * operand.itemsize
+    if dtype != early_gradient_dtype(hidden_TD.dtype):
+        size += (T * D + (V * D if need_weight else 0)) * dtype.itemsize
+    return size
 
 
 class _Call:

@@ -109,6 +109,18 @@ def _plan(
     return max_rows, chunks, dtype if in_place else torch.float32
 
 
+def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[int], need_weight: bool) -> int:
+    """Most bytes that ``forward`` holds beyond its inputs and results, but for statistics of rows."""
+    options = HeadOptions()
+    max_rows, chunks, sum_dtype = _plan(hidden_TD, weight_VD, cu_responses, options, need_weight=need_weight)
+    ends = cu_responses[::2]
+    rows = max(max_rows if c.split else ends[c.first_pair + c.num_pairs] - ends[c.first_pair] for c in chunks)
+    padded_rows, padded_V = (-(-size // MAX_BLOCK) * MAX_BLOCK for size in (rows, weight_VD.shape[0]))
+    size = padded_rows * padded_V * hidden_TD.element_size()
+    sums = int(sum_dtype != early_gradient_dtype(hidden_TD.dtype)) + 2 * any(chunk.split for chunk in chunks)
+    return size + (sums * weight_VD.numel() * sum_dtype.itemsize if need_weight else 0)
+
+
 def _pair_terms(score_pairs: Any, cu_responses: list[int], device: torch.device) -> PairTerms:
     """What the kernel needs of the scorer's own data, in fp32."""
 

@@ -287,6 +287,29 @@ def slice_width(T: int, D: int, V: int, itemsize: int, *, converts: bool, cuda: 
     return min(V, max(64, width))
 
 
+def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, need_dx: bool) -> int:
+    """Most bytes that ``forward`` holds beyond its inputs and results, from shapes and dtypes alone."""
+    size = _slice_bytes(hidden_TD, weight_VD)
+    return size + (hidden_TD.numel() * accumulation_dtype(hidden_TD.dtype).itemsize if need_dx else 0)
+
+
+def backward_workspace(hidden_TD: Tensor, weight_VD: Tensor) -> int:
+    """As ``forward_workspace``, for ``backward``."""
+    dtype = accumulation_dtype(hidden_TD.dtype)
+    return _slice_bytes(hidden_TD, weight_VD) + (hidden_TD.numel() * dtype.itemsize if dtype != hidden_TD.dtype else 0)
+
+
+def _slice_bytes(hidden_TD: Tensor, weight_VD: Tensor) -> int:
+    """Of a slice of logits, and of what is converted for its product."""
+    (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    dtype, operand = accumulation_dtype(hidden_TD.dtype), operand_dtype(hidden_TD)
+    converts = operand != hidden_TD.dtype
+    width = slice_width(T, D, V, dtype.itemsize, converts=converts, cuda=hidden_TD.is_cuda)
+    converted = (T + width) * D * operand.itemsize if converts else 0
+    rounded = T * width * operand.itemsize if operand != dtype else 0
+    return T * width * dtype.itemsize + converted + rounded
+
+
 class _Block(NamedTuple):
     """Products of some rows with some columns of the head."""
 

@@ -184,6 +184,20 @@ def _add_kept_products(
         filtered_db(results.db_V[columns], gradient_Tv, lists, first_col=first)
 
 
+def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, need_dx: bool) -> int:
+    """Most bytes that ``forward`` holds beyond its inputs and results, but for partial sums of tiles."""
+    return _slice_bytes(hidden_TD, weight_VD) + hidden_TD.numel() * 4 if need_dx else 0
+
+
+def backward_workspace(hidden_TD: Tensor, weight_VD: Tensor) -> int:
+    """As ``forward_workspace``, for ``backward``."""
+    return _slice_bytes(hidden_TD, weight_VD) + hidden_TD.numel() * 4
+
+
+def _slice_bytes(hidden_TD: Tensor, weight_VD: Tensor) -> int:
+    return hidden_TD.shape[0] * min(weight_VD.shape[0], slice_columns(hidden_TD)) * hidden_TD.element_size()
+
+
 def slice_columns(hidden_TD: Tensor, *, taken: int = 0) -> int:
     """Columns of a slice: SLICE_BYTES worth of them, less what is ``taken``, in whole tiles."""
     columns = (SLICE_BYTES - taken) // (hidden_TD.shape[0] * hidden_TD.element_size())

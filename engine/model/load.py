@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,11 +52,16 @@ def load_tokenizer(model: ModelConfig):
         ) from error
 
 
-def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpointing: bool = False) -> Policy:
+def load_policy(
+    model: ModelConfig, *, device: torch.device, gradient_checkpointing: bool = False, empty: bool = False
+) -> Policy:
     """Load a causal language model for training or scoring on packs.
 
     Trained parameters are float32. With adapters the frozen base is held in the compute dtype, or quantised. Dropout is
     disabled everywhere: policy and reference must be the same function before the first step.
+
+    Args:
+        empty: build the model from its config, and leave it where it is built: for shapes alone.
 
     Raises:
         UserError: the model cannot be loaded or lacks what packs need.
@@ -70,7 +76,8 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
     if model.quantization:
         options |= quantization_arguments(model.quantization, device, compute_dtype)
     try:
-        causal_lm = AutoModelForCausalLM.from_pretrained(
+        read: Any = _from_config if empty else AutoModelForCausalLM.from_pretrained
+        causal_lm = read(
             model.model_name_or_path,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
@@ -116,7 +123,7 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
     elif model.adapter_name_or_path:
         policy_model = continue_adapter(causal_lm, model.adapter_name_or_path)
     policy = Policy(
-        policy_model.to(device),
+        policy_model if empty else policy_model.to(device),
         backend=backend,
         compute_dtype=compute_dtype,
         reference_adapter=FROZEN if model.adapter_name_or_path else None,
@@ -124,6 +131,14 @@ def load_policy(model: ModelConfig, *, device: torch.device, gradient_checkpoint
     policy.disabled_dropouts = disabled
     assert policy.head is not None
     return policy
+
+
+def _from_config(name: str, *, revision: str | None, trust_remote_code: bool, **kwargs: Any) -> nn.Module:
+    """As ``from_pretrained``, with the initial weights of the architecture."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **kwargs)
 
 
 def disable_dropout(model: nn.Module) -> int:

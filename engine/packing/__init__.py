@@ -2,7 +2,7 @@
 
 from engine.packing.layout import AttentionPlan, PackedBatch, Segment, build_batch
 from engine.packing.plan import Pack, Step, check_fits, group_costs, group_sizes, pack_groups, plan_epoch
-from engine.packing.summary import PlanSummary, describe_plan, summarize_plan
+from engine.packing.summary import PlanSummary, describe_plan, plan_first_epoch, summarize_plan
 
 __all__ = [
     "AttentionPlan",
@@ -18,5 +18,6 @@ __all__ = [
     "group_sizes",
     "pack_groups",
     "plan_epoch",
+    "plan_first_epoch",
     "summarize_plan",
 ]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.config.schema import RunConfig
+from engine.config.schema import PackingConfig, RunConfig
 from engine.data.groups import PreferenceDataset
 from engine.data.lengths import GroupLengths
-from engine.packing.plan import check_fits, group_sizes, plan_epoch
+from engine.packing.plan import Step, check_fits, group_sizes, plan_epoch
 
 PADDED_BATCH_PAIRS = 8
 """Pairs in the padded batch that packing is compared with: TRL's default per-device batch."""
@@ -59,17 +59,16 @@ def padded_tokens(lengths: GroupLengths, batch_pairs: int = PADDED_BATCH_PAIRS) 
     return int((longest * np.add.reduceat(lengths.responses, starts)).sum())
 
 
-def summarize_plan(dataset: PreferenceDataset, config: RunConfig) -> PlanSummary:
-    """Plan the first epoch of ``config`` over ``dataset`` and count.
+def plan_first_epoch(dataset: PreferenceDataset, config: RunConfig) -> list[Step]:
+    """The steps of the first epoch in one process.
 
     Raises:
         UserError: a group does not fit in a pack, or there is none.
     """
     packing, train = config.packing, config.train
     check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts)
-    lengths = dataset.lengths
-    steps = plan_epoch(
-        lengths,
+    return plan_epoch(
+        dataset.lengths,
         pairs_per_step=packing.pairs_per_step,
         tokens_per_pack=packing.tokens_per_pack,
         share_prompts=packing.share_prompts,
@@ -77,6 +76,17 @@ def summarize_plan(dataset: PreferenceDataset, config: RunConfig) -> PlanSummary
         seed=train.seed,
         epoch=0,
     )
+
+
+def summarize_plan(dataset: PreferenceDataset, config: RunConfig, steps: list[Step] | None = None) -> PlanSummary:
+    """Plan the first epoch of ``config`` over ``dataset``, unless its ``steps`` are given, and count.
+
+    Raises:
+        UserError: a group does not fit in a pack, or there is none.
+    """
+    packing, train, lengths = config.packing, config.train, dataset.lengths
+    if steps is None:
+        steps = plan_first_epoch(dataset, config)
     packs = sum(len(step) for step in steps)
     total = train.max_steps if train.max_steps > 0 else math.ceil(len(steps) * train.num_train_epochs)
     return PlanSummary(
@@ -93,11 +103,9 @@ def summarize_plan(dataset: PreferenceDataset, config: RunConfig) -> PlanSummary
     )
 
 
-def describe_plan(dataset: PreferenceDataset, config: RunConfig) -> str:
-    """The text of ``dpo plan``."""
-    s = summarize_plan(dataset, config)
-    packing = config.packing
-    rows = [
+def describe_plan(s: PlanSummary, packing: PackingConfig) -> list[tuple[str, str, str]]:
+    """What ``dpo plan`` says of lengths: name, figure and note of each line."""
+    return [
         ("preference groups", f"{s.groups:,}", f"{s.responses:,} responses"),
         (
             "optimizer steps",
@@ -118,6 +126,3 @@ def describe_plan(dataset: PreferenceDataset, config: RunConfig) -> str:
             f"{s.padded_ratio:.2f}x the tokens; {s.padding_avoided:.1%} of them padding",
         ),
     ]
-    left = max(len(r[0]) for r in rows)
-    middle = max(len(r[1]) for r in rows)
-    return "\n".join(f"{name:<{left}}  {value:>{middle}}  {note}" for name, value, note in rows)

@@ -1,0 +1,95 @@
+"""Counts the bytes of all tensors that are alive while code runs, on real or on fake tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine.forecast.heap import Heap
+
+Workspace = Callable[[Any, tuple[Any, ...]], int]
+"""Bytes that an op holds while it runs, beyond its inputs and outputs, from the op and its arguments."""
+
+
+class LiveStorage(TorchDispatchMode):
+    """``current`` and ``peak`` bytes of the storages that ops return, each counted once and until it is freed.
+
+    Args:
+        device: what lies elsewhere does not count.
+        workspace: told of every op, for what cannot be seen from outside.
+        heap: where the same blocks are taken and given, without data; None where that changes nothing.
+    """
+
+    def __init__(self, device: torch.device, workspace: Workspace, heap: Heap | None = None):
+        super().__init__()
+        self._heap = heap
+        self._blocks: dict[int, int | None] = {}
+        self.device = device
+        self.current = 0
+        self.peak = 0
+        self.largest_workspace = 0
+        self._workspace = workspace
+        self._given_up: set[int] = set()
+        self._sizes: dict[int, int] = {}
+
+    def watch(self, tensors: Iterable[Tensor], *, mapped: bool = False) -> int:
+        """Count tensors that were made outside; returns the bytes that they add.
+
+        With ``mapped`` they are no blocks of the heap, but pages of a file.
+        """
+        before = self.current
+        for tensor in tensors:
+            self._see(tensor, mapped=mapped)
+        self.peak = max(self.peak, self.current)
+        return self.current - before
+
+    def _see(self, tensor: Tensor, *, mapped: bool = False) -> None:
+        if tensor.device.type != self.device.type:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.current += self._sizes[key]
+            if self._heap is not None and not mapped:
+                self._blocks[key] = self._heap.take(self._sizes[key])
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.current -= self._sizes.pop(key)
+        self._given_up.discard(key)
+        if self._heap is not None:
+            self._heap.give(self._blocks.pop(key, None))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mul.Tensor and args[0].untyped_storage()._cdata in self._given_up:
+            # With data, the paired op's backward pass scales its gradients where they lie.
+            return args[0]
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._see(value)
+        if is_op(func, "linear_dpo"):
+            self._given_up.update(gradient.untyped_storage()._cdata for gradient in out[3:])
+        held = self._workspace(func, args)
+        self.largest_workspace = max(self.largest_workspace, held)
+        self.peak = max(self.peak, self.current + held)
+        if held and self._heap is not None:
+            self._heap.give(self._heap.take(held))
+        return out
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages of tensors."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def is_op(func: Any, *names: str) -> bool:
+    """Whether ``func`` is the default overload of one of this project's ops."""
+    return any(func is getattr(torch.ops.dpo_kernels, name).default for name in names)

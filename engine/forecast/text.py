@@ -1,0 +1,73 @@
+"""The text of ``dpo plan``."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.config.schema import RunConfig
+from engine.data.groups import PreferenceDataset
+from engine.errors import UserError
+from engine.forecast.duration import Duration, forecast_duration
+from engine.forecast.memory import Memory, forecast_memory
+from engine.forecast.resident import resident_bytes
+from engine.model import resolve_device
+from engine.model.load import DTYPES
+from engine.packing import describe_plan, plan_first_epoch, summarize_plan
+
+Line = tuple[str, str, str]
+
+
+def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
+    """Steps, padding and sharing from lengths alone, then peak memory and time on this machine.
+
+    Raises:
+        UserError: no row, one that fits in no pack, or a model that cannot be trained as configured.
+    """
+    device = resolve_device()
+    resident = resident_bytes(config, device) if device.type == "cpu" else 0
+    steps = plan_first_epoch(dataset, config)
+    plan = summarize_plan(dataset, config, steps)
+    lines = describe_plan(plan, config.packing)
+    try:
+        memory, flops = forecast_memory(config, dataset, steps, device=device, resident=resident)
+    except UserError:
+        raise
+    except Exception as error:
+        # Models with code of their own may do anything; the rest of the plan stands without them.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines.append(("memory and time", "unknown", f"the model does not run on shapes alone: {reason}"))
+    else:
+        duration = forecast_duration(config, dataset, plan, flops, device=device, dtype=DTYPES[config.model.dtype])
+        lines += [*_memory_lines(memory, device), _duration_line(duration)]
+    left, middle = (max(len(line[i]) for line in lines) for i in (0, 1))
+    return "\n".join(f"{name:<{left}}  {value:>{middle}}  {note}" for name, value, note in lines)
+
+
+def _memory_lines(m: Memory, device: torch.device) -> list[Line]:
+    where = "of this process, as runs report it on the CPU" if device.type == "cpu" else f"allocated on {device}"
+    lines = [
+        ("peak memory", _size(m.peak), f"{where}; the lines below peak at different times"),
+        ("  weights", _size(m.weights), ""),
+        ("  gradients", _size(m.gradients), ""),
+        ("  optimizer state", _size(m.optimizer), ""),
+        ("  activations", _size(m.activations), f"of the largest pack, {m.pack_tokens:,} tokens"),
+        ("  inside the head", _size(m.workspace), ""),
+    ]
+    if m.process:
+        lines.append(("  process", _size(m.process), "Python, libraries and data"))
+    return lines
+
+
+def _duration_line(d: Duration) -> Line:
+    rate = f"{d.flop:.3g} FLOP at {d.efficiency:.0%} of the {d.matmul_rate:.3g} FLOP/s of matrix products here"
+    return ("time", _clock(d.seconds), f"{rate}; without start-up, references, evaluation and checkpoints")
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
