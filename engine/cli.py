@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
+from engine import distributed
 from engine.config.fields import iter_keys, nearest
 from engine.config.help import config_help
 from engine.errors import UserError
@@ -40,6 +41,9 @@ _COMMANDS = {
     "bench": "run the benchmarks; `dpo bench tune` finds the fastest tile shapes for this GPU",
 }
 
+
+_JOINT_COMMANDS = ("precompute", "train", "evaluate")
+"""What several processes that torchrun starts do together."""
 
 _SUMMARY = "\n".join(
     ["Direct preference optimisation: packed, prompt-shared, with stored reference log-probs.", "", "commands:"]
@@ -74,9 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        code = _run(arguments)
+        with distributed.process_group():
+            code = _run(arguments)
         sys.stdout.flush()
         return code
+    except distributed.PeerFailure:
+        # another process of the run prints why
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -223,6 +231,8 @@ def _run(arguments: list[str]) -> int:
 
     from engine import commands as bodies
 
+    if distributed.size() > 1 and options.command not in _JOINT_COMMANDS:
+        raise UserError(f"dpo {options.command} runs in one process: start it without torchrun")
     if options.command in ("train", "evaluate", "precompute", "demo"):
         _configure_logging()
     return getattr(bodies, options.command)(options, overrides)
@@ -266,7 +276,7 @@ def _configure_logging() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     for ours in ("engine", "dpo_kernels"):
-        logging.getLogger(ours).setLevel(logging.INFO)
+        logging.getLogger(ours).setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
 
 
 def _positive(text: str) -> int:

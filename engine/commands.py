@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine import distributed
 from engine.config import load_config
 from engine.config.schema import REFERENCE_FREE_LOSSES, RunConfig
 from engine.errors import UserError
@@ -80,7 +81,7 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     from engine.reference import ReferenceStore, default_store_path, model_digest
     from engine.reference.columns import check_export_path
 
-    if options.export is not None:
+    if options.export is not None and distributed.is_main():
         check_export_path(options.export)
     datasets = _datasets(config)
     if options.import_columns:
@@ -91,8 +92,8 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     store = ReferenceStore(config.reference.store or default_store_path())
     for name, dataset in datasets.items():
         _fill(config, reference, digest, store, name, dataset)
-    print(f"stored in {store.path}")
-    if options.export is not None:
+    distributed.say(f"stored in {store.path}")
+    if options.export is not None and distributed.is_main():
         _export(config, options.export, datasets["train"], store, digest)
     return 0
 
@@ -168,14 +169,15 @@ def _datasets(config: RunConfig) -> dict[str, PreferenceDataset]:
 
 def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> Policy:
     """The reference exactly as training loads it, so that both find the same rows of the store."""
-    from engine.model import check_dataset, check_packing, load_policy, resolve_device
+    from engine.model import check_dataset, check_packing, load_policy, resolve_device, shard_policy
     from engine.train.references import reference_model
 
     if REFERENCE_FREE_LOSSES.issuperset(config.loss.loss_types):
         raise UserError(f"loss.loss_type {config.loss.loss_name} needs no reference; there is nothing to compute")
     own = config.reference.model_name_or_path is None
-    policy = load_policy(config.model if own else reference_model(config), device=resolve_device())
-    print(f"attention: {policy.backend.name} ({policy.backend.reason})")
+    device = resolve_device()
+    policy = shard_policy(load_policy(config.model if own else reference_model(config), device=device), device)
+    distributed.say(f"attention: {policy.backend.name} ({policy.backend.reason})")
     check_packing(policy, share_prompts=config.packing.share_prompts)
     for dataset in datasets.values():
         check_dataset(policy, dataset)
@@ -188,7 +190,9 @@ def _fill(
     from engine.reference import import_columns, precompute
 
     if import_columns(dataset) is not None:
-        print(f"{name}: the rows have reference columns, and training uses those; --import-columns checks them")
+        distributed.say(
+            f"{name}: the rows have reference columns, and training uses those; --import-columns checks them"
+        )
         return
     result = precompute(
         reference,
@@ -198,7 +202,7 @@ def _fill(
         share_prompts=config.packing.share_prompts,
         digest=digest,
     )
-    print(f"{name}: {result}")
+    distributed.say(f"{name}: {result}")
 
 
 def _verify_columns(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> None:
@@ -211,7 +215,7 @@ def _verify_columns(config: RunConfig, datasets: dict[str, PreferenceDataset]) -
     for name, sums in found.items():
         count = min(len(datasets[name]), VERIFIED_ROWS)
         verify_rows(reference, datasets[name], sums, count=count, share_prompts=config.packing.share_prompts)
-        print(f"{name}: the reference columns fit the model ({count:,} rows recomputed); training uses them")
+        distributed.say(f"{name}: the reference columns fit the model ({count:,} rows recomputed); training uses them")
 
 
 def _export(config: RunConfig, path: Path, dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import distributed
 from engine.config.schema import ModelConfig, RunConfig
 from engine.data import load_dataset_groups
 from engine.data.groups import PreferenceDataset, pair_places
@@ -30,9 +31,10 @@ from engine.model import (
     load_policy,
     load_tokenizer,
     resolve_device,
+    shard_policy,
 )
 from engine.model.adapters import ADAPTER_FILE
-from engine.packing import Pack, build_batch, check_fits, group_sizes, pack_groups
+from engine.packing import Pack, build_batch, check_fits, group_costs, group_sizes, pack_groups
 from engine.train.durable import write_atomically
 from engine.train.metrics import METRICS_FILE, PREFERENCE_NAMES
 from engine.train.objective import Objective, sum_responses
@@ -74,9 +76,12 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     _check_fits(dataset, config)
     device = resolve_device()
     policy = load_policy(config.model, device=device)
+    trained = policy if model_path is None else load_trained(config.model, policy, model_path, device)
+    # Adapters are in place: they are sharded with their layers.
+    policy = shard_policy(policy, device)
+    trained = policy if trained is policy else shard_policy(trained, device)
     check_packing(policy, share_prompts=config.packing.share_prompts)
     check_dataset(policy, dataset)
-    trained = policy if model_path is None else load_trained(config.model, policy, model_path)
     check_dataset(trained, dataset)
     objective = Objective(config.loss)
     objective.check_dataset(dataset)
@@ -84,12 +89,12 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     objective.live_reference = references.live
     values = evaluate_policy(trained, dataset, objective, config, lookup=references.lookup("eval"), progress=True)
     log.info(format_evaluation(values))
-    if model_path is not None and (Path(model_path) / METRICS_FILE).exists():
+    if distributed.is_main() and model_path is not None and (Path(model_path) / METRICS_FILE).exists():
         write_evaluation(Path(model_path), values)
     return values
 
 
-def load_trained(model: ModelConfig, base: Policy, model_path: str) -> Policy:
+def load_trained(model: ModelConfig, base: Policy, model_path: str, device: torch.device) -> Policy:
     """The model at ``model_path``: an adapter is put on ``base``, whatever ``model`` says; a full model replaces it.
 
     Raises:
@@ -102,7 +107,7 @@ def load_trained(model: ModelConfig, base: Policy, model_path: str) -> Policy:
         if base.has_adapter:
             log.info("%s is a full model: the adapters and quantization of model are not applied", model_path)
         full = replace(full_model(model), model_name_or_path=model_path, revision=None)
-        return load_policy(full, device=base.device)
+        return load_policy(full, device=device)
     except UserError as error:
         raise UserError(f"--model {model_path}: {error}") from error
 
@@ -159,16 +164,26 @@ def _score_all(
     packing = config.packing
     sizes = group_sizes(dataset.lengths, share_prompts=packing.share_prompts)
     packs = pack_groups(sizes, packing.tokens_per_pack)
-    sums, refs = [], []
-    for pack in tqdm(packs, desc="evaluation", unit="pack", disable=None if progress else True):
+    costs_G = group_costs(dataset.lengths, share_prompts=packing.share_prompts)
+    costs = [int(costs_G[list(pack)].sum()) for pack in packs]
+    share = distributed.own_share(costs)
+    # Forward passes of a sharded model are joint: who has no pack left runs the cheapest one again.
+    cheapest = costs.index(min(costs))
+    own, columns = [], []
+    quiet = True if not (progress and distributed.is_main()) else None
+    for place in tqdm(share, desc="evaluation", unit="pack", disable=quiet):
+        pack = packs[cheapest if place is None else place]
         batch = build_batch([dataset[i] for i in pack], share_prompts=packing.share_prompts).to(policy.device)
-        stored = None if lookup is None else torch.from_numpy(lookup(pack))
-        sums.append(sum_responses(policy.logps(batch), batch.cu_responses_S1))
+        stored = None if lookup is None else torch.from_numpy(lookup(pack)).to(policy.device)
+        logps_S = sum_responses(policy.logps(batch), batch.cu_responses_S1)
         ref_S = objective.reference(batch, stored)
-        if ref_S is not None:
-            refs.append(ref_S)
-    order = _response_order(dataset, packs)
-    return _Scores(torch.cat(sums).cpu()[order], torch.cat(refs).cpu()[order] if refs else None)
+        if place is not None:
+            own.append(pack)
+            columns.append(torch.stack([logps_S, torch.zeros_like(logps_S) if ref_S is None else ref_S], 1))
+    rows_S2 = torch.cat([torch.zeros(0, 2), *(rows.cpu() for rows in columns)])
+    order = _response_order(dataset, [pack for packs in distributed.gather(own) for pack in packs])
+    logps_S, ref_S = torch.cat(distributed.concat_over_ranks(rows_S2))[order].unbind(1)
+    return _Scores(logps_S, ref_S if objective.needs_reference else None)
 
 
 def _response_order(dataset: PreferenceDataset, packs: list[Pack]) -> Tensor:

@@ -6,6 +6,7 @@ from engine.model.checks import check_dataset, check_packing
 from engine.model.head import Head, read_head
 from engine.model.load import load_policy, load_tokenizer, resolve_device
 from engine.model.policy import Policy
+from engine.model.shard import shard_policy
 from engine.model.sources import check_folder
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "load_tokenizer",
     "read_head",
     "resolve_device",
+    "shard_policy",
 ]

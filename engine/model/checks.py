@@ -232,8 +232,7 @@ def _inequality(policy: Policy, groups, packed: torch.Tensor) -> str | None:
     sequences = [(g.prompt_ids, r) for g in groups for r in g.response_ids]
     model.set_attn_implementation("eager")
     try:
-        with policy.autocast():
-            expected = torch.cat([_plain_logps(model, p, r, policy.device) for p, r in sequences])
+        expected = torch.cat([_plain_logps(policy, p, r) for p, r in sequences])
     finally:
         model.set_attn_implementation(implementation)
     worst = (packed - expected).abs().max().item()
@@ -245,8 +244,8 @@ def _inequality(policy: Policy, groups, packed: torch.Tensor) -> str | None:
     )
 
 
-def _plain_logps(model, prompt: np.ndarray, response: np.ndarray, device: torch.device) -> torch.Tensor:
+def _plain_logps(policy: Policy, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
     """Log-probs of a response by the model's own forward, one sequence at a time."""
-    ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64)).to(device)
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64)).to(policy.device)
+    logits = policy.plain_logits(ids[None])[0, len(prompt) - 1 : -1].float()
     return logits.log_softmax(-1).gather(-1, ids[len(prompt) :, None])[:, 0]

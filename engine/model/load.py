@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine import distributed
 from engine.config.schema import ModelConfig
 from engine.errors import UserError
 from engine.model.adapters import FROZEN, add_lora, continue_adapter
@@ -40,9 +41,10 @@ def load_tokenizer(model: ModelConfig):
     check_folder(source, f"model.{field}=")
     options = hub_options(source, f"model.{field}=")
     try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
-        )
+        with distributed.local_main_first(source):
+            return AutoTokenizer.from_pretrained(
+                source, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+            )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         if not Path(source).is_dir():
             raise not_found(f"model.{field}={source}", error) from error
@@ -59,6 +61,8 @@ def load_policy(
 
     Trained parameters are float32. With adapters the frozen base is held in the compute dtype, or quantised. Dropout is
     disabled everywhere: policy and reference must be the same function before the first step.
+
+    One of several processes holds it on the CPU, until ``shard_policy`` spreads it over their devices.
 
     Args:
         empty: build the model from its config, and leave it where it is built: for shapes alone.
@@ -77,14 +81,15 @@ def load_policy(
         options |= quantization_arguments(model.quantization, device, compute_dtype)
     try:
         read: Any = _from_config if empty else AutoModelForCausalLM.from_pretrained
-        causal_lm = read(
-            model.model_name_or_path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype=compute_dtype if model.trains_adapter or model.quantization else torch.float32,
-            attn_implementation=backend.implementation,
-            **options,
-        )
+        with distributed.local_main_first(model.model_name_or_path):
+            causal_lm = read(
+                model.model_name_or_path,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                dtype=compute_dtype if model.trains_adapter or model.quantization else torch.float32,
+                attn_implementation=backend.implementation,
+                **options,
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if backend.implementation in str(error):
             raise UserError(
@@ -122,8 +127,9 @@ def load_policy(
         policy_model = add_lora(causal_lm, model.lora)
     elif model.adapter_name_or_path:
         policy_model = continue_adapter(causal_lm, model.adapter_name_or_path)
+    held = device if distributed.size() == 1 else torch.device("cpu")
     policy = Policy(
-        policy_model if empty else policy_model.to(device),
+        policy_model if empty else policy_model.to(held),
         backend=backend,
         compute_dtype=compute_dtype,
         reference_adapter=FROZEN if model.adapter_name_or_path else None,

@@ -42,6 +42,8 @@ class Policy(nn.Module):
         """Whether activations wait for the backward pass in host memory."""
         self.disabled_dropouts = 0
         """How many dropout probabilities of the model were set to 0."""
+        self.sharded = False
+        """Whether the parameters are spread over processes: see ``engine.model.shard``."""
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -69,7 +71,8 @@ class Policy(nn.Module):
         """The context in which forward computes."""
         if self.compute_dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+        # The cache would keep a whole sharded model, cast, until the end of the forward.
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=not self.sharded)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Final hidden states of all packed tokens, [T, D]."""
@@ -97,7 +100,16 @@ class Policy(nn.Module):
         """
         with self.autocast():
             hidden_ND = self.hidden_states(batch).index_select(0, batch.rows_N)
-            return objective(hidden_ND, self.head)
+            return self.run_objective(hidden_ND, objective)
+
+    def run_objective(self, hidden_ND: torch.Tensor, objective: Callable[[torch.Tensor, Head], R]) -> R:
+        """Call ``objective`` with the head. A head that is a unit of its own is gathered around this."""
+        return objective(hidden_ND, self.head)
+
+    def plain_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, T, V]: the model's own forward on plain sequences, for comparison."""
+        with self.autocast():
+            return self.causal_lm(input_ids=input_ids, use_cache=False).logits
 
     def logps(self, batch: PackedBatch) -> torch.Tensor:
         """fp32 [N]: log-prob of every completion token, in the order of ``batch.labels_N``."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from engine import distributed
 from engine.data.groups import PreferenceDataset
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def model_digest(policy: Policy) -> str:
     the compute dtype and the attention backend. Adapters that are trained are left out, so a LoRA run and a full run
     of the same weights, held in the same dtype, share their references.
 
-    Weights are read in chunks of 64 MiB, several at a time, wherever they are; nothing else is copied.
+    Weights are read in chunks of 64 MiB, several at a time, wherever they are; nothing else is copied. Sharded ones are
+    gathered, one at a time, on every rank.
 
     Args:
         policy: the model, before its first optimizer step. A frozen adapter that is part of its reference is covered,
@@ -62,13 +64,22 @@ def weights_digest(policy: Policy) -> str:
         adapter = policy.model.peft_config[reference_adapter]  # type: ignore[index]
         _feed(hasher, "adapter", _as_json(adapter, _IGNORED_ADAPTER_CONFIG))
     tensors = dict(sorted(_reference_tensors(policy, reference_adapter), key=lambda item: item[0]))
-    storage = {name: (t.data_ptr(), t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
+    storage = {name: _identity(tensor) for name, tensor in tensors.items()}
     unique = {storage[name]: tensor for name, tensor in tensors.items()}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    # All ranks must gather the same sharded tensor at a time.
+    with ThreadPoolExecutor(1 if distributed.size() > 1 else min(8, os.cpu_count() or 1)) as pool:
         digests = dict(zip(unique, pool.map(_tensor_digest, unique.values()), strict=True))
     for name, tensor in tensors.items():
         _feed(hasher, name, f"{tensor.dtype} {tuple(tensor.shape)} {digests[storage[name]]}")
     return hasher.hexdigest()
+
+
+def _identity(tensor: torch.Tensor) -> tuple:
+    """Equal for tied weights."""
+    if hasattr(tensor, "to_local"):
+        # Local parts of different tensors may both be empty, so where they lie says nothing.
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def response_key(digest: str, prompt_ids: np.ndarray, response_ids: np.ndarray) -> bytes:
@@ -110,7 +121,7 @@ def _id_bytes(ids: np.ndarray) -> bytes:
 def _reference_tensors(policy: Policy, reference_adapter: str | None) -> Iterator[tuple[str, torch.Tensor]]:
     """Names as the model has without peft, and tensors, of all that the reference computes with."""
     adapter_prefix = getattr(policy.model.base_model, "prefix", "lora_") if policy.has_adapter else None
-    for name, tensor in policy.causal_lm.state_dict().items():
+    for name, tensor in policy.causal_lm.state_dict(keep_vars=True).items():
         parts = name.split(".")
         if adapter_prefix is not None:
             if "modules_to_save" in parts or any(part.startswith(adapter_prefix) for part in parts):
@@ -123,7 +134,7 @@ def _reference_tensors(policy: Policy, reference_adapter: str | None) -> Iterato
 
 def _tensor_digest(tensor: torch.Tensor) -> str:
     hasher = blake2b(digest_size=16)
-    flat = tensor.detach().reshape(-1)
+    flat = distributed.full_tensor(tensor.detach()).reshape(-1)
     step = max(1, _CHUNK_BYTES // flat.element_size())
     for start in range(0, flat.numel(), step):
         hasher.update(flat[start : start + step].cpu().view(torch.uint8).numpy().data)

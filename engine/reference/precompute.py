@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from engine import distributed
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError
-from engine.packing import PackedBatch, build_batch, check_fits, group_sizes, pack_groups
+from engine.packing import PackedBatch, build_batch, check_fits, group_costs, group_sizes, pack_groups
 from engine.reference.keys import dataset_keys, model_digest
 from engine.reference.store import TOKENS_PER_SHARD, ReferenceStore
 
@@ -35,7 +36,7 @@ class PrecomputeReport:
     seconds: float
     """Of the forward passes and of writing, without hashing the model."""
     tokens: int
-    """Packed tokens that went through the model."""
+    """Packed tokens that went through the model, of all processes."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,6 +80,8 @@ def precompute(
     packs that were left, and ends with the same bits as one that was not. Rows that fell out of a pack because the rest
     of it is stored already (a changed row) are packed anew. A response that occurs in several rows is computed once.
 
+    Several processes divide the packs among them; all must call this, and when it returns all of it is stored.
+
     Args:
         policy: any state of training mode; it is left as it was, and no random number is drawn.
         dataset: groups of K responses.
@@ -95,7 +98,9 @@ def precompute(
     """
     check_fits(dataset, tokens_per_pack=tokens_per_pack, share_prompts=share_prompts)
     keys = dataset_keys(dataset, digest or model_digest(policy))
-    absent = set(store.missing([key for group in keys for key in group]))
+    flat = [key for group in keys for key in group]
+    # Asked once: the others must not see what a faster process has added since.
+    absent = set(distributed.broadcast(store.missing(flat) if distributed.is_main() else []))
     computed_rows = sum(any(key in absent for key in group) for group in keys)
     start = time.perf_counter()
     tokens = 0
@@ -103,6 +108,7 @@ def precompute(
         packs = _plan(dataset, keys, absent, tokens_per_pack, share_prompts)
         try:
             tokens = _run(policy, dataset, packs, _Buffer(store, flush_seconds), share_prompts, progress)
+            tokens = sum(distributed.gather(tokens))
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of device memory with packs of {tokens_per_pack} tokens: lower packing.tokens_per_pack"
@@ -121,9 +127,7 @@ def _plan(
     lengths = dataset.lengths
 
     def pack(work: list[_Work]) -> list[list[_Work]]:
-        sizes = group_sizes(
-            [lengths[w.group][[0, *(1 + k for k in w.responses)]] for w in work], share_prompts=share_prompts
-        )
+        sizes = group_sizes(_lengths(lengths, work), share_prompts=share_prompts)
         return [[work[i] for i in members] for members in pack_groups(sizes, tokens_per_pack)]
 
     untouched: list[list[_Work]] = []
@@ -134,6 +138,10 @@ def _plan(
         else:
             leftover += (_restrict(w, absent) for w in members)
     return untouched + pack([w for w in leftover if w.keys])
+
+
+def _lengths(lengths: Sequence[np.ndarray], work: list[_Work]) -> list[np.ndarray]:
+    return [lengths[w.group][[0, *(1 + k for k in w.responses)]] for w in work]
 
 
 def _unique_work(keys: list[tuple[bytes, ...]]) -> list[_Work]:
@@ -182,13 +190,23 @@ def _run(
     share_prompts: bool,
     progress: bool,
 ) -> int:
-    """Run the packs; the number of tokens that went through the model."""
+    """Run this process's packs; the number of tokens that went through the model."""
     tokens = 0
-    batches = (build_batch(_groups(dataset, members), share_prompts=share_prompts) for members in packs)
-    bar = tqdm(total=sum(map(len, packs)), desc="reference log-probs", unit="row", disable=not progress)
+    lengths = dataset.lengths
+    costs = [int(group_costs(_lengths(lengths, members), share_prompts=share_prompts).sum()) for members in packs]
+    share = distributed.own_share(costs)
+    counted = [i is not None for i in share]
+    # Forward passes of a sharded model are joint: who has no pack left runs the cheapest one again.
+    cheapest = costs.index(min(costs))
+    own = [packs[cheapest if i is None else i] for i in share]
+    batches = (build_batch(_groups(dataset, members), share_prompts=share_prompts) for members in own)
+    rows = sum(map(len, own))
+    bar = tqdm(total=rows, desc="reference log-probs", unit="row", disable=not (progress and distributed.is_main()))
     with bar, scoring(policy):
         try:
-            for members, (batch, logps_N) in zip(packs, score(policy, batches), strict=True):
+            for members, (batch, logps_N), counts in zip(own, score(policy, batches), counted, strict=True):
+                if not counts:
+                    continue
                 buffer.add(_split(members, batch, logps_N))
                 tokens += batch.num_tokens
                 bar.update(len(members))

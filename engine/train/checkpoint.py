@@ -1,8 +1,9 @@
 """Checkpoints for exact resume, and what else makes a run folder a run.
 
 ``checkpoint-<step>/`` holds the model (or adapter) in Hugging Face layout, the tokenizer, the optimizer state and
-random generators as safetensors, and ``trainer_state.json``. There is no pickle. A checkpoint counts only when it is
-complete: see ``engine.train.durable``.
+random generators as safetensors, and ``trainer_state.json``. Several processes write their shards of model and
+optimizer state instead, see ``engine.train.sharded``; any number of processes reads both. There is no pickle. A
+checkpoint counts only when it is complete: see ``engine.train.durable``.
 """
 
 from __future__ import annotations
@@ -21,17 +22,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from engine import distributed
 from engine.config.schema import RunConfig
 from engine.errors import UserError
 from engine.model import Policy
 from engine.model.adapters import ADAPTER_FILE, TRAINED
-from engine.train.durable import check_content, is_complete, remove_folder, write_folder
+from engine.train import sharded
+from engine.train.durable import (
+    check_content,
+    disk_errors,
+    is_complete,
+    remove_folder,
+    temporary_path,
+    write_folder,
+)
 from engine.train.optimizer import METRIC_SCHEDULES
 from engine.train.optimizer_state import page_state, slots_of, state_tensors
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random_state.safetensors"
+RANK_RANDOM_FILE = "random_state.{rank:05d}.safetensors"
 FORMAT = 2
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -127,7 +138,7 @@ def save_checkpoint(
     names: list[str],
     state: dict[str, Any],
 ) -> Path:
-    """Write ``checkpoint-<step>``; it is durable and complete when this returns.
+    """Write ``checkpoint-<step>``; it is durable and complete when this returns. Every rank must call it.
 
     Args:
         names: parameter names in the order of the optimizer.
@@ -138,23 +149,51 @@ def save_checkpoint(
     """
     tensors, groups = _optimizer_tensors(optimizer, names)
     random_tensors, python_random = _random_state()
+    ranks = distributed.size()
+    python_states = distributed.gather(python_random)
 
     def fill(folder: Path) -> None:
-        save_weights(policy, folder)
-        tokenizer.save_pretrained(folder)
-        save_file(tensors, folder / OPTIMIZER_FILE)
-        save_file(random_tensors, folder / RANDOM_FILE)
-        record = {"format": FORMAT, "step": step, **state, "param_groups": groups, "python_random": python_random}
-        (folder / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        """The own part of this process."""
+        if ranks > 1:
+            distributed.barrier()
+            save_file(random_tensors, folder / RANK_RANDOM_FILE.format(rank=distributed.rank()))
+            sharded.save(folder, policy, tensors)
+        else:
+            save_weights(policy, folder)
+            tokenizer.save_pretrained(folder)
+            save_file(tensors, folder / OPTIMIZER_FILE)
+            save_file(random_tensors, folder / RANDOM_FILE)
+        if distributed.is_main():
+            record = {"format": FORMAT, "step": step, "ranks": ranks, **state, "param_groups": groups}
+            record["python_random"] = python_random if ranks == 1 else python_states
+            (folder / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     path = checkpoint_path(output_dir, step)
-    write_folder(path, fill)
+    if distributed.is_main():
+        write_folder(path, fill)
+    else:
+        with disk_errors(path):
+            fill(temporary_path(path))
+    distributed.barrier()
     return path
 
 
-def save_weights(policy: Policy, folder: Path) -> None:
-    """Write the model, or the adapter alone, in Hugging Face layout and the dtype that its parameters have."""
-    options = {"save_embedding_layers": False, "selected_adapters": [TRAINED]} if policy.has_adapter else {}
+def is_sharded(state: Mapping[str, Any]) -> bool:
+    """Whether several processes wrote the checkpoint of ``state``."""
+    return state.get("ranks", 1) > 1
+
+
+def save_weights(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the model, or the adapter alone, in Hugging Face layout and the dtype that its parameters have.
+
+    Args:
+        weights: the whole state of a sharded model, or of its adapter.
+    """
+    options: dict[str, Any] = (
+        {"save_embedding_layers": False, "selected_adapters": [TRAINED]} if policy.has_adapter else {}
+    )
+    if weights is not None:
+        options["state_dict"] = dict(weights)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -186,14 +225,24 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def load_adapter(policy: Policy, path: Path) -> None:
     """Load the adapter weights of a checkpoint into ``policy``."""
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
-    set_peft_model_state_dict(policy.model, load_file(path / ADAPTER_FILE, device=str(policy.device)))
+    saved = load_file(path / ADAPTER_FILE)
+    for name, tensor in get_peft_model_state_dict(
+        policy.model, adapter_name=TRAINED, save_embedding_layers=False
+    ).items():
+        distributed.copy_full(tensor, saved[name])
 
 
 def load_optimizer(path: Path, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, names: list[str]) -> None:
     """Restore the optimizer of ``save_checkpoint``, bit for bit."""
-    slots = slots_of(load_file(path / OPTIMIZER_FILE), names)
+    params = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    if is_sharded(state):
+        tensors = sharded.load_optimizer(path, params)
+    else:
+        saved_tensors = load_file(path / OPTIMIZER_FILE)
+        tensors = {key: _placed(tensor, params[key.split("/", 1)[1]]) for key, tensor in saved_tensors.items()}
+    slots = slots_of(tensors, names)
     groups = optimizer.state_dict()["param_groups"]
     merged = [{**saved, "params": group["params"]} for saved, group in zip(state["param_groups"], groups, strict=True)]
     for group in merged:
@@ -204,16 +253,36 @@ def load_optimizer(path: Path, state: Mapping[str, Any], optimizer: torch.optim.
 
 
 def restore_random_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Set the global generators of torch, NumPy and Python to where the checkpoint found them."""
-    tensors = load_file(path / RANDOM_FILE)
+    """Set the global generators of torch, NumPy and Python to where the checkpoint found them.
+
+    Those of another number of processes are left as they are: no old state fits.
+    """
+    if state.get("ranks", 1) != distributed.size():
+        return
+    if is_sharded(state):
+        tensors = load_file(path / RANK_RANDOM_FILE.format(rank=distributed.rank()))
+        python_random = state["python_random"][distributed.rank()]
+    else:
+        tensors, python_random = load_file(path / RANDOM_FILE), state["python_random"]
     torch.set_rng_state(tensors["torch"])
     devices = [tensors[key] for key in sorted(k for k in tensors if k.startswith("cuda"))]
-    if devices and len(devices) == torch.cuda.device_count():
+    if devices and distributed.size() > 1:
+        torch.cuda.set_rng_state(devices[0])
+    elif devices and len(devices) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(devices)
-    kind, position, has_gauss, gauss = state["python_random"]["numpy"]
+    kind, position, has_gauss, gauss = python_random["numpy"]
     np.random.set_state((kind, tensors["numpy"].numpy().view(np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = state["python_random"]["python"]
+    version, internal, gauss_next = python_random["python"]
     random.setstate((version, tuple(internal), gauss_next))
+
+
+def _placed(tensor: Tensor, param: Tensor) -> Tensor:
+    """A tensor of optimizer state, sharded as its parameter where it has the same shape."""
+    if tensor.shape != param.shape or not hasattr(param, "device_mesh"):
+        return tensor
+    placed = torch.empty_like(param, dtype=tensor.dtype)
+    distributed.copy_full(placed, tensor)
+    return placed
 
 
 def _optimizer_tensors(
@@ -230,6 +299,8 @@ def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     key, position = numpy["state"]["key"], numpy["state"]["pos"]
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(key.view(np.int32).copy())}
     if torch.cuda.is_available():
-        tensors |= {f"cuda.{i:03d}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+        # One of several processes has one device of this machine.
+        states = torch.cuda.get_rng_state_all() if distributed.size() == 1 else [torch.cuda.get_rng_state()]
+        tensors |= {f"cuda.{i:03d}": s for i, s in enumerate(states)}
     rest = [numpy["bit_generator"], int(position), int(numpy["has_gauss"]), float(numpy["gauss"])]
     return tensors, {"numpy": rest, "python": random.getstate()}

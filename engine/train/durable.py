@@ -71,6 +71,11 @@ def write_atomically(path: Path, text: str) -> None:
         replace_file(path, text.encode("utf-8"))
 
 
+def temporary_path(path: Path) -> Path:
+    """Where ``write_folder`` collects the files of the folder ``path``."""
+    return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+
+
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Create the folder ``path`` with what ``fill`` writes into the folder that it is given.
 
@@ -81,7 +86,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         UserError: the disk is full or not writable; nothing is left under the final name.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    temporary = temporary_path(path)
     with disk_errors(path):
         try:
             shutil.rmtree(temporary, ignore_errors=True)

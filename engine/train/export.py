@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from engine import distributed
 from engine.config import to_yaml
 from engine.config.schema import RunConfig
 from engine.files import sync
@@ -35,20 +37,59 @@ def export_model(
 ) -> None:
     """Write the final model into ``output_dir``. A full model is rounded to ``model.dtype`` in place.
 
+    Every rank must call this. A sharded model is gathered on rank 0, one tensor at a time, in the CPU's memory.
+
     All files are written and flushed beside their final place and moved in at the end, so that a kill or a full disk
     leaves no model that is half this one. ``manifest.json`` lists them with their checksums.
 
     Raises:
         UserError: the disk is full or not writable.
     """
+    weights = None
+    if policy.sharded:
+        weights = gather_weights(policy, None if policy.has_adapter else DTYPES[config.model.dtype])
+    if distributed.is_main():
+        _write_model(output_dir, policy, weights, tokenizer, config, metrics)
+    distributed.barrier()
+
+
+def gather_weights(policy: Policy, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The whole state of a sharded model, or of its adapter, in the CPU's memory of rank 0; nothing on the others.
+
+    Tied weights are one tensor.
+
+    Args:
+        dtype: what floating-point parameters are rounded to; None leaves them as they are.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
+    for name, tensor in policy.model.state_dict(keep_vars=True).items():
+        if policy.has_adapter and not tensor.requires_grad:
+            continue
+        if id(tensor) not in seen:
+            full = distributed.full_tensor(tensor.detach())
+            kept = full if distributed.is_main() else full.new_zeros(0)
+            seen[id(tensor)] = kept.to("cpu", dtype if kept.is_floating_point() else None, copy=True)
+        weights[name] = seen[id(tensor)]
+    return weights
+
+
+def _write_model(
+    output_dir: Path,
+    policy: Policy,
+    weights: dict[str, torch.Tensor] | None,
+    tokenizer: Any,
+    config: RunConfig,
+    metrics: Mapping[str, float],
+) -> None:
     temporary = output_dir / f".model{TEMPORARY_SUFFIX}"
     with disk_errors(output_dir):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            if not policy.has_adapter:
+            if weights is None and not policy.has_adapter:
                 policy.causal_lm.to(DTYPES[config.model.dtype])
-            save_weights(policy, temporary)
+            save_weights(policy, temporary, weights)
             tokenizer.save_pretrained(temporary)
             (temporary / CARD_FILE).write_text(model_card(policy, config, metrics), encoding="utf-8")
             seal(temporary, editable=(CARD_FILE,))

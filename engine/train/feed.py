@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from engine import distributed
 from engine.config.schema import PackingConfig, TrainConfig
 from engine.data.groups import PreferenceDataset
 from engine.packing import Pack, PackedBatch, Step, build_batch, plan_epoch
@@ -31,6 +32,8 @@ class TrainingPack:
     batch: PackedBatch
     ref_logps_S: torch.Tensor | None
     """fp32 [S]: reference log-prob of each response; None without stored references."""
+    counts: bool = True
+    """Whether it is part of the step. Otherwise it only keeps this process in step with the others, with weight 0."""
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TrainingPack:
         """The same pack with ``change`` of each of its device-side tensors."""
@@ -43,7 +46,7 @@ class TrainingPack:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One optimizer step."""
+    """One optimizer step: what this process does of it."""
 
     number: int
     """1-based."""
@@ -51,16 +54,18 @@ class TrainingStep:
     """Epochs that are done when this step is."""
     packs: tuple[TrainingPack, ...]
     work: StepWork
+    elsewhere: int = 0
+    """``work.pairs`` of the other processes."""
 
     @property
     def num_groups(self) -> int:
         """Of the whole step, a group of several pairs counted once for each: what its loss is divided by."""
-        return self.work.pairs
+        return self.work.pairs + self.elsewhere
 
     @property
     def rows(self) -> list[int]:
         """Source row of each pair or ranking, in the order of the packs."""
-        batches = [pack.batch for pack in self.packs]
+        batches = [pack.batch for pack in self.packs if pack.counts]
         return [row for b in batches for row, n in zip(b.rows, b.terms_per_group, strict=True) for _ in range(n)]
 
 
@@ -102,6 +107,7 @@ class TrainingFeed:
         self._visible_G = self.lengths.visible_pairs(share_prompts=packing.share_prompts)
         # Two epochs: the last step of one is built while the first of the next is.
         self._plan = lru_cache(maxsize=2)(self._plan_epoch)
+        self._shortest = int(self._packed_G.argmin())
 
     def _plan_epoch(self, epoch: int) -> list[Step]:
         packing = self.packing
@@ -113,6 +119,8 @@ class TrainingFeed:
             shuffle=packing.shuffle,
             seed=self.seed,
             epoch=epoch,
+            ranks=distributed.size(),
+            rank=distributed.rank(),
         )
 
     @property
@@ -134,18 +142,21 @@ class TrainingFeed:
                 self.waited += time.perf_counter() - asked
                 if number + STEPS_AHEAD <= self.total_steps:
                     ahead.append(pool.submit(self.build, number + STEPS_AHEAD))
-                yield TrainingStep(step.number, step.epoch, tuple(p.to(self.device) for p in step.packs), step.work)
+                elsewhere = sum(distributed.gather(step.work.pairs)) - step.work.pairs
+                yield replace(step, packs=tuple(p.to(self.device) for p in step.packs), elsewhere=elsewhere)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def build(self, number: int) -> TrainingStep:
-        """Step ``number`` (1-based), on the host."""
+        """This process's part of step ``number`` (1-based), on the host."""
         epoch, place = divmod(number - 1, self.steps_per_epoch)
         members = self._plan(epoch)[place]
         packs = tuple(self._build_pack(pack) for pack in members)
         return TrainingStep(number, number / self.steps_per_epoch, packs, self._work(members, packs))
 
     def _build_pack(self, pack: Pack) -> TrainingPack:
+        if not pack:
+            return replace(self._build_pack((self._shortest,)), counts=False)
         batch = build_batch([self.dataset[i] for i in pack], share_prompts=self.packing.share_prompts)
         built = TrainingPack(batch, None if self.lookup is None else torch.from_numpy(self.lookup(pack)))
         return gather(built, pin=True) if self.device.type == "cuda" else built
@@ -155,7 +166,7 @@ class TrainingFeed:
         rows = sum(p.batch.num_tokens for p in packs)
         return StepWork(
             pairs=int(self._terms_G[groups].sum()),
-            unshared_tokens=sum(p.batch.num_unshared_tokens for p in packs),
+            unshared_tokens=sum(p.batch.num_unshared_tokens for p in packs if p.counts),
             packed_tokens=int(self._packed_G[groups].sum()),
             rows=rows,
             flop=self.flops.step(rows, int(self._completions_G[groups].sum()), int(self._visible_G[groups].sum())),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
+from engine import distributed
 from engine.config import load_config, to_yaml
 from engine.config.schema import RunConfig
 from engine.errors import UserError
 from engine.evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
-from engine.model import load_policy
+from engine.model import load_policy, shard_policy
 from engine.train import checkpoint as checkpoints
+from engine.train import sharded
 from engine.train.durable import check_content, is_complete, remove_leftovers, run_folder, write_atomically
 from engine.train.export import export_model, package_versions
 from engine.train.feed import TrainingStep
@@ -67,65 +70,67 @@ class _Evidence(NamedTuple):
 
 
 def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
-    """Train as ``config`` says and leave a run folder.
+    """Train as ``config`` says and leave a run folder. Under ``torchrun``, all processes train one model.
 
     Args:
         resume: continue from the newest complete checkpoint of ``train.output_dir``, to the same bits that a run
             without the interruption ends with; start anew when there is none. Otherwise the folder must not hold a
-            run.
+            run. Another number of processes continues to rounding.
 
     Raises:
         UserError: whatever the user can correct, a loss or gradient that is not finite, or a full disk. Checkpoints
             that were complete stay so.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise UserError(
-            f"training runs in one process, and WORLD_SIZE is {processes}: start `dpo train` without torchrun; "
-            "packing.pairs_per_step stays the batch of a step"
-        )
-    output_dir = Path(config.train.output_dir)
-    if not resume:
-        checkpoints.refuse_other_run(output_dir)
-    # Held from here on: whether the folder is free must not change while model and data are loaded.
-    with run_folder(output_dir):
-        start, state = _find_start(config, output_dir, resume)
-        if resume and is_complete(output_dir):
-            remove_leftovers(output_dir)
-            check_content(output_dir, remedy="delete this file to have the model written again")
-            log.info("%s is finished: nothing is left to train", output_dir)
-            return _finished(output_dir)
-        run = _Run(prepare(config), output_dir)
-        if state is not None:
-            run.restore(checkpoints.checkpoint_path(output_dir, start), state)
-        return run.train()
+    with distributed.process_group():
+        output_dir = Path(config.train.output_dir)
+        main = distributed.is_main()
+        if main and not resume:
+            checkpoints.refuse_other_run(output_dir)
+        # Held from here on: whether the folder is free must not change while model and data are loaded.
+        with run_folder(output_dir) if main else nullcontext():
+            found = _find_start(config, output_dir, resume) if main else (0, None, None)
+            start, state, finished = distributed.broadcast(found)
+            if finished is not None:
+                log.info("%s is finished: nothing is left to train", output_dir)
+                return finished
+            run = _Run(prepare(config), output_dir)
+            if state is not None:
+                run.restore(checkpoints.checkpoint_path(output_dir, start), state)
+            return run.train()
 
 
-def _finished(output_dir: Path) -> TrainResult:
-    """The result of a run that has ended, from its metrics."""
+def _finished(output_dir: Path) -> TrainResult | None:
+    """The result of a run that has ended, from its metrics; None for another one."""
+    if not is_complete(output_dir):
+        return None
+    remove_leftovers(output_dir)
+    check_content(output_dir, remedy="delete this file to have the model written again")
     metrics: dict[str, float] = {}
     for row in read_rows(output_dir / METRICS_FILE):
         metrics |= row
     return TrainResult(output_dir, int(metrics["step"]), metrics)
 
 
-def _find_start(config: RunConfig, output_dir: Path, resume: bool) -> tuple[int, dict[str, Any] | None]:
-    """The step to continue after and its checkpoint's state; (0, None) for a run from the start."""
+def _find_start(
+    config: RunConfig, output_dir: Path, resume: bool
+) -> tuple[int, dict[str, Any] | None, TrainResult | None]:
+    """The step to continue after, its checkpoint's state (0, None at the start), and the result of a finished run."""
     if not resume:
         checkpoints.refuse_other_run(output_dir)
-        return 0, None
+        return 0, None, None
     newest = checkpoints.newest_checkpoint(output_dir)
     if newest is not None:
         step, path = newest
         state = checkpoints.read_state(path)
         checkpoints.check_same_run(state["config"], config, path)
-        return step, state
+        return step, state, _finished(output_dir)
     if (output_dir / CONFIG_FILE).exists():
         saved = checkpoints.config_values(load_config(output_dir / CONFIG_FILE))
         checkpoints.check_same_run(saved, config, output_dir)
-    if not is_complete(output_dir):
+    finished = _finished(output_dir)
+    if finished is None:
         log.info("no complete checkpoint in %s: training starts at step 1", output_dir)
-    return 0, None
+    return 0, None, finished
 
 
 class _Run:
@@ -169,14 +174,18 @@ class _Run:
                 "when the run began; restore them, on the Hub by model.revision, or start a new run in another "
                 "train.output_dir"
             )
-        if self.policy.has_adapter:
+        if checkpoints.is_sharded(state):
+            sharded.load(path, self.policy)
+        elif self.policy.has_adapter:
             checkpoints.load_adapter(self.policy, path)
         else:
-            self.policy = self.setup.policy = load_policy(
+            device = self.setup.device
+            whole = load_policy(
                 replace(model, model_name_or_path=str(path), revision=None),
-                device=self.setup.device,
+                device=device,
                 gradient_checkpointing=self.config.train.gradient_checkpointing,
             )
+            self.policy = self.setup.policy = shard_policy(whole, device)
             self.policy.activation_offload = self.config.train.activation_offload
             self._build_update()
         checkpoints.load_optimizer(path, state, self.optimizer, self.names)
@@ -204,14 +213,15 @@ class _Run:
 
     def _open(self) -> None:
         """Write what a run folder starts with, and set the random generators."""
-        remove_leftovers(self.output_dir)
-        write_atomically(self.output_dir / CONFIG_FILE, to_yaml(self.config))
-        write_data_file(self.setup, self.output_dir)
-        keep_rows_until(self.output_dir, self.done, evaluated_at=self.evaluated_at)
-        self.trackers = open_trackers(self.output_dir, self.config.train.report_to, first_step=self.done + 1)
-        if self._random is None:
-            set_seed(self.config.train.seed)
-        else:
+        if distributed.is_main():
+            remove_leftovers(self.output_dir)
+            write_atomically(self.output_dir / CONFIG_FILE, to_yaml(self.config))
+            write_data_file(self.setup, self.output_dir)
+            keep_rows_until(self.output_dir, self.done, evaluated_at=self.evaluated_at)
+            self.trackers = open_trackers(self.output_dir, self.config.train.report_to, first_step=self.done + 1)
+        # Processes draw different masks of dropout in adapters. In another number of them no old state fits.
+        set_seed((self.config.train.seed + distributed.rank() + distributed.size() * self.done) % 2**32)
+        if self._random is not None:
             checkpoints.restore_random_state(*self._random)
         self.policy.train()
 
@@ -221,7 +231,7 @@ class _Run:
         self.meter.watch.start()
         for step in self.feed.steps(self.done):
             scored = self.setup.objective.backward(self.policy, step)
-            means = scored.means()
+            means = scored.step_means(step.num_groups)
             learning_rate = self.update.learning_rate
             grad_norm = self.update.step(means[0])
             self.meter.add(means, step.work)
@@ -255,11 +265,13 @@ class _Run:
         self.evidence.clear()
 
     def _explain_failure(self) -> str:
-        bad = next(e for e in self.evidence if not all(t.isfinite().all() for t in (*e.values_G, e.loss, e.grad_norm)))
+        failed = [not all(t.isfinite().all() for t in (*e.values_G, e.loss, e.grad_norm)) for e in self.evidence]
+        bad = self.evidence[min(found.index(True) for found in distributed.gather(failed) if any(found))]
         finite_G = torch.stack([t.isfinite() for t in bad.values_G]).all(0).tolist()
-        culprits = [row for row, finite in zip(bad.rows, finite_G, strict=True) if not finite]
+        own = [row for row, finite in zip(bad.rows, finite_G, strict=True) if not finite]
+        culprits = sorted(chain.from_iterable(distributed.gather(own)))
         what = "log-probs are" if culprits else "the loss or a gradient is"
-        rows = sorted(set(culprits or bad.rows))
+        rows = sorted(set(culprits or chain.from_iterable(distributed.gather(bad.rows))))
         named = ", ".join(map(str, rows[:_ROWS_NAMED])) + (f" and {len(rows) - _ROWS_NAMED} more" if rows[8:] else "")
         saved = checkpoints.complete_checkpoints(self.output_dir)
         kept = f"the last checkpoint is {saved[-1][1]}" if saved else "no checkpoint was due yet"
@@ -302,7 +314,8 @@ class _Run:
         if self.evaluated_at != self.done:
             self._evaluate()
         log.info("%s", format_evaluation(self.evaluation))
-        write_evaluation(self.output_dir, self.evaluation)
+        if distributed.is_main():
+            write_evaluation(self.output_dir, self.evaluation)
 
     def _save(self) -> None:
         self.meter.watch.stop()
@@ -329,6 +342,7 @@ class _Run:
             names=self.names,
             state=state,
         )
-        checkpoints.prune_checkpoints(self.output_dir, self.config.train.save_total_limit)
+        if distributed.is_main():
+            checkpoints.prune_checkpoints(self.output_dir, self.config.train.save_total_limit)
         log.info("checkpoint written to %s", path)
         self.meter.watch.start()

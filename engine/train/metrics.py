@@ -21,6 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from engine import distributed
 from engine.errors import UserError
 from engine.train.durable import disk_errors, write_atomically
 from engine.train.throughput import Stopwatch, peak_memory_gib
@@ -40,7 +41,7 @@ WANDB_FILE = "wandb_run_id.txt"
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one optimizer step processed."""
+    """What one process did of an optimizer step."""
 
     pairs: int
     unshared_tokens: int
@@ -53,7 +54,11 @@ class StepWork:
 
 
 class IntervalMeter:
-    """Sums over a logging interval, kept on the device until a row is asked for."""
+    """Sums over a logging interval, kept on the device until a row is asked for. Rows are of all processes together.
+
+    Args:
+        peak_flops: of all processes together.
+    """
 
     def __init__(self, device: torch.device, *, peak_flops: float):
         self.device = device
@@ -72,12 +77,12 @@ class IntervalMeter:
         """Count one step.
 
         Args:
-            values: [7], the means of the step in the order of ``PREFERENCE_NAMES``, on the device.
+            values: [7], the means of the step over all processes, in the order of ``PREFERENCE_NAMES``, on the device.
+            work: of this process.
         """
         self._sums += values
         self._steps += 1
         self._work.append(work)
-        self.num_tokens += work.unshared_tokens
 
     def row(self, *, step: int, epoch: float, grad_norm: Tensor, learning_rate: float) -> dict[str, float]:
         """The metrics of the interval; the next one starts. Waits for the device."""
@@ -85,6 +90,7 @@ class IntervalMeter:
         seconds = self.watch.seconds()
         elapsed = max(seconds - self._since, 1e-9)
         total = _total(self._work)
+        self.num_tokens += total.unshared_tokens
         row: dict[str, float] = {"step": step, "epoch": round(epoch, 6), "loss": means[0]}
         row |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
         row |= dict(zip(PREFERENCE_NAMES[1:], means[1:], strict=True))
@@ -95,7 +101,7 @@ class IntervalMeter:
             "perf/mfu": total.flop / elapsed / self.peak_flops,
             "perf/padding_fraction": 1 - total.packed_tokens / max(total.rows, 1),
             "perf/shared_fraction": 1 - total.packed_tokens / max(total.unshared_tokens, 1),
-            "perf/peak_memory_gib": peak_memory_gib(self.device),
+            "perf/peak_memory_gib": max(distributed.gather(peak_memory_gib(self.device))),
         }
         self._reset()
         self._since = seconds
@@ -103,7 +109,8 @@ class IntervalMeter:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs so that the next row is the same after a resume, apart from its speeds."""
-        return {"num_tokens": self.num_tokens, "steps": self._steps, "sums": self._sums.tolist()}
+        tokens = self.num_tokens + _total(self._work).unshared_tokens
+        return {"num_tokens": tokens, "steps": self._steps, "sums": self._sums.tolist()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self._reset()
@@ -113,6 +120,12 @@ class IntervalMeter:
 
 
 def _total(work: Sequence[StepWork]) -> StepWork:
+    """The sum over steps and processes."""
+    own = _sum(work)
+    return own if distributed.size() == 1 else _sum(distributed.gather(own))
+
+
+def _sum(work: Sequence[StepWork]) -> StepWork:
     return StepWork(
         pairs=sum(w.pairs for w in work),
         unshared_tokens=sum(w.unshared_tokens for w in work),

@@ -1,13 +1,13 @@
 """From the packs of one optimizer step to its loss and gradients.
 
-The loss of a step is the sum over its pairs and rankings divided by their number, however they are packed. A group is
-one pair, one ranking, or the several pairs of scored completions, each of which counts as any other.
-Ways that lead there:
+The loss of a step is the sum over its pairs and rankings divided by their number, however they are packed and spread
+over processes, whose gradients ``engine.model.shard`` sums. A group is one pair, one ranking, or the several pairs of
+scored completions, each of which counts as any other. Ways that lead there:
 
 - Pairs whose losses are independent: ``linear_dpo_loss`` on every pack, gradients accumulate (one pass).
 - Losses that couple pairs (``aot``, ``aot_unpaired``): a first pass without gradients gives every log-prob of the step,
   the loss of the whole step gives d loss / d log-prob, and a second pass per pack carries it back. A step of one pack
-  needs no first pass.
+  needs no first pass, unless other processes have packs, too.
 - Rankings of K responses (``plackett_luce``): ``linear_logps`` on every pack, then the loss of whole groups. When every
   group of the step has two responses it is DPO, and computed as DPO to the bit.
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dpo_kernels import linear_dpo_loss, plackett_luce_loss, preference_loss
 from dpo_kernels.losses import resolve_loss
+from engine import distributed
 from engine.config.schema import LossConfig
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
@@ -54,9 +55,16 @@ class Scored(NamedTuple):
 
     def means(self) -> Tensor:
         """[7] in the order of ``engine.train.metrics.PREFERENCE_NAMES``."""
+        return self._columns().mean(1)
+
+    def step_means(self, num_groups: int) -> Tensor:
+        """``means`` of a step of ``num_groups``, of which this holds what this process did; the same on every rank."""
+        return distributed.sum_over_ranks(self._columns().sum(1)) / num_groups
+
+    def _columns(self) -> Tensor:
         margins = self.chosen_rewards - self.rejected_rewards
         columns = (self.losses, self.chosen_rewards, self.rejected_rewards, self.accuracies, margins)
-        return torch.stack([c.detach() for c in (*columns, self.chosen_logps, self.rejected_logps)]).double().mean(1)
+        return torch.stack([c.detach() for c in (*columns, self.chosen_logps, self.rejected_logps)]).double()
 
 
 def sum_responses(logps_N: Tensor, cu_responses_S1: Tensor) -> Tensor:
@@ -180,26 +188,34 @@ class Objective:
         return Scored(*(torch.cat(columns)[order] for columns in zip(*(s for _, s in parts), strict=True)))
 
     def backward(self, policy: Policy, step: TrainingStep) -> Scored:
-        """Add the gradients of the step's loss to the parameters; returns detached scores in pack order."""
-        if self.couples_pairs and len(step.packs) > 1:
+        """Add the gradients of the step's loss to the parameters.
+
+        Returns:
+            Detached scores of what this process did, in pack order.
+        """
+        if self.couples_pairs and (len(step.packs) > 1 or distributed.size() > 1):
             return self._backward_coupled(policy, step)
         fused = not self.couples_pairs and all(k == 2 for p in step.packs for k in p.batch.responses_per_group)
         one_pass = self._backward_pairs if fused else self._backward_logps
-        return _concatenated(one_pass(policy, step))
+        counted = [scored for pack, scored in zip(step.packs, one_pass(policy, step), strict=True) if pack.counts]
+        return _concatenated(counted) if counted else Scored(*torch.zeros(len(Scored._fields), 0, device=policy.device))
 
     def _backward_pairs(self, policy: Policy, step: TrainingStep) -> list[Scored]:
         options = self._options()
         options["mean_chosen_length"] = self._mean_chosen_length(step)
         parts = []
-        for batch, ref_S in ((p.batch, self.reference(p.batch, p.ref_logps_S)) for p in step.packs):
+        for pack in step.packs:
+            batch, ref_S = pack.batch, self.reference(pack.batch, pack.ref_logps_S)
+            weights_P = None if pack.counts else torch.zeros(batch.num_groups, device=policy.device)
 
-            def objective(hidden_ND: Tensor, head: Head, batch=batch, ref_S=ref_S):
+            def objective(hidden_ND: Tensor, head: Head, batch=batch, ref_S=ref_S, weights_P=weights_P):
                 return linear_dpo_loss(
                     hidden_ND,
                     head.weight,
                     batch.labels_N,
                     batch.cu_responses_S1,
                     ref_S,
+                    pair_weights=weights_P,
                     reduction="sum",
                     **head.options,
                     **options,
@@ -217,7 +233,8 @@ class Objective:
         """Tokens of a chosen response over all pairs of the step, for losses that ask for it."""
         if "sft" not in self.config.loss_types:
             return None
-        return sum(p.batch.num_chosen_tokens for p in step.packs) / step.num_groups
+        tokens = sum(p.batch.num_chosen_tokens for p in step.packs if p.counts)
+        return sum(distributed.gather(tokens)) / step.num_groups
 
     def _backward_logps(self, policy: Policy, step: TrainingStep) -> list[Scored]:
         parts = []
@@ -234,27 +251,40 @@ class Objective:
                 batch.pairs_P2,
                 mean_chosen_length=mean_length,
             )
-            (scored.losses.sum() / step.num_groups).backward()
+            (scored.losses.sum() * (pack.counts / step.num_groups)).backward()
             parts.append(scored._replace(losses=scored.losses.detach()))
         return parts
 
     def _backward_coupled(self, policy: Policy, step: TrainingStep) -> Scored:
-        batches = [pack.batch for pack in step.packs]
+        packs = step.packs
         # Adapters may drop out; both passes must draw the same masks.
         generator = _fork_random_state(policy.device)
         with torch.no_grad():
-            sums = [sum_responses(policy.logps(b), b.cu_responses_S1) for b in batches]
+            sums = [sum_responses(policy.logps(p.batch), p.batch.cu_responses_S1) for p in packs]
         _set_random_state(policy.device, generator)
-        refs = [self.reference(pack.batch, pack.ref_logps_S) for pack in step.packs]
-        ref_S = None if refs[0] is None else torch.cat([r for r in refs if r is not None])
-        logps_S = torch.cat(sums).requires_grad_()
-        lengths_S = torch.cat([_lengths(b, logps_S.device) for b in batches])
-        per_group = tuple(k for b in batches for k in b.responses_per_group)
-        scored = self.score(logps_S, ref_S, lengths_S, per_group)
+        refs = [self.reference(p.batch, p.ref_logps_S) for p in packs]
+        terms = zip(sums, refs, packs, strict=True)
+        rows = [_coupled_rows(logps, ref, pack.batch) for logps, ref, pack in terms if pack.counts]
+        parts = distributed.concat_over_ranks(torch.cat([torch.zeros(0, 3, device=policy.device).double(), *rows]))
+        step_S3 = torch.cat(parts)
+        logps_S, ref_S, lengths_S = (column.to(sums[0].dtype) for column in step_S3.T)
+        logps_S.requires_grad_()
+        scored = self.score(logps_S, ref_S if self.needs_reference else None, lengths_S, (2,) * step.num_groups)
         (slopes_S,) = torch.autograd.grad(scored.losses.sum() / step.num_groups, logps_S)
-        for batch, slopes in zip(batches, slopes_S.split([b.num_responses for b in batches]), strict=True):
-            sum_responses(policy.logps(batch), batch.cu_responses_S1).backward(slopes)
-        return scored._replace(losses=scored.losses.detach())
+        first = sum(len(part) for part in parts[: distributed.rank()])
+        start = first
+        for pack in packs:
+            stop = start + pack.batch.num_responses if pack.counts else start
+            slopes = slopes_S[start:stop] if pack.counts else logps_S.new_zeros(pack.batch.num_responses)
+            sum_responses(policy.logps(pack.batch), pack.batch.cu_responses_S1).backward(slopes)
+            start = stop
+        return Scored(*(column.detach()[first // 2 : start // 2] for column in scored))
+
+
+def _coupled_rows(logps_S: Tensor, ref_S: Tensor | None, batch: PackedBatch) -> Tensor:
+    """float64 [S, 3]: log-prob, reference (0 without one) and length of each response."""
+    columns = (logps_S, torch.zeros_like(logps_S) if ref_S is None else ref_S, _lengths(batch, logps_S.device))
+    return torch.stack([column.double() for column in columns], 1)
 
 
 def _scored_pairs(losses: Tensor, chosen: Tensor, rejected: Tensor, logps_w: Tensor, logps_l: Tensor) -> Scored:

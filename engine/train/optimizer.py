@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from transformers.optimization import GreedyLR
 from transformers.trainer_utils import SchedulerType
 
+from engine import distributed
 from engine.config.schema import OptimConfig
 from engine.errors import UserError
 
@@ -84,9 +85,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> tuple[torch.optim.
 
 
 def check_optimizer(name: str) -> None:
-    """Raise a ``UserError`` when the package of an optimizer is not installed."""
+    """Raise a ``UserError`` when an optimizer cannot run: no package, or several processes."""
     if name not in _BITSANDBYTES:
         return
+    if distributed.size() > 1:
+        raise UserError(
+            f"optim.optimizer={name} runs in one process: its state cannot be sharded; set adamw, whose state is "
+            "spread over the processes"
+        )
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -185,13 +191,13 @@ class GuardedUpdate:
         """End one optimizer step and clear the gradients.
 
         Args:
-            loss: scalar, detached: the loss of the step.
+            loss: scalar, detached: the loss of the step, the same on every rank.
 
         Returns:
             The global norm of the gradients before clipping, a scalar tensor.
         """
-        grads = [p.grad for p in self.params if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        grads = [distributed.local_tensor(p.grad) for p in self.params if p.grad is not None]
+        norm = distributed.norm_over_ranks(torch.nn.utils.get_total_norm(grads, foreach=True))
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         self.failed = torch.maximum(self.failed, (~finite).float())
         if self.deferred or self.ok():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine import distributed
 from engine.errors import UserError
 
 
@@ -33,9 +34,10 @@ def state_tensors(state: Mapping[int, Mapping[str, Any]], names: list[str]) -> d
                     "hold: choose another optim.optimizer"
                 )
             value = value.contiguous()
+            place = distributed.local_tensor(value).data_ptr()
             # Parameters share tables of bitsandbytes, and a file holds no two tensors of one storage.
-            tensors[f"{slot}/{names[index]}"] = value.clone() if value.data_ptr() in stored else value
-            stored.add(value.data_ptr())
+            tensors[f"{slot}/{names[index]}"] = value.clone() if place in stored else value
+            stored.add(place)
     return tensors
 
 

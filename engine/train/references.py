@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import distributed
 from engine.config.schema import ModelConfig, RunConfig
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
-from engine.model import Policy, check_dataset, load_policy
+from engine.model import Policy, check_dataset, load_policy, shard_policy
 from engine.packing import Pack, PackedBatch, build_batch
 from engine.reference import (
     ReferenceStore,
@@ -105,7 +106,7 @@ def prepare_references(
     columns = {name: import_columns(dataset) for name, dataset in datasets.items()}
     tables = {name: ReferenceTable(sums) for name, sums in columns.items() if sums is not None}
     own = config.reference.model_name_or_path is None
-    reference = policy if own else load_policy(reference_model(config), device=policy.device)
+    reference = policy if own else load_reference(config, policy.device)
     for name, dataset in datasets.items():
         check_dataset(reference, dataset)
         if name in tables:
@@ -143,7 +144,8 @@ def _stored_tables(
                 progress=progress,
             )
             say(f"reference log-probs ({name}): {report}")
-        tables[name] = ReferenceTable(load_ref_sums(dataset, store, digest))
+        sums = load_ref_sums(dataset, store, digest) if distributed.is_main() else []
+        tables[name] = ReferenceTable(distributed.broadcast(sums))
         verify_rows(reference, dataset, tables[name].sums, share_prompts=config.packing.share_prompts)
     return tables
 
@@ -164,12 +166,17 @@ def full_model(model: ModelConfig) -> ModelConfig:
     return replace(model, lora=None, adapter_name_or_path=None, quantization=None)
 
 
+def load_reference(config: RunConfig, device: torch.device) -> Policy:
+    """The reference model beside the trained one, sharded as that is."""
+    return shard_policy(load_policy(reference_model(config), device=device), device)
+
+
 def _live_references(config: RunConfig, policy: Policy, datasets: dict[str, PreferenceDataset]) -> References:
     other = config.reference.model_name_or_path
     if policy.has_adapter and other is None:
         how = "its adapters off" if policy.reference_adapter is None else "the frozen copy of its adapter"
         return References("live", f"live: the model with {how}", {}, live=lambda b: _live_sums(policy, b))
-    frozen = load_policy(reference_model(config), device=policy.device)
+    frozen = load_reference(config, policy.device)
     for dataset in datasets.values():
         check_dataset(frozen, dataset)
     frozen.requires_grad_(False)

@@ -14,12 +14,21 @@ import torch
 from transformers import set_seed
 
 from dpo_kernels import describe
+from engine import distributed
 from engine.config import format_diff
 from engine.config.schema import RunConfig
 from engine.data import LintReport, load_dataset_groups
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
-from engine.model import Policy, check_dataset, check_packing, load_policy, load_tokenizer, resolve_device
+from engine.model import (
+    Policy,
+    check_dataset,
+    check_packing,
+    load_policy,
+    load_tokenizer,
+    resolve_device,
+    shard_policy,
+)
 from engine.model.quantization import num_weights
 from engine.packing import PlanSummary, check_fits, summarize_plan
 from engine.reference import weights_digest
@@ -79,6 +88,7 @@ def prepare(config: RunConfig) -> Setup:
     datasets, lint = _load_data(config, tokenizer, objective)
     device = resolve_device()
     policy = load_policy(config.model, device=device, gradient_checkpointing=config.train.gradient_checkpointing)
+    policy = shard_policy(policy, device)
     policy.activation_offload = config.train.activation_offload
     check_packing(policy, share_prompts=config.packing.share_prompts)
     for dataset in datasets.values():
@@ -86,7 +96,7 @@ def prepare(config: RunConfig) -> Setup:
     references = prepare_references(config, policy, objective, datasets, say=log.info)
     objective.live_reference = references.live
     base = weights_digest(policy)
-    peak_flops = measure_matmul_rate(device, policy.compute_dtype)
+    peak_flops = sum(distributed.gather(measure_matmul_rate(device, policy.compute_dtype)))
     feed = TrainingFeed(
         datasets["train"],
         config.packing,
@@ -131,6 +141,7 @@ def describe_run(setup: Setup) -> str:
             f"{type(policy.causal_lm).__name__}, {_count(trained)} of {_count(total)} parameters trained, "
             f"{dtype}{held}",
         ),
+        *([("processes", _process_words(setup))] if distributed.size() > 1 else []),
         ("attention", f"{policy.backend.name} ({policy.backend.reason})"),
         ("loss", f"{config.loss.loss_name}, {_loss_op(setup)}"),
         ("dropout", _dropout_words(config, policy.disabled_dropouts)),
@@ -151,6 +162,11 @@ def describe_run(setup: Setup) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _process_words(setup: Setup) -> str:
+    shared = "parameters, gradients and optimizer state are sharded over them"
+    return f"{distributed.size()} on {setup.device.type}; {shared} (FSDP2)"
 
 
 def _loss_op(setup: Setup) -> str:

@@ -447,7 +447,7 @@ def test_reference_columns_of_the_data_are_used_and_checked(make_config, rows_of
             assert not (tmp_path / "unused").exists()
 
 
-def test_several_processes_are_refused(make_config, monkeypatch):
+def test_several_processes_without_a_launcher_are_refused(make_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="training runs in one process, and WORLD_SIZE is 2"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2 but RANK, LOCAL_RANK, .* not set: .* torchrun, or unset"):
         train(make_config())

@@ -1,0 +1,279 @@
+"""Several processes that work on one run: who am I, what do the others have, and how do we end together.
+
+``torchrun`` starts the processes and sets ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``. In one process every function
+here is a no-op that needs no process group, so callers never ask which case they are in.
+
+Sums over ranks are formed in the order of the ranks on every rank, so that all ranks hold the same bits and take the
+same decisions.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TypeVar
+
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import Store
+
+T = TypeVar("T")
+
+_FAREWELL_SECONDS = 10.0
+
+
+class PeerFailure(Exception):  # noqa: N818
+    """The run ends because of another process, which has said why. To be ended with, not to be shown."""
+
+
+def launched_size() -> int:
+    """Processes that the launcher started, known before the process group is."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def size() -> int:
+    """Processes of the run."""
+    if launched_size() == 1:
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """0-based number of this process."""
+    if size() == 1:
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks to the user."""
+    return rank() == 0
+
+
+def say(text: str) -> None:
+    """Print ``text`` once for all processes."""
+    if is_main():
+        print(text, flush=True)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that the launcher started; a no-op for one process, or within another ``process_group``.
+
+    gloo carries CPU tensors and objects, nccl those of CUDA devices. When a process fails, all fail: the first one
+    raises its own error, the others ``PeerFailure``.
+
+    Raises:
+        UserError: the launcher's variables are missing or wrong, or a process ended without a word.
+    """
+    if launched_size() == 1 or size() > 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    store = _join()
+    try:
+        yield
+    except BaseException as error:
+        first, lost = _claim_failure(error, store), _lost_connection(error)
+        _take_leave(store)
+        if not first:
+            raise PeerFailure(str(error)) from error
+        if lost:
+            raise UserError(
+                "a process of this run ended without a message (killed, or out of memory?): look at its machine's log, "
+                "then continue with --resume"
+            ) from error
+        raise
+    barrier()
+    dist.destroy_process_group()
+
+
+def _join() -> Store:
+    import torch
+    import torch.distributed as dist
+
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    absent = [name for name in needed if name not in os.environ]
+    if absent:
+        raise UserError(
+            f"WORLD_SIZE is {launched_size()} but {', '.join(absent)} is not set: start several processes with "
+            "torchrun, or unset WORLD_SIZE"
+        )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= devices:
+            raise UserError(
+                f"process {local} of this machine has no GPU, there are {devices}: "
+                f"set torchrun --nproc-per-node {devices}"
+            )
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    store, number, count = next(iter(dist.rendezvous("env://")))
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=number, world_size=count)
+    return dist.PrefixStore("end", store)
+
+
+def _claim_failure(error: BaseException, store: Store) -> bool:
+    """Whether this process is the first to fail. Where the host of the store is gone, it has spoken for all."""
+    try:
+        return store.add("failures", 1) == 1
+    except RuntimeError:
+        return not _lost_connection(error)
+
+
+def _take_leave(store: Store) -> None:
+    """Close the connections, so that the others fail, too; the host of the store stays until they have looked."""
+    import torch.distributed as dist
+
+    if not dist.get_backend().endswith("nccl"):
+        # With nccl in flight this could wait for ever; the end of the process closes those.
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+    hosts = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    deadline = time.monotonic() + _FAREWELL_SECONDS
+    with suppress(RuntimeError):
+        gone = store.add("gone", 1)
+        while hosts and gone < launched_size() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            gone = store.add("gone", 0)
+
+
+def _lost_connection(error: BaseException) -> bool:
+    """Whether an error, or one of its causes, says that another process is gone."""
+    from torch.distributed import DistError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DistError) or (isinstance(seen, RuntimeError) and "gloo" in str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if size() > 1:
+        gather(None)
+
+
+def broadcast(value: T) -> T:
+    """What rank 0 passes, on every rank; pickled."""
+    import torch.distributed as dist
+
+    if size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(value: T) -> list[T]:
+    """What every rank passes, in the order of the ranks; pickled."""
+    import torch.distributed as dist
+
+    if size() == 1:
+        return [value]
+    values: list = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a tensor of the same shape on every rank. Does not wait for a CUDA device."""
+    import torch
+    import torch.distributed as dist
+
+    if size() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.stack(parts).sum(0)
+
+
+def norm_over_ranks(norm: Tensor) -> Tensor:
+    """The 2-norm of a vector that lies in parts on the ranks, from the norm of each part."""
+    return norm if size() == 1 else sum_over_ranks(norm.double().square()).sqrt().to(norm.dtype)
+
+
+def concat_over_ranks(rows: Tensor) -> list[Tensor]:
+    """The rows of every rank, in the order of the ranks.
+
+    Args:
+        rows: [R, ...]; R may differ between ranks.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if size() == 1:
+        return [rows]
+    counts = gather(len(rows))
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+@contextmanager
+def local_main_first(name: str) -> Iterator[None]:
+    """Let one process of each machine load ``name`` first when it is on the Hub, so that it is downloaded once."""
+    waits = size() > 1 and not os.path.exists(os.path.expanduser(name))
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if waits and not first:
+        barrier()
+    yield
+    if waits and first:
+        barrier()
+
+
+def own_share(costs: Sequence[float]) -> list[int | None]:
+    """Which of some pieces of work this rank does: about the same cost, and exactly the same number, on every rank.
+
+    Args:
+        costs: of each piece.
+
+    Returns:
+        Positions in ``costs``, the dearest first; None where the others still have one and this rank has not.
+    """
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    share: list[int | None] = []
+    for number, start in enumerate(range(0, len(order), size())):
+        # Whoever has the dearer piece of one round has the cheaper one of the next.
+        place = start + (rank() if number % 2 == 0 else size() - 1 - rank())
+        share.append(order[place] if place < len(order) else None)
+    return share
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every rank must ask for the same one."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded; a view."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def copy_full(target: Tensor, source: Tensor) -> None:
+    """Copy all of ``source`` into ``target``, which may be sharded; every rank passes the same source."""
+    import torch
+
+    with torch.no_grad():
+        if not hasattr(target, "device_mesh"):
+            target.copy_(source)
+            return
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        own = source.to(target.device)
+        target.copy_(distribute_tensor(own, target.device_mesh, target.placements, src_data_rank=None))

@@ -1,0 +1,81 @@
+"""The part of a checkpoint that several processes write together: model and optimizer state, each its own shards.
+
+``torch.distributed.checkpoint`` plans who writes what and puts the shards together again for any number of processes;
+the files are safetensors, in the layout of its Hugging Face writer. Tensors are named ``model/<parameter>`` and
+``optimizer/<slot>/<parameter>``. With adapters only what is trained is stored; the base has not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from engine import distributed
+from engine.model import Policy
+
+FOLDER = "shards"
+_MODEL, _OPTIMIZER = "model/", "optimizer/"
+
+
+def save(folder: Path, policy: Policy, optimizer_tensors: Mapping[str, Tensor]) -> None:
+    """Write the shards of this process below ``folder``; when it returns on rank 0, those of all processes are there.
+
+    Args:
+        optimizer_tensors: by ``<slot>/<parameter>``.
+    """
+    state = _model_tensors(policy) | {_OPTIMIZER + name: tensor for name, tensor in optimizer_tensors.items()}
+    writer = dcp.HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
+    with _own_errors():
+        dcp.save(state, storage_writer=writer)
+
+
+def load(path: Path, policy: Policy) -> None:
+    """Load the weights of a checkpoint into ``policy``, bit for bit."""
+    _load(path, _model_tensors(policy))
+
+
+def load_optimizer(path: Path, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's tensors by ``<slot>/<parameter>``, sharded as the parameters are.
+
+    Args:
+        params: by name.
+    """
+    state: dict[str, Tensor] = {}
+    for key, entry in _reader(path).read_metadata().state_dict_metadata.items():
+        if key.startswith(_OPTIMIZER):
+            assert isinstance(entry, TensorStorageMetadata)
+            param, dtype = params[key.split("/", 2)[2]].detach(), entry.properties.dtype
+            same = entry.size == param.shape
+            state[key] = torch.empty_like(param, dtype=dtype) if same else torch.empty(entry.size, dtype=dtype)
+    _load(path, state)
+    return {key.removeprefix(_OPTIMIZER): tensor for key, tensor in state.items()}
+
+
+def _model_tensors(policy: Policy) -> dict[str, Tensor]:
+    named = policy.model.named_parameters()
+    return {_MODEL + name: p.detach() for name, p in named if p.requires_grad or not policy.has_adapter}
+
+
+def _load(path: Path, state: dict[str, Tensor]) -> None:
+    with _own_errors():
+        dcp.load(state, storage_reader=_reader(path), no_dist=distributed.size() == 1)
+
+
+def _reader(path: Path) -> dcp.HuggingFaceStorageReader:
+    return dcp.HuggingFaceStorageReader(str(path / FOLDER))
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Errors of single processes come wrapped; what went wrong with the first of them says more."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error

@@ -1,0 +1,67 @@
+"""One process that fails ends all, with one line; a checkpoint that a process did not finish is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine.config import build_config, to_yaml
+from engine.train.checkpoint import complete_checkpoints
+from engine.train.loop import train
+from tests.engine.distributed.launch import launch, run_jobs
+
+
+@pytest.fixture
+def values(tiny_model_dir, pairs_jsonl, tmp_path) -> dict:
+    return {
+        "model": {"model_name_or_path": str(tiny_model_dir), "dtype": "float32"},
+        "data": {"dataset_name": str(pairs_jsonl), "max_length": 160},
+        "packing": {"pairs_per_step": 12, "tokens_per_pack": 2000},
+        "reference": {"store": str(tmp_path / "store")},
+        "train": {"output_dir": str(tmp_path / "run"), "report_to": [], "num_train_epochs": 2, "save_steps": 2},
+    }
+
+
+def command(values: dict, folder: Path, name: str, *options: str) -> list[str]:
+    path = folder / "run.yaml"
+    path.write_text(to_yaml(build_config(values, "test")))
+    return ["-m", "engine", name, str(path), *options]
+
+
+def error_lines(ended) -> list[str]:
+    return [line for process in ended for line in process.err.splitlines() if line.startswith("error:")]
+
+
+def test_a_failure_of_one_process_ends_all_with_one_line(values, tmp_path):
+    whole = command(values, tmp_path, "train")
+    ended = launch([whole, [*whole, "--train.logging_steps", "0"]])
+    assert error_lines(ended) == ["error: --train.logging_steps must be positive, got 0"]
+    assert [process.code for process in ended] == [2, 2]
+    assert not any("Traceback" in process.err for process in ended)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_all_processes_find_is_said_once(values, tmp_path):
+    values["data"]["dataset_name"] = "/nowhere/pairs.jsonl"
+    ended = launch([command(values, tmp_path, "precompute")] * 2)
+    assert len(error_lines(ended)) == 1
+    assert "/nowhere/pairs.jsonl" in error_lines(ended)[0]
+    assert [process.code for process in ended] == [2, 2]
+
+
+def test_a_process_killed_in_a_checkpoint_leaves_none(values, tmp_path):
+    run = tmp_path / "run"
+    survivor, killed = run_jobs(tmp_path, 2, [{"kind": "die", "config": values}])
+    assert (survivor.code, killed.code) == (1, -9)
+    assert "a process of this run ended without a message" in survivor.err
+    assert [step for step, _ in complete_checkpoints(run)] == [2]
+    assert [path.name for path in run.iterdir() if "incomplete" in path.name] == []
+    assert train(build_config(values, "test"), resume=True).resumed_from == 2
+    resumed = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    shutil.rmtree(run)
+    train(build_config(values, "test"))
+    whole = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-5)

@@ -1,0 +1,80 @@
+"""One of several processes: runs jobs from a file, all in one process group, since starting processes takes longest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from engine import distributed
+from engine.config import build_config
+from engine.evaluate import evaluate
+from engine.train import loop, setup, sharded
+from engine.train.checkpoint import complete_checkpoints
+from engine.train.setup import prepare
+
+
+def gradients(config, output: str) -> None:
+    """Save the gradients of the first step, gathered, as this rank sees them."""
+    run = prepare(config)
+    run.policy.train()
+    step = next(iter(run.feed.steps(0)))
+    run.objective.backward(run.policy, step)
+    grads = {n: distributed.full_tensor(p.grad) for n, p in run.policy.model.named_parameters() if p.grad is not None}
+    torch.save(grads, f"{output}.{distributed.rank()}")
+
+
+def die_in_save(config) -> None:
+    """Train until rank 1 is killed in the middle of its second checkpoint."""
+    save, calls = sharded.save, []
+
+    def killed(*arguments) -> None:
+        calls.append(None)
+        if len(calls) == 2 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(*arguments)
+
+    sharded.save = killed
+    loop.train(config)
+
+
+def interrupt(source: str, target: str) -> None:
+    """Make ``target`` what the run ``source`` was when its first checkpoint was done."""
+    if distributed.is_main():
+        shutil.copytree(source, target)
+        (Path(target) / "manifest.json").unlink()
+        for _, path in complete_checkpoints(Path(target))[1:]:
+            shutil.rmtree(path)
+    distributed.barrier()
+
+
+def run_job(job: dict) -> None:
+    config = build_config(job["config"], "test")
+    if job["kind"] == "train":
+        loop.train(config, resume=job["resume"])
+    elif job["kind"] == "gradients":
+        gradients(config, job["output"])
+    elif job["kind"] == "interrupt":
+        interrupt(job["source"], job["target"])
+    elif job["kind"] == "evaluate":
+        values = evaluate(config, job["model"])
+        Path(f"{job['output']}.{distributed.rank()}").write_text(json.dumps(values))
+    else:
+        die_in_save(config)
+
+
+def main(jobs: Path) -> None:
+    torch.set_num_threads(1)
+    setup.measure_matmul_rate = lambda device, dtype: 1e12
+    with distributed.process_group():
+        for job in json.loads(jobs.read_text()):
+            run_job(job)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
