@@ -117,16 +117,23 @@ def shipped_archs() -> list[str]:
     return sorted(path.stem for path in _TABLES.glob("sm_*.json"))
 
 
-def default_table_path() -> Path:
-    """`$DPO_CACHE/tile_configs.json`, or `dpo-kernels/tile_configs.json` below `$XDG_CACHE_HOME` or `~/.cache`."""
+def default_table_path() -> Path | None:
+    """`$DPO_CACHE/tile_configs.json`, or `dpo-kernels/tile_configs.json` below `$XDG_CACHE_HOME` or `~/.cache`.
+
+    None for a user without a home, as in a container whose user id is in no list.
+    """
     if own := os.environ.get("DPO_CACHE"):
         return Path(own).expanduser() / "tile_configs.json"
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "dpo-kernels" / "tile_configs.json"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        return None
+    return cache / "dpo-kernels" / "tile_configs.json"
 
 
 def user_table_path() -> Path | None:
-    """The user's table, which need not be there when it is the default one; None when DPO_TILE_CONFIGS=shipped."""
+    """The user's table, which need not be there when it is the default one; None when there is no place for one, or
+    when DPO_TILE_CONFIGS=shipped."""
     named = os.environ.get(TABLE_VARIABLE)
     if named == "shipped":
         return None
@@ -149,7 +156,8 @@ def tile_table() -> str:
 def _user_table() -> Path | None:
     """The user's table when there is one to read: one that was named has to be there."""
     path = user_table_path()
-    return path if path is not None and (path.is_file() or os.environ.get(TABLE_VARIABLE)) else None
+    # Unlike Path.is_file this is False, not an error, below a folder that this user may not enter.
+    return path if path is not None and (os.environ.get(TABLE_VARIABLE) or os.path.isfile(path)) else None
 
 
 def read_table(path: Path) -> dict[str, Entries]:

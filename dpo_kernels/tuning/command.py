@@ -92,7 +92,11 @@ def _tune(options: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int
     if path is None and not options.dry_run:
         path = user_table_path()
         if path is None:
-            raise TuningError(f"{TABLE_VARIABLE}=shipped leaves no table to write; unset it, or name one with --output")
+            if os.environ.get(TABLE_VARIABLE):
+                reason = f"{TABLE_VARIABLE}=shipped leaves no table to write; unset it, or"
+            else:
+                reason = "there is no home folder to keep a table in;"
+            raise TuningError(f"{reason} name one with --output")
     if path is not None:
         check_writable(path)
     search = Search(device, dry_run=options.dry_run)
@@ -107,7 +111,8 @@ def _tune(options: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int
         if path is not None:
             write_entry(path, device_arch(device), result)
     print("\n" + "\n".join(_report(results)))
-    if path is not None and path.resolve() != (user_table_path() or default_table_path()).resolve():
+    read = user_table_path() or default_table_path()
+    if path is not None and (read is None or path.resolve() != read.resolve()):
         print(f"\nto use it: {TABLE_VARIABLE}={path}")
     return 1 if any(result.wrong for result in results) else 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,27 @@ def test_where_the_users_table_is(table, tmp_path, monkeypatch):
     monkeypatch.delenv("DPO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tables.user_table_path() == tmp_path / "dpo-kernels" / "tile_configs.json"
+
+
+def test_without_a_home_or_a_readable_cache_tables_are_as_shipped(tmp_path, monkeypatch):
+    for name in (tables.TABLE_VARIABLE, "DPO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def fail(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "expanduser", lambda self: (_ for _ in ()).throw(RuntimeError("no home")))
+        assert tables.user_table_path() is None
+        assert tables.tile_table() == "as shipped"
+        assert find() == find(shipped=True)
+    tables.user_entries.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with monkeypatch.context() as context:
+        context.setattr(os, "stat", fail)
+        context.setattr(Path, "stat", fail)
+        assert tables.tile_table() == "as shipped"
+        assert tables.user_entries("sm_90") == {}
 
 
 def test_a_table_that_was_named_has_to_be_there(table, tmp_path):
