@@ -97,9 +97,9 @@ def linear_dpo_loss(
     mix = resolve_loss(loss_type, loss_weights)
     options = LossOptions(beta, label_smoothing, discopop_tau, simpo_gamma, cpo_alpha)
     check_options(options)
+    check_weight_grad(weight_grad, weight_VD)
     hidden_TD, weight_VD, bias = autocast_head(hidden_TD, weight_VD, bias)
     check_head(hidden_TD, weight_VD, labels_T, bias, softcap, logit_scale, temperature)
-    check_weight_grad(weight_grad, weight_VD)
     _check_pairs(hidden_TD, cu_responses, ref_logps_S, pair_weights, mix, reduction)
 
     dtype = accumulation_dtype(hidden_TD.dtype)
@@ -146,7 +146,7 @@ def linear_dpo_loss(
             logit_scale=logit_scale,
             temperature=temperature,
             ignore_index=ignore_index,
-            weight_grad=weight_grad,
+            weight_grad=weight_grad if torch.is_grad_enabled() else None,
             impl=impl,
         )
         logps_S = response_sums(logps_T, cu_responses)
@@ -176,6 +176,10 @@ def _check_pairs(
         )
     if cu_responses.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_responses must be int32 or int64; got {cu_responses.dtype}")
+    if cu_responses.device.type != "cpu" and cu_responses.device != hidden_TD.device:
+        raise ValueError(
+            f"cu_responses must be on the CPU or on the device of hidden, {hidden_TD.device}; got {cu_responses.device}"
+        )
     S = cu_responses.shape[0] - 1
     if ref_logps_S is None:
         if mix.needs_reference:
@@ -186,3 +190,5 @@ def _check_pairs(
         raise ValueError(f"ref_logps_S must be on the device of hidden, {hidden_TD.device}; got {ref_logps_S.device}")
     if pair_weights is not None and (pair_weights.ndim != 1 or pair_weights.shape[0] != S // 2):
         raise ValueError(f"pair_weights must have shape [{S // 2}], one per pair; got {list(pair_weights.shape)}")
+    if pair_weights is not None and pair_weights.device != hidden_TD.device:
+        raise ValueError(f"pair_weights must be on the device of hidden, {hidden_TD.device}; got {pair_weights.device}")

@@ -26,8 +26,8 @@ def check_head(
     temperature: float,
 ) -> None:
     """Raise ValueError, with what was expected and what came, for inputs that no implementation can take."""
-    if hidden_TD.ndim != 2:
-        raise ValueError(f"hidden must have shape [tokens, features]; got {list(hidden_TD.shape)}")
+    if hidden_TD.ndim != 2 or hidden_TD.shape[1] < 1:
+        raise ValueError(f"hidden must have shape [tokens, features >= 1]; got {list(hidden_TD.shape)}")
     T, D = hidden_TD.shape
     if weight_VD.ndim != 2 or weight_VD.shape[1] != D or weight_VD.shape[0] < 1:
         raise ValueError(f"weight must have shape [vocabulary, {D}], like hidden; got {list(weight_VD.shape)}")
@@ -48,8 +48,8 @@ def check_head(
     for name, tensor in (("weight", weight_VD), ("labels", labels_T), ("bias", bias)):
         if tensor is not None and tensor.device != hidden_TD.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden_TD.device}; got {tensor.device}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, or None; got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive; got {temperature}")
     if not -math.inf < logit_scale < math.inf:
@@ -57,7 +57,10 @@ def check_head(
 
 
 def check_weight_grad(weight_grad: Tensor | None, weight_VD: Tensor) -> None:
-    """Raise ValueError for a main gradient that the gradient of this weight cannot be added to."""
+    """Raise ValueError for a main gradient that the gradient of this weight cannot be added to.
+
+    The weight is the caller's: what autocast makes of it requires no gradient where none is recorded.
+    """
     if weight_grad is None:
         return
     shape, dtype = list(weight_VD.shape), accumulation_dtype(weight_VD.dtype)
@@ -192,9 +195,9 @@ def linear_logps(
     check_impl(impl)
     names = check_stats(stats or ())
     check_filter_mass(filter_mass, names)
+    check_weight_grad(weight_grad, weight_VD)
     hidden_TD, weight_VD, bias = autocast_head(hidden_TD, weight_VD, bias)
     check_head(hidden_TD, weight_VD, labels_T, bias, softcap, logit_scale, temperature)
-    check_weight_grad(weight_grad, weight_VD)
     frozen_head = not weight_VD.requires_grad and (bias is None or not bias.requires_grad)
     differentiated = torch.is_grad_enabled() and (hidden_TD.requires_grad or not frozen_head)
     if not differentiated and not any(name in FILTER_STATS for name in names):

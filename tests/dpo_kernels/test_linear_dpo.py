@@ -425,6 +425,14 @@ def test_inference_mode() -> None:
         ({"cu_responses": torch.tensor([0, 5, 4])}, "rise from 0 to the number of rows, 4"),
         ({"ref_logps_S": None}, "sigmoid needs ref_logps_S.*got None"),
         ({"ref_logps_S": torch.zeros(3)}, r"ref_logps_S must have shape \[2\].*got \[3\]"),
+        (
+            {"cu_responses": torch.zeros(3, dtype=torch.long, device="meta")},
+            "cu_responses must be on the CPU.*got meta",
+        ),
+        (
+            {"pair_weights": torch.zeros(1, device="meta")},
+            "pair_weights must be on the device of hidden, cpu; got meta",
+        ),
         ({"pair_weights": torch.zeros(2)}, r"pair_weights must have shape \[1\].*got \[2\]"),
         ({"reduction": "avg"}, "reduction must be one of mean, sum, none; got 'avg'"),
         ({"loss_type": "sigmoyd"}, "did you mean 'sigmoid'"),

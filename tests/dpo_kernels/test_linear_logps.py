@@ -333,7 +333,7 @@ def test_no_gradient_needed() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_TD": torch.zeros(2, 3, 4)}, r"hidden must have shape \[tokens, features\]; got \[2, 3, 4\]"),
+        ({"hidden_TD": torch.zeros(2, 3, 4)}, r"hidden must have shape \[tokens, features >= 1\]; got \[2, 3, 4\]"),
         ({"weight_VD": torch.zeros(5, 4)}, r"weight must have shape \[vocabulary, 3\].*got \[5, 4\]"),
         ({"weight_VD": torch.zeros(0, 3)}, r"weight must have shape .*got \[0, 3\]"),
         ({"labels_T": torch.zeros(3, dtype=torch.long)}, r"labels must have shape \[2\].*got \[3\]"),
@@ -345,7 +345,9 @@ def test_no_gradient_needed() -> None:
         ({"weight_VD": torch.zeros(5, 3).half()}, "weight must have the dtype of hidden"),
         ({"weight_VD": torch.zeros(5, 3, device="meta")}, "weight must be on the device of hidden, cpu; got meta"),
         ({"hidden_TD": torch.zeros(2, 3, dtype=torch.int32)}, "hidden must be bfloat16, float16, float32 or float64"),
-        ({"softcap": 0.0}, "softcap must be positive, or None; got 0.0"),
+        ({"softcap": 0.0}, "softcap must be positive and finite, or None; got 0.0"),
+        ({"softcap": float("inf")}, "softcap must be positive and finite, or None; got inf"),
+        ({"hidden_TD": torch.zeros(2, 0), "weight_VD": torch.zeros(5, 0)}, r"features >= 1\]; got \[2, 0\]"),
         ({"temperature": 0.0}, "temperature must be positive; got 0.0"),
         ({"logit_scale": float("inf")}, "logit_scale must be finite; got inf"),
         ({"impl": "cuda"}, "impl must be one of auto, triton, native, torch, reference; got 'cuda'"),

@@ -135,3 +135,14 @@ def test_refused(mode: str, main_grad, frozen: bool, message: str) -> None:
     leaves[1].requires_grad_(not frozen)
     with pytest.raises(ValueError, match=message):
         objective(mode, leaves, labels, weight_grad=main_grad)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_a_graph_autocast_makes_no_difference(mode: str) -> None:
+    """Evaluation with the options of training: the copy that autocast makes of the weight requires no gradient."""
+    leaves, labels = make_inputs(torch.float32)
+    main_grad = torch.zeros(V, D)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got = objective(mode, leaves, labels, weight_grad=main_grad)
+        assert torch.equal(got, objective(mode, leaves, labels))
+    assert not main_grad.any()
