@@ -1,4 +1,4 @@
-"""Twenty optimizer steps beside TRL with adapters, gradient accumulation and gradient checkpointing, on a tiny model.
+"""Twenty optimizer steps beside TRL with adapters, accumulation, checkpointing and two processes, on a tiny model.
 
 The values are compared as in ``test_trl_trajectory``: within 1e-4 of the largest magnitude of a metric in TRL's run.
 """
@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from benchmarks.trl_peer import TrlRun, train_with_trl
-from engine.config import build_config
+from engine.config import build_config, to_dict
 from engine.config.schema import RunConfig
 from engine.train.loop import train
 from engine.train.setup import prepare
 from tests.engine.conftest import build_tokenizer, preference_rows
+from tests.engine.distributed.launch import run_jobs
 from tests.parity.test_trl_trajectory import METRICS, RELATIVE, STEPS
 
 pytest.importorskip("trl")
@@ -127,16 +128,23 @@ def assert_same_adapter(output_dir: Path, trl_run: TrlRun) -> None:
         torch.testing.assert_close(found[name], want, atol=2e-4, rtol=0)
 
 
+def _fresh_adapter(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """What TRL trains for ``model.lora`` of ``config``, with the values that our run starts with.
+
+    TRL draws other numbers before it makes its adapter.
+    """
+    prepare(config).policy.model.save_pretrained(folder / "initial", save_embedding_layers=False)
+    lora = {"r": LORA["r"], "lora_alpha": LORA["alpha"], "target_modules": LORA["target_modules"]}
+    return {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM", **lora), "adapter_dir": folder / "initial"}
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_twenty_steps_equal_trl(name, make_config, model_dir, data_file, tmp_path):
     variant = VARIANTS[name]
     config = make_config(variant)
     options = dict(variant.get("trl", {}))
     if config.model.lora:
-        # What a run of this seed starts with; TRL draws other numbers before it makes its adapter.
-        prepare(config).policy.model.save_pretrained(tmp_path / "initial", save_embedding_layers=False)
-        lora = {"r": LORA["r"], "lora_alpha": LORA["alpha"], "target_modules": LORA["target_modules"]}
-        options |= {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM", **lora), "adapter_dir": tmp_path / "initial"}
+        options |= _fresh_adapter(config, tmp_path)
     train(config)
     trl_run = run_trl(model_dir, data_file, tmp_path, **options)
     assert_same_trajectory(tmp_path / "run", trl_run)
@@ -160,3 +168,23 @@ def test_a_continued_adapter_equals_trl(make_config, model_dir, data_file, tmp_p
     trl_run = run_trl(model_dir, data_file, tmp_path, adapter_dir=tmp_path / "trained")
     assert_same_trajectory(tmp_path / "run", trl_run)
     assert_same_adapter(tmp_path / "run", trl_run)
+
+
+def test_two_processes_equal_one_of_trl(make_config, model_dir, data_file, tmp_path):
+    """Sharded training of all weights and of adapters, in one start of two processes."""
+    runs = {"full": {}, "adapters": {"lora": LORA}}
+    configs = {
+        name: make_config({**variant, "train": {"output_dir": str(tmp_path / name)}}) for name, variant in runs.items()
+    }
+    jobs = [{"kind": "train", "config": to_dict(config), "resume": False} for config in configs.values()]
+    for process in run_jobs(tmp_path, 2, jobs):
+        assert process.code == 0, process.err[-2000:]
+    full = run_trl(model_dir, data_file, tmp_path / "trl-full")
+    assert_same_trajectory(tmp_path / "full", full)
+    weights = load_file(tmp_path / "full" / "model.safetensors")
+    for name, want in full.final_weights.items():
+        torch.testing.assert_close(weights[name], want, atol=2e-4, rtol=0)
+    options = _fresh_adapter(configs["adapters"], tmp_path)
+    adapters = run_trl(model_dir, data_file, tmp_path / "trl-adapters", **options)
+    assert_same_trajectory(tmp_path / "adapters", adapters)
+    assert_same_adapter(tmp_path / "adapters", adapters)
