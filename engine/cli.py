@@ -275,6 +275,8 @@ def _configure_logging() -> None:
     # deprecations inside other packages are nothing that a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    # peft imports it where it is installed, and it warns of kernels for the CPU that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for ours in ("engine", "dpo_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
 

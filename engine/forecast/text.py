@@ -40,7 +40,7 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
         duration = forecast_duration(config, dataset, plan, flops, device=device, dtype=DTYPES[config.model.dtype])
         lines += [*_memory_lines(memory, device), _duration_line(duration)]
     left, middle = (max(len(line[i]) for line in lines) for i in (0, 1))
-    return "\n".join(f"{name:<{left}}  {value:>{middle}}  {note}" for name, value, note in lines)
+    return "\n".join(f"{name:<{left}}  {value:>{middle}}  {note}".rstrip() for name, value, note in lines)
 
 
 def _memory_lines(m: Memory, device: torch.device) -> list[Line]:
