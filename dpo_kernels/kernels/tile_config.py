@@ -23,6 +23,8 @@ _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.floa
 _SIZES, _FLAGS = ("min_D", "max_D", "min_V", "max_V"), ("heavy", "aligned")
 MAX_BLOCK = 256
 """Widest tile."""
+FILTER_BLOCK = 128
+"""Widest tile of the filtered kernels: rows and columns that a filter keeps or leaves out together."""
 TABLE_VARIABLE = "DPO_TILE_CONFIGS"
 """Environment variable: the user's table, in place of the one in the cache folder, or `shipped` for none."""
 TABLE_FORMAT = 1
@@ -185,11 +187,12 @@ def _arch_entries(where: str, table: Any) -> Entries:
             field = f"{where}.{kernel}.{dtype}"
             if not isinstance(rows, list):
                 raise ValueError(f"{field}: expected a list, got {rows!r}")
-            entries[kernel][dtype] = [_entry(f"{field}[{i}]", row) for i, row in enumerate(rows)]
+            widest = FILTER_BLOCK if kernel.startswith("filtered_") else MAX_BLOCK
+            entries[kernel][dtype] = [_entry(f"{field}[{i}]", row, widest) for i, row in enumerate(rows)]
     return entries
 
 
-def _entry(where: str, entry: Any) -> tuple[Bounds, TileConfig]:
+def _entry(where: str, entry: Any, widest: int) -> tuple[Bounds, TileConfig]:
     _check_keys(entry, where, {"bounds", "config"}, {"measured"})
     bounds = dict(_items(entry["bounds"], f"{where}.bounds", (*_SIZES, *_FLAGS)))
     _check_numbers(f"{where}.bounds", bounds, flags=_FLAGS)
@@ -197,9 +200,13 @@ def _entry(where: str, entry: Any) -> tuple[Bounds, TileConfig]:
     _check_keys(entry["config"], f"{where}.config", names - {"tma"}, {"tma"})
     _check_numbers(f"{where}.config", entry["config"], flags=("tma",))
     try:
-        return bounds, TileConfig(**entry["config"])
+        config = TileConfig(**entry["config"])
     except ValueError as error:
         raise ValueError(f"{where}.config: {str(error).removeprefix('tile config: ')}") from error
+    if max(config.block_n, config.block_v) > widest:
+        found = f"got {config.block_n} and {config.block_v}"
+        raise ValueError(f"{where}.config: block_n and block_v must be at most {widest}, {found}")
+    return bounds, config
 
 
 def _items(value: Any, where: str, known: Any = None) -> Iterator[tuple[str, Any]]:

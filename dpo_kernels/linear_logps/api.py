@@ -176,13 +176,13 @@ def linear_logps(
             first of them where several are equal. "mean_logits": mean of z over V. "log_sum_sq_probs": log sum p^2.
             With ``filter_mass`` also "dropped_mass": the mass m that backward leaves out of this row, and "kept_tiles":
             the share of the row's tiles that backward computes, whose mean over all rows is s. Rows are filtered in
-            blocks of 128 on a GPU, where a row that is ignored costs what its block costs, and one by one on the CPU.
+            blocks of 128 on a GPU, where an ignored row costs, and reports, what its block costs; on the CPU one by one.
         impl: "auto", "triton", "torch", "native" or "reference". What is asked for by name is used or refused.
 
     Returns:
         [T], float32 (float64 for float64 inputs), in nats. With ``stats``, even an empty sequence of them,
         ``TokenLogps(logps, stats)``: the same, and name -> [T] in the same dtype (``is_top1`` is bool), without
-        gradient, 0 (False) on ignored rows.
+        gradient, 0 (False) on ignored rows but for "kept_tiles" on a GPU.
 
     Under autocast the inputs are cast like those of a matrix product. The result and the gradients have the same bits
     on every run on the same machine. There is no second derivative.

@@ -138,6 +138,10 @@ WHERE = r"archs\.sm_90\.linear_stats\.bfloat16\[0\]"
         (changed(*AT, "bounds", "heavy", to=1), WHERE + r"\.bounds\.heavy: expected bool, got 1"),
         (changed(*AT, "config", "block_n", to=100), WHERE + r"\.config: block_n must be a power of two, got 100"),
         (changed(*AT, "config", "block_v", to=512), WHERE + r"\.config: block_n and block_v must be at most 256"),
+        (
+            changed("archs", "sm_90", to={"filtered_dw": {"bfloat16": [ENTRY]}}),
+            r"filtered_dw\.bfloat16\[0\]\.config: block_n and block_v must be at most 128",
+        ),
         (changed(*AT, "config", "block_d", to=True), WHERE + r"\.config\.block_d: expected int, got True"),
         (changed(*AT, "config", "num_warps", drop=True), WHERE + r"\.config: num_warps is missing"),
     ],
