@@ -176,7 +176,8 @@ def linear_logps(
             first of them where several are equal. "mean_logits": mean of z over V. "log_sum_sq_probs": log sum p^2.
             With ``filter_mass`` also "dropped_mass": the mass m that backward leaves out of this row, and "kept_tiles":
             the share of the row's tiles that backward computes, whose mean over all rows is s. Rows are filtered in
-            blocks of 128 on a GPU, where an ignored row costs, and reports, what its block costs; on the CPU one by one.
+            blocks of 128 on a GPU, where an ignored row costs, and reports, what its block costs; on the CPU one by
+            one.
         impl: "auto", "triton", "torch", "native" or "reference". What is asked for by name is used or refused.
 
     Returns:
