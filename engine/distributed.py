@@ -82,6 +82,8 @@ def process_group() -> Iterator[None]:
     store = _join()
     try:
         yield
+        # Inside, since others may fail while this process waits for them.
+        barrier()
     except BaseException as error:
         first, lost = _claim_failure(error, store), _lost_connection(error)
         _take_leave(store)
@@ -93,7 +95,6 @@ def process_group() -> Iterator[None]:
                 "then continue with --resume"
             ) from error
         raise
-    barrier()
     dist.destroy_process_group()
 
 

@@ -7,10 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine import cli, distributed
 from engine.config import build_config, to_yaml
+from engine.config.schema import ModelConfig
+from engine.errors import UserError
+from engine.model import load_policy, shard_policy
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.loop import train
+from engine.train.optimizer import check_optimizer
 from tests.engine.distributed.launch import launch, run_jobs
 
 
@@ -65,3 +71,35 @@ def test_a_process_killed_in_a_checkpoint_leaves_none(values, tmp_path):
     train(build_config(values, "test"))
     whole = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+def test_a_failure_after_the_joint_work_of_others_is_said_once(values, tmp_path, pairs_jsonl):
+    ended = launch([command(values, tmp_path, "precompute", "--export", str(pairs_jsonl))] * 2)
+    assert len(error_lines(ended)) == 1
+    assert "is the dataset itself" in error_lines(ended)[0]
+    assert [process.code for process in ended] == [2, 2]
+    assert not any("Traceback" in process.err for process in ended)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_optimizers_of_one_process_are_refused(name, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(UserError, match=rf"optim\.optimizer={name} runs in one process"):
+        check_optimizer(name)
+
+
+def test_a_quantised_model_is_refused(tiny_model_dir, monkeypatch):
+    policy = load_policy(ModelConfig(model_name_or_path=str(tiny_model_dir)), device=torch.device("cpu"))
+    policy.causal_lm.hf_quantizer = object()
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(UserError, match=r"model\.quantization runs in one process"):
+        shard_policy(policy, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("arguments", [["check", "run.yaml"], ["plan", "run.yaml"], ["doctor"], ["demo"], ["init"]])
+def test_other_commands_are_refused(arguments, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    assert cli.main(arguments) == 2
+    assert f"dpo {arguments[0]} runs in one process: start it without torchrun" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
