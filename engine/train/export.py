@@ -90,6 +90,10 @@ def _write_model(
             if weights is None and not policy.has_adapter:
                 policy.causal_lm.to(DTYPES[config.model.dtype])
             save_weights(policy, temporary, weights)
+            if weights is not None and not policy.has_adapter:
+                # Written by the dtype of the sharded parameters, which is not what was gathered.
+                policy.config.dtype = DTYPES[config.model.dtype]
+                policy.config.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / CARD_FILE).write_text(model_card(policy, config, metrics), encoding="utf-8")
             seal(temporary, editable=(CARD_FILE,))
