@@ -15,6 +15,7 @@ from engine.data.lint import PROBLEMS, LintReport
 from engine.data.tokenize import Encoder
 from engine.errors import UserError
 from engine.packing.plan import group_sizes
+from engine.train.objective import Objective
 
 PERCENTILES = (0, 50, 90, 99, 100)
 PROMPT_TOKENS_SHOWN = 48
@@ -64,8 +65,10 @@ def _check_split(config: RunConfig, tokenizer, split: Split) -> tuple[str, LintR
     groups, report = stream_groups(config.data, tokenizer, split=split, tolerant=True)
     first: PreferenceGroup | None = None
     lengths: dict[str, array[int]] = {}
+    several_pairs = False
     for group in groups:
         first = first or group
+        several_pairs = several_pairs or len(group.pairs or ()) > 1
         names = _response_names(len(group.response_ids))
         for name, ids in zip(("prompt", *names), (group.prompt_ids, *group.response_ids), strict=True):
             lengths.setdefault(name, array("i")).append(len(ids))
@@ -74,7 +77,10 @@ def _check_split(config: RunConfig, tokenizer, split: Split) -> tuple[str, LintR
     parts = [report.format()]
     if first is not None:
         parts += [_format_lengths(lengths, config.data.max_length), _format_example(first, tokenizer)]
-    return "\n\n".join(parts), report, _verdicts(report, config.data.strict)
+    reasons = _verdicts(report, config.data.strict)
+    if several_pairs and (reason := Objective(config.loss).against_several_pairs):
+        reasons.append(f"{report.source}: {reason}")
+    return "\n\n".join(parts), report, reasons
 
 
 def _run_faults(group: PreferenceGroup, config: RunConfig) -> Iterator[str]:

@@ -13,6 +13,7 @@ from engine.forecast.resident import resident_bytes
 from engine.model import resolve_device
 from engine.model.load import DTYPES
 from engine.packing import describe_plan, plan_first_epoch, summarize_plan
+from engine.train.objective import Objective
 
 Line = tuple[str, str, str]
 
@@ -21,8 +22,10 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
     """Steps, padding and sharing from lengths alone, then peak memory and time on this machine.
 
     Raises:
-        UserError: no row, one that fits in no pack, or a model that cannot be trained as configured.
+        UserError: no row, one that fits in no pack or that the loss does not take, or a model that cannot be trained
+            as configured.
     """
+    Objective(config.loss).check_dataset(dataset)
     device = resolve_device()
     resident = resident_bytes(config, device) if device.type == "cpu" else 0
     steps = plan_first_epoch(dataset, config)

@@ -61,13 +61,14 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
     return _in_float32(adapted)
 
 
-def continue_adapter(causal_lm: nn.Module, source: str) -> nn.Module:
+def continue_adapter(causal_lm: nn.Module, source: str, *, empty: bool = False) -> nn.Module:
     """Wrap a model with a trained adapter, which is trained further, and its frozen copy, which is the reference.
 
     Both are float32. The copy has no dropout, so that it is the same function in every mode.
 
     Args:
         source: a folder or a Hub id.
+        empty: build the adapters from their config and read no weights: for shapes alone.
 
     Raises:
         UserError: not a low-rank adapter, or one of another model.
@@ -81,20 +82,31 @@ def continue_adapter(causal_lm: nn.Module, source: str) -> nn.Module:
         with warnings.catch_warnings():
             # peft loads what fits and warns of the rest, which is an error below
             warnings.simplefilter("ignore")
-            model = peft.PeftModel.from_pretrained(causal_lm, source, TRAINED, is_trainable=True)
+            read = _from_config if empty else peft.PeftModel.from_pretrained
+            model = read(causal_lm, source, TRAINED, is_trainable=True)
         if Path(source).is_dir():
             _check_layers(peft, model, Path(source), TRAINED)
         _refuse_saved_modules(model, what)
         config = deepcopy(model.peft_config[TRAINED])
         config.lora_dropout, config.inference_mode = 0.0, True
         model.add_adapter(FROZEN, config)
-        weights = peft.get_peft_model_state_dict(model, adapter_name=TRAINED)
-        peft.set_peft_model_state_dict(model, weights, adapter_name=FROZEN)
+        if not empty:
+            weights = peft.get_peft_model_state_dict(model, adapter_name=TRAINED)
+            peft.set_peft_model_state_dict(model, weights, adapter_name=FROZEN)
     except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
         raise UserError(f"{what} does not fit {name}: {first_line(error)}") from error
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(TRAINED in parameter_name.split("."))
     return _in_float32(model)
+
+
+def _from_config(causal_lm: nn.Module, source: str, adapter: str, *, is_trainable: bool) -> Any:
+    """As ``PeftModel.from_pretrained``, with the initial weights of the adapter."""
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(source)
+    config.inference_mode = not is_trainable
+    return peft.PeftModelForCausalLM(causal_lm, config, adapter)
 
 
 def load_adapter(policy: Policy, path: Path) -> None:

@@ -126,7 +126,7 @@ def load_policy(
     if model.lora:
         policy_model = add_lora(causal_lm, model.lora)
     elif model.adapter_name_or_path:
-        policy_model = continue_adapter(causal_lm, model.adapter_name_or_path)
+        policy_model = continue_adapter(causal_lm, model.adapter_name_or_path, empty=empty)
     held = device if distributed.size() == 1 else torch.device("cpu")
     policy = Policy(
         policy_model if empty else policy_model.to(held),

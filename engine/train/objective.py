@@ -94,14 +94,21 @@ class Objective:
     def couples_pairs(self) -> bool:
         return self.mix is not None and self.mix.couples_pairs
 
+    @property
+    def against_several_pairs(self) -> str | None:
+        """Why a group cannot stand for several pairs; None when it can."""
+        if not (self.ranks or self.couples_pairs):
+            return None
+        needed = "ranking" if self.ranks else "best_worst"
+        return (
+            f"loss.loss_type {self.config.loss_name} does not take several pairs of one prompt: set data.scored_pairs "
+            f"to {needed}"
+        )
+
     def check_dataset(self, dataset: PreferenceDataset) -> None:
         """Raise a ``UserError`` when groups are not what the loss takes: pairs, or rankings."""
-        if (dataset.terms > 1).any() and (self.ranks or self.couples_pairs):
-            needed = "ranking" if self.ranks else "best_worst"
-            raise UserError(
-                f"loss.loss_type {self.config.loss_name} does not take several pairs of one prompt: set "
-                f"data.scored_pairs to {needed}"
-            )
+        if (dataset.terms > 1).any() and (reason := self.against_several_pairs):
+            raise UserError(reason)
         if self.ranks:
             return
         responses = dataset.lengths.responses

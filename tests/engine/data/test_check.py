@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from engine.config.schema import DataConfig, ModelConfig, RunConfig
+from engine.config.schema import DataConfig, LossConfig, ModelConfig, RunConfig
 from engine.data.check import check
 from engine.errors import UserError
 
@@ -62,3 +63,14 @@ def test_lengths_that_tell_the_sides_apart(tiny_model_dir, tmp_path):
     config = run_config(tiny_model_dir, dataset_name=str(tmp_path / "a.json"))
     line = "chosen is longer than rejected in 100.0% of pairs, shorter in 0.0%: length alone nearly tells them apart"
     assert line in check(config).text
+
+
+@pytest.mark.parametrize(("loss", "needed"), [("aot", "best_worst"), ("plackett_luce", "ranking")])
+def test_several_pairs_that_the_loss_does_not_take_end_it(tiny_model_dir, tmp_path, loss, needed):
+    row = {"prompt": "Tell me.", "responses": [" bad", " best", " fair"], "scores": [1, 3, 2]}
+    (tmp_path / "scored.json").write_text(json.dumps([row]))
+    config = run_config(tiny_model_dir, dataset_name=str(tmp_path / "scored.json"))
+    assert check(config).obstacles == ()
+    (obstacle,) = check(replace(config, loss=LossConfig(loss_type=loss))).obstacles
+    assert f"loss.loss_type {loss} does not take several pairs of one prompt" in obstacle
+    assert f"set data.scored_pairs to {needed}" in obstacle

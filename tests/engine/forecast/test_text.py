@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from dataclasses import replace
 
-from engine.config.schema import DataConfig, ModelConfig, PackingConfig, RunConfig, TrainConfig
+import pytest
+import torch
+
+from engine.config.schema import DataConfig, LoraConfig, LossConfig, ModelConfig, PackingConfig, RunConfig, TrainConfig
 from engine.data import load_dataset_groups
+from engine.errors import UserError
 from engine.forecast import describe_forecast, text
+from engine.model import load_policy
+from engine.train.checkpoint import save_weights
 
 
 @pytest.fixture
@@ -50,3 +57,26 @@ def test_a_model_that_does_not_run_without_data_leaves_the_rest(config, dataset,
     last = describe_forecast(dataset, config).splitlines()[-1]
     assert last.split(maxsplit=4)[:4] == ["memory", "and", "time", "unknown"]
     assert last.endswith("the model does not run on shapes alone: it looks at values")
+
+
+def test_a_trained_adapter_that_goes_on(config, dataset, tmp_path):
+    pytest.importorskip("peft")
+    lora = replace(config.model, lora=LoraConfig(r=4))
+    save_weights(load_policy(lora, device=torch.device("cpu")), tmp_path)
+    continued = replace(config, model=replace(config.model, adapter_name_or_path=str(tmp_path)))
+    found = [describe_forecast(dataset, c).splitlines() for c in (replace(config, model=lora), continued)]
+    fresh, again = ([line.split()[0] for line in lines] for lines in found)
+    assert fresh == again
+    trained = [next(line for line in lines if line.startswith("  gradients")) for lines in found]
+    assert trained[0].split() == trained[1].split()
+
+
+def test_pairs_that_the_loss_does_not_take_are_refused(config, tmp_path, tiny_tokenizer):
+    row = {"prompt": "Tell me.", "responses": [" bad", " best", " fair"], "scores": [1, 3, 2]}
+    (tmp_path / "scored.json").write_text(json.dumps([row]))
+    scored = replace(
+        config, data=DataConfig(dataset_name=str(tmp_path / "scored.json")), loss=LossConfig(loss_type="aot")
+    )
+    dataset = load_dataset_groups(scored.data, tiny_tokenizer, split="train")[0]
+    with pytest.raises(UserError, match="does not take several pairs of one prompt"):
+        describe_forecast(dataset, scored)
