@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,11 +79,14 @@ def plan(options: Namespace, overrides: Sequence[str]) -> int:
 def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo precompute``"""
     config = load_config(options.config, overrides)
+    from engine.data import load_rows
     from engine.reference import ReferenceStore, default_store_path, model_digest
-    from engine.reference.columns import check_export_path
+    from engine.reference.columns import check_export_path, check_export_row
 
     if options.export is not None and distributed.is_main():
         check_export_path(options.export)
+        for row in islice(load_rows(config.data, split="train"), 1):
+            check_export_row(row)
     datasets = _datasets(config)
     if options.import_columns:
         _verify_columns(config, datasets)

@@ -59,6 +59,15 @@ def check_export_path(path: Path) -> None:
         raise UserError(f"--export {path}: the folder {path.absolute().parent} does not exist; create it first")
 
 
+def check_export_row(row: Row) -> None:
+    """Raise a ``UserError`` when rows of this layout have no columns for references."""
+    if RANKING not in row.data and is_scored(row.data):
+        raise UserError(
+            f"{row.where}: rows of scored completions have no columns for references, since ties are left out: leave "
+            "out --export, and share the folder of reference.store instead"
+        )
+
+
 def export_columns(
     path: Path, rows: Iterable[Row], dataset: PreferenceDataset, sums: Sequence[tuple[float, ...]]
 ) -> tuple[int, int]:
@@ -99,11 +108,7 @@ def export_columns(
 
 
 def _reference_columns(row: Row, sums: tuple[float, ...], count: int) -> dict[str, Any]:
-    if RANKING not in row.data and is_scored(row.data):
-        raise UserError(
-            f"{row.where}: rows of scored completions have no columns for references, since ties are left out: leave "
-            "out --export, and share the folder of reference.store instead"
-        )
+    check_export_row(row)
     if RANKING not in row.data or "responses" not in row.data:
         assert count == 2
         return dict(zip(PAIR_COLUMNS, sums, strict=True))
