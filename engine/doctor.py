@@ -90,7 +90,7 @@ def _choices() -> Rows:
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         chosen = dpo_kernels.describe(device, dtype)
-        for op in ("linear_logps", "linear_dpo_loss"):
+        for op in ("linear_logps", "linear_logps_filtered", "linear_dpo_loss"):
             choice = getattr(chosen, op)
             yield f"{op} {name}", f"{choice.impl}: {choice.reason}"
         backend = choose_backend("auto", device, dtype)

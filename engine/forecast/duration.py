@@ -12,8 +12,8 @@ from engine.packing import PlanSummary
 from engine.train.throughput import FlopModel, measure_matmul_rate
 
 EFFICIENCY = {"cpu": 0.5, "cuda": 0.4}
-"""Share of the rate of large matrix products that a run is taken to reach, as ``perf/mfu`` counts it. Of the CPU it was
-measured (0.35 to 0.65), of CUDA devices it is an assumption."""
+"""Share of the rate of large matrix products that a run is taken to reach, as ``perf/mfu`` counts it. An
+assumption: on the CPU a few rough runs reached 0.35 to 0.65, on CUDA devices none was made."""
 RECOMPUTED = 4 / 3
 """Gradient checkpointing runs the forward pass a second time."""
 

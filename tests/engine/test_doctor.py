@@ -13,7 +13,8 @@ def test_a_healthy_machine():
     assert healthy
     assert text.isascii()
     for part in (
-        f"torch         {torch.__version__}", "threads", "linear_dpo_loss float32", "attention bfloat16",
+        f"torch         {torch.__version__}", "threads", "linear_dpo_loss float32", "linear_logps_filtered",
+        "attention bfloat16",
         "log-probs float32", "weight gradient bfloat16", "offline", "reference store",
     ):  # fmt: skip
         assert part in text
