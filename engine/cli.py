@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -233,6 +234,8 @@ def _run(arguments: list[str]) -> int:
 
     if distributed.size() > 1 and options.command not in _JOINT_COMMANDS:
         raise UserError(f"dpo {options.command} runs in one process: start it without torchrun")
+    # peft imports it where it is installed, and it warns of kernels for the CPU that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if options.command in ("train", "evaluate", "precompute", "demo"):
         _configure_logging()
     return getattr(bodies, options.command)(options, overrides)
@@ -269,14 +272,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _configure_logging() -> None:
-    import logging
     import warnings
 
     # deprecations inside other packages are nothing that a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    # peft imports it where it is installed, and it warns of kernels for the CPU that nobody asked for
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for ours in ("engine", "dpo_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
 

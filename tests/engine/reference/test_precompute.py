@@ -108,6 +108,22 @@ def test_repeated_rows_and_responses_are_computed_once(policy, make_groups, stor
             np.testing.assert_allclose(values, expected, atol=1e-6)
 
 
+def test_a_prompt_of_many_pairs_that_is_stored_in_part(policy, make_groups, store):
+    group = make_groups(1)[0]
+    best = np.asarray([1, 2, 3], np.int32)
+    fewer = replace(group, pairs=((0, 1),))
+    more = replace(group, row=1, response_ids=(*group.response_ids, best), pairs=((2, 0), (2, 1), (0, 1)))
+    fill(policy, PreferenceDataset([fewer]), store)
+    assert fill(policy, PreferenceDataset([more]), store).computed_rows == 1
+    both = PreferenceDataset([fewer, more])
+    fresh = ReferenceStore(store.path.with_name("fresh"))
+    fill(policy, both, fresh)
+    for place in (store, fresh):
+        for group, found in zip(both, load_ref_logps(both, place, model_digest(policy)), strict=True):
+            for values, expected in zip(found, policy.expected(group), strict=True):
+                np.testing.assert_allclose(values, expected, atol=1e-6)
+
+
 def test_an_interrupted_pass_keeps_what_it_had_and_the_rest_uses_the_same_packs(policy, dataset, store, monkeypatch):
     whole = ReferenceStore(store.path.with_name("whole"))
     fill(policy, dataset, whole)
