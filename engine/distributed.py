@@ -9,6 +9,7 @@ same decisions.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -95,6 +96,8 @@ def process_group() -> Iterator[None]:
                 "then continue with --resume"
             ) from error
         raise
+    # Sharded modules hold the groups in cycles. Freed when the interpreter ends, their threads abort the process.
+    gc.collect()
     dist.destroy_process_group()
 
 
