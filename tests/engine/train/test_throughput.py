@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +49,15 @@ def test_flop_model_counts_the_matrix_products_that_torch_counts(tiny_model_dir,
 def test_measures_are_plausible():
     assert 1e8 < measure_matmul_rate(CPU, torch.float32) < 1e15
     assert 0.01 < peak_memory_gib(CPU) < 1000
+
+
+def test_peak_memory_is_that_of_the_process_alone():
+    """Not that of the one which started it."""
+    held = np.ones(2**30, dtype=np.uint8)
+    code = "import torch; from engine.train.throughput import *; print(peak_memory_gib(torch.device('cpu')))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(child.stdout) < peak_memory_gib(CPU) - 0.25
+    assert held.all()
 
 
 def test_stopwatch_leaves_out_what_lies_between(monkeypatch):
