@@ -1,19 +1,21 @@
-"""How long a run will take, from the operations that it needs and the rate of matrix products here."""
+"""How long a run will take, from the operations that it needs and how fast they are done here."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from engine.config.schema import RunConfig
 from engine.data.groups import PreferenceDataset
-from engine.packing import PlanSummary
+from engine.forecast.trial import Trial, try_out
+from engine.packing import PlanSummary, Step
 from engine.train.throughput import FlopModel, measure_matmul_rate
 
 EFFICIENCY = {"cpu": 0.5, "cuda": 0.4}
-"""Share of the rate of large matrix products that a run is taken to reach, as ``perf/mfu`` counts it. An
-assumption: on the CPU a few rough runs reached 0.35 to 0.65, on CUDA devices none was made."""
+"""Share of the rate of large matrix products that a run is taken to reach, as ``perf/mfu`` counts it, where nothing
+could be tried."""
 RECOMPUTED = 4 / 3
 """Gradient checkpointing runs the forward pass a second time."""
 
@@ -26,22 +28,48 @@ class Duration:
     flop: float
     matmul_rate: float
     """FLOP per second of a large matrix product here."""
-    efficiency: float
+    trial: Trial | None
+    """None: the efficiency was assumed."""
+    untried: str = ""
+    """Why."""
+
+    @property
+    def efficiency(self) -> float:
+        """What the run reaches of ``matmul_rate``."""
+        return self.flop / (self.seconds * self.matmul_rate)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what it says, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def forecast_duration(
     config: RunConfig,
     dataset: PreferenceDataset,
+    steps: Sequence[Step],
     plan: PlanSummary,
     flops: FlopModel,
     *,
+    trained_weights: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Duration:
-    """Forecast the training steps; measures the rate of matrix products for half a second."""
+    """Forecast the training steps from a trial of some seconds, or from the rate of matrix products alone.
+
+    Args:
+        steps: the plan of an epoch.
+        plan: the same in figures.
+    """
     visible = int(dataset.lengths.visible_pairs(share_prompts=config.packing.share_prompts).sum())
     epoch = flops.step(plan.packed_tokens, plan.completion_tokens, visible)
     flop = epoch * plan.total_steps / plan.steps_per_epoch
-    rate, efficiency = measure_matmul_rate(device, dtype), EFFICIENCY[device.type]
-    work = flop * (RECOMPUTED if config.train.gradient_checkpointing else 1.0)
-    return Duration(work / (rate * efficiency), flop, rate, efficiency)
+    rate = measure_matmul_rate(device, dtype)
+    try:
+        trial = try_out(config, dataset, steps, flops, device=device, matmul_rate=rate)
+    except Exception as error:
+        # Models with code of their own may not take fewer layers; the forecast then says what it assumes.
+        work = flop * (RECOMPUTED if config.train.gradient_checkpointing else 1.0)
+        return Duration(work / (rate * EFFICIENCY[device.type]), flop, rate, None, reason_of(error))
+    updates = plan.total_steps * trained_weights * trial.update_seconds_per_weight
+    return Duration(flop / trial.pack_flop_per_second + updates, flop, rate, trial)

@@ -84,7 +84,7 @@ def forecast_memory(
         trained = [p for p in policy.parameters() if p.requires_grad]
         per_weight, transient = _optimizer_bytes(config.optim, trained, device)
         weights = count.watch([*policy.parameters(), *policy.buffers()], mapped=True)
-        step = _step_of(batch, objective, device)
+        step = step_of(batch, objective, device)
         activations = _Activations(policy, count)
         if heap is not None:
             # The first step leaves holes in the heap, and the optimizer's state among them.
@@ -142,7 +142,8 @@ def _largest_pack(dataset: PreferenceDataset, steps: Sequence[Step], *, share_pr
     return max((pack for step in steps for pack in step), key=lambda pack: int(sizes[list(pack)].sum()))
 
 
-def _step_of(batch: PackedBatch, objective: Objective, device: torch.device) -> TrainingStep:
+def step_of(batch: PackedBatch, objective: Objective, device: torch.device) -> TrainingStep:
+    """A step of one pack whose references are 0."""
     references = torch.zeros(batch.num_responses) if objective.needs_reference else None
     pack = TrainingPack(batch, references).to(device)
     work = StepWork(pairs=batch.num_groups, unshared_tokens=0, packed_tokens=0, rows=0, flop=0.0)

@@ -7,7 +7,7 @@ import torch
 from engine.config.schema import RunConfig
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
-from engine.forecast.duration import Duration, forecast_duration
+from engine.forecast.duration import Duration, forecast_duration, reason_of
 from engine.forecast.memory import Memory, forecast_memory
 from engine.forecast.resident import resident_bytes
 from engine.model import resolve_device
@@ -37,10 +37,18 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
         raise
     except Exception as error:
         # Models with code of their own may do anything; the rest of the plan stands without them.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        lines.append(("memory and time", "unknown", f"the model does not run on shapes alone: {reason}"))
+        lines.append(("memory and time", "unknown", f"the model does not run on shapes alone: {reason_of(error)}"))
     else:
-        duration = forecast_duration(config, dataset, plan, flops, device=device, dtype=DTYPES[config.model.dtype])
+        duration = forecast_duration(
+            config,
+            dataset,
+            steps,
+            plan,
+            flops,
+            trained_weights=memory.gradients // 4,
+            device=device,
+            dtype=DTYPES[config.model.dtype],
+        )
         lines += [*_memory_lines(memory, device), _duration_line(duration)]
     left, middle = (max(len(line[i]) for line in lines) for i in (0, 1))
     return "\n".join(f"{name:<{left}}  {value:>{middle}}  {note}".rstrip() for name, value, note in lines)
@@ -63,7 +71,8 @@ def _memory_lines(m: Memory, device: torch.device) -> list[Line]:
 
 def _duration_line(d: Duration) -> Line:
     rate = f"{d.flop:.3g} FLOP at {d.efficiency:.0%} of the {d.matmul_rate:.3g} FLOP/s of matrix products here"
-    return ("time", _clock(d.seconds), f"{rate}; without start-up, references, evaluation and checkpoints")
+    source = f"as {d.trial.tokens:,} tokens took in a trial" if d.trial else f"an assumption ({d.untried})"
+    return ("time", _clock(d.seconds), f"{rate}, {source}; without start-up, references, evaluation and checkpoints")
 
 
 def _size(size: int) -> str:

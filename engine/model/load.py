@@ -55,7 +55,12 @@ def load_tokenizer(model: ModelConfig):
 
 
 def load_policy(
-    model: ModelConfig, *, device: torch.device, gradient_checkpointing: bool = False, empty: bool = False
+    model: ModelConfig,
+    *,
+    device: torch.device,
+    gradient_checkpointing: bool = False,
+    empty: bool = False,
+    layers: int | None = None,
 ) -> Policy:
     """Load a causal language model for training or scoring on packs.
 
@@ -65,7 +70,8 @@ def load_policy(
     One of several processes holds it on the CPU, until ``shard_policy`` spreads it over their devices.
 
     Args:
-        empty: build the model from its config, and leave it where it is built: for shapes alone.
+        empty: build the model from its config, and leave it where it is built: for shapes alone, or for speed.
+        layers: how many of its layers an empty model has; all by default.
 
     Raises:
         UserError: the model cannot be loaded or lacks what packs need.
@@ -79,6 +85,8 @@ def load_policy(
     options = hub_options(model.model_name_or_path, "model.model_name_or_path=")
     if model.quantization:
         options |= quantization_arguments(model.quantization, device, compute_dtype)
+    if empty:
+        options["layers"] = layers
     try:
         read: Any = _from_config if empty else AutoModelForCausalLM.from_pretrained
         with distributed.local_main_first(model.model_name_or_path):
@@ -139,11 +147,18 @@ def load_policy(
     return policy
 
 
-def _from_config(name: str, *, revision: str | None, trust_remote_code: bool, **kwargs: Any) -> nn.Module:
+def _from_config(
+    name: str, *, revision: str | None, trust_remote_code: bool, layers: int | None, **kwargs: Any
+) -> nn.Module:
     """As ``from_pretrained``, with the initial weights of the architecture."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    if layers is not None:
+        text = config.get_text_config()
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        text.num_hidden_layers = layers
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **kwargs)
 
 

@@ -81,10 +81,10 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     best = float("inf")
     deadline = time.perf_counter() + 0.5
     while best == float("inf") or time.perf_counter() < deadline:
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         torch.mm(a, b)
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best
 
@@ -107,7 +107,8 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what an accelerator was given; the CPU does things at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -121,7 +122,7 @@ class Stopwatch:
         self._since: float | None = None
 
     def start(self) -> None:
-        _synchronize(self.device)
+        synchronize(self.device)
         self._since = time.perf_counter()
 
     def stop(self) -> None:
@@ -132,5 +133,5 @@ class Stopwatch:
         """Seconds so far, all work that was issued to the device included."""
         if self._since is None:
             return self.total
-        _synchronize(self.device)
+        synchronize(self.device)
         return self.total + time.perf_counter() - self._since

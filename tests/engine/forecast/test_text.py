@@ -45,7 +45,8 @@ def test_memory_by_part_and_time(config, dataset, monkeypatch):
         "process",
         "time",
     ]
-    assert "at 50% of the 1e+09 FLOP/s" in lines[-1]
+    assert "of the 1e+09 FLOP/s of matrix products here, as " in lines[-1]
+    assert " tokens took in a trial; without start-up" in lines[-1]
     assert lines[0].startswith("preference groups")
 
 
@@ -57,6 +58,16 @@ def test_a_model_that_does_not_run_without_data_leaves_the_rest(config, dataset,
     last = describe_forecast(dataset, config).splitlines()[-1]
     assert last.split(maxsplit=4)[:4] == ["memory", "and", "time", "unknown"]
     assert last.endswith("the model does not run on shapes alone: it looks at values")
+
+
+def test_an_assumed_time_says_so(config, dataset, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("layers come in pairs\nsecond line")
+
+    monkeypatch.setattr("engine.forecast.duration.try_out", fail)
+    last = describe_forecast(dataset, config).splitlines()[-1]
+    assert " FLOP at 50% of the " in last
+    assert ", an assumption (layers come in pairs); without start-up" in last
 
 
 def test_a_trained_adapter_that_goes_on(config, dataset, tmp_path):

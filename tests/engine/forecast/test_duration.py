@@ -1,0 +1,105 @@
+"""The forecast of time: a trial of the first layers, and what is assumed without one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from engine.config.schema import DataConfig, ModelConfig, PackingConfig, RunConfig, TrainConfig
+from engine.data import load_dataset_groups
+from engine.forecast import duration, trial
+from engine.forecast.duration import forecast_duration
+from engine.model import load_policy
+from engine.packing import plan_first_epoch, summarize_plan
+from engine.train.throughput import FlopModel
+
+CPU = torch.device("cpu")
+RATE = 1e12
+TRAINED = 1000
+
+
+@pytest.fixture
+def config(tiny_model_dir, pairs_jsonl):
+    return RunConfig(
+        model=ModelConfig(model_name_or_path=str(tiny_model_dir), dtype="float32"),
+        data=DataConfig(dataset_name=str(pairs_jsonl)),
+        packing=PackingConfig(pairs_per_step=8, tokens_per_pack=512),
+        train=TrainConfig(max_steps=6),
+    )
+
+
+@pytest.fixture
+def forecast(tiny_tokenizer, monkeypatch):
+    """A forecast whose matrix products run at ``RATE``, and the FLOP model of the whole model."""
+    monkeypatch.setattr(duration, "measure_matmul_rate", lambda device, dtype: RATE)
+
+    def run(config):
+        dataset = load_dataset_groups(config.data, tiny_tokenizer, split="train")[0]
+        steps = plan_first_epoch(dataset, config)
+        flops = FlopModel.of(load_policy(config.model, device=CPU))
+        plan = summarize_plan(dataset, config, steps)
+        return forecast_duration(
+            config, dataset, steps, plan, flops, trained_weights=TRAINED, device=CPU, dtype=torch.float32
+        )
+
+    return run
+
+
+def test_layers_count_one_by_one(config, forecast, monkeypatch):
+    seconds = {1: 0.3, 2: 0.4}
+    tried = []
+
+    def measure(config, batch, device, layers):
+        tried.append((layers, batch.num_tokens))
+        return seconds[layers], 1e-6
+
+    monkeypatch.setattr(trial, "_measure", measure)
+    monkeypatch.setattr(trial, "_num_layers", lambda config, device: 12)
+    found = forecast(config)
+    assert [layers for layers, _ in tried] == [1, 2]
+    assert found.trial.tokens == tried[0][1] == tried[1][1] <= 512
+    updates = 6 * TRAINED * 1e-6
+    assert found.seconds == pytest.approx(found.flop / found.trial.pack_flop_per_second + updates)
+    # The pack takes 0.3 s for one layer and 0.1 s for each of the others.
+    pack_flop = found.trial.pack_flop_per_second * (0.3 + 11 * 0.1)
+    packs = found.flop / pack_flop
+    assert found.seconds == pytest.approx(packs * 1.4 + updates)
+    assert found.efficiency == pytest.approx(found.flop / (found.seconds * RATE))
+
+
+def test_a_real_trial(config, forecast):
+    checkpointed = replace(config, train=replace(config.train, gradient_checkpointing=True))
+    for found in map(forecast, (config, checkpointed)):
+        assert found.trial is not None, found.untried
+        assert found.seconds > 0
+        assert found.trial.update_seconds_per_weight > 0
+
+
+def test_the_pack_is_cut_to_about_a_second(config, forecast, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(trial, "_measure", lambda config, batch, *rest: (sizes.append(batch.num_tokens), (1.0, 0.0))[1])
+    forecast(config)
+    monkeypatch.setattr(trial, "_SECONDS", 1e-9)
+    forecast(config)
+    assert 0 < sizes[-1] < sizes[0] / 2
+
+
+def test_without_room_the_efficiency_is_assumed(config, forecast, monkeypatch):
+    monkeypatch.setattr(trial, "_free_bytes", lambda device: 2**20)
+    found = forecast(config)
+    assert found.trial is None
+    assert found.efficiency == pytest.approx(0.5)
+    assert found.untried.startswith("two layers would take ")
+    checkpointed = forecast(replace(config, train=replace(config.train, gradient_checkpointing=True)))
+    assert checkpointed.seconds == pytest.approx(found.seconds * 4 / 3)
+
+
+def test_an_empty_model_of_fewer_layers(tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen3Config(vocab_size=50, num_hidden_layers=4, head_dim=16, **shape)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    policy = load_policy(ModelConfig(model_name_or_path=str(tmp_path)), device=CPU, empty=True, layers=2)
+    assert len(policy.causal_lm.model.layers) == policy.config.num_hidden_layers == len(policy.config.layer_types) == 2
