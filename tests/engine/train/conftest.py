@@ -15,6 +15,8 @@ from engine.config.schema import RunConfig
 
 MakeConfig = Callable[..., RunConfig]
 
+TRAJECTORY = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "learning_rate", "num_tokens")
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -64,3 +66,12 @@ def read_rows(run_dir: Path | str) -> list[dict]:
 def rows_of() -> Callable[[RunConfig], list[dict]]:
     """Training rows of a finished run, without those of evaluations."""
     return lambda config: [r for r in read_rows(config.train.output_dir) if "loss" in r]
+
+
+def assert_same_trajectory(
+    ours: list[dict], theirs: list[dict], tolerance: float = 1e-5, names: tuple[str, ...] = TRAJECTORY
+) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        for name in names:
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], name)

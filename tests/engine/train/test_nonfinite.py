@@ -8,10 +8,13 @@ from safetensors.torch import load_file
 
 from engine import cli
 from engine.config import to_yaml
+from engine.errors import UserError
 from engine.model.policy import Policy
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.feed import TrainingStep
+from engine.train.loop import train
 from engine.train.objective import Objective, Scored
+from engine.train.optimizer import GuardedUpdate
 from tests.engine.train.conftest import read_rows
 
 BAD_STEP = 4
@@ -87,3 +90,58 @@ def test_the_step_is_not_applied(spoiled, lora, make_config, monkeypatch, tmp_pa
     assert [row["step"] for row in read_rows(tmp_path / "run")] == list(range(1, BAD_STEP))
     assert cli.main(["train", str(path), "--resume"]) == 0
     assert [row["step"] for row in read_rows(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_a_step_that_is_not_finite_stops_and_keeps_the_last_checkpoint(make_config, monkeypatch, tmp_path):
+    backward = Objective.backward
+
+    def poisoned(self, policy, step):
+        scored = backward(self, policy, step)
+        if step.number == 3:
+            scored.chosen_logps[1] = float("nan")
+            next(policy.parameters()).grad[0, 0] = float("nan")
+        self.rows = step.rows
+        return scored
+
+    monkeypatch.setattr(Objective, "backward", poisoned)
+    config = make_config(train={"save_steps": 2})
+    with pytest.raises(UserError) as error:
+        train(config)
+    for words in (
+        "step 3: log-probs are not finite, rows ",
+        "the step was not applied",
+        "checkpoint-2",
+        "learning_rate",
+    ):
+        assert words in str(error.value)
+    assert [step for step, _ in complete_checkpoints(tmp_path / "run")] == [2]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    monkeypatch.setattr(Objective, "backward", backward)
+    assert train(config, resume=True).steps == 4
+
+
+def test_a_deferred_verdict_names_the_step_that_failed_first(make_config, monkeypatch, tmp_path):
+    """What happens on an accelerator, where the verdict is read at the logging interval."""
+    backward = Objective.backward
+
+    def poisoned(self, policy, step):
+        scored = backward(self, policy, step)
+        if step.number == 2:
+            next(policy.parameters()).grad[0, 0] = float("inf")
+        return scored
+
+    monkeypatch.setattr(GuardedUpdate, "deferred", True)
+    monkeypatch.setattr(Objective, "backward", poisoned)
+    config = make_config(train={"logging_steps": 4, "save_steps": 3})
+    with pytest.raises(UserError, match=r"step 2: the loss or a gradient is not finite.*no checkpoint was due yet"):
+        train(config)
+    assert not complete_checkpoints(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_an_absurd_learning_rate_is_stopped_before_it_is_saved(make_config, tmp_path):
+    with pytest.raises(UserError, match=r"step \d+: .* not finite, rows .*the step was not applied"):
+        train(make_config(optim={"learning_rate": 1e30, "max_grad_norm": 0.0}, train={"save_steps": 1}))
+    for _, path in complete_checkpoints(tmp_path / "run"):
+        assert all(t.isfinite().all() for t in load_file(path / "model.safetensors").values())
+    assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from engine.reference import ReferenceStore, load_ref_sums, model_digest
 from engine.train.loop import train
 from engine.train.objective import Objective, sum_responses
 from engine.train.references import ReferenceTable, check_first_loss, prepare_references, resolve_mode
+from tests.engine.train.conftest import assert_same_trajectory
 
 CPU = torch.device("cpu")
 
@@ -109,3 +111,31 @@ def test_columns_are_checked_against_the_named_reference_model(loaded, make_conf
     wrong = make_config(reference={"model_name_or_path": config.model.model_name_or_path})
     with pytest.raises(UserError, match="differ from the model's by up to"):
         prepare_references(wrong, policy, objective, rows, say=print)
+
+
+def test_mode_stored_names_the_missing_row(make_config, tmp_path):
+    with pytest.raises(UserError, match=r"no reference log-probs for row 0 and 23 more rows.*dpo precompute"):
+        train(make_config(reference={"mode": "stored", "store": str(tmp_path / "empty")}))
+
+
+def test_reference_columns_of_the_data_are_used_and_checked(make_config, rows_of, pairs_jsonl, tmp_path):
+    first = make_config(train={"output_dir": str(tmp_path / "first")})
+    train(first)
+    stored = rows_of(first)
+    rows = [json.loads(line) for line in pairs_jsonl.read_text().splitlines()]
+    dataset, _ = load_dataset_groups(first.data, load_tokenizer(first.model), split="train")
+    digest = model_digest(load_policy(first.model, device=CPU))
+    sums = load_ref_sums(dataset, ReferenceStore(first.reference.store), digest)
+    data = tmp_path / "columns.jsonl"
+    for offset in (0.0, 0.5):
+        for row, (chosen, rejected) in zip(rows, sums, strict=True):
+            row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen + offset, rejected
+        data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        config = make_config(data={"dataset_name": str(data)}, reference={"store": str(tmp_path / "unused")})
+        if offset:
+            with pytest.raises(UserError, match=r"differ from the model's by up to"):
+                train(make_config(data={"dataset_name": str(data)}, train={"output_dir": str(tmp_path / "wrong")}))
+        else:
+            train(config)
+            assert_same_trajectory(rows_of(config), stored)
+            assert not (tmp_path / "unused").exists()
