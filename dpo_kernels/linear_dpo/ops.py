@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dpo_kernels.chunks import accumulation_dtype, early_gradient_dtype, sum_responses
 from dpo_kernels.dispatch import implementation
-from dpo_kernels.linear_logps.ops import check_labels, refuse_double_backward, unit_stride
+from dpo_kernels.linear_logps.ops import check_labels, empty_gradients, refuse_double_backward, unit_stride
 from dpo_kernels.losses import LossMix, LossOptions, Pairs, resolve_loss
 
 
@@ -218,35 +218,10 @@ def linear_dpo_op(
 
 
 @linear_dpo_op.register_fake
-def _(
-    hidden,
-    weight,
-    labels,
-    cu_responses,
-    ref_logps,
-    lengths,
-    mean_length,
-    pair_weights,
-    bias,
-    loss_type,
-    loss_weights,
-    loss_options,
-    mean,
-    softcap,
-    logit_scale,
-    temperature,
-    ignore_index,
-    impl,
-    need_hidden,
-    need_weight,
-    need_bias,
-    weight_grad=None,
-):
+def _(hidden, weight, labels, cu_responses, ref_logps, lengths, mean_length, pair_weights, bias, *options):
     num_responses = cu_responses.shape[0] - 1
     logps = hidden.new_empty(num_responses, dtype=accumulation_dtype(hidden.dtype))
-    wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
-    kept = early_gradient_dtype(hidden.dtype)
-    gradients = (hidden.new_empty(t.shape if need else 0, dtype=kept) for t, need in wanted)
+    gradients = empty_gradients((hidden, weight, bias), options[9:12], early_gradient_dtype(hidden.dtype))
     return logps.new_empty(()), logps.new_empty(num_responses // 2), logps, *gradients
 
 

@@ -41,6 +41,9 @@ None)``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -80,6 +83,15 @@ def split_stats(stats: str) -> tuple[str, ...]:
 def unit_stride(matrix: Tensor) -> Tensor:
     """The same matrix with unit stride along its last dimension; a copy only when it has to be."""
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
+
+
+def empty_gradients(
+    inputs: Sequence[Any], needs: Sequence[bool], dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """What a fake backward returns: a tensor like each input, and an empty vector for what is not needed."""
+    hidden = inputs[0]
+    wanted = zip(inputs, needs, strict=True)
+    return tuple(t.new_empty(t.shape, dtype=dtype) if need else hidden.new_empty(0, dtype=dtype) for t, need in wanted)
 
 
 def refuse_double_backward(name: str) -> None:
@@ -198,6 +210,7 @@ def _(
 
 
 def _run_backward(
+    weight_grad,
     grad_logps,
     hidden,
     weight,
@@ -212,9 +225,8 @@ def _run_backward(
     need_hidden,
     need_weight,
     need_bias,
-    order,
-    kept,
-    weight_grad=None,
+    order=None,
+    kept=None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if hidden.shape[0] == 0:
         wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
@@ -249,52 +261,15 @@ def _run_backward(
     " bool need_hidden, bool need_weight, bool need_bias, Tensor? order=None, Tensor? kept=None)"
     " -> (Tensor, Tensor, Tensor)",
 )
-def linear_logps_backward_op(
-    grad_logps,
-    hidden,
-    weight,
-    labels,
-    lse,
-    bias,
-    softcap,
-    logit_scale,
-    temperature,
-    ignore_index,
-    impl,
-    need_hidden,
-    need_weight,
-    need_bias,
-    order=None,
-    kept=None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logps_backward_op(grad_logps, hidden, *others) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db); what is not needed is an empty vector. order and kept are those of forward, None for all tiles."""
-    options = (softcap, logit_scale, temperature, ignore_index, impl, need_hidden, need_weight, need_bias, order, kept)
-    dX, dW, db = _run_backward(grad_logps, hidden, weight, labels, lse, bias, *options)
-    nothing = hidden.new_zeros(0)
-    return nothing if dX is None else dX, nothing.clone() if dW is None else dW, nothing.clone() if db is None else db
+    dX, dW, db = (hidden.new_zeros(0) if t is None else t for t in _run_backward(None, grad_logps, hidden, *others))
+    return dX, dW, db
 
 
 @linear_logps_backward_op.register_fake
-def _(
-    grad_logps,
-    hidden,
-    weight,
-    labels,
-    lse,
-    bias,
-    softcap,
-    logit_scale,
-    temperature,
-    ignore_index,
-    impl,
-    need_hidden,
-    need_weight,
-    need_bias,
-    order=None,
-    kept=None,
-):
-    wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
-    return tuple(t.new_empty(t.shape) if need else hidden.new_empty(0) for t, need in wanted)
+def _(grad_logps, hidden, weight, labels, lse, bias, *options):
+    return empty_gradients((hidden, weight, bias), options[5:8])
 
 
 @torch.library.custom_op(
@@ -305,50 +280,18 @@ def _(
     " -> (Tensor, Tensor)",
 )
 def linear_logps_backward_accumulate_op(
-    weight_grad,
-    grad_logps,
-    hidden,
-    weight,
-    labels,
-    lse,
-    bias,
-    softcap,
-    logit_scale,
-    temperature,
-    ignore_index,
-    impl,
-    need_hidden,
-    need_bias,
-    order=None,
-    kept=None,
+    weight_grad, grad_logps, hidden, weight, labels, lse, bias, *options
 ) -> tuple[Tensor, Tensor]:
     """(dX, db), and dW is added to ``weight_grad``; what is not needed is an empty vector."""
-    options = (softcap, logit_scale, temperature, ignore_index, impl, need_hidden, True, need_bias, order, kept)
-    dX, _, db = _run_backward(grad_logps, hidden, weight, labels, lse, bias, *options, weight_grad)
+    *numbers, need_hidden, need_bias = options[:7]
+    options = (*numbers, need_hidden, True, need_bias, *options[7:])
+    dX, _, db = _run_backward(weight_grad, grad_logps, hidden, weight, labels, lse, bias, *options)
     return hidden.new_zeros(0) if dX is None else dX, hidden.new_zeros(0) if db is None else db
 
 
 @linear_logps_backward_accumulate_op.register_fake
-def _(
-    weight_grad,
-    grad_logps,
-    hidden,
-    weight,
-    labels,
-    lse,
-    bias,
-    softcap,
-    logit_scale,
-    temperature,
-    ignore_index,
-    impl,
-    need_hidden,
-    need_bias,
-    order=None,
-    kept=None,
-):
-    wanted = zip((hidden, bias), (need_hidden, need_bias), strict=True)
-    return tuple(t.new_empty(t.shape) if need else hidden.new_empty(0) for t, need in wanted)
+def _(weight_grad, grad_logps, hidden, weight, labels, lse, bias, *options):
+    return empty_gradients((hidden, bias), options[5:7])
 
 
 def _setup_context(ctx, inputs, output):

@@ -17,7 +17,12 @@ from torch import Tensor
 from dpo_kernels.chunks import accumulation_dtype
 from dpo_kernels.dispatch import check_impl
 from dpo_kernels.linear_logps.api import autocast_head, check_head
-from dpo_kernels.linear_logps.ops import linear_logps_backward_op, linear_logps_op, refuse_double_backward
+from dpo_kernels.linear_logps.ops import (
+    empty_gradients,
+    linear_logps_backward_op,
+    linear_logps_op,
+    refuse_double_backward,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -155,36 +160,21 @@ def _(hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_in
     " bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
 )
 def vocab_parallel_backward_op(
-    grad_logps,
-    hidden,
-    weight,
-    labels,
-    lse,
-    bias,
-    softcap,
-    logit_scale,
-    temperature,
-    ignore_index,
-    impl,
-    vocab_start,
-    group,
-    need_hidden,
-    need_weight,
-    need_bias,
+    grad_logps, hidden, weight, labels, lse, bias, *options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db); what is not needed is an empty vector."""
+    softcap, logit_scale, temperature, ignore_index, impl, vocab_start, group, *needs = options
     local = _local_labels(labels, ignore_index, vocab_start, weight.shape[0])
-    options = (softcap, logit_scale, temperature, _IGNORED, impl, need_hidden, need_weight, need_bias)
+    options = (softcap, logit_scale, temperature, _IGNORED, impl, *needs)
     dX, dW, db = linear_logps_backward_op(grad_logps, hidden, weight, local, lse, bias, *options)
-    if need_hidden and hidden.shape[0] > 0:
+    if needs[0] and hidden.shape[0] > 0:
         dX = _all_reduce_(dX.to(accumulation_dtype(dX.dtype)), group).to(hidden.dtype)
     return dX, dW, db
 
 
 @vocab_parallel_backward_op.register_fake
 def _(grad_logps, hidden, weight, labels, lse, bias, *options):
-    wanted = zip((hidden, weight, bias), options[-3:], strict=True)
-    return tuple(t.new_empty(t.shape) if need else hidden.new_empty(0) for t, need in wanted)
+    return empty_gradients((hidden, weight, bias), options[-3:])
 
 
 def _setup_context(ctx, inputs, output):

@@ -16,22 +16,12 @@ from engine.errors import UserError
 from engine.train.loop import train
 from engine.train.optimizer import build_optimizer
 from engine.train.optimizer_state import page_state, slots_of, state_tensors
-from tests.engine.train.test_resume import interrupted_after, run_files
+from tests.engine.train.test_resume import assert_resumes_exactly, run_files
 
 BITSANDBYTES = ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
-
-
-def assert_resumes_exactly(make_config, tmp_path, monkeypatch, **sections) -> None:
-    settings = {"num_train_epochs": 3, "save_steps": 5, "logging_steps": 2}
-    train(make_config(**sections, train={**settings, "output_dir": str(tmp_path / "whole")}))
-    config = make_config(**sections, train={**settings, "output_dir": str(tmp_path / "stopped")})
-    with interrupted_after(monkeypatch, rows=4), pytest.raises(KeyboardInterrupt):
-        train(config)
-    assert train(config, resume=True).resumed_from == 5
-    assert run_files(tmp_path / "stopped") == run_files(tmp_path / "whole")
 
 
 @pytest.fixture(params=[0.0])

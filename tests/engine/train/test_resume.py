@@ -58,6 +58,17 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, rows: int) -> Iterator[No
         yield
 
 
+def assert_resumes_exactly(make_config, tmp_path, monkeypatch, **sections) -> None:
+    """A run that is interrupted after a checkpoint and resumed ends with the bits of one that is not."""
+    settings = {"num_train_epochs": 3, "save_steps": 5, "logging_steps": 2}
+    train(make_config(**sections, train={**settings, "output_dir": str(tmp_path / "whole")}))
+    config = make_config(**sections, train={**settings, "output_dir": str(tmp_path / "stopped")})
+    with interrupted_after(monkeypatch, rows=4), pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert train(config, resume=True).resumed_from == 5
+    assert run_files(tmp_path / "stopped") == run_files(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     "sections",
     [
@@ -68,13 +79,7 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, rows: int) -> Iterator[No
     ids=["lora with dropout", "bfloat16 and coupled pairs", "rmsprop"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(sections, make_config, tmp_path, monkeypatch):
-    settings = {"num_train_epochs": 3, "save_steps": 5, "logging_steps": 2}
-    train(make_config(**sections, train={**settings, "output_dir": str(tmp_path / "whole")}))
-    config = make_config(**sections, train={**settings, "output_dir": str(tmp_path / "stopped")})
-    with interrupted_after(monkeypatch, rows=4), pytest.raises(KeyboardInterrupt):
-        train(config)
-    assert train(config, resume=True).resumed_from == 5
-    assert run_files(tmp_path / "stopped") == run_files(tmp_path / "whole")
+    assert_resumes_exactly(make_config, tmp_path, monkeypatch, **sections)
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_anew(make_config, tmp_path, monkeypatch):

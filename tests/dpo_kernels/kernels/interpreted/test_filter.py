@@ -188,15 +188,7 @@ def test_two_runs_are_bitwise_equal():
 def test_masses_are_those_of_the_softmax(config, scale):
     problem = Problem.make(19, 300, bias=True, scale=scale)
     problem.options.bias_V[:140] = -torch.inf
-    stats = linear_stats(
-        problem.hidden,
-        problem.weight,
-        problem.labels,
-        options=problem.options,
-        ignore_index=IGNORED,
-        mass_columns=COLUMNS,
-        config=config,
-    )
+    stats = problem.stats(config, mass_columns=COLUMNS)
     z = problem.hidden.double() @ problem.weight.double().T + problem.options.bias_V.double()
     used = problem.labels != IGNORED
     others = torch.nn.functional.one_hot(problem.labels.clamp(min=0), 300) == 0

@@ -10,7 +10,7 @@ from dpo_kernels.kernels.launch import HeadOptions
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
 from dpo_kernels.kernels.tile_config import TileConfig
-from dpo_kernels.kernels.tile_logps import empty_exps, linear_stats
+from dpo_kernels.kernels.tile_logps import empty_exps
 from tests.dpo_kernels.kernels.interpreted.twin import IGNORED, Problem, assert_as_good, far_rows, rounding
 
 SMALL = TileConfig(block_n=32, block_v=64, block_d=16, group_n=2, num_warps=4, num_stages=1)
@@ -22,16 +22,15 @@ def in_place(problem: Problem, upstream: torch.Tensor, config: TileConfig = SMAL
     """The gradient that starts from the exponentials of the forward pass."""
     V = problem.weight.shape[0]
     exps = empty_exps(problem.hidden, V)
-    common = {"options": problem.options, "ignore_index": IGNORED}
-    stats = linear_stats(problem.hidden, problem.weight, problem.labels, exps=exps, config=config, **common)
-    return softmax_grad_(exps, upstream, problem.labels, stats, V=V, **common)
+    stats = problem.stats(config, exps=exps)
+    return softmax_grad_(exps, upstream, problem.labels, stats, V=V, options=problem.options, ignore_index=IGNORED)
 
 
 def recomputed(problem: Problem, upstream: torch.Tensor, config: TileConfig = SMALL, width: int = 128) -> torch.Tensor:
     """The gradient by slices, from the log-sum-exp alone."""
     V = problem.weight.shape[0]
     common = {"ignore_index": IGNORED, "config": config}
-    lse = linear_stats(problem.hidden, problem.weight, problem.labels, options=problem.options, **common).lse_N
+    lse = problem.stats(config).lse_N
     out = torch.full((len(problem.labels), V), torch.nan, dtype=problem.hidden.dtype)
     for start in range(0, V, width):
         columns = slice(start, min(V, start + width))

@@ -25,9 +25,7 @@ TMA = TileConfig(block_n=32, block_v=64, block_d=16, group_n=2, num_warps=4, num
 
 
 def compare(problem: Problem, config: TileConfig | None = None):
-    stats = linear_stats(
-        problem.hidden, problem.weight, problem.labels, options=problem.options, ignore_index=IGNORED, config=config
-    )
+    stats = problem.stats(config)
     exact, lse, *_ = problem.reference()
     rival, rival_lse, *_ = problem.reference(torch.float32)
     assert stats.logps_N.dtype == torch.float32
@@ -169,15 +167,7 @@ def test_exponentials(config, dtype, softcap):
     """What is left for the gradient: exp(z - shift) dz/dbiased, 0 at the label."""
     problem = Problem.make(19, 150, dtype=dtype, softcap=softcap, logit_scale=0.5)
     exps = empty_exps(problem.hidden, 150)
-    stats = linear_stats(
-        problem.hidden,
-        problem.weight,
-        problem.labels,
-        options=problem.options,
-        ignore_index=IGNORED,
-        exps=exps,
-        config=config,
-    )
+    stats = problem.stats(config, exps=exps)
     columns = torch.arange(150)
     products = problem.hidden.double() @ problem.weight.double().T * 0.5
     z = products if softcap is None else softcap * torch.tanh(products / softcap)
@@ -222,13 +212,5 @@ def test_offsets_past_two_to_the_31():
     problem = Problem.make(32, 64, 16, torch.float16)
     near, far = empty_exps(problem.hidden, 64), far_rows(32, 64, 2**31 // 30)
     for exps in (near, far):
-        linear_stats(
-            problem.hidden,
-            problem.weight,
-            problem.labels,
-            options=PLAIN,
-            ignore_index=IGNORED,
-            exps=exps,
-            config=SMALL,
-        )
+        problem.stats(SMALL, exps=exps)
     assert torch.equal(far, near[:32, :64])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dpo_kernels.kernels.launch import HeadOptions
+from dpo_kernels.kernels.tile_config import TileConfig
+from dpo_kernels.kernels.tile_logps import LinearStats, linear_stats
 from dpo_kernels.linear_logps.reference import logps as reference_logps
 
 IGNORED = -100
@@ -42,6 +45,11 @@ class Problem:
         bias_V = torch.randn(V).to(dtype) if bias else None
         hidden, weight = (scale * torch.randn(N, D)).to(dtype), torch.randn(V, D).to(dtype)
         return cls(hidden, weight, labels, HeadOptions(bias_V=bias_V, **options))
+
+    def stats(self, config: TileConfig | None, **outputs: Any) -> LinearStats:
+        """What `linear_stats` finds, with `outputs` such as exps."""
+        common = {"options": self.options, "ignore_index": IGNORED}
+        return linear_stats(self.hidden, self.weight, self.labels, config=config, **common, **outputs)
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
         """(logps, lse, hidden, weight, bias): leaves in `dtype`, log-probs differentiable."""
