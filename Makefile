@@ -40,9 +40,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
 
-# Tries every causal-LM family of transformers on packs and rewrites docs/conformance.md.
+# Tries every causal-LM family of transformers on packs and rewrites docs/conformance.md;
+# CONFORMANCE_ARGS="llama qwen3" tries these alone and writes nothing.
 conformance: $(VENV)/.installed
-	$(BIN)/python -m tests.conformance
+	$(BIN)/python -m tests.conformance $(CONFORMANCE_ARGS)
 
 # Runs on a CUDA machine with the system's torch, triton, transformers and pytest; nothing is installed.
 gpu:

@@ -78,7 +78,7 @@ def run_ours(model_dir: Path, data_file: Path, folder: Path) -> Rates:
     train(config)
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(PAIRS_PER_STEP / row["perf/pairs_per_second"] for row in rows)
-    return Rates(report.pairs_per_second, PAIRS / seconds, rows[-1]["loss"])
+    return Rates(report.rows_per_second, PAIRS / seconds, rows[-1]["loss"])
 
 
 def run_trl(model_dir: Path, data_file: Path, folder: Path) -> Rates:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
@@ -16,18 +15,9 @@ from typing import Any, NoReturn
 from engine import distributed
 from engine.config.fields import iter_keys, nearest
 from engine.config.help import config_help
-from engine.errors import UserError
+from engine.errors import UserError, disk_error
 
 OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
-
-_DISK_ERRORS = {
-    errno.ENOSPC: "no space left on the device; free some space or write somewhere else",
-    errno.EDQUOT: "the disk quota is used up; free some space or write somewhere else",
-    errno.EFBIG: "the file is larger than this system allows; free some space or write somewhere else",
-    errno.EACCES: "permission denied; check its owner and mode, or choose another place",
-    errno.EPERM: "not permitted; check its owner and mode, or choose another place",
-    errno.EROFS: "the file system is read-only; choose another place",
-}
 
 _COMMANDS = {
     "demo": "train a tiny model from nothing, offline, in a few minutes",
@@ -119,12 +109,8 @@ def explain(error: BaseException) -> str | None:
     for cause in _causes(error):
         if isinstance(cause, UserError):
             return explain(cause)
-        if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
-            return f"{cause.filename or 'output'}: {_DISK_ERRORS[cause.errno]}"
-        # safetensors and pyarrow carry the system's error only in their text
-        for number in _DISK_ERRORS:
-            if f"os error {number})" in str(cause) or f"[Errno {number}]" in str(cause):
-                return f"output: {_DISK_ERRORS[number]}"
+        if (found := disk_error(cause)) is not None:
+            return f"{getattr(cause, 'filename', None) or 'output'}: {found[0]}; {found[1]}"
         # by name, since importing torch to compare types is slow
         if type(cause).__name__ == "TileTableError":
             return str(cause)

@@ -1,4 +1,21 @@
-"""The one error that a user is meant to see."""
+"""The one error that a user is meant to see, and what the system's errors about disks mean."""
+
+from __future__ import annotations
+
+import errno
+
+DISK_ERRORS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this system allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOTDIR: "a part of the path is not a folder",
+    errno.EIO: "the disk reported an input/output error",
+}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(Exception):
@@ -17,3 +34,18 @@ class RowError(UserError):
     def __init__(self, problem: str, message: str):
         super().__init__(message)
         self.problem = problem
+
+
+def disk_error(error: BaseException) -> tuple[str, str] | None:
+    """(what is wrong, what to do) for an error of the system about a file; None for another one."""
+    if isinstance(error, UserError):
+        return None
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in DISK_ERRORS:
+        # safetensors, tokenizers and pyarrow carry the system's error only in their text
+        text = str(error)
+        number = next((n for n in DISK_ERRORS if f"os error {n})" in text or f"[Errno {n}]" in text), None)
+    if number is None:
+        return None
+    first = "free space" if number in _FULL else "check owner and mode"
+    return DISK_ERRORS[number], f"{first} or choose another place"

@@ -35,13 +35,14 @@ from engine.model import (
 )
 from engine.model.adapters import ADAPTER_FILE
 from engine.packing import Pack, build_batch, check_fits, group_costs, group_sizes, pack_groups
-from engine.train.durable import write_atomically
+from engine.train.durable import CONTINUE, write_atomically
 from engine.train.metrics import METRICS_FILE, PREFERENCE_NAMES
 from engine.train.objective import Objective, sum_responses
 from engine.train.references import full_model, prepare_references
 
 EVALUATION_FILE = "evaluation.json"
 BY_LENGTH = "eval_accuracies_by_length/"
+_RERUN = "its numbers are above; free space or make the folder writable to have them kept, and evaluate again"
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     values = evaluate_policy(trained, dataset, objective, config, lookup=references.lookup("eval"), progress=True)
     log.info(format_evaluation(values))
     if distributed.is_main() and model_path is not None and (Path(model_path) / METRICS_FILE).exists():
-        write_evaluation(Path(model_path), values)
+        write_evaluation(Path(model_path), values, advice=_RERUN)
     return values
 
 
@@ -227,9 +228,9 @@ def scalar_metrics(values: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in values.items() if not k.startswith((BY_LENGTH, "eval_num_pairs/"))}
 
 
-def write_evaluation(run_dir: Path, values: dict[str, float]) -> None:
-    """Write ``evaluation.json`` of a run folder."""
-    write_atomically(run_dir / EVALUATION_FILE, json.dumps(values, indent=1) + "\n")
+def write_evaluation(run_dir: Path, values: dict[str, float], *, advice: str = CONTINUE) -> None:
+    """Write ``evaluation.json`` of a run folder; ``advice`` is for a disk that does not take it."""
+    write_atomically(run_dir / EVALUATION_FILE, json.dumps(values, indent=1) + "\n", advice=advice)
 
 
 def format_evaluation(values: dict[str, float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -67,6 +68,8 @@ def run(arguments: Sequence[str], *, prog: str) -> int:
     if options.dry_run:
         # Read by triton when it is imported.
         os.environ["TRITON_INTERPRET"] = "1"
+        # numpy reports what lanes beyond the mask compute.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime")
     import torch
 
     from dpo_kernels.kernels.tile_config import TileTableError
@@ -111,6 +114,8 @@ def _tune(options: argparse.Namespace, shapes: Sequence[tuple[int, int]]) -> int
         if path is not None:
             write_entry(path, device_arch(device), result)
     print("\n" + "\n".join(_report(results)))
+    if options.dry_run:
+        print("\nno times and no gain: those of the interpreter say nothing of a GPU")
     read = user_table_path() or default_table_path()
     if path is not None and (read is None or path.resolve() != read.resolve()):
         print(f"\nto use it: {TABLE_VARIABLE}={path}")

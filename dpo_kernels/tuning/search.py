@@ -54,6 +54,9 @@ class Result:
 
     def table_rows(self) -> list[str]:
         tile = describe_tile(self.best) if self.tuned else "as shipped"
+        if INTERPRETING:
+            # The interpreter's times say nothing of a GPU.
+            return [f"| {p.kernel} | {p.D} | {p.V} | - | - | - | {tile} |" for p in self.group]
         return [
             f"| {p.kernel} | {p.D} | {p.V} | {before:.3f} | {after:.3f} | {before / after:.2f}x | {tile} |"
             for p, before, after in zip(self.group, self.shipped_ms, self.best_ms, strict=True)

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import yaml
 
-from engine.config.fields import nearest, show
+from engine.config.fields import show
 from engine.config.load import build_config, read_yaml, to_dict
-from engine.config.trl_file import TrlFile
+from engine.config.trl_file import TrlFile, known_keys
 from engine.config.trl_keys import CONVERTED, NEW_RESULT, SAME_RESULT
 from engine.errors import UserError
 
@@ -76,14 +76,15 @@ def convert_trl(path: str | Path, *, num_processes: int | None = None) -> Conver
             ``num_processes`` of the file, or 1.
 
     Raises:
-        UserError: the file cannot be read, or a value is one that TRL would refuse, too.
+        UserError: the file cannot be read, or a key or a value is one that TRL would refuse, too.
     """
     if not Path(path).exists():
         raise UserError(f"{path}: no such file; give the path of the YAML file that `trl dpo --config` takes")
     trl, _ = read_yaml(path)
     if isinstance(trl.get("model"), dict) or isinstance(trl.get("data"), dict):
         raise UserError(f"{path}: has the sections of a run configuration already; nothing to convert")
-    converter = _Converter(TrlFile(str(path), {str(k): v for k, v in trl.items()}))
+    keys = known_keys(str(path), trl, {*SAME_RESULT, *NEW_RESULT, *CONVERTED})
+    converter = _Converter(TrlFile(str(path), keys))
     converter.run(num_processes)
     # required keys may come from the command line
     complete = {name: dict(section) for name, section in converter.result.values.items()}
@@ -366,18 +367,15 @@ class _Converter:
             self._same("eval_strategy", f"{strategy}: evaluated once, after training; set train.eval_steps for more")
 
     def _rest(self) -> None:
-        known = sorted({*SAME_RESULT, *NEW_RESULT, *CONVERTED})
         for key, value in self.trl.keys.items():
-            harmless, reason = NEW_RESULT.get(key, ((), ""))
             if key in SAME_RESULT:
                 self._same(key, SAME_RESULT[key])
-            elif key in NEW_RESULT and value in harmless:
+                continue
+            harmless, reason = NEW_RESULT[key]
+            if value in harmless:
                 self._same(key, f"{json.dumps(value)} is how it is here")
-            elif key in NEW_RESULT:
-                self._new(key, reason)
             else:
-                close = nearest(key, known)
-                self._new(key, "not a key of TRL 1.16; dropped" + (f" (did you mean {close}?)" if close else ""))
+                self._new(key, reason)
 
     def _put(self, section: str, key: str, value: Any, old: str) -> None:
         self.result.values[section][key] = value

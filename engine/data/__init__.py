@@ -8,7 +8,8 @@ from typing import Literal
 from tqdm import tqdm
 
 from engine.config.schema import DataConfig
-from engine.data.formats import Example, PromptsDifferError, detect_format, reader_for
+from engine.data.columns import detect_format
+from engine.data.formats import Example, PromptsDifferError, reader_for
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.data.lint import LintReport
 from engine.data.scored import expand_scores

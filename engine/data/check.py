@@ -20,6 +20,7 @@ from engine.train.objective import Objective
 PERCENTILES = (0, 50, 90, 99, 100)
 PROMPT_TOKENS_SHOWN = 48
 RESPONSE_TOKENS_SHOWN = 32
+PAIRS_SHOWN = 8
 LENGTH_BIAS = 0.8
 LENGTH_BIAS_PAIRS = 50
 """Of fewer pairs, the share says little."""
@@ -41,7 +42,8 @@ def check(config: RunConfig) -> Checked:
     and problem of a row, and what ``Copies`` holds.
 
     Returns:
-        Text with what lint found, token lengths, and the first example decoded with its boundary.
+        Text with what lint found, token lengths, and the first example decoded with its boundary; it has more than two
+        responses where any has.
 
     Raises:
         UserError: the data or the tokenizer cannot be opened.
@@ -63,20 +65,22 @@ def check(config: RunConfig) -> Checked:
 
 def _check_split(config: RunConfig, tokenizer, split: Split) -> tuple[str, LintReport, list[str]]:
     groups, report = stream_groups(config.data, tokenizer, split=split, tolerant=True)
-    first: PreferenceGroup | None = None
+    shown: PreferenceGroup | None = None
     lengths: dict[str, array[int]] = {}
     several_pairs = False
     for group in groups:
-        first = first or group
+        # The first, or the first of more than two responses where there are such.
+        if shown is None or len(shown.response_ids) == 2 < len(group.response_ids):
+            shown = group
         several_pairs = several_pairs or len(group.pairs or ()) > 1
-        names = _response_names(len(group.response_ids))
+        names = _response_names(group)
         for name, ids in zip(("prompt", *names), (group.prompt_ids, *group.response_ids), strict=True):
             lengths.setdefault(name, array("i")).append(len(ids))
         for problem in _run_faults(group, config):
             report.add(problem, group.row)
     parts = [report.format()]
-    if first is not None:
-        parts += [_format_lengths(lengths, config.data.max_length), _format_example(first, tokenizer)]
+    if shown is not None:
+        parts += [_format_lengths(lengths, config.data.max_length), _format_example(shown, tokenizer)]
     reasons = _verdicts(report, config.data.strict)
     if several_pairs and (reason := Objective(config.loss).against_several_pairs):
         reasons.append(f"{report.source}: {reason}")
@@ -98,7 +102,9 @@ def _verdicts(report: LintReport, strict: bool) -> list[str]:
     if report.stopping:
         names = ", ".join(name for name in report.counts if PROBLEMS[name].stops)
         reasons.append(f"{report.source}: {report.stopping:,} of {report.total:,} rows cannot be used ({names})")
-    for stop in (report.raise_if_empty, lambda: report.raise_if_strict(strict)):
+    # Rows that stop training are named above; that none is left says no more.
+    empty = [] if report.stopping else [report.raise_if_empty]
+    for stop in (*empty, lambda: report.raise_if_strict(strict)):
         try:
             stop()
         except UserError as error:
@@ -106,10 +112,13 @@ def _verdicts(report: LintReport, strict: bool) -> list[str]:
     return reasons
 
 
-def _response_names(count: int) -> tuple[str, ...]:
+def _response_names(group: PreferenceGroup) -> tuple[str, ...]:
+    count = len(group.response_ids)
     if count == 2:
         return ("chosen", "rejected")
-    return tuple(f"response {rank}" for rank in range(1, count + 1))
+    # Scores may tie, so only their pairs say which response is the better one.
+    names = tuple(f"{'rank' if group.pairs is None else 'response'} {i}" for i in range(1, count + 1))
+    return names if group.pairs is not None else (f"{names[0]}, best", *names[1:])
 
 
 def _format_lengths(lengths: dict[str, array[int]], max_length: int | None) -> str:
@@ -138,9 +147,9 @@ def _length_bias(chosen: array[int], rejected: array[int]) -> str:
 
 
 def _format_example(group: PreferenceGroup, tokenizer) -> str:
-    """The end of the prompt and the start and end of each response, as the model reads them."""
+    """The end of the prompt and the start and end of each response, best first, as the model reads them."""
     lines = [f"row {group.row} as the model reads it"]
-    names = _response_names(len(group.response_ids))
+    names = _response_names(group)
     width = max(len(name) for name in ("prompt", *names))
     tail = group.prompt_ids[-PROMPT_TOKENS_SHOWN:]
     skipped = "... " if len(tail) < len(group.prompt_ids) else ""
@@ -152,4 +161,8 @@ def _format_example(group: PreferenceGroup, tokenizer) -> str:
             half = RESPONSE_TOKENS_SHOWN // 2
             shown = f"{tokenizer.decode(ids[:half])!r} ... {tokenizer.decode(ids[-half:])!r}"
         lines.append(f"  {name:<{width}}  {shown}")
+    if group.pairs is not None:
+        listed = ", ".join(f"{a + 1} over {b + 1}" for a, b in group.pairs[:PAIRS_SHOWN])
+        more = ", ..." if len(group.pairs) > PAIRS_SHOWN else ""
+        lines.append(f"  {'pairs':<{width}}  {listed}{more}")
     return "\n".join(lines)

@@ -25,22 +25,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engine.data.columns import ASSISTANT, COLUMNS, column, listed
 from engine.data.sources import Row
 from engine.errors import RowError
 
 Message = dict[str, Any]
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
-COLUMNS = {
-    "preference": ("chosen", "rejected"),
-    "hh": ("chosen", "rejected"),
-    "sharegpt": ("conversations", "chosen", "rejected"),
-    "kwise": ("prompt", "responses", "ranking"),
-    "scored": ("prompt", "responses", "scores"),
-    "tokenized": ("prompt_ids", "chosen_ids", "rejected_ids"),
-}
 # ShareGPT speakers as LLaMA-Factory and FastChat write them; unknown ones are an error.
 SHAREGPT_ROLES = {
     "human": "user",
@@ -81,30 +73,6 @@ class PromptsDifferError(Exception):
     """The two sides of a row answer different prompts. Lint counts such rows and drops them."""
 
 
-def detect_format(row: Row) -> str:
-    """Recognise the layout from the first row's columns.
-
-    Raises:
-        UserError: no layout fits; names the columns that were found and those that would do.
-    """
-    columns = set(row.data)
-    for name in ("tokenized", "kwise", "sharegpt"):
-        if columns.issuperset(COLUMNS[name]):
-            return name
-    if columns.issuperset(COLUMNS["preference"]):
-        sides = (row.data["chosen"], row.data["rejected"])
-        dialogues = all(isinstance(side, str) and side.startswith(HUMAN) and ASSISTANT in side for side in sides)
-        return "hh" if dialogues and "prompt" not in columns else "preference"
-    from engine.data.scored import is_scored
-
-    if is_scored(row.data):
-        return "scored"
-    known = "; ".join(f"{name}: {', '.join(names)}" for name, names in COLUMNS.items() if name != "hh")
-    raise RowError(
-        "missing_column", f"{row.where}: no known layout has the columns {_listed(row.data)}; expected one of {known}"
-    )
-
-
 def reader_for(name: str, *, use_messages: bool) -> Callable[[Row], Example]:
     """The function that turns rows of a layout into examples.
 
@@ -126,22 +94,6 @@ def reader_for(name: str, *, use_messages: bool) -> Callable[[Row], Example]:
         "scored": read_scored,
         "tokenized": _read_tokenized,
     }[name]
-
-
-def _listed(names) -> str:
-    return ", ".join(sorted(str(n) for n in names)) or "none"
-
-
-def _column(row: Row, name: str, layout: str) -> Any:
-    value = row.data.get(name)
-    if value is None:
-        found, expected = _listed(row.data), ", ".join(COLUMNS[layout])
-        problem, state = ("null_value", "empty") if name in row.data else ("missing_column", "missing")
-        raise RowError(
-            problem,
-            f"{row.where}: column {name!r} is {state}; found columns {found}; {layout} rows need {expected}",
-        )
-    return value
 
 
 def refuse_images(row: Row) -> None:
@@ -192,7 +144,7 @@ def _messages(value: Any, row: Row, name: str) -> list[Message]:
             messages.append(turn)
             continue
         if turn.get("from") is None or "value" not in turn:
-            keys = _listed(turn)
+            keys = listed(turn)
             raise RowError("bad_turn", f"{row.where}: a turn of column {name!r} has {keys}; expected role and content")
         role = SHAREGPT_ROLES.get(str(turn["from"]).lower())
         if role is None:
@@ -222,8 +174,8 @@ def _is_conversation(value: Any) -> bool:
 
 def _read_preference(row: Row) -> Example:
     refuse_images(row)
-    chosen, rejected = (_column(row, name, "preference") for name in COLUMNS["preference"])
-    prompt = _column(row, "prompt", "preference") if "prompt" in row.data else None
+    chosen, rejected = (column(row, name, "preference") for name in COLUMNS["preference"])
+    prompt = column(row, "prompt", "preference") if "prompt" in row.data else None
     refs = _ref_logps(row)
     if isinstance(chosen, str) and isinstance(rejected, str) and (prompt is None or isinstance(prompt, str)):
         if prompt is None:
@@ -268,7 +220,7 @@ def _split_dialogue(row: Row) -> tuple[str, str, str]:
     """Split both sides after their last ``\\n\\nAssistant:``."""
     heads, tails = [], []
     for name in COLUMNS["hh"]:
-        text = _column(row, name, "hh")
+        text = column(row, name, "hh")
         if not isinstance(text, str) or ASSISTANT not in text:
             raise RowError(
                 "no_dialogue",
@@ -314,7 +266,7 @@ def answer_messages(value: Any, row: Row, name: str) -> list[Message]:
 
 def _read_sharegpt(row: Row) -> Example:
     refuse_images(row)
-    conversation, chosen, rejected = (_column(row, name, "sharegpt") for name in COLUMNS["sharegpt"])
+    conversation, chosen, rejected = (column(row, name, "sharegpt") for name in COLUMNS["sharegpt"])
     prompt = _messages(conversation, row, "conversations")
     system = row.data.get("system")
     if isinstance(system, str) and system and not (prompt and prompt[0]["role"] == "system"):
@@ -327,7 +279,7 @@ def _read_sharegpt(row: Row) -> Example:
 
 def _read_kwise(row: Row) -> Example:
     refuse_images(row)
-    prompt, responses, ranking = (_column(row, name, "kwise") for name in COLUMNS["kwise"])
+    prompt, responses, ranking = (column(row, name, "kwise") for name in COLUMNS["kwise"])
     if not isinstance(responses, list) or len(responses) < 2:
         count = len(responses) if isinstance(responses, list) else type(responses).__name__
         raise RowError(
@@ -373,7 +325,7 @@ def prompt_messages(value: Any, row: Row) -> list[Message]:
 def _read_tokenized(row: Row) -> Example:
     parts = []
     for name in COLUMNS["tokenized"]:
-        ids = _column(row, name, "tokenized")
+        ids = column(row, name, "tokenized")
         if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
             raise RowError(
                 "wrong_type", f"{row.where}: column {name!r} must be a list of token ids (whole numbers, 0 or more)"

@@ -24,6 +24,7 @@ from engine.errors import RowError, UserError
 EXTENSIONS = (".jsonl", ".json", ".parquet")
 CHUNK_CHARS = 1 << 20
 PARQUET_ROWS = 1024
+_CORRECT = "correct the file there"
 
 
 class FileRow(NamedTuple):
@@ -103,7 +104,7 @@ def _object(value: Any, path: Path, line: int) -> FileRow:
     return FileRow(path, line, value)
 
 
-def _read_json_lines(path: Path, hint: str = "") -> Iterator[FileRow]:
+def _read_json_lines(path: Path, advice: str = "correct or remove the line") -> Iterator[FileRow]:
     with _opened(path) as stream:
         for line, raw in enumerate(stream, start=1):
             try:
@@ -113,7 +114,7 @@ def _read_json_lines(path: Path, hint: str = "") -> Iterator[FileRow]:
             except UnicodeDecodeError:
                 yield _broken(path, line, ": not UTF-8 text; convert the file to UTF-8")
             except json.JSONDecodeError as error:
-                yield _broken(path, line, f", column {error.colno}: broken JSON: {error.msg}{hint}")
+                yield _broken(path, line, f", column {error.colno}: broken JSON: {error.msg}; {advice}")
             except (ValueError, RecursionError) as error:
                 yield _broken(path, line, _unreadable(error))
 
@@ -127,7 +128,7 @@ def _read_json(path: Path) -> Iterator[FileRow]:
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if first == b"[":
         return _read_json_array(path)
-    return _read_json_lines(path, hint="; a .json file holds one array of objects, or one object a line")
+    return _read_json_lines(path, advice="correct it; a .json file holds one array of objects, or one object a line")
 
 
 class _ArrayScanner:
@@ -177,7 +178,7 @@ class _ArrayScanner:
         if not found or found not in expected:
             got = repr(found) if found else "the end of the file"
             wanted = " or ".join(repr(c) for c in expected)
-            raise UserError(f"{self.path}, line {self.here()}: broken JSON: expected {wanted}, got {got}")
+            raise UserError(f"{self.path}, line {self.here()}: broken JSON: expected {wanted}, got {got}; {_CORRECT}")
         self.at += 1
         return found
 
@@ -197,7 +198,7 @@ class _ArrayScanner:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 8
                 if self.ended or not cut:
                     line = self.here() + self.text.count("\n", self.at, error.pos)
-                    raise UserError(f"{self.path}, line {line}: broken JSON: {error.msg}") from None
+                    raise UserError(f"{self.path}, line {line}: broken JSON: {error.msg}; {_CORRECT}") from None
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{self.path}, line {self.here()}{_unreadable(error)}") from None
             else:
@@ -221,7 +222,7 @@ def _read_json_array(path: Path) -> Iterator[FileRow]:
             yield _object(scanner.value(), path, line)
             more = scanner.take(",]") == ","
         if scanner.peek():
-            raise UserError(f"{path}, line {scanner.here()}: broken JSON: text after the end of the array")
+            raise UserError(f"{path}, line {scanner.here()}: broken JSON: text after the end of the array; {_CORRECT}")
 
 
 def _read_parquet(path: Path) -> Iterator[FileRow]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from engine.data.readers import EXTENSIONS, data_extension, read_file
 from engine.errors import RowError, UserError
+from engine.hub import unreachable
 
 SPLIT_WORDS = {
     "train": "train",
@@ -197,9 +199,17 @@ def _hub_rows(name: str, split: str, config: str | None) -> Callable[[], Iterato
     import datasets
 
     wanted = f"dataset {name}" + (f" ({config})" if config else "") + f", split {split}"
+    away = None if datasets.config.HF_HUB_OFFLINE else unreachable(datasets.config.HF_ENDPOINT)
     try:
-        dataset = datasets.load_dataset(name, config, split=split)
+        with _offline() if away else nullcontext():
+            dataset = datasets.load_dataset(name, config, split=split)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        if away:
+            raise UserError(
+                f"{wanted}: there is no such path here, it is not in the cache of datasets "
+                f"({datasets.config.HF_DATASETS_CACHE}), and {datasets.config.HF_ENDPOINT} cannot be reached: {away}; "
+                "check the path, or the connection"
+            ) from error
         raise UserError(
             f"{wanted}: there is no such path here, and the Hub or its cache gave: {_first_line(error)}; "
             "check the name, or download it once while online"
@@ -207,6 +217,19 @@ def _hub_rows(name: str, split: str, config: str | None) -> Callable[[], Iterato
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{wanted} does not load: {_first_line(error)}") from error
     return _dataset_rows(dataset, name)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let ``datasets`` look into its cache at once, and not after its retries."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from engine.model.adapters import FROZEN, add_lora, continue_adapter
 from engine.model.attention import choose_backend, register_backends
 from engine.model.policy import Policy
 from engine.model.quantization import quantization_arguments, use_one_product
-from engine.model.sources import check_folder, first_line, hub_options, not_found
+from engine.model.sources import check_folder, first_line, hide_weight_bars, hub_options, not_found
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Attributes that functional dropout, layer drop and router noise read, beside the `p` of dropout modules.
@@ -87,6 +87,7 @@ def load_policy(
         options |= quantization_arguments(model.quantization, device, compute_dtype)
     if empty:
         options["layers"] = layers
+    hide_weight_bars()
     try:
         read: Any = _from_config if empty else AutoModelForCausalLM.from_pretrained
         with distributed.local_main_first(model.model_name_or_path):

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from engine.errors import UserError
-
-_CONNECT_SECONDS = 5.0
+from engine.hub import unreachable
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +36,7 @@ def hub_options(source: str, option: str) -> dict[str, Any]:
 
     if Path(source).expanduser().is_dir() or constants.HF_HUB_OFFLINE:
         return {}
-    reason = _unreachable(constants.ENDPOINT)
+    reason = unreachable(constants.ENDPOINT)
     if reason is None:
         return {}
     names = ("config.json", "tokenizer_config.json", "adapter_config.json")
@@ -55,18 +49,15 @@ def hub_options(source: str, option: str) -> dict[str, Any]:
     return {"local_files_only": True}
 
 
-@functools.cache
-def _unreachable(endpoint: str) -> str | None:
-    """Why no connection opens, or None. Behind a proxy nobody knows but the proxy."""
-    address = urlsplit(endpoint)
-    if getproxies().get(address.scheme) or os.environ.get("ALL_PROXY") or address.hostname is None:
-        return None
-    port = address.port or (80 if address.scheme == "http" else 443)
-    try:
-        socket.create_connection((address.hostname, port), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
+def hide_weight_bars() -> None:
+    """Silence the bars of transformers about weights that it reads and writes; those of downloads stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bar()
+    if not silent:
+        enable_progress_bars()
 
 
 def first_line(error: BaseException) -> str:

@@ -105,6 +105,7 @@ def summarize_plan(dataset: PreferenceDataset, config: RunConfig, steps: list[St
 
 def describe_plan(s: PlanSummary, packing: PackingConfig) -> list[tuple[str, str, str]]:
     """What ``dpo plan`` says of lengths: name, figure and note of each line."""
+    basis = f"a prompt counts once {'a row' if packing.share_prompts else 'a response'}"
     return [
         ("preference groups", f"{s.groups:,}", f"{s.responses:,} responses"),
         (
@@ -113,7 +114,7 @@ def describe_plan(s: PlanSummary, packing: PackingConfig) -> list[tuple[str, str
             f"{s.steps_per_epoch:,} per epoch, {packing.pairs_per_step} groups each",
         ),
         ("packs per epoch", f"{s.packs:,}", f"{s.packs / s.steps_per_epoch:.2f} per step"),
-        ("tokens per epoch", f"{s.packed_tokens:,}", f"{s.completion_tokens:,} of them reach the head"),
+        ("tokens per epoch", f"{s.packed_tokens:,}", f"{s.completion_tokens:,} of them reach the head; {basis}"),
         (
             "padding",
             "0.0%",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from engine.reference.store import TOKENS_PER_SHARD, ReferenceStore
 
 if TYPE_CHECKING:
     from engine.model.policy import Policy
+
+log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 30.0
 """At most this much work is lost when the process is killed."""
@@ -43,7 +46,7 @@ class PrecomputeReport:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
-    def pairs_per_second(self) -> float:
+    def rows_per_second(self) -> float:
         return self.computed_rows / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
@@ -51,7 +54,7 @@ class PrecomputeReport:
             return f"{self.reused_rows} rows reused, none computed"
         return (
             f"{self.computed_rows} rows computed, {self.reused_rows} reused, in {self.seconds:.1f} s "
-            f"({self.pairs_per_second:.1f} pairs/s, {self.tokens_per_second:,.0f} tokens/s)"
+            f"({self.rows_per_second:.1f} rows/s, {self.tokens_per_second:,.0f} tokens/s)"
         )
 
 
@@ -106,6 +109,11 @@ def precompute(
     tokens = 0
     if absent:
         packs = _plan(dataset, keys, absent, tokens_per_pack, share_prompts)
+        # The first pack may take a minute.
+        log.info(
+            "reference log-probs: %s of %s rows are not stored; they are computed now, in %s packs",
+            *(f"{n:,}" for n in (computed_rows, len(dataset), len(packs))),
+        )
         try:
             tokens = _run(policy, dataset, packs, _Buffer(store, flush_seconds), share_prompts, progress)
             tokens = sum(distributed.gather(tokens))

@@ -88,12 +88,12 @@ def _cards(run: RunRecords) -> list[dict[str, str]]:
         if series is not None and len(series.finite):
             median = float(np.median(series.finite))
             add(median, f"{label}, median", "{:,.1f}" if median < 100 else "{:,.0f}")
-    add(last("num_tokens"), "tokens trained on", "{:,.0f}")
+    add(last("num_tokens"), "tokens trained on, the prompt counted with each response", "{:,.0f}")
     shared = run.series("perf/shared_fraction")
     if shared is not None and len(shared.finite):
         add(float(shared.finite.mean()), "tokens saved by prompt sharing", "{:.1%}")
     add(last("epoch"), "epochs", "{:.2f}")
-    add(_plan(run).get("groups") or len(token_counts(run, "prompt")) or None, "training pairs", "{:,}")
+    add(_plan(run).get("groups") or len(token_counts(run, "prompt")) or None, "preference groups", "{:,}")
     return cards
 
 

@@ -19,55 +19,35 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from engine import files
-from engine.errors import UserError
+from engine.errors import UserError, disk_error
 from engine.files import replace_file, sync
 
 MANIFEST = "manifest.json"
 TEMPORARY_SUFFIX = ".incomplete"
 _CHUNK_BYTES = 8 << 20
-_DISK_ERRORS = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file is larger than this system allows",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.ENOTDIR: "a part of the path is not a folder",
-    errno.EIO: "the disk reported an input/output error",
-}
+CONTINUE = "free space or choose another train.output_dir, then continue with --resume"
+"""What to do when a training run cannot write."""
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full, read-only or failing disk into a ``UserError`` that names ``path``."""
+def disk_errors(path: Path, *, advice: str = CONTINUE) -> Iterator[None]:
+    """Turn a full, read-only or failing disk into a ``UserError`` that names ``path`` and says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        raise _disk_error(path, _DISK_ERRORS[error.errno]) from error
     except Exception as error:
-        # safetensors and tokenizers report failed writes as text, with the number of the system's error at the end.
-        reasons = [text for number, text in _DISK_ERRORS.items() if f"os error {number})" in str(error)]
-        if not reasons:
+        found = disk_error(error)
+        if found is None:
             raise
-        raise _disk_error(path, reasons[0]) from error
+        raise UserError(f"cannot write {path}: {found[0]}; {advice}") from error
 
 
-def _disk_error(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"cannot write {path}: {reason}; free space or choose another train.output_dir, then continue with --resume"
-    )
-
-
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, *, advice: str = CONTINUE) -> None:
     """Replace ``path`` by a file of ``text``; a reader sees the old file or the new one.
 
     Raises:
-        UserError: the disk is full or not writable.
+        UserError: the disk is full or not writable; it ends with ``advice``.
     """
-    with disk_errors(path):
+    with disk_errors(path, advice=advice):
         replace_file(path, text.encode("utf-8"))
 
 

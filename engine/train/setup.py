@@ -188,8 +188,17 @@ def _dropout_words(config: RunConfig, disabled: int) -> str:
 
 def _step_unit(setup: Setup) -> str:
     terms_G = setup.datasets["train"].terms
-    several = bool((terms_G > 1).any())
-    return f"prompts ({terms_G.mean():.1f} pairs each)" if several else "pairs"
+    if (terms_G > 1).any():
+        return f"prompts ({terms_G.mean():.1f} pairs each)"
+    if _ranks(setup):
+        return f"rankings ({setup.datasets['train'].lengths.responses.mean():.1f} responses each)"
+    return "pairs"
+
+
+def _ranks(setup: Setup) -> bool:
+    """Whether rows are rankings of more than two responses."""
+    dataset = setup.datasets["train"]
+    return not dataset.has_pairs.any() and bool((dataset.lengths.responses > 2).any())
 
 
 def _data_words(setup: Setup, name: str) -> str:
@@ -204,7 +213,8 @@ def _first_loss_words(setup: Setup) -> str:
     if "train" not in tables or config.reference.model_name_or_path is not None:
         return "none: the policy does not start as a stored reference"
     loss = check_first_loss(setup.policy, setup.datasets["train"], tables["train"], beta=config.loss.beta)
-    return f"stored references match; sigmoid loss {loss:.6f} (ln 2 = {math.log(2):.6f})"
+    of = " of the two best responses" if _ranks(setup) else ""
+    return f"stored references match; sigmoid loss{of} {loss:.6f} (ln 2 = {math.log(2):.6f})"
 
 
 def write_data_file(setup: Setup, output_dir: Path) -> None:

@@ -6,6 +6,8 @@ or fails. Each family runs in a process of its own, with a time limit and a memo
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import logging
 import multiprocessing
 import os
@@ -13,6 +15,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import NamedTuple
@@ -104,5 +107,24 @@ def _child(model_type: str, sender: Connection) -> None:
         sender.send(Result(model_type, "", FAILS, reason=f"{first_line(error)} at {where}"))
 
 
+def _arguments(given: Sequence[str] | None = None) -> list[str]:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.conformance", description="Try causal-LM families of transformers on packs."
+    )
+    parser.add_argument(
+        "types",
+        metavar="MODEL_TYPE",
+        nargs="*",
+        help=f"such as llama; without any the whole sweep, which writes {PATH.parent.name}/{PATH.name}",
+    )
+    types = parser.parse_args(given).types
+    known = model_types()
+    for name in types:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            parser.error(f"unknown model type {name}" + (f"; did you mean {close[0]}?" if close else ""))
+    return types
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(_arguments()))

@@ -162,10 +162,10 @@ def _raise(error: BaseException):
     ("error", "part"),
     [
         (UserError("row 3:\n  is broken"), "error: row 3: is broken"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a"), "/runs/a: no space left on the device"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/a"), "/runs/a: no space left on the disk"),
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/runs/a"), "/runs/a: permission denied"),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), "read-only"),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on the device"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on the disk; free space"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "packing.tokens_per_pack"),
     ],
 )
@@ -218,7 +218,7 @@ def test_output_to_a_full_disk_is_one_line(tmp_path):
     with open("/dev/full", "w") as full:
         done = _in_a_new_process(["init", "--output", str(tmp_path / "run.yaml")], stdout=full)
     assert done.returncode == 2
-    assert done.stderr == "error: output: no space left on the device; free some space or write somewhere else\n"
+    assert done.stderr == "error: output: no space left on the disk; free space or choose another place\n"
 
 
 def test_init_check_plan(run_file, tmp_path, capsys):

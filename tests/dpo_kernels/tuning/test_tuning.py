@@ -51,9 +51,11 @@ def test_dry_run_from_the_command_to_a_table_in_use(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in command.KERNELS:
         assert f"{kernel} float32 N=24 D=32 V=96: " in done.stdout
-        assert f"| {kernel} | 32 | 96 | " in done.stdout
+        assert f"| {kernel} | 32 | 96 | - | - | - | " in done.stdout
     assert f"to use it: DPO_TILE_CONFIGS={path}" in done.stdout
     assert "WRONG" not in done.stdout
+    assert "no gain" in done.stdout
+    assert "RuntimeWarning" not in done.stderr
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     # Times of an interpreter say little: make sure of an entry.
     entry = table_entry(TileConfig(block_n=16, block_v=32, block_d=16, group_n=1, num_warps=4, num_stages=1))

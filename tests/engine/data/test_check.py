@@ -35,10 +35,22 @@ def test_example_shows_the_boundary(tiny_model_dir, tmp_path):
     rows = [{"prompt": "Tell me.", "responses": [" bad", " best", " fair" * 30], "ranking": [3, 1, 2]}]
     (tmp_path / "k.json").write_text(json.dumps(rows))
     text = check(run_config(tiny_model_dir, dataset_name=str(tmp_path / "k.json"), max_length=None)).text
-    assert "  prompt      'Tell me.'\n  response 1  ' best</s>'\n  response 2  ' fair" in text
+    assert "  prompt        'Tell me.'\n  rank 1, best  ' best</s>'\n  rank 2        ' fair" in text
     assert "' ... '" in text
-    assert "  response 3  ' bad</s>'" in text
+    assert "  rank 3        ' bad</s>'" in text
     assert "tokens (no limit)" in text
+
+
+def test_the_example_is_one_of_more_than_two_responses(tiny_model_dir, tmp_path):
+    rows = [
+        {"prompt": "Tell me.", "responses": [" bad", " best"], "scores": [1, 3]},
+        {"prompt": "And me.", "responses": [" bad", " best", " fair"], "scores": [1, 3, 2]},
+    ]
+    (tmp_path / "s.json").write_text(json.dumps(rows))
+    text = check(run_config(tiny_model_dir, dataset_name=str(tmp_path / "s.json"))).text
+    assert "row 0 as" not in text
+    assert "row 1 as the model reads it\n  prompt      'And me.'\n  response 1  ' best</s>'" in text
+    assert "  pairs       1 over 2, 1 over 3, 2 over 3" in text
 
 
 def test_strict_reports_everything_and_says_that_training_would_stop(tiny_model_dir, pairs_jsonl):
@@ -47,6 +59,13 @@ def test_strict_reports_everything_and_says_that_training_would_stop(tiny_model_
     assert "training would stop: " in checked.text
     assert "or set data.strict: false" in checked.obstacles[0]
     assert "tokens (" in checked.text
+
+
+def test_rows_that_stop_training_are_told_once(tiny_model_dir, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a", "choosen": " b", "rejected": " c"}) + "\n")
+    checked = check(run_config(tiny_model_dir, dataset_name=str(tmp_path / "p.jsonl")))
+    assert [reason.split(": ")[1] for reason in checked.obstacles] == ["1 of 1 rows cannot be used (missing_column)"]
+    assert "is choosen meant to be chosen?" in checked.text
 
 
 def test_faults_end_it(tiny_model_dir, pairs_jsonl, tmp_path):

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from engine.data.formats import PromptsDifferError, detect_format, reader_for, split_implicit_prompt
+from engine.data.columns import detect_format
+from engine.data.formats import PromptsDifferError, reader_for, split_implicit_prompt
 from engine.data.sources import Row
 from engine.errors import UserError
 
@@ -239,8 +240,28 @@ def test_missing_column_names_what_was_found_and_what_is_needed():
         reader(row(prompt="p", chosen="c", reject="r"))
     assert str(error.value) == (
         "f.jsonl, row 4 (line 5): column 'rejected' is missing; found columns chosen, prompt, reject; "
-        "preference rows need chosen, rejected"
+        "preference rows need chosen, rejected (is reject meant to be rejected?)"
     )
+
+
+def test_columns_of_no_layout_name_near_ones_and_all_layouts():
+    with pytest.raises(UserError) as error:
+        detect_format(row(Prompt="p", choosen="c", rejected="r", id=1))
+    text = str(error.value)
+    assert text.startswith("f.jsonl, row 4 (line 5): no known layout has the columns Prompt, choosen, id, rejected (is")
+    assert "(is Prompt meant to be prompt?) (is choosen meant to be chosen?); expected one of preference: " in text
+    assert r"hh: chosen, rejected whose turns begin with '\n\nHuman:' and '\n\nAssistant:', as in Anthropic HH" in text
+
+
+def test_columns_of_another_layout_name_it():
+    with pytest.raises(UserError, match=r"kwise rows need .*; these columns fit data\.format preference, or auto"):
+        reader_for("kwise", use_messages=False)(row(prompt="p", chosen="c", rejected="r"))
+
+
+def test_a_misspelt_prompt_is_no_row_without_a_prompt():
+    with pytest.raises(UserError, match=r"column 'promt' is not read .*prompt.*data\.format to preference"):
+        detect_format(row(promt="p", chosen="p c", rejected="p r"))
+    assert detect_format(row(prompt_id="p", chosen="p c", rejected="p r")) == "preference"
 
 
 def test_row_that_is_no_dialogue_says_what_to_do():

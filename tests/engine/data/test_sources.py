@@ -114,6 +114,25 @@ def test_hub_name_offline_is_a_user_error(monkeypatch, tmp_path):
         open_source("nobody/nothing-here")
 
 
+def test_a_hub_name_without_a_connection_is_answered_by_the_cache_at_once(monkeypatch, tmp_path):
+    import datasets
+
+    def load_dataset(name, config, *, split):
+        assert datasets.config.HF_HUB_OFFLINE
+        if name == "not/cached":
+            raise ConnectionError("Couldn't reach the Hugging Face Hub")
+        return datasets.Dataset.from_dict({"v": [1, 2, 3]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("engine.data.sources.unreachable", lambda endpoint: "Network is unreachable")
+    monkeypatch.chdir(tmp_path)
+    assert values(open_source("is/cached")) == [1, 2, 3]
+    with pytest.raises(UserError, match=r"not/cached, split train: .*not in the cache.*unreachable; check the path"):
+        open_source("not/cached")
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
 def test_hub_split_errors_are_passed_on(monkeypatch, tmp_path):
     import datasets
 

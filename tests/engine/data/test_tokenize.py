@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config.schema import DataConfig
-from engine.data.formats import Example, detect_format, reader_for
+from engine.data.columns import detect_format
+from engine.data.formats import Example, reader_for
 from engine.data.groups import PreferenceDataset
 from engine.data.lint import LintReport
 from engine.data.sources import Row

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine import hub
 from engine.config.schema import LoraConfig, ModelConfig
 from engine.errors import UserError
 from engine.model import check_packing, load_adapter, load_policy, load_tokenizer, sources
@@ -26,6 +27,18 @@ NOISE = {
 def saved(folder, family, **overrides) -> ModelConfig:
     tiny_model(family, **overrides).save_pretrained(folder)
     return ModelConfig(model_name_or_path=str(folder), dtype="float32")
+
+
+def test_no_bar_of_reading_weights(tmp_path, monkeypatch, capfd):
+    """But those of downloads, which take minutes."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    hidden = are_progress_bars_disabled()
+    load_policy(saved(tmp_path, "llama"), device=CPU)
+    assert "Loading weights" not in capfd.readouterr().err
+    assert are_progress_bars_disabled() == hidden
 
 
 @pytest.mark.parametrize("family", NOISE)
@@ -140,7 +153,7 @@ def test_a_name_that_is_no_folder_and_not_on_the_hub():
 
 
 def test_without_a_connection_the_cache_answers(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sources, "_unreachable", lambda endpoint: "Network is unreachable")
+    monkeypatch.setattr(sources, "unreachable", lambda endpoint: "Network is unreachable")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(
         "huggingface_hub.try_to_load_from_cache",
@@ -158,11 +171,11 @@ def test_a_connection_is_tried_once_and_not_past_a_proxy(monkeypatch):
         raise ConnectionRefusedError(111, "Connection refused")
 
     monkeypatch.setattr("socket.create_connection", refuse)
-    monkeypatch.setattr(sources, "getproxies", dict)
+    monkeypatch.setattr(hub, "getproxies", dict)
     monkeypatch.delenv("ALL_PROXY", raising=False)
-    sources._unreachable.cache_clear()
-    assert sources._unreachable("https://hub.test") == "Connection refused"
-    monkeypatch.setattr(sources, "getproxies", lambda: {"https": "http://proxy.test"})
-    sources._unreachable.cache_clear()
-    assert sources._unreachable("https://hub.test") is None
-    sources._unreachable.cache_clear()
+    hub.unreachable.cache_clear()
+    assert hub.unreachable("https://hub.test") == "Connection refused"
+    monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy.test"})
+    hub.unreachable.cache_clear()
+    assert hub.unreachable("https://hub.test") is None
+    hub.unreachable.cache_clear()

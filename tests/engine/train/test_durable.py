@@ -143,5 +143,7 @@ def test_a_file_is_replaced_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*x\.json: no space left"):
         write_atomically(path, "three")
+    with pytest.raises(UserError, match=r"no space left on the disk; look elsewhere$"):
+        write_atomically(path, "three", advice="look elsewhere")
     assert path.read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

@@ -13,7 +13,7 @@ from engine.train.loop import train
 from tests.engine.train.conftest import TRAJECTORY, assert_same_trajectory
 
 
-def test_rankings_train(make_config, rows_of, tmp_path):
+def test_rankings_train(make_config, rows_of, tmp_path, caplog):
     words = ["blue", "green", "a river", "the old house has a red door"]
     rows = [
         {"prompt": f"Question {i}:", "responses": [f" {w} {i}" for w in words[:k]], "ranking": list(range(k))}
@@ -27,7 +27,11 @@ def test_rankings_train(make_config, rows_of, tmp_path):
         loss={"loss_type": "plackett_luce"},
         train={"num_train_epochs": 6},
     )
-    train(config)
+    with caplog.at_level("INFO"):
+        train(config)
+    assert "12 of 12 rows are not stored; they are computed now" in caplog.text
+    assert " of 6 rankings (3.0 responses each)" in caplog.text
+    assert "sigmoid loss of the two best responses 0.693" in caplog.text
     logged = rows_of(config)
     expected = sum(math.log(math.factorial(k)) for k in (2, 3, 4)) / 3
     assert logged[0]["loss"] == pytest.approx(expected, abs=1e-5)

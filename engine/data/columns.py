@@ -1,0 +1,106 @@
+"""The columns of each layout: which layout a row has, and what to say where it has none."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from engine.data.sources import Row
+from engine.errors import RowError
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+COLUMNS = {
+    "preference": ("chosen", "rejected"),
+    "hh": ("chosen", "rejected"),
+    "sharegpt": ("conversations", "chosen", "rejected"),
+    "kwise": ("prompt", "responses", "ranking"),
+    "scored": ("prompt", "responses", "scores"),
+    "tokenized": ("prompt_ids", "chosen_ids", "rejected_ids"),
+}
+_NOTES = {
+    "preference": ", and prompt unless both sides begin with it",
+    "hh": " whose turns begin with '\\n\\nHuman:' and '\\n\\nAssistant:', as in Anthropic HH",
+}
+_NEAR = 0.8
+"""Likeness, of 1, from which a name is taken for a misspelt one."""
+
+
+def detect_format(row: Row) -> str:
+    """Recognise the layout from the first row's columns.
+
+    Raises:
+        UserError: no layout fits; names the columns that were found and those that would do.
+    """
+    columns = set(row.data)
+    for name in ("tokenized", "kwise", "sharegpt"):
+        if columns.issuperset(COLUMNS[name]):
+            return name
+    if columns.issuperset(COLUMNS["preference"]):
+        sides = (row.data["chosen"], row.data["rejected"])
+        dialogues = all(isinstance(side, str) and side.startswith(HUMAN) and ASSISTANT in side for side in sides)
+        if "prompt" not in columns:
+            _refuse_misspelt_prompt(row)
+        return "hh" if dialogues and "prompt" not in columns else "preference"
+    from engine.data.scored import is_scored
+
+    if is_scored(row.data):
+        return "scored"
+    known = "; ".join(f"{name}: {', '.join(names)}{_NOTES.get(name, '')}" for name, names in COLUMNS.items())
+    raise RowError(
+        "missing_column",
+        f"{row.where}: no known layout has the columns {listed(row.data)}{_likely(row)}; expected one of {known}",
+    )
+
+
+def _refuse_misspelt_prompt(row: Row) -> None:
+    """A prompt column is optional, so one that is misspelt would go unnoticed."""
+    for name in map(str, row.data):
+        # Names such as prompt_id are columns of their own.
+        if name.isalpha() and difflib.get_close_matches(name.lower(), ["prompt"], cutoff=_NEAR):
+            raise RowError(
+                "missing_column",
+                f"{row.where}: column {name!r} is not read (is it meant to be prompt?); rename it, or set "
+                "data.format to preference, or hh for Anthropic dialogues, to read chosen and rejected alone",
+            )
+
+
+def _likely(row: Row) -> str:
+    """A question for each column whose name is nearly one that is read."""
+    from engine.data.scored import PROMPTS, RESPONSES, SCORES
+
+    known = dict.fromkeys(name for names in (*COLUMNS.values(), PROMPTS, RESPONSES, SCORES) for name in names)
+    meant = {}
+    for name in (str(name) for name in row.data if name not in known):
+        if close := difflib.get_close_matches(name.lower(), known, n=1, cutoff=_NEAR):
+            meant[name] = close[0]
+    return "".join(f" (is {name} meant to be {right}?)" for name, right in meant.items() if right not in row.data)
+
+
+def _other_layout(row: Row, layout: str) -> str:
+    """Advice to read the row as another layout, where its columns are those of one."""
+    try:
+        fitting = detect_format(row)
+    except RowError:
+        return ""
+    return f"; these columns fit data.format {fitting}, or auto" if fitting != layout else ""
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names for a message, in the order of the alphabet."""
+    return ", ".join(sorted(str(n) for n in names)) or "none"
+
+
+def column(row: Row, name: str, layout: str) -> Any:
+    """The value of a column that the layout needs; RowError where it is missing or null."""
+    value = row.data.get(name)
+    if value is None:
+        found, expected = listed(row.data), ", ".join(COLUMNS[layout])
+        problem, state = ("null_value", "empty") if name in row.data else ("missing_column", "missing")
+        hint = _other_layout(row, layout) or _likely(row) if state == "missing" else ""
+        raise RowError(
+            problem,
+            f"{row.where}: column {name!r} is {state}; found columns {found}; {layout} rows need {expected}{hint}",
+        )
+    return value
