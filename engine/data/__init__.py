@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Literal
 
 from tqdm import tqdm
@@ -13,11 +14,19 @@ from engine.data.formats import Example, PromptsDifferError, reader_for
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.data.lint import LintReport
 from engine.data.scored import expand_scores
-from engine.data.sources import Row, Source, is_single_file, open_source
+from engine.data.sources import Row, Source, is_hub_name, is_single_file, open_source
 from engine.data.tokenize import Encoder, make_groups
 from engine.errors import RowError, UserError
 
-__all__ = ["LintReport", "PreferenceDataset", "PreferenceGroup", "Row", "load_dataset_groups", "load_rows"]
+__all__ = [
+    "LintReport",
+    "PreferenceDataset",
+    "PreferenceGroup",
+    "Row",
+    "check_files",
+    "load_dataset_groups",
+    "load_rows",
+]
 
 Split = Literal["train", "eval"]
 
@@ -65,6 +74,20 @@ def load_rows(data: DataConfig, *, split: Split) -> Source:
     Can be iterated more than once, and holds no rows.
     """
     return _source(data, split)
+
+
+def check_files(data: DataConfig) -> None:
+    """Open local training and evaluation data and look at the first row; what is on the Hub waits.
+
+    Raises:
+        UserError: no such data, or a first row that no layout has.
+    """
+    names: dict[Split, str | None] = {"train": data.dataset_name, "eval": data.eval_dataset_name}
+    for split, name in names.items():
+        if name is not None and not is_hub_name(name):
+            for row in islice(load_rows(data, split=split), 1):
+                if data.format == "auto":
+                    detect_format(row)
 
 
 def _source(data: DataConfig, split: Split, *, tolerant: bool = False) -> Source:

@@ -90,6 +90,13 @@ def is_single_file(name: str) -> bool:
     return Path(name).expanduser().is_file()
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a dataset name can only be one of the Hub: there is no such path, and it does not look like one."""
+    path = Path(name).expanduser()
+    local = path.exists() or data_extension(path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return not local
+
+
 def open_source(
     name: str,
     *,
@@ -119,10 +126,10 @@ def open_source(
         if config is not None:
             raise UserError(f"data.dataset_config={config} is for Hub datasets, but {name} is a local path; remove it")
         rows = _local_rows(path, match["name"], tolerant)
-    elif data_extension(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{name} does not exist; check data.dataset_name and data.eval_dataset_name")
-    else:
+    elif is_hub_name(name):
         rows = _hub_rows(name, match["name"], config)
+    else:
+        raise UserError(f"{name} does not exist; check data.dataset_name and data.eval_dataset_name")
     return Source(name, rows, match["start"], match["stop"], max_rows)
 
 

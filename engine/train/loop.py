@@ -17,9 +17,11 @@ from transformers import set_seed
 from engine import distributed
 from engine.config import load_config, to_yaml
 from engine.config.schema import RunConfig
+from engine.data import check_files
 from engine.errors import UserError
 from engine.evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
 from engine.model import load_policy, shard_policy
+from engine.model.sources import check_folder
 from engine.train import checkpoint as checkpoints
 from engine.train import sharded
 from engine.train.durable import check_content, is_complete, remove_leftovers, run_folder, write_atomically
@@ -37,7 +39,7 @@ from engine.train.metrics import (
 )
 from engine.train.objective import Scored
 from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
-from engine.train.setup import Setup, prepare, write_data_file
+from engine.train.setup import Setup, check_settings, prepare, write_data_file
 from engine.train.throughput import reset_peak_memory
 
 CONFIG_FILE = "config.yaml"
@@ -85,6 +87,10 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
         output_dir = Path(config.train.output_dir)
         main = distributed.is_main()
         if main and not resume:
+            # First what another folder would not help.
+            check_settings(config)
+            check_folder(config.model.model_name_or_path, "model.model_name_or_path=")
+            check_files(config.data)
             checkpoints.refuse_other_run(output_dir)
         # Held from here on: whether the folder is free must not change while model and data are loaded.
         with run_folder(output_dir) if main else nullcontext():

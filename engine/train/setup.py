@@ -37,7 +37,7 @@ from engine.train.feed import TrainingFeed
 from engine.train.metrics import check_trackers
 from engine.train.objective import Objective
 from engine.train.optimizer import METRIC_SCHEDULES, check_optimizer, check_schedule_name
-from engine.train.references import References, check_first_loss, prepare_references
+from engine.train.references import References, check_first_loss, prepare_references, resolve_mode
 from engine.train.throughput import FlopModel, measure_matmul_rate
 
 DATA_FILE = "data.json"
@@ -69,17 +69,27 @@ class Setup:
         return self.policy.device
 
 
-def prepare(config: RunConfig) -> Setup:
-    """Load tokenizer, data, model and references, check them, and print what will run.
+def check_settings(config: RunConfig) -> None:
+    """What can be said of a configuration before anything is loaded.
 
     Raises:
-        UserError: anything that the user can correct.
+        UserError: settings that cannot run, or that do not fit each other.
     """
     check_schedule_name(config.optim.lr_scheduler_type)
     check_optimizer(config.optim.optimizer)
     check_trackers(config.train.report_to)
     if config.optim.lr_scheduler_type in METRIC_SCHEDULES and config.train.eval_steps is None:
         raise UserError(f"optim.lr_scheduler_type {config.optim.lr_scheduler_type} needs train.eval_steps")
+    resolve_mode(config, Objective(config.loss))
+
+
+def prepare(config: RunConfig) -> Setup:
+    """Load tokenizer, data, model and references, check them, and print what will run.
+
+    Raises:
+        UserError: anything that the user can correct.
+    """
+    check_settings(config)
     log.info("configuration, where it is not the default:\n%s", _indented(format_diff(config)))
     # Before the model: adapters start from random numbers.
     set_seed(config.train.seed)

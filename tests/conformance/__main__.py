@@ -6,8 +6,6 @@ or fails. Each family runs in a process of its own, with a time limit and a memo
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import logging
 import multiprocessing
 import os
@@ -15,7 +13,6 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import NamedTuple
@@ -27,6 +24,7 @@ import warnings
 
 import transformers
 
+from tests.conformance.arguments import chosen_types
 from tests.conformance.families import model_types
 from tests.conformance.table import PATH, render
 from tests.conformance.trial import EQUAL, FAILS, NOT_BUILT, REFUSED, Result, first_line, try_family
@@ -107,24 +105,5 @@ def _child(model_type: str, sender: Connection) -> None:
         sender.send(Result(model_type, "", FAILS, reason=f"{first_line(error)} at {where}"))
 
 
-def _arguments(given: Sequence[str] | None = None) -> list[str]:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.conformance", description="Try causal-LM families of transformers on packs."
-    )
-    parser.add_argument(
-        "types",
-        metavar="MODEL_TYPE",
-        nargs="*",
-        help=f"such as llama; without any the whole sweep, which writes {PATH.parent.name}/{PATH.name}",
-    )
-    types = parser.parse_args(given).types
-    known = model_types()
-    for name in types:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            parser.error(f"unknown model type {name}" + (f"; did you mean {close[0]}?" if close else ""))
-    return types
-
-
 if __name__ == "__main__":
-    sys.exit(main(_arguments()))
+    sys.exit(main(chosen_types()))

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from tests.conformance.arguments import chosen_types
 from tests.conformance.table import PATH, read_rows
 from tests.conformance.trial import EQUAL, GRAD_BOUND, LOGPS_BOUND, NOT_BUILT, REFUSED, try_family
 
@@ -70,3 +71,13 @@ def test_committed_table_holds_what_the_readme_promises():
             assert not row["what the user is told"]
         else:
             assert row["what the user is told"], row
+
+
+def test_the_command_line(capsys):
+    assert chosen_types([]) == []
+    assert chosen_types(["llama", "qwen3"]) == ["llama", "qwen3"]
+    for arguments, text in ((["--help"], "docs/conformance.md"), (["lama"], "did you mean llama?")):
+        with pytest.raises(SystemExit):
+            chosen_types(arguments)
+        captured = capsys.readouterr()
+        assert text in captured.out + captured.err

@@ -81,6 +81,7 @@ def test_page_and_pictures(make_run, rows):
             assert image.width > 800
             assert len(image.convert("RGB").getcolors(1 << 20)) > 20
         assert picture["alt"]
+    assert "tokens trained on, the prompt counted with each response" in path.read_text()
     assert page.row("rewards/accuracies")[-1] == "0.8750"
     assert page.row("loss")[1:3] == [f"{v['eval_loss']:.4f}" for v in rows(60, eval_every=20) if "eval_loss" in v][:3:2]
 

@@ -36,6 +36,28 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_computed(mak
     assert (tmp_path / "kept").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": {"lr_scheduler_type": "greedy"}}, r"greedy needs train\.eval_steps"),
+        ({"loss": {"loss_type": "simpo"}, "reference": {"mode": "stored"}}, r"simpo has no reference"),
+        ({"data": {"dataset_name": "/nowhere/d.jsonl"}}, r"/nowhere/d\.jsonl does not exist"),
+        ({"data": {"dataset_name": "typo.jsonl"}}, r"is choosen meant to be chosen"),
+        ({"model": {"model_name_or_path": "/nowhere/model"}}, r"/nowhere/model is not a folder"),
+        ({}, "already holds a run"),
+    ],
+)
+def test_a_folder_in_use_hides_no_other_fault(changes, message, make_config, monkeypatch, tmp_path):
+    """In the order in which they have to be put right."""
+    monkeypatch.setattr("engine.train.loop.prepare", lambda config: pytest.fail("prepared"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "typo.jsonl").write_text('{"prompt": "a", "choosen": "b", "rejected": "c"}\n')
+    with pytest.raises(UserError, match=message):
+        train(make_config(**changes))
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(make_config, make_tokenizer, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["Question"])
