@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import yaml
 
-from engine.config.fields import show
+from engine.config.fields import nearest, show
 from engine.config.load import build_config, read_yaml, to_dict
-from engine.config.trl_file import TrlFile, known_keys
+from engine.config.trl_file import TrlFile, plain_keys
 from engine.config.trl_keys import CONVERTED, NEW_RESULT, SAME_RESULT
 from engine.errors import UserError
 
@@ -27,6 +27,7 @@ _SAME_OPTIMIZER = {
 }  # fmt: skip
 _ATTENTION = {"flash_attention_2": "flash", "sdpa": "sdpa"}
 _SMOOTHED_IN_TRL = {"exo_pair", "robust", "aot", "aot_unpaired"}
+_KNOWN = {*SAME_RESULT, *NEW_RESULT, *CONVERTED}
 _REQUIRED = {"model": "model_name_or_path", "data": "dataset_name"}
 
 Effect = Literal["same", "new"]
@@ -76,15 +77,14 @@ def convert_trl(path: str | Path, *, num_processes: int | None = None) -> Conver
             ``num_processes`` of the file, or 1.
 
     Raises:
-        UserError: the file cannot be read, or a key or a value is one that TRL would refuse, too.
+        UserError: the file cannot be read, or a value is one that TRL would refuse, too.
     """
     if not Path(path).exists():
         raise UserError(f"{path}: no such file; give the path of the YAML file that `trl dpo --config` takes")
     trl, _ = read_yaml(path)
     if isinstance(trl.get("model"), dict) or isinstance(trl.get("data"), dict):
         raise UserError(f"{path}: has the sections of a run configuration already; nothing to convert")
-    keys = known_keys(str(path), trl, {*SAME_RESULT, *NEW_RESULT, *CONVERTED})
-    converter = _Converter(TrlFile(str(path), keys))
+    converter = _Converter(TrlFile(str(path), plain_keys(trl, _KNOWN)))
     converter.run(num_processes)
     # required keys may come from the command line
     complete = {name: dict(section) for name, section in converter.result.values.items()}
@@ -368,14 +368,16 @@ class _Converter:
 
     def _rest(self) -> None:
         for key, value in self.trl.keys.items():
+            harmless, reason = NEW_RESULT.get(key, ((), ""))
             if key in SAME_RESULT:
                 self._same(key, SAME_RESULT[key])
-                continue
-            harmless, reason = NEW_RESULT[key]
-            if value in harmless:
+            elif key in NEW_RESULT and value in harmless:
                 self._same(key, f"{json.dumps(value)} is how it is here")
-            else:
+            elif key in NEW_RESULT:
                 self._new(key, reason)
+            else:
+                close = nearest(key, sorted(_KNOWN))
+                self._new(key, "not a key of TRL 1.16; dropped" + (f" (did you mean {close}?)" if close else ""))
 
     def _put(self, section: str, key: str, value: Any, old: str) -> None:
         self.result.values[section][key] = value

@@ -6,27 +6,19 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from engine.config.fields import nearest, show
+from engine.config.fields import show
 from engine.errors import UserError
 
 
-def known_keys(source: str, keys: Mapping[Any, Any], known: Collection[str]) -> dict[str, Any]:
-    """The keys of a file; ``no_KEY: true``, as TRL's command line writes it, becomes ``KEY: false``.
-
-    Raises:
-        UserError: a key that is none of ``known``.
-    """
+def plain_keys(keys: Mapping[Any, Any], known: Collection[str]) -> dict[str, Any]:
+    """The keys of a file; ``no_KEY: true``, as TRL's command line writes it, becomes ``KEY: false``."""
     found: dict[str, Any] = {}
     for key, value in ((str(k), v) for k, v in keys.items()):
         bare = key.removeprefix("no_")
-        if key in known:
-            found[key] = value
-        elif bare in known and isinstance(value, bool):
+        if key not in known and bare in known and isinstance(value, bool):
             found[bare] = not value
         else:
-            close = nearest(key, sorted(known))
-            hint = f"did you mean {close}? correct or remove it" if close else "remove it"
-            raise UserError(f"{source}: {key} is no key of TRL 1.16; {hint}")
+            found[key] = value
     return found
 
 
