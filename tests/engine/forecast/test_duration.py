@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from engine.config.schema import DataConfig, ModelConfig, PackingConfig, RunConfig, TrainConfig
+from engine.config.schema import ModelConfig
 from engine.data import load_dataset_groups
 from engine.forecast import duration, trial
 from engine.forecast.duration import forecast_duration
@@ -19,16 +19,6 @@ from engine.train.throughput import FlopModel
 CPU = torch.device("cpu")
 RATE = 1e12
 TRAINED = 1000
-
-
-@pytest.fixture
-def config(tiny_model_dir, pairs_jsonl):
-    return RunConfig(
-        model=ModelConfig(model_name_or_path=str(tiny_model_dir), dtype="float32"),
-        data=DataConfig(dataset_name=str(pairs_jsonl)),
-        packing=PackingConfig(pairs_per_step=8, tokens_per_pack=512),
-        train=TrainConfig(max_steps=6),
-    )
 
 
 @pytest.fixture

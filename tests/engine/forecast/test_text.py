@@ -8,22 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.config.schema import DataConfig, LoraConfig, LossConfig, ModelConfig, PackingConfig, RunConfig, TrainConfig
+from engine.config.schema import DataConfig, LoraConfig, LossConfig
 from engine.data import load_dataset_groups
 from engine.errors import UserError
 from engine.forecast import describe_forecast, text
 from engine.model import load_policy
 from engine.train.checkpoint import save_weights
-
-
-@pytest.fixture
-def config(tiny_model_dir, pairs_jsonl):
-    return RunConfig(
-        model=ModelConfig(model_name_or_path=str(tiny_model_dir), dtype="float32"),
-        data=DataConfig(dataset_name=str(pairs_jsonl)),
-        packing=PackingConfig(pairs_per_step=8, tokens_per_pack=512),
-        train=TrainConfig(max_steps=6),
-    )
 
 
 @pytest.fixture
