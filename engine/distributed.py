@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _FAREWELL_SECONDS = 10.0
+_LISTEN_SECONDS = 1.0
+_LOST = "a process of this run ended without a message (killed, or out of memory?)"
+_LOST_HOST = "the first process of this run ended; if it gave no reason, it was killed (out of memory?)"
 
 
 class PeerFailure(Exception):  # noqa: N818
@@ -75,26 +79,29 @@ def process_group() -> Iterator[None]:
     Raises:
         UserError: the launcher's variables are missing or wrong, or a process ended without a word.
     """
+    if launched_size() > 1:
+        # Where a process is lost, torch warns of each use of its connections by a page of frames. Read on import.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if launched_size() == 1 or size() > 1:
         yield
         return
     import torch.distributed as dist
 
     store = _join()
+    ear = _Ear(store)
     try:
-        yield
-        # Inside, since others may fail while this process waits for them.
-        barrier()
+        with ear:
+            yield
+            # Inside, since others may fail while this process waits for them.
+            barrier()
     except BaseException as error:
-        first, lost = _claim_failure(error, store), _lost_connection(error)
-        _take_leave(store)
-        if not first:
+        first, lost = _claim_failure(store), lost_connection(error)
+        _take_leave(store, counted=ear.heard)
+        if first is False or (lost and ear.heard):
             raise PeerFailure(str(error)) from error
         if lost:
-            raise UserError(
-                "a process of this run ended without a message (killed, or out of memory?): look at its machine's log, "
-                "then continue with --resume"
-            ) from error
+            what = _LOST if first else _LOST_HOST
+            raise UserError(f"{what}: look at its machine's log, then continue with --resume") from error
         raise
     # Sharded modules hold the groups in cycles. Freed when the interpreter ends, their threads abort the process.
     gc.collect()
@@ -127,16 +134,50 @@ def _join() -> Store:
     return dist.PrefixStore("end", store)
 
 
-def _claim_failure(error: BaseException, store: Store) -> bool:
-    """Whether this process is the first to fail. Where the host of the store is gone, it has spoken for all."""
+class _Ear(threading.Thread):
+    """Listens for the first process that fails, which says why.
+
+    Connections of a sharded model stay open until the process that failed ends, and with it may end the store: a
+    process that waits for them all that time could not tell a host that has spoken from one that was killed.
+    """
+
+    def __init__(self, store: Store):
+        super().__init__(daemon=True)
+        self._store = store.clone()  # type: ignore[attr-defined]
+        self._stopped = threading.Event()
+        self.heard = False
+
+    def run(self) -> None:
+        with suppress(RuntimeError):
+            while not self._stopped.wait(_LISTEN_SECONDS):
+                if self._store.check(["failures"]):
+                    self.heard = True
+                    self._store.add("gone", 1)
+                    return
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self.join()
+
+
+def _claim_failure(store: Store) -> bool | None:
+    """Whether this process is the first to fail. None where the host of the store is gone: it has spoken for all, or
+    it was killed."""
     try:
         return store.add("failures", 1) == 1
     except RuntimeError:
-        return not _lost_connection(error)
+        return None
 
 
-def _take_leave(store: Store) -> None:
-    """Close the connections, so that the others fail, too; the host of the store stays until they have looked."""
+def _take_leave(store: Store, *, counted: bool) -> None:
+    """Close the connections, so that the others fail, too; the host of the store stays until they have looked.
+
+    Args:
+        counted: whether this process has said that it looked.
+    """
     import torch.distributed as dist
 
     if not dist.get_backend().endswith("nccl"):
@@ -146,14 +187,15 @@ def _take_leave(store: Store) -> None:
     hosts = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     deadline = time.monotonic() + _FAREWELL_SECONDS
     with suppress(RuntimeError):
-        gone = store.add("gone", 1)
+        gone = store.add("gone", 0 if counted else 1)
         while hosts and gone < launched_size() and time.monotonic() < deadline:
             time.sleep(0.05)
             gone = store.add("gone", 0)
 
 
-def _lost_connection(error: BaseException) -> bool:
-    """Whether an error, or one of its causes, says that another process is gone."""
+def lost_connection(error: BaseException) -> bool:
+    """Whether an error, or one of its causes, says that another process is gone. Who looks at errors of a model's
+    forward must let these through: a sharded model talks to the others there."""
     from torch.distributed import DistError
 
     seen: BaseException | None = error

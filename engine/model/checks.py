@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from engine import distributed
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError
 from engine.model.diagnosis import first_difference
@@ -82,6 +83,8 @@ def _difference(policy: Policy, share_prompts: bool, seed: int) -> str | None:
     except UserError as error:
         return f"{name} cannot run on packs: {error}"
     except _MODEL_ERRORS as error:
+        if distributed.lost_connection(error):
+            raise
         words = str(error).strip().splitlines() or [""]
         return f"{name} cannot run on packs: {type(error).__name__} in {_innermost_module(error)}: {words[0]}"
 

@@ -14,6 +14,7 @@ from engine.config import build_config, to_yaml
 from engine.config.schema import ModelConfig
 from engine.errors import UserError
 from engine.model import load_policy, shard_policy
+from engine.model.checks import check_packing
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.loop import train
 from engine.train.optimizer import check_optimizer
@@ -71,6 +72,38 @@ def test_a_process_killed_in_a_checkpoint_leaves_none(values, tmp_path):
     train(build_config(values, "test"))
     whole = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("killed", "who"), [(0, "the first process"), (1, "a process")])
+def test_a_process_that_is_killed_ends_the_others_with_one_line(killed, who):
+    """The first one hosts the store in which processes agree on who speaks; it is lost with it."""
+    code = f"""
+import os, sys
+from engine import cli, distributed
+def work(arguments):
+    distributed.barrier()
+    if distributed.rank() == {killed}:
+        os.kill(os.getpid(), 9)
+    distributed.barrier()
+cli._run, distributed._FAREWELL_SECONDS = work, 0.5
+sys.exit(cli.main([]))
+"""
+    ended = launch([["-c", code]] * 2)
+    assert [process.code for process in ended] == [-9 if rank == killed else 2 for rank in range(2)]
+    (line,) = ended[1 - killed].err.splitlines()
+    assert line.startswith(f"error: {who} of this run ended")
+    assert "continue with --resume" in line
+
+
+def test_a_connection_lost_in_the_start_up_check_is_no_fault_of_the_model(tiny_model_dir, monkeypatch):
+    policy = load_policy(ModelConfig(model_name_or_path=str(tiny_model_dir)), device=torch.device("cpu"))
+
+    def lost(batch) -> None:
+        raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+
+    monkeypatch.setattr(policy, "logps", lost)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        check_packing(policy)
 
 
 def test_a_failure_after_the_joint_work_of_others_is_said_once(values, tmp_path, pairs_jsonl):

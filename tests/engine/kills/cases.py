@@ -20,6 +20,8 @@ class Case:
 
     command: str
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ranks: int = 1
+    """Processes."""
     own_store: bool = False
     """Whether every run starts with an empty reference store."""
     evaluates: bool = False
@@ -52,6 +54,26 @@ CASES = {
     ),
     "references": Case("train", {"packing": {"tokens_per_pack": 220}, "train": {"save_steps": 4}}, own_store=True),
     "precompute": Case("precompute", {"packing": {"tokens_per_pack": 220}}, own_store=True),
+    "sharded": Case(
+        "train",
+        {
+            "packing": {"tokens_per_pack": 220},
+            "model": {"dtype": "bfloat16"},
+            "train": {"save_steps": 1, "save_total_limit": 1},
+        },
+        ranks=2,
+        own_store=True,
+    ),
+    "sharded lora": Case(
+        "train",
+        {
+            "model": {"lora": {"r": 4, "dropout": 0.3}},
+            "train": {"save_steps": 2, "save_total_limit": 2, "eval_steps": 3, "report_to": ["tensorboard"]},
+        },
+        ranks=2,
+        evaluates=True,
+    ),
+    "divided": Case("precompute", {"packing": {"tokens_per_pack": 220}}, ranks=2, own_store=True),
 }
 
 

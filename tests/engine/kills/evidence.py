@@ -14,6 +14,7 @@ from engine.errors import UserError
 from engine.reference.shards import TEMPORARY_AGE_SECONDS, read_keys, read_values
 from engine.train.checkpoint import STATE_FILE, complete_checkpoints
 from engine.train.durable import MANIFEST, check_content
+from engine.train.sharded import FOLDER
 
 METRICS = "metrics.jsonl"
 PERF = "perf/"
@@ -57,6 +58,8 @@ def leavings(place: Path) -> dict[str, Any]:
             found[name] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
         elif path.name == STATE_FILE:
             found[name] = _timeless(json.loads(_placeless(path, place)))
+        elif path.parent.name == FOLDER:
+            found[name] = _shards(path)
         elif path.name != MANIFEST and not name.startswith("tensorboard/"):
             # A manifest is checked against the files; it has checksums of files that name the folder.
             found[name] = sha256(_placeless(path, place)).hexdigest()
@@ -65,6 +68,16 @@ def leavings(place: Path) -> dict[str, Any]:
     if (run / "tensorboard").is_dir():
         found["tensorboard"] = _scalars(run / "tensorboard")
     return found
+
+
+def _shards(path: Path) -> str:
+    """Checksum of a file of shards. The library writes the entries of its header in any order."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    notes = header["__metadata__"]
+    notes["DCP_SHARDING_INFO"] = json.loads(notes["DCP_SHARDING_INFO"])
+    return sha256(json.dumps(header, sort_keys=True).encode() + content[end:]).hexdigest()
 
 
 def _placeless(path: Path, place: Path) -> bytes:

@@ -5,7 +5,10 @@ the others at a random change of the file system while a shard, a checkpoint or 
 checkpoint deleted. After every kill, what the run had reported as durable must be there and whole; at the end, all
 that the run leaves must be equal, bit for bit, to what the same run leaves when nobody kills it.
 
-``make kill`` does it a hundred times; ``test_kills.py`` twelve times.
+A third of the runs are of two processes. One of them is killed, or both at once; the one that is left must end by
+itself and say why in one line, and the run is resumed on two processes: see ``together``.
+
+``make kill`` does it a hundred times; ``test_kills.py`` fourteen times.
 """
 
 from __future__ import annotations
@@ -29,11 +32,14 @@ from typing import Any
 from tests.engine.kills.cases import CASES, Case, write_config, write_inputs
 from tests.engine.kills.evidence import FaultError, InexactError, age_temporaries, compare, leavings, newest_checkpoint
 from tests.engine.kills.evidence import stored_values as read_store
+from tests.engine.kills.together import Strike, Team, check_survivors, joined_report, journal_path, output_path
 from tests.engine.kills.victim import DISK_PHASES, START, Job, Trap
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLS_OF_A_RUN = (1, 1, 1, 2, 2, 3)
 """Each run draws one of these."""
+Moment = Trap | float | Strike
+"""A process kills itself, is killed after some seconds, or either of these for one of several or for all of them."""
 _TRIES = 20
 
 
@@ -42,7 +48,7 @@ class Parent:
 
     def __init__(self) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        offline = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        offline = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.engine.kills.victim"],
             cwd=ROOT,
@@ -97,6 +103,10 @@ class Attempt:
     changes: dict[str, int]
     """Changes of the file system by phase."""
     output: str
+    opened: bool
+    """Whether it came as far as to open its run folder, after it had said where it continues."""
+    all_changes: list[dict[str, int]] = field(default_factory=list)
+    """Those of every process."""
 
 
 @dataclass
@@ -105,6 +115,8 @@ class Baseline:
 
     seconds: float
     changes: dict[str, int]
+    all_changes: list[dict[str, int]]
+    """Those of every process."""
     left: dict[str, Any]
     values: dict[str, str]
 
@@ -117,16 +129,20 @@ class Tally:
     runs: Counter[str] = field(default_factory=Counter)
     kills: Counter[str] = field(default_factory=Counter)
     """By phase."""
+    of_several: Counter[str] = field(default_factory=Counter)
+    """Those of runs of several processes, by who was killed."""
     lost: list[str] = field(default_factory=list)
     inexact: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def summary(self) -> str:
-        phases = ", ".join(f"{phase} {count}" for phase, count in sorted(self.kills.items()))
+        phases, several = (
+            ", ".join(f"{key} {count}" for key, count in sorted(c.items())) for c in (self.kills, self.of_several)
+        )
         return (
             f"{sum(self.runs.values())} runs, {sum(self.kills.values())} kills (seed {self.seed}) in "
             f"{self.seconds:.0f} s: {len(self.lost)} losses, {len(self.inexact)} inexact resumes; "
-            f"kills by phase: {phases}"
+            f"kills by phase: {phases}; of several processes: {several or 'none'}"
         )
 
 
@@ -148,17 +164,20 @@ class Harness:
 
     def start(self, case: Case, place: Path, *, resume: bool = False, **limits: Any) -> int:
         """Start the command of a case in ``place``, which has its configuration, with limits of a ``Job``."""
-        arguments = [case.command, str(place / "run.yaml"), *(["--resume"] if resume else [])]
-        return self.parent.start(Job(arguments, str(place / "journal"), str(place / "output"), **limits))
+        arguments = self._arguments(case, place, resume)
+        return self.parent.start(Job(arguments, str(journal_path(place, 0)), str(output_path(place, 0)), **limits))
+
+    def _arguments(self, case: Case, place: Path, resume: bool) -> list[str]:
+        return [case.command, str(place / "run.yaml"), *(["--resume"] if resume else [])]
 
     def finish(self, pid: int, place: Path, since: float) -> Attempt:
         """Wait for what ``start`` started and read what it reported."""
         code = self.parent.wait(pid)
         return self.report(place, code=code, seconds=time.monotonic() - since)
 
-    def report(self, place: Path, *, code: int = 0, seconds: float = 0.0) -> Attempt:
-        """What the last process that ran in ``place`` reported."""
-        lines = [json.loads(line) for line in (place / "journal").read_text().splitlines()]
+    def report(self, place: Path, rank: int = 0, *, code: int = 0, seconds: float = 0.0) -> Attempt:
+        """What the last process that ran in ``place`` reported, one of several or the only one."""
+        lines = [json.loads(line) for line in journal_path(place, rank).read_text().splitlines()]
         return Attempt(
             code,
             seconds,
@@ -166,16 +185,29 @@ class Harness:
             [line["saved"] for line in lines if "saved" in line],
             [key for line in lines for key in line.get("keys", ())],
             {line["left"]: line["changes"] for line in lines if "left" in line},
-            (place / "output").read_text(errors="replace"),
+            output_path(place, rank).read_text(errors="replace"),
+            any(line.get("phase") == "open" for line in lines),
         )
 
     def attempt(
-        self, case: Case, place: Path, moment: Trap | float | None = None, *, resume: bool = False, **limits: Any
+        self, case: Case, place: Path, moment: Moment | None = None, *, resume: bool = False, **limits: Any
     ) -> Attempt:
-        """Run the command; it is killed by a trap, or after some seconds, or not at all."""
+        """Run the command; it is killed by a trap, or after some seconds, or not at all.
+
+        Raises:
+            FaultError: a process did not end after the death of another one of its run, or not as it must.
+        """
         since = time.monotonic()
-        for name in ("journal", "output"):
-            (place / name).write_text("")
+        for rank in range(case.ranks):
+            for path in (journal_path(place, rank), output_path(place, rank)):
+                path.write_text("")
+        if case.ranks > 1:
+            assert not isinstance(moment, (Trap, float))
+            team = Team(self, place, self._arguments(case, place, resume), case.ranks, moment)
+            found = team.end()
+            check_survivors(team, found)
+            return Attempt(**joined_report(found))
+        assert not isinstance(moment, Strike)
         trap = moment if isinstance(moment, Trap) else None
         pid = self.start(case, place, resume=resume, trap=trap, **limits)
         if isinstance(moment, float):
@@ -193,7 +225,7 @@ class Harness:
                 self._succeed(CASES["evaluated"], self.folder / "filler")
             found = self._succeed(case, place)
             values = read_store(place / "store") if case.own_store else {}
-            self._baselines[name] = Baseline(found.seconds, found.changes, leavings(place), values)
+            self._baselines[name] = Baseline(found.seconds, found.changes, found.all_changes, leavings(place), values)
         return self._baselines[name]
 
     def _succeed(self, case: Case, place: Path) -> Attempt:
@@ -222,13 +254,21 @@ class Harness:
         self.tally.runs[name] += 1
         self.tally.seconds += time.monotonic() - begin
 
-    def draw(self, baseline: Baseline) -> Trap | float:
+    def draw(self, baseline: Baseline, case: Case) -> Moment:
         """A moment to kill at."""
+        if case.ranks == 1:
+            return self._draw_moment(baseline, baseline.changes)
+        # One of them, or all at once.
+        rank, everyone = self.random.randrange(case.ranks), self.random.random() < 1 / (1 + case.ranks)
+        agent = self.random.random() < 0.5
+        return Strike(rank, self._draw_moment(baseline, baseline.all_changes[rank], everyone), everyone, agent)
+
+    def _draw_moment(self, baseline: Baseline, changes: dict[str, int], everyone: bool = False) -> Trap | float:
         if self.random.random() < 0.5:
             return self.random.uniform(0.0, baseline.seconds)
-        phase = self.random.choice([phase for phase in DISK_PHASES if baseline.changes.get(phase)])
+        phase = self.random.choice([phase for phase in DISK_PHASES if changes.get(phase)])
         when = self.random.choice(("before", "after", "torn"))
-        return Trap(phase, self.random.randrange(baseline.changes[phase]), when)
+        return Trap(phase, self.random.randrange(changes[phase]), when, everyone)
 
 
 class _KilledRun:
@@ -268,13 +308,15 @@ class _KilledRun:
 
     def _is_killed(self, *, resume: bool) -> bool:
         """Run until a random moment; False when the run ended before it."""
-        moment = self.harness.draw(self.baseline)
+        moment = self.harness.draw(self.baseline, self.case)
         found = self.harness.attempt(self.case, self.place, moment, resume=resume)
         if found.code == 0:
             return False
         if found.code != -signal.SIGKILL:
             raise FaultError(f"a run ended by itself with code {found.code}: {found.output[-2000:]}")
         self.harness.tally.kills[found.phase] += 1
+        if isinstance(moment, Strike):
+            self.harness.tally.of_several[moment.who] += 1
         self.history.append(f"in phase {found.phase} by {moment}")
         self._check_reuse(found)
         self.saved |= set(found.saved)
@@ -300,7 +342,7 @@ class _KilledRun:
             raise FaultError(f"{len(again)} durable log-probs were computed again")
         started = re.search(r"continuing after step (\d+)", found.output)
         finished = "nothing is left to train" in found.output
-        if found.phase != START and not finished and (int(started[1]) if started else None) != self.newest:
+        if found.opened and not finished and (int(started[1]) if started else None) != self.newest:
             raise FaultError(f"continued after step {started and started[1]}, and {self.newest} was durable")
 
 

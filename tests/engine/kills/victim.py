@@ -15,6 +15,8 @@ import builtins
 import contextlib
 import ctypes
 import errno
+import faulthandler
+import gc
 import io
 import json
 import os
@@ -25,8 +27,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 START, STEPS = "start", "steps"
 DISK_PHASES = ("shard", "open", "checkpoint", "prune", "evaluation", "export")
@@ -45,6 +48,8 @@ class Trap:
     when: str
     """``before``, ``after``, or ``torn``: after half of the bytes, where bytes are written; else after. ``full`` kills
     nobody: from there on the disk takes no new file and no byte."""
+    everyone: bool = False
+    """Whether all processes of the run die, not this one alone."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,10 @@ class Job:
     """No file may become larger: the system refuses the write."""
     disk_bytes: int | None = None
     """The run folder is a disk of its own, of this size; what it held at the end is in the folder afterwards."""
+    environment: dict[str, str] | None = None
+    """Of one of several processes of a run: what torchrun would set."""
+    leader: int = 0
+    """The first of these processes, which leads their process group; 0 for itself."""
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -115,13 +124,17 @@ class Observer:
             self.full, here = True, False
         if self.full and call not in self.harmless:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        result = half() if here and half is not None and self.trap.when == "torn" else call(*arguments, **options)
+        if here and half is not None and self.trap.when == "torn":
+            return half()
+        result = call(*arguments, **options)
         if here:
             self.die()
         return result
 
     def die(self) -> None:
         self.journal.note(sprung=True)
+        if self.trap is not None and self.trap.everyone:
+            os.killpg(0, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def watch_file_system(self) -> None:
@@ -133,13 +146,17 @@ class Observer:
         write, open_file, open_descriptor = os.write, builtins.open, os.open
 
         def watched_write(descriptor: int, data: Any) -> int:
-            half = lambda: write(descriptor, bytes(data)[: len(data) // 2])  # noqa: E731
+            def half() -> None:
+                write(descriptor, bytes(data)[: len(data) // 2])
+                self.die()
+
             return self.change(write, descriptor, data, half=half)
 
         def watched_open(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
             if set("wax+").isdisjoint(mode):
                 return open_file(file, mode, *arguments, **options)
-            return self.change(open_file, file, mode, *arguments, **options)
+            torn = partial(self._open_torn, file, mode) if mode in ("w", "wb") else None
+            return self.change(open_file, file, mode, *arguments, half=torn, **options)
 
         def watched_open_descriptor(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
             if not flags & os.O_CREAT:
@@ -151,6 +168,19 @@ class Observer:
         builtins.open = io.open = watched_open
         self._watch_safetensors()
 
+    def _open_torn(self, file: Any, mode: str) -> Any:
+        """A file of which half is written when the process dies."""
+        die = self.die
+
+        class Torn(io.FileIO):
+            def write(self, data: Any) -> int:
+                super().write(bytes(data)[: len(data) // 2])
+                die()
+                return 0
+
+        binary = io.BufferedWriter(Torn(file, "w"))
+        return binary if mode == "wb" else io.TextIOWrapper(binary, encoding="utf-8")
+
     def _watch_safetensors(self) -> None:
         import safetensors.torch
 
@@ -160,6 +190,7 @@ class Observer:
             def half() -> None:
                 serialize(tensors, filename, *arguments, **options)
                 os.truncate(filename, os.path.getsize(filename) // 2)
+                self.die()
 
             self.change(serialize, tensors, filename, *arguments, half=half, **options)
 
@@ -186,6 +217,21 @@ class Observer:
         self._wrap(loop._Run, "_open", "open", None)
         self._wrap(loop._Run, "_steps", STEPS, None)
         self._wrap(loop._Run, "_final_evaluation", "evaluation", None)
+        self._watch_peers()
+
+    def _watch_peers(self) -> None:
+        from engine import distributed
+
+        # Nobody but the others of two processes waits for it.
+        distributed._FAREWELL_SECONDS = 1.0
+        join = distributed._join
+
+        def joined() -> Any:
+            store = join()
+            self.journal.note(joined=True)
+            return store
+
+        distributed._join = joined
 
     def _wrap(self, owner: Any, name: str, phase: str, durable: Callable[..., dict[str, Any]] | None) -> None:
         inner = getattr(owner, name)
@@ -207,6 +253,9 @@ def run(job: Job) -> int:
     descriptor = os.open(job.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    os.environ.update(job.environment or {})
+    # What a process that does not end is doing is seen by SIGABRT.
+    faulthandler.enable()
     observer.watch_phases()
     observer.watch_file_system()
     from engine import cli
@@ -259,6 +308,8 @@ def import_everything() -> None:
     """What a run imports late, too. No thread may be started: only the one that forks lives on in a child."""
     import pandas  # noqa: F401
     import peft  # noqa: F401
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -274,26 +325,41 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     import_everything()
+    # What is imported stays: no child looks through it again for what it could free.
+    gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
         if line.startswith("wait "):
             _, status = os.waitpid(int(line.split()[1]), 0)
             print(os.waitstatus_to_exitcode(status), flush=True)
             continue
+        job = Job.decode(line)
         child = os.fork()
         if child == 0:
-            code = 70
-            try:
-                code = run(Job.decode(line))
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+            live(job)
+        if job.environment is not None:
+            os.setpgid(child, job.leader or child)
         print(child, flush=True)
+
+
+def live(job: Job) -> NoReturn:
+    """The life of a child."""
+    code = 70
+    try:
+        if job.environment is not None:
+            os.setpgid(0, job.leader)
+        code = run(job)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if job.environment is not None:
+        # As any process does: threads of a process group may abort an interpreter that ends.
+        sys.exit(code)
+    os._exit(code)
 
 
 if __name__ == "__main__":
