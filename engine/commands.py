@@ -80,9 +80,12 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo precompute``"""
     config = load_config(options.config, overrides)
     from engine.data import load_rows
+    from engine.model.quantization import check_quantization
     from engine.reference import ReferenceStore, default_store_path, model_digest
     from engine.reference.columns import check_export_path, check_export_row
+    from engine.train.references import reference_model
 
+    check_quantization(reference_model(config))
     if options.export is not None and distributed.is_main():
         check_export_path(options.export)
         for row in islice(load_rows(config.data, split="train"), 1):

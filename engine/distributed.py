@@ -223,6 +223,15 @@ def broadcast(value: T) -> T:
     return values[0]
 
 
+def broadcast_bytes(tensor: Tensor) -> None:
+    """Overwrite a contiguous tensor, of any dtype and the same shape on every rank, with that of rank 0."""
+    import torch
+    import torch.distributed as dist
+
+    if size() > 1 and tensor.numel():
+        dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)
+
+
 def gather(value: T) -> list[T]:
     """What every rank passes, in the order of the ranks; pickled."""
     import torch.distributed as dist
@@ -279,6 +288,16 @@ def local_main_first(name: str) -> Iterator[None]:
         barrier()
     yield
     if waits and first:
+        barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let rank 0 go first; when it fails, the others do not start."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
         barrier()
 
 

@@ -34,6 +34,8 @@ from engine.model import (
     shard_policy,
 )
 from engine.model.adapters import ADAPTER_FILE
+from engine.model.load import shapes_alone
+from engine.model.quantization import check_quantization
 from engine.packing import Pack, build_batch, check_fits, group_costs, group_sizes, pack_groups
 from engine.train.durable import CONTINUE, write_atomically
 from engine.train.metrics import METRICS_FILE, PREFERENCE_NAMES
@@ -70,6 +72,7 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     Raises:
         UserError: no evaluation data, or a model that cannot be loaded.
     """
+    check_quantization(config.model)
     if model_path is not None:
         check_folder(model_path, "--model ")
     tokenizer = load_tokenizer(config.model)
@@ -77,10 +80,12 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     _check_fits(dataset, config)
     device = resolve_device()
     policy = load_policy(config.model, device=device)
-    trained = policy if model_path is None else load_trained(config.model, policy, model_path, device)
-    # Adapters are in place: they are sharded with their layers.
+    is_adapter = model_path is not None and (Path(model_path) / ADAPTER_FILE).exists()
+    if model_path is not None and is_adapter:
+        # Before the layers are sharded that it is in.
+        put_adapter(policy, model_path)
     policy = shard_policy(policy, device)
-    trained = policy if trained is policy else shard_policy(trained, device)
+    trained = policy if model_path is None or is_adapter else load_trained(config.model, model_path, device)
     check_packing(policy, share_prompts=config.packing.share_prompts)
     check_dataset(policy, dataset)
     check_dataset(trained, dataset)
@@ -95,20 +100,30 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     return values
 
 
-def load_trained(model: ModelConfig, base: Policy, model_path: str, device: torch.device) -> Policy:
-    """The model at ``model_path``: an adapter is put on ``base``, whatever ``model`` says; a full model replaces it.
+def put_adapter(base: Policy, model_path: str) -> None:
+    """Put the adapter in folder ``model_path`` on a policy that is not sharded yet, whatever adapters that has.
 
     Raises:
-        UserError: the model cannot be loaded, or the adapter does not fit the base.
+        UserError: the adapter does not fit the base.
     """
     try:
-        if (Path(model_path) / ADAPTER_FILE).exists():
+        with shapes_alone():
             load_adapter(base, Path(model_path))
-            return base
-        if base.has_adapter:
-            log.info("%s is a full model: the adapters and quantization of model are not applied", model_path)
-        full = replace(full_model(model), model_name_or_path=model_path, revision=None)
-        return load_policy(full, device=device)
+    except UserError as error:
+        raise UserError(f"--model {model_path}: {error}") from error
+
+
+def load_trained(model: ModelConfig, model_path: str, device: torch.device) -> Policy:
+    """The full model at ``model_path``, sharded; ``model`` says how it is held, but for its adapters and quantization.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    if model.trains_adapter:
+        log.info("%s is a full model: the adapters and quantization of model are not applied", model_path)
+    full = replace(full_model(model), model_name_or_path=model_path, revision=None)
+    try:
+        return shard_policy(load_policy(full, device=device), device)
     except UserError as error:
         raise UserError(f"--model {model_path}: {error}") from error
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from engine import distributed
 from engine.config.schema import ModelConfig
 from engine.errors import UserError
 from engine.model.adapters import FROZEN, add_lora, continue_adapter
-from engine.model.attention import choose_backend, register_backends
+from engine.model.attention import Backend, choose_backend, register_backends
 from engine.model.policy import Policy
-from engine.model.quantization import quantization_arguments, use_one_product
+from engine.model.quantization import check_quantization, quantization_arguments, use_one_product
 from engine.model.sources import check_folder, first_line, hide_weight_bars, hub_options, not_found
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -67,7 +69,8 @@ def load_policy(
     Trained parameters are float32. With adapters the frozen base is held in the compute dtype, or quantised. Dropout is
     disabled everywhere: policy and reference must be the same function before the first step.
 
-    One of several processes holds it on the CPU, until ``shard_policy`` spreads it over their devices.
+    Of several processes, rank 0 holds it on the CPU and the others have its shapes, until ``shard_policy`` spreads it
+    over their devices.
 
     Args:
         empty: build the model from its config, and leave it where it is built: for shapes alone, or for speed.
@@ -76,51 +79,34 @@ def load_policy(
     Raises:
         UserError: the model cannot be loaded or lacks what packs need.
     """
-    from transformers import AutoModelForCausalLM
+    check_quantization(model)
+    backend = choose_backend(model.attention, device, DTYPES[model.dtype])
+    with distributed.main_first(), shapes_alone():
+        return _load(
+            model,
+            device=device if distributed.size() == 1 else torch.device("cpu"),
+            backend=backend,
+            gradient_checkpointing=gradient_checkpointing,
+            empty=empty or not distributed.is_main(),
+            layers=layers,
+        )
 
-    register_backends()
-    compute_dtype = DTYPES[model.dtype]
-    backend = choose_backend(model.attention, device, compute_dtype)
-    check_folder(model.model_name_or_path, "model.model_name_or_path=")
-    options = hub_options(model.model_name_or_path, "model.model_name_or_path=")
-    if model.quantization:
-        options |= quantization_arguments(model.quantization, device, compute_dtype)
-    if empty:
-        options["layers"] = layers
-    hide_weight_bars()
-    try:
-        read: Any = _from_config if empty else AutoModelForCausalLM.from_pretrained
-        with distributed.local_main_first(model.model_name_or_path):
-            causal_lm = read(
-                model.model_name_or_path,
-                revision=model.revision,
-                trust_remote_code=model.trust_remote_code,
-                dtype=compute_dtype if model.trains_adapter or model.quantization else torch.float32,
-                attn_implementation=backend.implementation,
-                **options,
-            )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if backend.implementation in str(error):
-            raise UserError(
-                f"model.model_name_or_path={model.model_name_or_path} cannot run on packs: its model does not use "
-                "transformers' AttentionInterface; choose a family that docs/conformance.md lists as equal"
-            ) from error
-        if not Path(model.model_name_or_path).is_dir():
-            raise not_found(f"model.model_name_or_path={model.model_name_or_path}", error) from error
-        raise UserError(
-            f"model.model_name_or_path={model.model_name_or_path} does not load as a causal language model: "
-            f"{first_line(error)}"
-        ) from error
-    if getattr(causal_lm.config.get_text_config(), "output_router_logits", False):
-        raise UserError(
-            f"model.model_name_or_path={model.model_name_or_path}: its config sets output_router_logits, "
-            "which asks for an auxiliary router loss that packs do not compute; set it to false in config.json"
-        )
-    if getattr(causal_lm, "_hf_peft_config_loaded", False):
-        raise UserError(
-            f"model.model_name_or_path={model.model_name_or_path} is an adapter, not a model: give the base model here "
-            "and the adapter in model.adapter_name_or_path, or merge it into its base with peft's merge_and_unload"
-        )
+
+def shapes_alone() -> AbstractContextManager[Any]:
+    """What is built inside has no data on the processes that get theirs from rank 0."""
+    return nullcontext() if distributed.is_main() else torch.device("meta")
+
+
+def _load(
+    model: ModelConfig,
+    *,
+    device: torch.device,
+    backend: Backend,
+    gradient_checkpointing: bool,
+    empty: bool,
+    layers: int | None,
+) -> Policy:
+    causal_lm = _read_causal_lm(model, device, backend, empty, layers)
     disabled = disable_dropout(causal_lm)
     if model.quantization:
         use_one_product(causal_lm)
@@ -136,11 +122,10 @@ def load_policy(
         policy_model = add_lora(causal_lm, model.lora)
     elif model.adapter_name_or_path:
         policy_model = continue_adapter(causal_lm, model.adapter_name_or_path, empty=empty)
-    held = device if distributed.size() == 1 else torch.device("cpu")
     policy = Policy(
-        policy_model if empty else policy_model.to(held),
+        policy_model if empty else policy_model.to(device),
         backend=backend,
-        compute_dtype=compute_dtype,
+        compute_dtype=DTYPES[model.dtype],
         reference_adapter=FROZEN if model.adapter_name_or_path else None,
     )
     policy.disabled_dropouts = disabled
@@ -148,19 +133,73 @@ def load_policy(
     return policy
 
 
+def _read_causal_lm(model: ModelConfig, device: torch.device, backend: Backend, empty: bool, layers: int | None) -> Any:
+    """The transformers model, with its weights unless ``empty``."""
+    from transformers import AutoModelForCausalLM
+
+    register_backends()
+    compute_dtype = DTYPES[model.dtype]
+    source = f"model.model_name_or_path={model.model_name_or_path}"
+    check_folder(model.model_name_or_path, "model.model_name_or_path=")
+    options = hub_options(model.model_name_or_path, "model.model_name_or_path=")
+    if model.quantization:
+        options |= quantization_arguments(model.quantization, device, compute_dtype)
+    if empty:
+        options["layers"] = layers
+    hide_weight_bars()
+    try:
+        read: Any = _from_config if empty else AutoModelForCausalLM.from_pretrained
+        causal_lm = read(
+            model.model_name_or_path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=compute_dtype if model.trains_adapter or model.quantization else torch.float32,
+            attn_implementation=backend.implementation,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if backend.implementation in str(error):
+            raise UserError(
+                f"{source} cannot run on packs: its model does not use transformers' AttentionInterface; "
+                "choose a family that docs/conformance.md lists as equal"
+            ) from error
+        if not Path(model.model_name_or_path).is_dir():
+            raise not_found(source, error) from error
+        raise UserError(f"{source} does not load as a causal language model: {first_line(error)}") from error
+    if getattr(causal_lm.config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            f"{source}: its config sets output_router_logits, which asks for an auxiliary router loss that packs do "
+            "not compute; set it to false in config.json"
+        )
+    if getattr(causal_lm, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"{source} is an adapter, not a model: give the base model here and the adapter in "
+            "model.adapter_name_or_path, or merge it into its base with peft's merge_and_unload"
+        )
+    return causal_lm
+
+
 def _from_config(
-    name: str, *, revision: str | None, trust_remote_code: bool, layers: int | None, **kwargs: Any
+    name: str,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    layers: int | None,
+    local_files_only: bool = False,
+    **kwargs: Any,
 ) -> nn.Module:
     """As ``from_pretrained``, with the initial weights of the architecture."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=local_files_only
+    )
     if layers is not None:
         text = config.get_text_config()
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
         text.num_hidden_layers = layers
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **kwargs)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **kwargs).eval()
 
 
 def disable_dropout(model: nn.Module) -> int:

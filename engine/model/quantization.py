@@ -8,8 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.config.schema import Quantization
+from engine import distributed
+from engine.config.schema import ModelConfig, Quantization
 from engine.errors import UserError
+
+
+def check_quantization(model: ModelConfig) -> None:
+    """Raise a ``UserError`` when several processes would train or score on a quantised base."""
+    if model.quantization and distributed.size() > 1:
+        raise UserError(
+            f"model.quantization={model.quantization} runs in one process: quantised weights cannot be sharded; set it "
+            "to null, the weights are spread over the processes"
+        )
 
 
 def quantization_arguments(kind: Quantization, device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:

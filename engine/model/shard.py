@@ -1,18 +1,21 @@
 """FSDP2: the parameters of a policy spread over the processes of a run.
 
-Each transformer block is one unit, gathered around its forward and its backward. Embedding and head are a unit each,
+Each transformer block is one unit, gathered around its own forward and backward. Embedding and head are a unit each,
 the head gathered around the loss alone, which runs in a forward method of the head; tied, they stay with the rest of
 the model. Gradients are summed, not averaged: the loss of a step is already divided by its pairs over all ranks. They
 are summed after every pack, since to keep a whole model's gradients on every rank would undo the sharding.
+
+Rank 0 alone reads the weights. Unit by unit they go to all processes, each of which then keeps its share: none of the
+others ever holds more than its shares and one unit. What is in a module beside its parameters comes from rank 0, too.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine import distributed
 from engine.errors import UserError
@@ -20,13 +23,17 @@ from engine.model.policy import Policy
 
 
 def shard_policy(policy: Policy, device: torch.device) -> Policy:
-    """Spread a policy that every process holds whole, on the CPU, over ``device`` of each; alone, leave it as it is."""
+    """Spread a policy, of which rank 0 has the weights, over ``device`` of every process; alone, leave it as it is.
+
+    Raises:
+        UserError: the weights cannot be spread.
+    """
     if distributed.size() == 1:
         return policy
     if getattr(policy.causal_lm, "hf_quantizer", None) is not None:
         raise UserError(
-            "model.quantization runs in one process: quantised weights cannot be sharded; set it to null, the weights "
-            "are spread over the processes"
+            f"{type(policy.causal_lm).__name__}: its weights are stored quantised, and such weights cannot be sharded; "
+            "train in one process, or give a model in bfloat16 or float32"
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -34,8 +41,14 @@ def shard_policy(policy: Policy, device: torch.device) -> Policy:
     mesh = init_device_mesh(device.type, (distributed.size(),))
     # Parameters are gathered as they are kept, and cast where autocast casts them in one process: the same numbers.
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    # Outside a pass everything lies sharded, the root too: optimizer, checkpoints and digests read it there.
-    shard = partial(fully_shard, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+
+    def shard(unit: nn.Module) -> None:
+        _fill(unit, "_parameters", device)
+        # Outside a pass everything lies sharded, the root too: optimizer, checkpoints and digests read it there.
+        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+
+    _take_layout(policy)
+    _fill(policy, "_buffers", device)
     for block in transformer_blocks(policy.causal_lm):
         shard(block)
     model: Any = policy.causal_lm
@@ -60,3 +73,79 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The layers that transformers itself never splits over devices, innermost first."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names][::-1]
+
+
+class _Layout(NamedTuple):
+    """What a parameter or buffer is, without its values."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    requires_grad: bool
+    owner: str
+    """The first name of the same tensor: tied weights have one."""
+
+
+def _take_layout(policy: Policy) -> None:
+    """Give the shapes of this process the dtypes and ties that rank 0 found in the weights.
+
+    Raises:
+        UserError: the config describes other shapes than the weights have.
+    """
+    own = _layout(policy)
+    told = distributed.broadcast(own)
+    different = [name for name in {**told, **own} if name not in own or name not in told]
+    different += [name for name in told if name not in different and told[name].shape != own[name].shape]
+    if different:
+        raise UserError(
+            f"{type(policy.causal_lm).__name__}: the weights do not have the shapes that the config of the model "
+            f"describes ({different[0]}); train in one process, or correct its config.json"
+        )
+    if distributed.is_main():
+        return
+    made: dict[str, Tensor] = {}
+    for name, tensors, key in _tensors(policy):
+        is_parameter, layout = isinstance(tensors[key], nn.Parameter), told[name]
+        if layout.owner not in made:
+            empty = torch.empty(layout.shape, dtype=layout.dtype, device="meta")
+            made[layout.owner] = nn.Parameter(empty, layout.requires_grad) if is_parameter else empty
+        tensors[key] = made[layout.owner]
+
+
+def _layout(policy: Policy) -> dict[str, _Layout]:
+    owners: dict[int, str] = {}
+    return {
+        name: _Layout(tensor.shape, tensor.dtype, tensor.requires_grad, owners.setdefault(id(tensor), name))
+        for name, tensors, key in _tensors(policy)
+        if (tensor := tensors[key]) is not None
+    }
+
+
+def _tensors(policy: Policy) -> Iterator[tuple[str, dict[str, Tensor | None], str]]:
+    """Every parameter and buffer: its name, and where it is kept."""
+    for prefix, module in policy.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    yield f"{prefix}.{key}", tensors, key  # type: ignore[misc]
+
+
+def _fill(unit: nn.Module, kind: Literal["_parameters", "_buffers"], device: torch.device) -> None:
+    """Bring what rank 0 has of the tensors in ``unit`` that are not sharded yet to ``device`` of every process."""
+    filled: dict[int, Tensor] = {}
+    for module in unit.modules():
+        tensors = getattr(module, kind)
+        for key, tensor in tensors.items():
+            if tensor is None or hasattr(tensor, "device_mesh"):
+                continue
+            if id(tensor) not in filled:
+                filled[id(tensor)] = _from_main(tensor, device)
+            tensors[key] = filled[id(tensor)]
+
+
+def _from_main(tensor: Tensor, device: torch.device) -> Tensor:
+    if distributed.is_main():
+        values = tensor.detach().to(device).contiguous()
+    else:
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    distributed.broadcast_bytes(values)
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values

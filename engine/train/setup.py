@@ -29,7 +29,7 @@ from engine.model import (
     resolve_device,
     shard_policy,
 )
-from engine.model.quantization import num_weights
+from engine.model.quantization import check_quantization, num_weights
 from engine.packing import PlanSummary, check_fits, summarize_plan
 from engine.reference import weights_digest
 from engine.train.durable import write_atomically
@@ -77,6 +77,7 @@ def check_settings(config: RunConfig) -> None:
     """
     check_schedule_name(config.optim.lr_scheduler_type)
     check_optimizer(config.optim.optimizer)
+    check_quantization(config.model)
     check_trackers(config.train.report_to)
     if config.optim.lr_scheduler_type in METRIC_SCHEDULES and config.train.eval_steps is None:
         raise UserError(f"optim.lr_scheduler_type {config.optim.lr_scheduler_type} needs train.eval_steps")

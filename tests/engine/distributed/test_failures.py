@@ -121,11 +121,51 @@ def test_optimizers_of_one_process_are_refused(name, monkeypatch):
         check_optimizer(name)
 
 
-def test_a_quantised_model_is_refused(tiny_model_dir, monkeypatch):
+def test_what_runs_in_one_process_is_refused_before_anything_is_read(values, tmp_path):
+    values["model"] |= {"quantization": "nf4", "lora": {"r": 4}}
+    values["data"]["dataset_name"] = values["model"]["model_name_or_path"] = "/nowhere"
+    ended = launch([command(values, tmp_path, "train")] * 2)
+    (line,) = error_lines(ended)
+    assert line.startswith("error: model.quantization=nf4 runs in one process: ")
+    assert [process.code for process in ended] == [2, 2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_the_first_process_cannot_read_end_all(values, tmp_path, tiny_model_dir):
+    shutil.copytree(tiny_model_dir, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"no weights")
+    values["model"]["model_name_or_path"] = str(tmp_path / "damaged")
+    ended = launch([command(values, tmp_path, "train")] * 2)
+    (line,) = error_lines(ended)
+    assert "damaged does not load as a causal language model" in line
+    assert [process.code for process in ended] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("train", "model.quantization", "nf4"),
+        ("train", "optim.optimizer", "adamw_8bit"),
+        ("precompute", "model.quantization", "nf4"),
+        ("evaluate", "model.quantization", "nf4"),
+    ],
+)
+def test_every_command_refuses_it_first(name, key, value, values, tmp_path, monkeypatch, capsys):
+    values["model"] |= {"model_name_or_path": "/nowhere", "lora": {"r": 4}}
+    values["data"]["dataset_name"] = "/nowhere"
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "broadcast", lambda found: found)
+    arguments = command(values, tmp_path, name)[2:]
+    assert cli.main([*arguments, f"--{key}", value]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {key}={value} runs in one process: ")
+
+
+def test_a_model_that_is_stored_quantised_is_refused(tiny_model_dir, monkeypatch):
     policy = load_policy(ModelConfig(model_name_or_path=str(tiny_model_dir)), device=torch.device("cpu"))
     policy.causal_lm.hf_quantizer = object()
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    with pytest.raises(UserError, match=r"model\.quantization runs in one process"):
+    with pytest.raises(UserError, match="LlamaForCausalLM: its weights are stored quantised"):
         shard_policy(policy, torch.device("cpu"))
 
 

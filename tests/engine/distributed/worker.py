@@ -14,9 +14,12 @@ import torch
 from engine import distributed
 from engine.config import build_config
 from engine.evaluate import evaluate
+from engine.model import Policy, load_policy, shard_policy
+from engine.reference import weights_digest
 from engine.train import loop, setup, sharded
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.setup import prepare
+from engine.train.throughput import peak_memory_gib
 
 
 def gradients(config, output: str) -> None:
@@ -27,6 +30,23 @@ def gradients(config, output: str) -> None:
     run.objective.backward(run.policy, step)
     grads = {n: distributed.full_tensor(p.grad) for n, p in run.policy.model.named_parameters() if p.grad is not None}
     torch.save(grads, f"{output}.{distributed.rank()}")
+
+
+def spread(config, output: str) -> None:
+    """Load a model and spread it; write what it is then, and by how much the peak of resident memory rose, in bytes.
+
+    The digest covers parameters and those buffers that are stored with a model.
+    """
+    cpu = torch.device("cpu")
+    before = peak_memory_gib(cpu)
+    policy = shard_policy(load_policy(config.model, device=cpu), cpu)
+    rise = (peak_memory_gib(cpu) - before) * 2**30
+    found = {"rise": rise, "digest": weights_digest(policy), "buffers": buffer_values(policy)}
+    Path(f"{output}.{distributed.rank()}").write_text(json.dumps(found))
+
+
+def buffer_values(policy: Policy) -> dict[str, list]:
+    return {name: buffer.tolist() for name, buffer in policy.model.named_buffers()}
 
 
 def die_in_save(config) -> None:
@@ -59,6 +79,8 @@ def run_job(job: dict) -> None:
         loop.train(config, resume=job["resume"])
     elif job["kind"] == "gradients":
         gradients(config, job["output"])
+    elif job["kind"] == "spread":
+        spread(config, job["output"])
     elif job["kind"] == "interrupt":
         interrupt(job["source"], job["target"])
     elif job["kind"] == "evaluate":
