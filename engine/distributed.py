@@ -95,7 +95,8 @@ def process_group() -> Iterator[None]:
             # Inside, since others may fail while this process waits for them.
             barrier()
     except BaseException as error:
-        first, lost = _claim_failure(store), lost_connection(error)
+        first = False if isinstance(error, PeerFailure) else _claim_failure(store)
+        lost = lost_connection(error)
         _take_leave(store, counted=ear.heard)
         if first is False or (lost and ear.heard):
             raise PeerFailure(str(error)) from error

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,21 @@ def save_checkpoint(
     if distributed.is_main():
         write_folder(path, fill)
     else:
-        with disk_errors(path):
+        with disk_errors(path), _removed_by_first(temporary_path(path)):
             fill(temporary_path(path))
     distributed.barrier()
     return path
+
+
+@contextmanager
+def _removed_by_first(folder: Path) -> Iterator[None]:
+    """The first process removes ``folder`` when it fails; what others then miss in it is not the fault."""
+    try:
+        yield
+    except Exception as error:
+        if folder.exists():
+            raise
+        raise distributed.PeerFailure(f"{folder} was removed by the first process") from error
 
 
 def is_sharded(state: Mapping[str, Any]) -> bool:

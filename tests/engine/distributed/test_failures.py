@@ -74,6 +74,14 @@ def test_a_process_killed_in_a_checkpoint_leaves_none(values, tmp_path):
     assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
+def test_a_folder_that_the_first_process_gave_up_is_no_fault_of_another(values, tmp_path):
+    first, other = run_jobs(tmp_path, 2, [{"kind": "full disk", "config": values}])
+    assert "UserError: cannot write " in first.err.splitlines()[-1]
+    assert "no space left on the disk" in first.err.splitlines()[-1]
+    assert "PeerFailure" in other.err.splitlines()[-1]
+    assert complete_checkpoints(tmp_path / "run") == []
+
+
 @pytest.mark.parametrize(("killed", "who"), [(0, "the first process"), (1, "a process")])
 def test_a_process_that_is_killed_ends_the_others_with_one_line(killed, who):
     """The first one hosts the store in which processes agree on who speaks; it is lost with it."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from engine.config import build_config
 from engine.evaluate import evaluate
 from engine.model import Policy, load_policy, shard_policy
 from engine.reference import weights_digest
-from engine.train import loop, setup, sharded
+from engine.train import checkpoint, loop, setup, sharded
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.setup import prepare
 from engine.train.throughput import peak_memory_gib
@@ -63,6 +65,21 @@ def die_in_save(config) -> None:
     loop.train(config)
 
 
+def fill_disk_in_save(config) -> None:
+    """Train until the disk of rank 0 is full when its checkpoint begins; rank 1 is late and finds no folder."""
+    save_file = checkpoint.save_file
+
+    def full(tensors, path) -> None:
+        if distributed.rank() == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        while path.parent.exists():
+            time.sleep(0.01)
+        save_file(tensors, path)
+
+    checkpoint.save_file = full
+    loop.train(config)
+
+
 def interrupt(source: str, target: str) -> None:
     """Make ``target`` what the run ``source`` was when its first checkpoint was done."""
     if distributed.is_main():
@@ -86,6 +103,8 @@ def run_job(job: dict) -> None:
     elif job["kind"] == "evaluate":
         values = evaluate(config, job["model"])
         Path(f"{job['output']}.{distributed.rank()}").write_text(json.dumps(values))
+    elif job["kind"] == "full disk":
+        fill_disk_in_save(config)
     else:
         die_in_save(config)
 
