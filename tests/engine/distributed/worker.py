@@ -66,8 +66,8 @@ def die_in_save(config) -> None:
 
 
 def fill_disk_in_save(config) -> None:
-    """Train until the disk of rank 0 is full when its checkpoint begins; rank 1 is late and finds no folder."""
-    save_file = checkpoint.save_file
+    """Train until the disk of rank 0 is full when its checkpoint begins; rank 1 finds no folder, and fails earlier."""
+    save_file, claim_failure = checkpoint.save_file, distributed._claim_failure
 
     def full(tensors, path) -> None:
         if distributed.rank() == 0:
@@ -76,7 +76,11 @@ def fill_disk_in_save(config) -> None:
             time.sleep(0.01)
         save_file(tensors, path)
 
-    checkpoint.save_file = full
+    def late(store) -> bool | None:
+        time.sleep(1.0 if distributed.rank() == 0 else 0.0)
+        return claim_failure(store)
+
+    checkpoint.save_file, distributed._claim_failure = full, late
     loop.train(config)
 
 
