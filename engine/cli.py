@@ -23,7 +23,7 @@ _COMMANDS = {
     "demo": "train a tiny model from nothing, offline, in a few minutes",
     "init": "write a commented configuration file, or convert one of TRL",
     "check": "read the data and name every problem in it by row",
-    "plan": "count packs, steps, padding and what sharing prompts saves, without a model",
+    "plan": "count packs, steps, padding and what sharing prompts saves; forecast memory and time",
     "precompute": "compute and store the reference log-probs that are not stored yet",
     "train": "train a model on preference pairs",
     "evaluate": "compute loss, rewards and accuracy on the evaluation split",

@@ -30,6 +30,8 @@ _LISTEN_SECONDS = 1.0
 _LOST = "a process of this run ended without a message (killed, or out of memory?)"
 _LOST_HOST = "the first process of this run ended; if it gave no reason, it was killed (out of memory?)"
 
+_LATE = "this process has waited too long for another one, which reads a model or data slowly, or hangs"
+
 
 class PeerFailure(Exception):  # noqa: N818
     """The run ends because of another process, which has said why. To be ended with, not to be shown."""
@@ -101,7 +103,7 @@ def process_group() -> Iterator[None]:
         if first is False or (lost and ear.heard):
             raise PeerFailure(str(error)) from error
         if lost:
-            what = _LOST if first else _LOST_HOST
+            what = _LATE if _timed_out(error) else _LOST if first else _LOST_HOST
             raise UserError(f"{what}: look at its machine's log, then continue with --resume") from error
         raise
     # Sharded modules hold the groups in cycles. Freed when the interpreter ends, their threads abort the process.
@@ -205,6 +207,13 @@ def lost_connection(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def _timed_out(error: BaseException) -> bool:
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    return any("Timed out waiting" in str(cause) for cause in causes)
 
 
 def barrier() -> None:

@@ -15,7 +15,9 @@ DISK_ERRORS = {
     errno.ENOTDIR: "a part of the path is not a folder",
     errno.EIO: "the disk reported an input/output error",
 }
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FIRST = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space or ") | dict.fromkeys(
+    (errno.EROFS, errno.EACCES, errno.EPERM), "check owner and mode or "
+)
 
 
 class UserError(Exception):
@@ -47,5 +49,4 @@ def disk_error(error: BaseException) -> tuple[str, str] | None:
         number = next((n for n in DISK_ERRORS if f"os error {n})" in text or f"[Errno {n}]" in text), None)
     if number is None:
         return None
-    first = "free space" if number in _FULL else "check owner and mode"
-    return DISK_ERRORS[number], f"{first} or choose another place"
+    return DISK_ERRORS[number], f"{_FIRST.get(number, '')}choose another place"

@@ -14,7 +14,7 @@ import yaml
 
 from engine.config.fields import nearest, show
 from engine.config.load import build_config, read_yaml, to_dict
-from engine.config.trl_file import TrlFile, plain_keys
+from engine.config.trl_file import TrlFile
 from engine.config.trl_keys import CONVERTED, NEW_RESULT, SAME_RESULT
 from engine.errors import UserError
 
@@ -27,7 +27,6 @@ _SAME_OPTIMIZER = {
 }  # fmt: skip
 _ATTENTION = {"flash_attention_2": "flash", "sdpa": "sdpa"}
 _SMOOTHED_IN_TRL = {"exo_pair", "robust", "aot", "aot_unpaired"}
-_KNOWN = {*SAME_RESULT, *NEW_RESULT, *CONVERTED}
 _REQUIRED = {"model": "model_name_or_path", "data": "dataset_name"}
 
 Effect = Literal["same", "new"]
@@ -84,7 +83,7 @@ def convert_trl(path: str | Path, *, num_processes: int | None = None) -> Conver
     trl, _ = read_yaml(path)
     if isinstance(trl.get("model"), dict) or isinstance(trl.get("data"), dict):
         raise UserError(f"{path}: has the sections of a run configuration already; nothing to convert")
-    converter = _Converter(TrlFile(str(path), plain_keys(trl, _KNOWN)))
+    converter = _Converter(TrlFile(str(path), {str(k): v for k, v in trl.items()}))
     converter.run(num_processes)
     # required keys may come from the command line
     complete = {name: dict(section) for name, section in converter.result.values.items()}
@@ -367,6 +366,7 @@ class _Converter:
             self._same("eval_strategy", f"{strategy}: evaluated once, after training; set train.eval_steps for more")
 
     def _rest(self) -> None:
+        known = sorted({*SAME_RESULT, *NEW_RESULT, *CONVERTED})
         for key, value in self.trl.keys.items():
             harmless, reason = NEW_RESULT.get(key, ((), ""))
             if key in SAME_RESULT:
@@ -376,7 +376,7 @@ class _Converter:
             elif key in NEW_RESULT:
                 self._new(key, reason)
             else:
-                close = nearest(key, sorted(_KNOWN))
+                close = nearest(key, known)
                 self._new(key, "not a key of TRL 1.16; dropped" + (f" (did you mean {close}?)" if close else ""))
 
     def _put(self, section: str, key: str, value: Any, old: str) -> None:

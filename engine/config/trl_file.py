@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
 from typing import Any
 
 from engine.config.fields import show
 from engine.errors import UserError
-
-
-def plain_keys(keys: Mapping[Any, Any], known: Collection[str]) -> dict[str, Any]:
-    """The keys of a file; ``no_KEY: true``, as TRL's command line writes it, becomes ``KEY: false``."""
-    found: dict[str, Any] = {}
-    for key, value in ((str(k), v) for k, v in keys.items()):
-        bare = key.removeprefix("no_")
-        if key not in known and bare in known and isinstance(value, bool):
-            found[bare] = not value
-        else:
-            found[key] = value
-    return found
 
 
 class TrlFile:

@@ -24,7 +24,9 @@ _NOTES = {
     "hh": " whose turns begin with '\\n\\nHuman:' and '\\n\\nAssistant:', as in Anthropic HH",
 }
 _NEAR = 0.8
-"""Likeness, of 1, from which a name is taken for a misspelt one."""
+"""Likeness, of 1, from which a name may be a misspelt one."""
+_SAME = 0.9
+"""From which it can hardly be anything else: prompts and promt, not promptId."""
 
 
 def detect_format(row: Row) -> str:
@@ -58,7 +60,7 @@ def _refuse_misspelt_prompt(row: Row) -> None:
     """A prompt column is optional, so one that is misspelt would go unnoticed."""
     for name in map(str, row.data):
         # Names such as prompt_id are columns of their own.
-        if name.isalpha() and difflib.get_close_matches(name.lower(), ["prompt"], cutoff=_NEAR):
+        if name.isalpha() and difflib.get_close_matches(name.lower(), ["prompt"], cutoff=_SAME):
             raise RowError(
                 "missing_column",
                 f"{row.where}: column {name!r} is not read (is it meant to be prompt?); rename it, or set "

@@ -1,8 +1,8 @@
 """How fast this machine trains a model, tried out: real steps on its first layers, with random weights.
 
 A pack takes time for what does not depend on depth (embedding, head, loss) and for each layer. One layer and two give
-both. A pack of the plan is cut to what takes about a second, and models are left alone whose first layers would take
-much of the memory that is free.
+both, where all layers but the first are alike. A pack of the plan is cut to what takes about a second, and models are
+left alone whose first layers would take much of the memory that is free.
 """
 
 from __future__ import annotations
@@ -60,13 +60,18 @@ def try_out(
 
     Raises:
         MemoryError: the first layers would take too much of what is free.
+        ValueError: layers differ in size, or the machine was too busy to tell one layer from two.
         Exception: whatever a model raises that cannot be built with fewer layers.
     """
-    depth = _num_layers(config, device)
-    tried = (1, 2) if depth > 1 else (1,)
     with torch.device("meta"):
-        largest = _policy(config, device, tried[-1])
-    needed, free = _BYTES_PER_WEIGHT * sum(p.numel() for p in largest.parameters()), _free_bytes(device)
+        whole = _policy(config, device, None)
+        depth = whole.config.get_text_config().num_hidden_layers
+        tried = (1, 2) if depth > 1 else (1,)
+        *_, largest = shallow = [_policy(config, device, layers) for layers in tried]
+    sizes = [sum(p.numel() for p in policy.parameters()) for policy in (*shallow, whole)]
+    if sizes[-1] != sizes[0] + (depth - 1) * (sizes[-2] - sizes[0]):
+        raise ValueError("the later layers are not like the second one")
+    needed, free = _BYTES_PER_WEIGHT * sizes[-2], _free_bytes(device)
     if needed > _MEMORY_SHARE * free:
         raise MemoryError(f"two layers would take {needed / 2**30:.1f} of {free / 2**30:.1f} GiB that are free")
     share, first_layers = config.packing.share_prompts, FlopModel.of(largest)
@@ -75,18 +80,14 @@ def try_out(
         pack = pack[: -max(1, len(pack) // 8)]
     batch = build_batch([dataset[i] for i in pack], share_prompts=share)
     seconds, update = zip(*(_measure(config, batch, device, layers) for layers in tried), strict=True)
-    layer = max(0.0, seconds[-1] - seconds[0])
-    whole = seconds[0] + (depth - 1) * layer
-    return Trial(_flop(dataset, pack, flops, share_prompts=share) / whole, update[-1], batch.num_tokens)
+    layer = seconds[-1] - seconds[0]
+    if depth > 1 and layer <= 0:
+        raise ValueError("the second layer took no time in the trial")
+    pack_seconds = seconds[0] + (depth - 1) * layer
+    return Trial(_flop(dataset, pack, flops, share_prompts=share) / pack_seconds, update[-1], batch.num_tokens)
 
 
-def _num_layers(config: RunConfig, device: torch.device) -> int:
-    with torch.device("meta"):
-        policy = load_policy(config.model, device=device, empty=True)
-    return policy.config.get_text_config().num_hidden_layers
-
-
-def _policy(config: RunConfig, device: torch.device, layers: int) -> Policy:
+def _policy(config: RunConfig, device: torch.device, layers: int | None) -> Policy:
     policy = load_policy(
         config.model,
         device=device,

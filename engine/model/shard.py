@@ -6,7 +6,8 @@ the model. Gradients are summed, not averaged: the loss of a step is already div
 are summed after every pack, since to keep a whole model's gradients on every rank would undo the sharding.
 
 Rank 0 alone reads the weights. Unit by unit they go to all processes, each of which then keeps its share: none of the
-others ever holds more than its shares and one unit. What is in a module beside its parameters comes from rank 0, too.
+others ever holds more than its shares and one unit (where transformers names no blocks, the whole model is one). What
+is in a module beside its parameters comes from rank 0, too.
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ def _take_layout(policy: Policy) -> None:
     told = distributed.broadcast(own)
     different = [name for name in {**told, **own} if name not in own or name not in told]
     different += [name for name in told if name not in different and told[name].shape != own[name].shape]
+    # Tensors are sent one by one, without their names.
+    different += [name for name, here in zip(told, own, strict=False) if name != here]
     if different:
         raise UserError(
             f"{type(policy.causal_lm).__name__}: the weights do not have the shapes that the config of the model "

@@ -93,10 +93,11 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory that this process has held so far, in GiB: of the accelerator, or resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if _STATUS.exists():
-        # ru_maxrss would not do: it starts with the peak of the process that started this one.
-        peak = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) / 2**20
+    status = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    for line in status:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**20
+    # Where the system does not tell: this starts with the peak of the process that started this one.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

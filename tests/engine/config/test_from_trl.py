@@ -116,8 +116,8 @@ def test_a_realistic_file_keeps_its_meaning(load):
 def test_a_realistic_file_explains_what_it_drops_and_changes(convert):
     conversion = convert(REALISTIC)
     changed, same = _notes(conversion, "new"), _notes(conversion, "same")
-    assert set(changed) == {"max_prompt_length", "rpo_alpha"}
-    assert "not needed are ignored" in same["remove_unused_columns"]
+    assert set(changed) == {"no_remove_unused_columns", "max_prompt_length", "rpo_alpha"}
+    assert "did you mean remove_unused_columns?" in changed["no_remove_unused_columns"]
     assert "removed from TRL" in changed["max_prompt_length"]
     assert "[sigmoid, sft]" in changed["rpo_alpha"]
     assert "TRL ignores it for sigmoid" in same["label_smoothing"]
@@ -127,7 +127,7 @@ def test_a_realistic_file_explains_what_it_drops_and_changes(convert):
     mentioned = set(changed) | set(same)
     kept_as_it_is = set(yaml.safe_load(REALISTIC)) - mentioned
     converted = convert(REALISTIC).values
-    for key in kept_as_it_is - {"torch_dtype", "no_remove_unused_columns", "gradient_accumulation_steps"}:
+    for key in kept_as_it_is - {"torch_dtype", "gradient_accumulation_steps"}:
         assert any(key in section for section in converted.values()), key
     text = conversion.to_yaml()
     assert text.startswith("# Converted from ")
@@ -256,10 +256,9 @@ def test_every_field_of_trl_is_known():
 
 
 def test_an_unknown_key_is_dropped_and_explained(convert):
-    changed = _notes(convert(MINIMAL + "learnin_rate: 1.0e-6\nno_bf16: true\nzzz: 1\n"), "new")
+    changed = _notes(convert(MINIMAL + "learnin_rate: 1.0e-6\nzzz: 1\n"), "new")
     assert changed["learnin_rate"] == "not a key of TRL 1.16; dropped (did you mean learning_rate?)"
     assert changed["zzz"] == "not a key of TRL 1.16; dropped"
-    assert "no_bf16" not in changed
 
 
 def test_defaults_are_those_of_trl():

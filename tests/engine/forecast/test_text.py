@@ -23,6 +23,7 @@ def dataset(config, tiny_tokenizer):
 
 def test_memory_by_part_and_time(config, dataset, monkeypatch):
     monkeypatch.setattr("engine.forecast.duration.measure_matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("engine.forecast.trial._measure", lambda config, batch, device, layers: (layers, 1e-9))
     lines = describe_forecast(dataset, config).splitlines()
     names = [line[:24].strip() for line in lines[-8:]]
     assert names == [

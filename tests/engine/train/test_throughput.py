@@ -60,6 +60,12 @@ def test_peak_memory_is_that_of_the_process_alone():
     assert held.all()
 
 
+def test_a_system_that_does_not_tell_its_peak(tmp_path, monkeypatch):
+    (tmp_path / "status").write_text("Name: python\nVmRSS: 1000 kB\n")
+    monkeypatch.setattr("engine.train.throughput._STATUS", tmp_path / "status")
+    assert 0.01 < peak_memory_gib(CPU) < 1000
+
+
 def test_stopwatch_leaves_out_what_lies_between(monkeypatch):
     clock = iter([10.0, 12.0, 100.0, 103.0, 104.0])
     monkeypatch.setattr("engine.train.throughput.time.perf_counter", lambda: next(clock))
