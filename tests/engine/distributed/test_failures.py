@@ -114,6 +114,13 @@ def test_a_connection_lost_in_the_start_up_check_is_no_fault_of_the_model(tiny_m
         check_packing(policy)
 
 
+def test_waiting_in_vain_is_not_taken_for_a_lost_process():
+    late = ValueError("no layout")
+    late.__cause__ = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 10ms for recv")
+    assert distributed._timed_out(late)
+    assert not distributed._timed_out(RuntimeError("Connection closed by peer"))
+
+
 def test_a_failure_after_the_joint_work_of_others_is_said_once(values, tmp_path, pairs_jsonl):
     ended = launch([command(values, tmp_path, "precompute", "--export", str(pairs_jsonl))] * 2)
     assert len(error_lines(ended)) == 1
