@@ -97,6 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
 
 
+def command() -> NoReturn:
+    """What the shell runs: ``main``, and the end of the process."""
+    distributed.leave(main())
+
+
 def _discard_output() -> None:
     """Keep Python from complaining at exit about output that nothing can take."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -286,4 +291,4 @@ def _version() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

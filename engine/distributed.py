@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from engine.errors import UserError
 
@@ -109,6 +110,20 @@ def process_group() -> Iterator[None]:
     # Sharded modules hold the groups in cycles. Freed when the interpreter ends, their threads abort the process.
     gc.collect()
     dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with ``code``.
+
+    One of several ends without tearing the interpreter down: threads of its connections may be alive, which the end of
+    the interpreter would make abort the process.
+    """
+    if launched_size() == 1:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _join() -> Store:

@@ -86,7 +86,7 @@ def test_a_folder_that_the_first_process_gave_up_is_no_fault_of_another(values, 
 def test_a_process_that_is_killed_ends_the_others_with_one_line(killed, who):
     """The first one hosts the store in which processes agree on who speaks; it is lost with it."""
     code = f"""
-import os, sys
+import os
 from engine import cli, distributed
 def work(arguments):
     distributed.barrier()
@@ -94,7 +94,7 @@ def work(arguments):
         os.kill(os.getpid(), 9)
     distributed.barrier()
 cli._run, distributed._FAREWELL_SECONDS = work, 0.5
-sys.exit(cli.main([]))
+distributed.leave(cli.main([]))
 """
     ended = launch([["-c", code]] * 2)
     assert [process.code for process in ended] == [-9 if rank == killed else 2 for rank in range(2)]
