@@ -221,7 +221,9 @@ def linear_dpo_op(
 def _(hidden, weight, labels, cu_responses, ref_logps, lengths, mean_length, pair_weights, bias, *options):
     num_responses = cu_responses.shape[0] - 1
     logps = hidden.new_empty(num_responses, dtype=accumulation_dtype(hidden.dtype))
-    gradients = empty_gradients((hidden, weight, bias), options[9:12], early_gradient_dtype(hidden.dtype))
+    # After loss_type, loss_weights, loss_options, mean, softcap, logit_scale, temperature, ignore_index and impl.
+    needs = options[9:12]
+    gradients = empty_gradients((hidden, weight, bias), needs, early_gradient_dtype(hidden.dtype))
     return logps.new_empty(()), logps.new_empty(num_responses // 2), logps, *gradients
 
 

@@ -269,7 +269,9 @@ def linear_logps_backward_op(grad_logps, hidden, *others) -> tuple[Tensor, Tenso
 
 @linear_logps_backward_op.register_fake
 def _(grad_logps, hidden, weight, labels, lse, bias, *options):
-    return empty_gradients((hidden, weight, bias), options[5:8])
+    # After softcap, logit_scale, temperature, ignore_index and impl.
+    needs = options[5:8]
+    return empty_gradients((hidden, weight, bias), needs)
 
 
 @torch.library.custom_op(
@@ -291,7 +293,9 @@ def linear_logps_backward_accumulate_op(
 
 @linear_logps_backward_accumulate_op.register_fake
 def _(weight_grad, grad_logps, hidden, weight, labels, lse, bias, *options):
-    return empty_gradients((hidden, bias), options[5:7])
+    # After softcap, logit_scale, temperature, ignore_index and impl.
+    needs = options[5:7]
+    return empty_gradients((hidden, bias), needs)
 
 
 def _setup_context(ctx, inputs, output):
