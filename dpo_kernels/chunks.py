@@ -49,7 +49,8 @@ def early_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def operand_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that products take: the tensor's own where a product of it accumulates in C and returns C, else C."""
-    return tensor.dtype if tensor.device.type == "cuda" else accumulation_dtype(tensor.dtype)
+    widens = tensor.device.type == "cuda" and torch.version.hip is None
+    return tensor.dtype if widens else accumulation_dtype(tensor.dtype)
 
 
 def even_slices(length: int, largest: int) -> Iterator[slice]:

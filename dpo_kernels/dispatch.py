@@ -39,15 +39,15 @@ def _load(op: str, impl: str) -> ModuleType:
 
 
 def why_not(
-    op: str, impl: str, device_type: str, dtype: torch.dtype, stats: Sequence[str] = (), filtered: bool = False
+    op: str, impl: str, device: torch.device, dtype: torch.dtype, stats: Sequence[str] = (), filtered: bool = False
 ) -> str | None:
     """Why ``impl`` of ``op`` cannot run on such tensors, give such statistics of tokens or filter a backward, or None.
 
-    Depends on the arguments and this install alone.
+    Depends on the arguments, this install and the chip alone.
     """
     if impl == "native":
         return "the native extension is not built"
-    if impl == "torch" and filtered and device_type == "cuda":
+    if impl == "torch" and filtered and device.type == "cuda":
         return "leaving out products in torch would wait for the GPU"
     if impl != "triton":
         return None
@@ -58,11 +58,16 @@ def why_not(
     missing = [name for name in stats if name not in _load(op, "triton").STATS]
     if missing:
         return f"no kernel computes the statistics {', '.join(missing)}"
-    return _load(op, "triton").why_not(device_type, dtype)
+    return _load(op, "triton").why_not(device, dtype)
 
 
 def choose(
-    op: str, impl: str, device_type: str, dtype: torch.dtype, stats: Sequence[str] = (), filtered: bool = False
+    op: str,
+    impl: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    stats: Sequence[str] = (),
+    filtered: bool = False,
 ) -> Choice:
     """Resolve a requested ``impl`` for tensors, and for statistics of tokens or a filter asked of ``linear_logps``.
 
@@ -71,18 +76,19 @@ def choose(
         RuntimeError: an explicit request that cannot run here; a filter that nothing here can run.
     """
     check_impl(impl)
+    device = torch.device(device)
     if impl != "auto":
-        obstacle = why_not(op, impl, device_type, dtype, stats, filtered)
+        obstacle = why_not(op, impl, device, dtype, stats, filtered)
         if obstacle:
-            raise RuntimeError(f"{op} impl={impl!r} cannot run on {device_type} {dtype}: {obstacle}")
+            raise RuntimeError(f"{op} impl={impl!r} cannot run on {device.type} {dtype}: {obstacle}")
         return Choice(impl, "requested")
-    if device_type == "cpu":
+    if device.type == "cpu":
         return Choice("torch", "cpu tensors: row and vocabulary chunks in torch")
-    obstacle = why_not(op, "triton", device_type, dtype, stats, filtered)
+    obstacle = why_not(op, "triton", device, dtype, stats, filtered)
     if obstacle is None:
-        return Choice("triton", f"{device_type} tensors and Triton kernels")
-    if filtered and (refusal := why_not(op, "torch", device_type, dtype, stats, filtered)):
-        raise RuntimeError(f"{op} cannot run on {device_type} {dtype}: {obstacle}; {refusal}")
+        return Choice("triton", f"{device.type} tensors and Triton kernels")
+    if filtered and (refusal := why_not(op, "torch", device, dtype, stats, filtered)):
+        raise RuntimeError(f"{op} cannot run on {device.type} {dtype}: {obstacle}; {refusal}")
     return Choice("torch", f"no Triton kernels: {obstacle}")
 
 
@@ -95,7 +101,7 @@ def implementation(
     op: str, impl: str, tensor: torch.Tensor, stats: Sequence[str] = (), filtered: bool = False
 ) -> ModuleType:
     """The module that runs ``op`` for a tensor like ``tensor``."""
-    return _load(op, choose(op, impl, tensor.device.type, tensor.dtype, stats, filtered).impl)
+    return _load(op, choose(op, impl, tensor.device, tensor.dtype, stats, filtered).impl)
 
 
 class Description(NamedTuple):
@@ -125,9 +131,9 @@ class Description(NamedTuple):
         return "\n".join(lines)
 
 
-def _choose_filtered(device_type: str, dtype: torch.dtype) -> Choice:
+def _choose_filtered(device: torch.device, dtype: torch.dtype) -> Choice:
     try:
-        return choose("linear_logps", "auto", device_type, dtype, filtered=True)
+        return choose("linear_logps", "auto", device, dtype, filtered=True)
     except RuntimeError as error:
         return Choice("none", str(error))
 
@@ -141,17 +147,17 @@ def describe(device: str | torch.device | None = None, dtype: torch.dtype = torc
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
+    device = torch.device(device)
     version = None
     if importlib.util.find_spec("triton") is not None:
         version = importlib.metadata.version("triton")
     return Description(
-        device=kind,
+        device=device.type,
         dtype=str(dtype).removeprefix("torch."),
-        linear_logps=choose("linear_logps", "auto", kind, dtype),
-        linear_logps_stats=choose("linear_logps", "auto", kind, dtype, STATS),
-        linear_logps_filtered=_choose_filtered(kind, dtype),
-        linear_dpo_loss=choose("linear_dpo", "auto", kind, dtype),
+        linear_logps=choose("linear_logps", "auto", device, dtype),
+        linear_logps_stats=choose("linear_logps", "auto", device, dtype, STATS),
+        linear_logps_filtered=_choose_filtered(device, dtype),
+        linear_dpo_loss=choose("linear_dpo", "auto", device, dtype),
         torch_version=torch.__version__,
         triton_version=version,
     )

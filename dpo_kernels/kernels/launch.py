@@ -15,14 +15,35 @@ from dpo_kernels.kernels.tile_config import MAX_BLOCK, TileConfig, device_arch, 
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
 
-def obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+LEAST_CAPABILITY = 8, 0
+"""Older chips have no tensor cores for bfloat16: products are emulated, and accumulators spill by the kilobyte."""
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels, as imported in this process, cannot run on tensors of a device and dtype; None when they can."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the Triton kernels take bfloat16, float16 or float32, not {str(dtype).removeprefix('torch.')}"
-    if device_type == "cpu" and not INTERPRETING:
+    if device.type == "cpu" and not INTERPRETING:
         return "Triton kernels need a GPU, unless TRITON_INTERPRET=1 is set before triton is imported"
-    if device_type != "cpu" and INTERPRETING:
+    if device.type != "cpu" and INTERPRETING:
         return "TRITON_INTERPRET=1 was set when triton was imported, and the interpreter takes CPU tensors only"
+    return None if device.type == "cpu" else _chip_obstacle(device)
+
+
+def _chip_obstacle(device: torch.device) -> str | None:
+    """Kernels are compiled and checked for NVIDIA chips from Ampere on; on others they may be slow or wrong."""
+    if device.type != "cuda":
+        return f"the Triton kernels run on NVIDIA GPUs, not on {device.type}"
+    if torch.version.hip is not None:
+        return "the Triton kernels run on NVIDIA GPUs, and this torch is built for ROCm"
+    # Where there is no GPU, tensors of one are fake, and stand for a chip that is not known.
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        found, least = (".".join(map(str, version)) for version in (capability, LEAST_CAPABILITY))
+        name = torch.cuda.get_device_name(device)
+        return f"the Triton kernels need compute capability {least}, and {name} has {found}"
     return None
 
 

@@ -10,7 +10,7 @@ An implementation is a module beside this one. Conventions for tensors are those
 (below autograd, autocast off, T > 0, unit stride along D, valid int64 labels, no mutation, no synchronisation of a CUDA
 device, same bits when run twice).
 
-``why_not(device_type, dtype) -> str | None``
+``why_not(device, dtype) -> str | None``
     (Triton only.) As in ``dpo_kernels.linear_logps.ops``.
 ``forward(hidden_TD, weight_VD, labels_T, cu_responses, score_pairs, bias_V, softcap, logit_scale, temperature,
 ignore_index, need_hidden, need_weight, need_bias) -> (losses_P, logps_S, dX_TD | None, dW_VD | None, db_V | None)``

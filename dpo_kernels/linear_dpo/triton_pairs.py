@@ -39,9 +39,9 @@ IN_PLACE_CHUNKS = 4
 which is small beside the error that gradients have from bfloat16 operands."""
 
 
-def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """See ``dpo_kernels.linear_dpo.ops``."""
-    return obstacle(device_type, dtype)
+    return obstacle(device, dtype)
 
 
 def forward(

@@ -11,7 +11,7 @@ unit stride along D and any row stride; labels_T int64, contiguous, each in [0, 
 contiguous or None; softcap positive or None. They may not mutate an input, may not synchronise a CUDA device, and give
 the same bits when run twice.
 
-``why_not(device_type, dtype) -> str | None``
+``why_not(device, dtype) -> str | None``
     (Triton only.) Reason this implementation cannot take such tensors, or None. Pure, and of no other argument: every
     shape must work.
 ``STATS``

@@ -36,9 +36,9 @@ STATS = TOKEN_STATS
 """Token statistics that the kernels compute."""
 
 
-def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """See ``dpo_kernels.linear_logps.ops``."""
-    return obstacle(device_type, dtype)
+    return obstacle(device, dtype)
 
 
 def forward(

@@ -161,7 +161,7 @@ def test_kernels_without_statistics_are_refused_and_not_chosen(monkeypatch):
     pytest.importorskip("triton")
     triton_tiles = dispatch._load("linear_logps", "triton")
     monkeypatch.setattr(triton_tiles, "STATS", ("is_top1",))
-    monkeypatch.setattr(triton_tiles, "why_not", lambda device_type, dtype: None)
+    monkeypatch.setattr(triton_tiles, "why_not", lambda device, dtype: None)
     with pytest.raises(RuntimeError, match=r"impl='triton' cannot run .*no kernel computes the statistics entropy$"):
         linear_logps(*head(), stats=("is_top1", "entropy"), impl="triton")
     arguments = ("linear_logps", "auto", "cuda", torch.bfloat16)

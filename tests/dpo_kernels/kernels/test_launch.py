@@ -1,0 +1,80 @@
+"""Which devices the kernels take, on chips that are not here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dpo_kernels import dispatch
+from dpo_kernels.chunks import operand_dtype
+from dpo_kernels.kernels.launch import obstacle
+
+
+@pytest.fixture
+def chip(monkeypatch: pytest.MonkeyPatch):
+    """Let CUDA devices have these capabilities, the first one's being that of `cuda:0`."""
+
+    def fake(*capabilities: tuple[int, int], hip: str | None = None) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index or 0])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    return fake
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("capability", "refusal"),
+    [
+        ((6, 1), "need compute capability 8.0, and Test GPU has 6.1"),
+        ((7, 0), "need compute capability 8.0, and Test GPU has 7.0"),
+        ((7, 5), "need compute capability 8.0, and Test GPU has 7.5"),
+        *[((major, minor), None) for major, minor in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3))],
+        *[((major, minor), None) for major, minor in ((11, 0), (12, 0), (12, 1))],
+    ],
+)
+def test_least_capability(chip, capability, refusal, dtype):
+    """`auto` goes on in torch and says why, and an explicit request is refused."""
+    chip(capability)
+    found = obstacle(torch.device("cuda"), dtype)
+    assert found == (refusal and f"the Triton kernels {refusal}")
+    for op in dispatch.MODULES:
+        choice = dispatch.choose(op, "auto", "cuda", dtype)
+        if refusal is None:
+            assert choice.impl == "triton"
+            continue
+        assert choice == ("torch", f"no Triton kernels: {found}")
+        with pytest.raises(RuntimeError, match=rf"impl='triton' cannot run on cuda {dtype}: .* has {capability[0]}\."):
+            dispatch.choose(op, "triton", "cuda", dtype)
+
+
+def test_each_device_has_its_own_capability(chip):
+    chip((9, 0), (7, 5))
+    assert dispatch.choose("linear_dpo", "auto", "cuda:0", torch.bfloat16).impl == "triton"
+    assert dispatch.choose("linear_dpo", "auto", "cuda:1", torch.bfloat16).impl == "torch"
+
+
+def test_rocm_and_other_accelerators_are_refused(chip):
+    """ROCm calls its devices CUDA devices; nor are products there taken to widen their results."""
+    chip((9, 4), hip="7.0")
+    assert obstacle(torch.device("cuda"), torch.bfloat16).endswith("and this torch is built for ROCm")
+    assert dispatch.choose("linear_logps", "auto", "cuda", torch.bfloat16).impl == "torch"
+    assert operand_dtype(OnCuda) == torch.float32
+    chip((9, 0))
+    assert obstacle(torch.device("xpu"), torch.bfloat16) == "the Triton kernels run on NVIDIA GPUs, not on xpu"
+    assert operand_dtype(OnCuda) == torch.bfloat16
+
+
+class OnCuda:
+    """As much of a tensor as tells where it is."""
+
+    device, dtype = torch.device("cuda"), torch.bfloat16
+
+
+def test_a_machine_without_a_gpu_describes_one():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert obstacle(torch.device("cuda"), torch.bfloat16) is None
