@@ -173,8 +173,7 @@ def _eager_attention(query, key, value, plan, *, scaling, window, softcap, sinks
 
 
 def _gather_keys(x_BKTD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-    x_TKD = x_BKTD[0].transpose(0, 1)
-    return x_TKD.contiguous() if plan.key_rows is None else x_TKD.index_select(0, plan.key_rows)
+    return plan.gather_keys(x_BKTD[0].transpose(0, 1))
 
 
 def _flash_attention(query, key, value, plan, *, scaling, window, softcap) -> torch.Tensor:

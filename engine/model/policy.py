@@ -99,7 +99,7 @@ class Policy(nn.Module):
             What the objective returns.
         """
         with self.autocast():
-            hidden_ND = self.hidden_states(batch).index_select(0, batch.rows_N)
+            hidden_ND = batch.gather_predicting(self.hidden_states(batch))
             return self.run_objective(hidden_ND, objective)
 
     def run_objective(self, hidden_ND: torch.Tensor, objective: Callable[[torch.Tensor, Head], R]) -> R:

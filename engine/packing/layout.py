@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from engine.data.groups import PreferenceGroup, pair_places
+from engine.packing.gather import gather_rows, pick_order
 from engine.packing.transfer import send
 
 
@@ -50,10 +51,19 @@ class AttentionPlan:
     """int64 [keys]: packed row of each key, or None when the keys are the packed rows in order."""
     max_seqlen_q: int
     max_seqlen_k: int
+    key_order: torch.Tensor | None = None
+    """int64 [keys], and ``key_counts``: what ``pick_order`` gives for ``key_rows``."""
+    key_counts: tuple[int, ...] = ()
     masks: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     """Masks that a backend made for this pack, so that layers share them."""
     readers: set[str] = field(default_factory=set, init=False, repr=False)
     """Types of the modules that asked for attention over this pack, so that a check can name those that did not."""
+
+    def gather_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys or values [keys, ...] of the query segments, one after another, from packed rows [T, ...]."""
+        if self.key_rows is None or self.key_order is None:
+            return x.contiguous()
+        return gather_rows(x, self.key_rows, self.key_order, self.key_counts)
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,9 @@ class PackedBatch:
     """Tokens of the chosen response of every pair, or of the best of a ranking."""
     num_unshared_tokens: int
     """Tokens that the same responses have with the prompt repeated for each."""
+    rows_order_N: torch.Tensor
+    """int64 [N], and ``rows_counts``: what ``pick_order`` gives for ``rows_N``."""
+    rows_counts: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -98,6 +111,10 @@ class PackedBatch:
     @property
     def num_responses(self) -> int:
         return self.cu_responses_S1.numel() - 1
+
+    def gather_predicting(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """[N, D]: the hidden states that predict the completion tokens, from those of all packed rows."""
+        return gather_rows(hidden_TD, self.rows_N, self.rows_order_N, self.rows_counts)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its device-side tensors on ``device``; ``cu_responses_S1`` stays on the CPU."""
@@ -156,12 +173,14 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
             predicting.append(np.arange(end - len(response) - 1, end - 1))
             predicting[-1][0] = prompt_start + len(prompt) - 1
     responses = [r for g in groups for r in g.response_ids]
+    rows_N = np.concatenate(predicting)
+    rows_order_N, rows_counts = pick_order(rows_N)
     places_P2 = pair_places(groups)
     return PackedBatch(
         input_ids_T=_int64(ids),
         position_ids_T=_int64(positions),
         plan=_attention_plan(segments),
-        rows_N=_int64(predicting),
+        rows_N=_int64([rows_N]),
         labels_N=_int64(responses),
         cu_responses_S1=_cumulative([len(r) for r in responses]),
         responses_per_group=tuple(len(g.response_ids) for g in groups),
@@ -170,14 +189,18 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
         pairs_P2=None if places_P2 is None else torch.from_numpy(places_P2),
         num_chosen_tokens=sum(len(g.response_ids[best]) for g in groups for best, _ in g.pairs or ((0, 1),)),
         num_unshared_tokens=unshared,
+        rows_order_N=_int64([rows_order_N]),
+        rows_counts=rows_counts,
     )
 
 
 def _attention_plan(segments: list[Segment]) -> AttentionPlan:
-    key_rows = None
+    key_rows = key_order = None
+    key_counts: tuple[int, ...] = ()
     if any(s.prefix_stop > s.prefix_start for s in segments):
-        parts = [np.r_[s.prefix_start : s.prefix_stop, s.start : s.stop] for s in segments]
-        key_rows = _int64(parts)
+        rows = np.concatenate([np.r_[s.prefix_start : s.prefix_stop, s.start : s.stop] for s in segments])
+        order, key_counts = pick_order(rows)
+        key_rows, key_order = _int64([rows]), _int64([order])
     return AttentionPlan(
         segments=tuple(segments),
         cu_seqlens_q=_cumulative([s.num_queries for s in segments]),
@@ -185,6 +208,8 @@ def _attention_plan(segments: list[Segment]) -> AttentionPlan:
         key_rows=key_rows,
         max_seqlen_q=max(s.num_queries for s in segments),
         max_seqlen_k=max(s.num_keys for s in segments),
+        key_order=key_order,
+        key_counts=key_counts,
     )
 
 

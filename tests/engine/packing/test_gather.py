@@ -1,0 +1,79 @@
+"""Gathered rows have the gradient of ``index_select``, added in an order that nothing can change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.packing import build_batch
+from engine.packing.gather import gather_rows, pick_order
+from tests.engine.model.families import tiny_model
+from tests.engine.model.test_attention import make_policy, random_groups
+
+ROWS = {
+    "each once": np.array([2, 0, 1]),
+    "some never": np.array([4, 1, 1]),
+    "one four times": np.array([3, 0, 3, 1, 3, 3, 1]),
+    "all twice": np.array([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]),
+}
+
+
+def gradient(x: torch.Tensor, rows: np.ndarray, upstream: torch.Tensor) -> torch.Tensor:
+    order, counts = pick_order(rows)
+    leaf = x.clone().requires_grad_()
+    picked = gather_rows(leaf, torch.from_numpy(rows), torch.from_numpy(order), counts)
+    assert torch.equal(picked, x[torch.from_numpy(rows)])
+    picked.backward(upstream)
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_gradient_of_index_select(rows):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 2, 3, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(len(rows), 2, 3, generator=generator, dtype=torch.float64)
+    expected = torch.zeros_like(x).index_add(0, torch.from_numpy(rows), upstream)
+    torch.testing.assert_close(gradient(x, rows, upstream), expected, rtol=1e-15, atol=1e-15)
+    for dtype in (torch.float32, torch.bfloat16):
+        got = gradient(x.to(dtype), rows, upstream.to(dtype))
+        rounded = torch.zeros_like(x).index_add(0, torch.from_numpy(rows), upstream.to(dtype).double())
+        assert got.dtype == dtype
+        # the sum is exact to float32, so that one rounding to the dtype is left
+        torch.testing.assert_close(got.double(), rounded, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_sums_have_the_order_of_the_picks():
+    """Three addends of which any other order gives another float32 sum."""
+    upstream = torch.tensor([[1e8], [-1e8], [1.0]])
+    for shuffle in ([0, 1, 2], [0, 2, 1], [2, 1, 0]):
+        in_order = (upstream[shuffle[0]] + upstream[shuffle[1]]) + upstream[shuffle[2]]
+        got = gradient(torch.zeros(1, 1), np.zeros(3, dtype=np.int64), upstream[shuffle])
+        assert torch.equal(got[0], in_order), shuffle
+
+
+class NoRacingSums(TorchDispatchMode):
+    """Refuses what torch documents as adding in no particular order on CUDA."""
+
+    RACING = ("index_add", "scatter_add", "scatter_reduce", "index_reduce", "index_select_backward")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.strip("_")
+        accumulates = name in ("index_put", "put") and (args[3:4] or (kwargs or {}).get("accumulate"))
+        assert not accumulates, func
+        assert name not in self.RACING, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["segments", "keys"])
+def test_a_step_with_three_responses_races_for_no_sum(backend):
+    batch = build_batch(random_groups())
+    assert max(batch.responses_per_group) > 2
+    with NoRacingSums():
+        if backend == "keys":
+            x = torch.randn(batch.num_tokens, 2, 3, requires_grad=True)
+            batch.plan.gather_keys(x).sum().backward()
+        else:
+            make_policy(tiny_model("llama")).logps(batch).sum().backward()
