@@ -1,12 +1,12 @@
-# `make demo` and `make test` need only python3, make and the package registry.
+# `make demo` and `make test` need only python3, make and PyPI.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-long kill lint format bench conformance gpu clean
+.PHONY: demo test test-long check-install kill lint format bench conformance gpu clean
 
-# constraints.txt pins torch so that pip picks the build known to work here.
+# constraints.txt pins the versions that the tests pass with; torch comes first, so that a build that is there is kept.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -22,6 +22,10 @@ test: $(VENV)/.installed
 # The tests that take minutes, and the property tests with twenty times as many examples.
 test-long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist loadscope --slow -m "slow or property" $(PYTEST_ARGS)
+
+# Resolves every extra and constraints.txt on plain PyPI, in dry run, whatever this machine's pip is set to.
+check-install: $(VENV)/.installed
+	$(BIN)/python -m tests.install
 
 # A hundred runs, killed at random moments and resumed; KILL_ARGS="--seed 7" repeats one.
 kill: $(VENV)/.installed
