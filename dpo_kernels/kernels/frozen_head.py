@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 
 from dpo_kernels.kernels.launch import HeadOptions, on_device
-from dpo_kernels.kernels.logits_tile import logits_slope, one_minus_exp
+from dpo_kernels.kernels.logits_tile import linear_slope, logits_slope, one_minus_exp
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.tile_config import TileConfig
 from dpo_kernels.kernels.tile_logps import RowState, TileStats, empty_exps, finish_stats, merge_stats, tile_stats
-from dpo_kernels.kernels.token_stats import merge_token_stats
+from dpo_kernels.kernels.token_stats import finish_token_stats
 
 ROWS = 4
 
@@ -98,7 +98,7 @@ def finish_dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dx = (1 - p[label]) dz/dbiased W[label] - exp(shift - lse) acc, and 0 on ignored rows."""
+    """dx = (1 - p[label]) dz/dbiased W[label] - (logit_scale / temperature) exp(shift - lse) acc, 0 on ignored rows."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     labels = tl.load(labels_ptr + rows, mask=rows < N, other=ignore_index)
     used = labels != ignore_index
@@ -107,7 +107,7 @@ def finish_dx_kernel(
     shift = tl.load(row_shift_ptr + rows, mask=used, other=0.0)
     label_logit = (logps + lse).to(tl.float32)
     label_factor = one_minus_exp(logps) * logits_slope(label_logit, logit_scale, softcap, temperature, HAS_SOFTCAP)
-    acc_factor = tl.exp((shift - lse).to(tl.float32))
+    acc_factor = linear_slope(logit_scale, temperature) * tl.exp((shift - lse).to(tl.float32))
     # The log-prob of a label outside the vocabulary is NaN already; whichever row is read for it does not matter.
     weight_rows = tl.minimum(tl.maximum(labels, 0), V - 1).to(tl.int64)
     rows = rows.to(tl.int64)
@@ -143,13 +143,15 @@ def frozen_head(
     token_stats: bool = False,
     config: TileConfig | None = None,
 ) -> FrozenHead:
-    """Forward over slices of `slice_columns` of the vocabulary; N > 0. Workspace: one slice, and N x D in fp32."""
+    """Forward over slices of `slice_columns` of the vocabulary; N > 0.
+
+    Workspace: one slice with the partials of its tiles, and N x D in fp32.
+    """
     N, D = hidden_ND.shape
     V = weight_VD.shape[0]
     exps = empty_exps(hidden_ND, min(V, slice_columns))
     acc_ND = torch.empty(N, D, dtype=torch.float32, device=hidden_ND.device)
-    state = RowState(*torch.empty(3, N, dtype=torch.float32, device=hidden_ND.device))
-    slices: list[TileStats] = []
+    state = RowState.empty(hidden_ND, token_stats=token_stats)
     for start in range(0, V, slice_columns):
         weight_vD = weight_VD[start : start + slice_columns]
         first = start == 0
@@ -165,8 +167,6 @@ def frozen_head(
             token_stats=token_stats,
             config=config,
         )
-        if token_stats:
-            slices.append(stats)
         old_shift_N = state.shift_N.clone()
         merge_stats(stats, state, first=first)
         _align_exps(exps, stats, state.shift_N, weight_vD.shape[0])
@@ -175,13 +175,15 @@ def frozen_head(
                 rescale_rows_kernel[(triton.cdiv(N, ROWS),)](
                     acc_ND, old_shift_N, state.shift_N, acc_ND.stride(0), N, D, BLOCK_N=ROWS, BLOCK_D=512
                 )
+        # Given back before the next ones are asked for.
+        del stats
         add_product_(acc_ND, exps[:N, : weight_vD.shape[0]], weight_vD, first=first)
-    none_left = TileStats(stats.shift_TN[:0], stats.sum_TN[:0], stats.width)
+    none_left = TileStats(acc_ND.new_empty(0, N), acc_ND.new_empty(0, N), width=0)
     logps_N, lse_N = finish_stats(none_left, state, labels_N, V=V, ignore_index=ignore_index, first=False)
     token_stats_KN = None
-    if token_stats:
+    if state.token_stats_7N is not None:
         rows = (labels_N, state.label_logit_N, logps_N, lse_N)
-        token_stats_KN = merge_token_stats(*_join(slices), *rows, V=V, ignore_index=ignore_index)
+        token_stats_KN = finish_token_stats(state.token_stats_7N, *rows, V=V, ignore_index=ignore_index)
     dx_ND = torch.empty(N, D, dtype=hidden_ND.dtype, device=hidden_ND.device)
     with on_device(acc_ND.device):
         finish_dx_kernel[(triton.cdiv(N, ROWS),)](
@@ -204,13 +206,6 @@ def frozen_head(
             BLOCK_D=512,
         )
     return FrozenHead(logps_N, lse_N, dx_ND, token_stats_KN)
-
-
-def _join(slices: list[TileStats]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Shifts, sums and partials of statistics over all slices."""
-    partials = [stats.token_stats_5TN for stats in slices if stats.token_stats_5TN is not None]
-    shifts, sums = [stats.shift_TN for stats in slices], [stats.sum_TN for stats in slices]
-    return torch.cat(shifts), torch.cat(sums), torch.cat(partials, dim=1)
 
 
 def _align_exps(exps: torch.Tensor, stats: TileStats, row_shift_N: torch.Tensor, V: int) -> None:

@@ -123,8 +123,20 @@ def final_logits(biased, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.cons
 @triton.jit
 def logits_slope(z, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
     """Derivative of final_logits with respect to `biased`, from its value z."""
-    slope = tl.cast(logit_scale, tl.float32) / tl.cast(temperature, tl.float32)
+    slope = linear_slope(logit_scale, temperature)
     if HAS_SOFTCAP:
-        ratio = z * (tl.cast(temperature, tl.float32) / tl.cast(softcap, tl.float32))
-        slope = slope * (1.0 - ratio * ratio)
+        slope = slope * cap_slope(z, softcap, temperature)
     return slope
+
+
+@triton.jit
+def linear_slope(logit_scale, temperature):
+    """What logits_slope is without a softcap."""
+    return tl.cast(logit_scale, tl.float32) / tl.cast(temperature, tl.float32)
+
+
+@triton.jit
+def cap_slope(z, softcap, temperature):
+    """What a softcap adds to logits_slope: a factor from 0 to 1."""
+    ratio = z * (tl.cast(temperature, tl.float32) / tl.cast(softcap, tl.float32))
+    return 1.0 - ratio * ratio

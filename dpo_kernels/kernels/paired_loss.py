@@ -36,8 +36,9 @@ def _margin_loss(margin, beta, smoothing, tau, log_kept, log_flipped, LOSS: tl.c
     if LOSS == "sigmoid":
         loss, slope = _logistic(margin, smoothing)
     elif LOSS == "hinge":
-        loss = tl.maximum(1.0 - margin, 0.0)
-        slope = tl.where(margin < 1.0, -1.0, 0.0)
+        # Not tl.maximum, which drops a nan.
+        loss = tl.where(margin >= 1.0, 0.0, 1.0 - margin)
+        slope = tl.where(margin >= 1.0, 0.0, -1.0)
     elif LOSS == "ipo_sum":
         gap = (margin - 0.5) / beta
         loss = gap * gap

@@ -1,8 +1,9 @@
 """Gradient of label log-probs with respect to the biased products, in place over a chunk of exponentials.
 
 Legend: N rows of the chunk, V vocabulary, T tiles of WIDTH columns that share a shift.
-`tile_logps.linear_stats` left exp(z - shift) * dz/dbiased, 0 at the label. With p = softmax(z) and upstream gradient g,
-d(g * logp)/dbiased is g * (onehot - p) * dz/dbiased: one factor per row and tile, and a value of its own at the label.
+`tile_logps.linear_stats` left exp(z - shift), times the softcap's part of dz/dbiased, and 0 at the label. With
+p = softmax(z) and upstream gradient g, d(g * logp)/dbiased is g * (onehot - p) * dz/dbiased: one factor per row and
+tile, and a value of its own at the label.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from dpo_kernels.kernels.launch import HeadOptions, on_device
-from dpo_kernels.kernels.logits_tile import logits_slope, one_minus_exp
+from dpo_kernels.kernels.logits_tile import linear_slope, logits_slope, one_minus_exp
 from dpo_kernels.kernels.tile_logps import LinearStats
 
 
@@ -51,7 +52,8 @@ def softmax_grad_kernel(
     mask = (used & row_mask)[:, None] & (tiles < num_tiles)[None, :]
     partial = tiles.to(tl.int64)[None, :] * N + rows[:, None]
     shift = tl.load(tile_shift_ptr + partial, mask=mask, other=float("-inf"))
-    factor = -grad[:, None] * tl.exp((shift - lse[:, None]).to(tl.float32))
+    row_factor = -grad * linear_slope(logit_scale, temperature)
+    factor = row_factor[:, None] * tl.exp((shift - lse[:, None]).to(tl.float32))
 
     cols = tiles[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     exp_ptrs = exp_ptr + rows.to(tl.int64)[:, None, None] * exp_stride + cols[None, :, :]

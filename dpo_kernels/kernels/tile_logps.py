@@ -2,7 +2,8 @@
 
 Legend: N rows, D hidden size, V vocabulary (or a slice of it), T column tiles.
 1. linear_stats_fwd_kernel: logits tile -> per row a shift, the sum of exp(z - shift), and the label's logit. On request
-   also exp(z - shift) * dz/dbiased itself, the raw material of every gradient.
+   also exp(z - shift) itself, times the softcap's part of dz/dbiased: the raw material of every gradient. The rest of
+   dz/dbiased, one number, comes later: in float16 there is no room for it beside e^10.
 2. merge_stats_kernel: the T partials of a row -> log-sum-exp and log-prob, in a fixed order.
 Sums leave the label out, so that 1 - p[label] keeps its accuracy when p[label] is near 1. Tiles share no state: no
 atomics, no locks, and two runs are bitwise equal.
@@ -19,15 +20,24 @@ import triton.language as tl
 from dpo_kernels.kernels.launch import MAX_BLOCK, HeadOptions, TileLaunch, on_device
 from dpo_kernels.kernels.logits_tile import (
     bias_tile,
+    cap_slope,
     final_logits,
-    logits_slope,
     softplus,
     tile_position,
     tile_product,
 )
 from dpo_kernels.kernels.tile_config import TileConfig
 from dpo_kernels.kernels.tile_mass import tile_mass
-from dpo_kernels.kernels.token_stats import NUM_PARTIALS, merge_token_stats, write_partials
+from dpo_kernels.kernels.token_stats import (
+    NUM_PARTIALS,
+    NUM_STATE,
+    finish_token_stats,
+    merge_token_stats,
+    write_partials,
+)
+
+PARTIAL_BYTES = 128 * 2**20
+"""Partials of rows and tiles that are held at a time: wider vocabularies, or more rows, are merged slice by slice."""
 
 
 @triton.jit
@@ -149,7 +159,7 @@ def _write_stats(
         if HAS_SOFTCAP:
             # z recovered from its exponential: keeping both tiles would spill registers.
             z = tl.where(exps > 0.0, shift[:, None] + tl.log(exps), 0.0)
-        exps *= logits_slope(z, logit_scale, softcap, temperature, HAS_SOFTCAP)
+            exps *= cap_slope(z, softcap, temperature)
         # The buffer is padded to whole tiles, so no mask.
         exp_ptrs = exp_ptr + rows.to(tl.int64)[:, None] * exp_stride + cols[None, :]
         tl.store(exp_ptrs, exps.to(exp_ptr.dtype.element_ty))
@@ -199,6 +209,8 @@ def merge_stats_kernel(
         in_vocab = (labels >= 0) & (labels < V)
         # The logit of a label outside the vocabulary was never written: such a row is NaN, loud and the same always.
         label_logit = tl.load(label_logit_ptr + rows, mask=row_mask & in_vocab, other=float("nan"))
+        # A softmax with an infinite logit is no number; of the label's own the sums, which leave it out, know nothing.
+        label_logit = tl.where(label_logit == float("inf"), float("nan"), label_logit)
         ignored = labels == ignore_index
         # The shift is a logit, too: their difference is exact where their size would swallow the logarithm.
         log_sum = tl.log(row_sum)
@@ -220,7 +232,7 @@ class LinearStats(NamedTuple):
     lse_N: torch.Tensor
     """fp64 log-sum-exp: near 1e4 fp32 is too coarse to give softmax = exp(z - lse) back."""
     tile_shift_TN: torch.Tensor
-    """fp32 shift of each `width` columns."""
+    """fp32 shift of each `width` columns: all of them with `exps`, else of the last slice."""
     width: int
     token_stats_KN: torch.Tensor | None = None
     """fp32, in the order of `token_stats.TOKEN_STATS`, when asked for."""
@@ -243,6 +255,14 @@ class RowState(NamedTuple):
     shift_N: torch.Tensor
     sum_N: torch.Tensor
     label_logit_N: torch.Tensor
+    token_stats_7N: torch.Tensor | None = None
+
+    @classmethod
+    def empty(cls, hidden_ND: torch.Tensor, *, token_stats: bool) -> RowState:
+        """Room for N rows."""
+        numbers = 3 + (NUM_STATE if token_stats else 0)
+        found = torch.empty(numbers, hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
+        return cls(found[0], found[1], found[2], found[3:] if token_stats else None)
 
 
 def empty_exps(hidden_ND: torch.Tensor, V: int) -> torch.Tensor:
@@ -268,12 +288,14 @@ def tile_stats(
     row_shift_N: torch.Tensor | None = None,
     token_stats: bool = False,
     config: TileConfig | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> TileStats:
     """Partials of the slice weight_VD, which begins at column `first_col` of the vocabulary.
 
     Fills label_logit_N where the label is one of these columns, and `exps` (from `empty_exps`) with
-    exp(z - shift) * dz/dbiased, 0 at the label. With row_shift_N a tile keeps the row's shift unless it would overflow.
-    With `token_stats` the result holds their partials, too.
+    exp(z - shift) * dz/dbiased / (logit_scale / temperature), 0 at the label. With row_shift_N a tile keeps the row's
+    shift unless it would overflow.
+    With `token_stats` the result holds their partials, too. `out` is where shifts and sums go, [T, N] each.
     """
     N, D = hidden_ND.shape
     V = weight_VD.shape[0]
@@ -284,8 +306,12 @@ def tile_stats(
     width = partial_width(tile)
     # Whole tiles, so that the second half of the last one, which may lie past V, has its place too.
     num_tiles = triton.cdiv(V, tile.config.block_v) * (tile.config.block_v // width)
-    shift_TN = torch.empty((num_tiles, N), dtype=torch.float32, device=hidden_ND.device)
-    sum_TN = torch.empty_like(shift_TN)
+    if out is None:
+        shift_TN = torch.empty((num_tiles, N), dtype=torch.float32, device=hidden_ND.device)
+        sum_TN = torch.empty_like(shift_TN)
+    else:
+        shift_TN, sum_TN = out
+    assert shift_TN.shape == sum_TN.shape == (num_tiles, N)
     partials_5TN = torch.empty(NUM_PARTIALS, *shift_TN.shape, device=hidden_ND.device) if token_stats else None
     with on_device(hidden_ND.device):
         linear_stats_fwd_kernel[(tile.num_programs,)](
@@ -310,7 +336,7 @@ def tile_stats(
             HAS_ROW_SHIFT=row_shift_N is not None,
             WRITE_EXP=exps is not None,
             TOKEN_STATS=token_stats,
-            # exp(10) leaves float16 room for the slope; exp(24) is no more than fp32 sums take without loss.
+            # exp(10) is below the largest float16, 6.6e4; exp(24) is no more than fp32 sums take without loss.
             SHIFT_SLACK=10.0 if hidden_ND.dtype == torch.float16 else 24.0,
             **tile.meta,
         )
@@ -320,6 +346,15 @@ def tile_stats(
 def merge_stats(stats: TileStats, state: RowState, *, first: bool) -> None:
     """Merge the partials of one more slice into `state`, in place; `first` starts it anew."""
     _launch_merge(stats, state, None, None, None, V=0, ignore_index=0, first=first)
+    merge_tokens(stats, state, first=first)
+
+
+def merge_tokens(stats: TileStats, state: RowState, *, first: bool) -> None:
+    """Of `merge_stats` the part that is for statistics of tokens."""
+    if stats.token_stats_5TN is not None:
+        assert state.token_stats_7N is not None
+        partials = (stats.shift_TN, stats.sum_TN, stats.token_stats_5TN)
+        merge_token_stats(state.token_stats_7N, *partials, first=first)
 
 
 def finish_stats(
@@ -382,28 +417,51 @@ def linear_stats(
 
     With `mass_columns` also the mass of each row's tiles of as many columns.
     A label outside [0, V) that is not ignored gives NaN and reads nothing.
+    Workspace: PARTIAL_BYTES; with `exps` or `mass_columns` the shifts and sums of all tiles, too.
     """
-    label_logit_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
-    state = RowState(label_logit_N, label_logit_N, label_logit_N)
-    stats = tile_stats(
-        hidden_ND,
-        weight_VD,
-        labels_N,
-        label_logit_N,
-        options=options,
-        exps=exps,
-        token_stats=token_stats,
-        config=config,
-    )
-    V = weight_VD.shape[0]
-    logps_N, lse_N = finish_stats(stats, state, labels_N, V=V, ignore_index=ignore_index, first=True)
-    token_stats_KN = None
-    if stats.token_stats_5TN is not None:
-        rows = (labels_N, label_logit_N, logps_N, lse_N)
-        token_stats_KN = merge_token_stats(
-            stats.shift_TN, stats.sum_TN, stats.token_stats_5TN, *rows, V=V, ignore_index=ignore_index
-        )
-    mass_NC = None
+    N, V = hidden_ND.shape[0], weight_VD.shape[0]
+    heavy = token_stats or options.softcap is not None
+    kernel = "linear_stats" if exps is None else "linear_exps"
+    tile = TileLaunch(kernel, hidden_ND, weight_VD, heavy=heavy, config=config)
+    state = RowState.empty(hidden_ND, token_stats=token_stats)
+    width = partial_width(tile)
+    columns = V if exps is not None else stats_columns(N, width, token_stats=token_stats)
+    whole = None
     if mass_columns is not None:
-        mass_NC = tile_mass(stats.shift_TN, stats.sum_TN, lse_N, width=stats.width, columns=mass_columns, V=V)
-    return LinearStats(logps_N, lse_N, stats.shift_TN, stats.width, token_stats_KN, mass_NC)
+        num_tiles = triton.cdiv(V, tile.config.block_v) * (tile.config.block_v // width)
+        whole = torch.empty(2, num_tiles, N, dtype=torch.float32, device=hidden_ND.device)
+    for start in range(0, V, columns):
+        weight_vD = weight_VD[start : start + columns]
+        tiles = slice(start // width, (start + columns) // width)
+        stats = tile_stats(
+            hidden_ND,
+            weight_vD,
+            labels_N,
+            state.label_logit_N,
+            options=options.columns(start, start + columns),
+            first_col=start,
+            exps=exps,
+            token_stats=token_stats,
+            config=tile.config,
+            out=None if whole is None else (whole[0, tiles], whole[1, tiles]),
+        )
+        if start + columns < V:
+            merge_stats(stats, state, first=start == 0)
+            # Given back before the next ones are asked for.
+            del stats
+    merge_tokens(stats, state, first=start == 0)
+    logps_N, lse_N = finish_stats(stats, state, labels_N, V=V, ignore_index=ignore_index, first=start == 0)
+    token_stats_KN = None
+    if state.token_stats_7N is not None:
+        rows = (labels_N, state.label_logit_N, logps_N, lse_N)
+        token_stats_KN = finish_token_stats(state.token_stats_7N, *rows, V=V, ignore_index=ignore_index)
+    mass_NC = None
+    if whole is not None and mass_columns is not None:
+        mass_NC = tile_mass(whole[0], whole[1], lse_N, width=width, columns=mass_columns, V=V)
+    return LinearStats(logps_N, lse_N, stats.shift_TN, width, token_stats_KN, mass_NC)
+
+
+def stats_columns(N: int, width: int, *, token_stats: bool) -> int:
+    """Columns of a slice, in whole tiles, whose partials of `width` columns take PARTIAL_BYTES."""
+    tile_bytes = N * 4 * (2 + NUM_PARTIALS if token_stats else 2)
+    return max(1, PARTIAL_BYTES // tile_bytes * width // MAX_BLOCK) * MAX_BLOCK

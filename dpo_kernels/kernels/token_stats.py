@@ -1,7 +1,11 @@
 """Statistics of each row's distribution from the tiles of the forward product: no further product.
 
 Legend: N rows, V vocabulary, T column tiles, K statistics in the order of TOKEN_STATS. z are logits, p their softmax.
-Like the sums of `tile_logps`, partials leave the label out; merging adds it.
+Like the sums of `tile_logps`, partials leave the label out; finishing adds it.
+
+1. write_partials: five numbers of each row and tile, in the epilogue of the forward product.
+2. merge_token_stats_kernel: the tiles of a slice of the vocabulary into a running state of each row, in a fixed order.
+3. finish_token_stats_kernel: the state over the whole vocabulary to the statistics.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from dpo_kernels.kernels.launch import on_device
 
 TOKEN_STATS = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
 NUM_PARTIALS = 5
+NUM_STATE = 7
+"""Numbers of a row's state: shift, sum of exp(z - shift), and what the partials are, on that shift."""
 
 
 @triton.jit
@@ -21,6 +27,7 @@ def write_partials(z, exps, shift, cols, label_cols, V, partial_ptr, plane, mask
     """Five numbers a row, `plane` elements apart; z is -inf where a column is the label's or lies past V."""
     inside = (cols < V)[None, :] & (cols[None, :] != label_cols[:, None])
     before = cols[None, :] < label_cols[:, None]
+    plane = tl.cast(plane, tl.int64)
     weighted = tl.where(exps > 0.0, exps * (z - shift[:, None]), 0.0)
     tl.store(partial_ptr, tl.sum(weighted, axis=1), mask=mask)
     tl.store(partial_ptr + plane, tl.sum(exps * exps, axis=1), mask=mask)
@@ -34,58 +41,142 @@ def merge_token_stats_kernel(
     partial_ptr,
     tile_shift_ptr,
     tile_sum_ptr,
+    state_ptr,
+    plane,
+    N,
+    num_tiles,
+    FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """The tiles of one more slice into the state; FIRST starts it."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < N
+    plane = tl.cast(plane, tl.int64)
+    state_plane = tl.cast(N, tl.int64)
+    state_ptrs = state_ptr + rows
+    if FIRST:
+        row_shift = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+        row_before = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+        row_after = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+        row_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        row_weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        row_squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        row_logits = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    else:
+        row_shift = tl.load(state_ptrs, mask=row_mask, other=0.0)
+        row_sum = tl.load(state_ptrs + state_plane, mask=row_mask, other=0.0)
+        row_weighted = tl.load(state_ptrs + 2 * state_plane, mask=row_mask, other=0.0)
+        row_squares = tl.load(state_ptrs + 3 * state_plane, mask=row_mask, other=0.0)
+        row_logits = tl.load(state_ptrs + 4 * state_plane, mask=row_mask, other=0.0)
+        row_before = tl.load(state_ptrs + 5 * state_plane, mask=row_mask, other=0.0)
+        row_after = tl.load(state_ptrs + 6 * state_plane, mask=row_mask, other=0.0)
+    for start in range(0, num_tiles, BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)
+        mask = (tiles < num_tiles)[:, None] & row_mask[None, :]
+        partial = tiles.to(tl.int64)[:, None] * N + rows[None, :]
+        shift = tl.load(tile_shift_ptr + partial, mask=mask, other=float("-inf"))
+        tile_sum = tl.load(tile_sum_ptr + partial, mask=mask, other=0.0)
+        new_shift = tl.maximum(row_shift, tl.max(shift, axis=0))
+        # Of a part without finite logits the sums are 0, whatever the gap.
+        row_gap = tl.where(row_shift == float("-inf"), 0.0, row_shift - new_shift)
+        gap = tl.where(shift == float("-inf"), 0.0, shift - new_shift[None, :])
+        row_factor, factor = tl.exp(row_gap), tl.exp(gap)
+        weighted = tl.load(partial_ptr + partial, mask=mask, other=0.0)
+        squares = tl.load(partial_ptr + plane + partial, mask=mask, other=0.0)
+        logits = tl.load(partial_ptr + 2 * plane + partial, mask=mask, other=0.0)
+        before = tl.load(partial_ptr + 3 * plane + partial, mask=mask, other=float("-inf"))
+        after = tl.load(partial_ptr + 4 * plane + partial, mask=mask, other=float("-inf"))
+        row_weighted = row_factor * (row_weighted + row_gap * row_sum)
+        row_weighted += tl.sum(factor * (weighted + gap * tile_sum), axis=0)
+        row_squares = row_factor * row_factor * row_squares + tl.sum(factor * factor * squares, axis=0)
+        row_sum = row_factor * row_sum + tl.sum(factor * tile_sum, axis=0)
+        row_logits += tl.sum(logits, axis=0)
+        row_before = tl.maximum(row_before, tl.max(before, axis=0))
+        row_after = tl.maximum(row_after, tl.max(after, axis=0))
+        row_shift = new_shift
+    tl.store(state_ptrs, row_shift, mask=row_mask)
+    tl.store(state_ptrs + state_plane, row_sum, mask=row_mask)
+    tl.store(state_ptrs + 2 * state_plane, row_weighted, mask=row_mask)
+    tl.store(state_ptrs + 3 * state_plane, row_squares, mask=row_mask)
+    tl.store(state_ptrs + 4 * state_plane, row_logits, mask=row_mask)
+    tl.store(state_ptrs + 5 * state_plane, row_before, mask=row_mask)
+    tl.store(state_ptrs + 6 * state_plane, row_after, mask=row_mask)
+
+
+@triton.jit
+def finish_token_stats_kernel(
+    state_ptr,
     labels_ptr,
     label_logit_ptr,
     logps_ptr,
     lse_ptr,
     stats_ptr,
-    plane,
     N,
     V,
-    num_tiles,
     ignore_index,
     BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < N
+    plane = tl.cast(N, tl.int64)
     labels = tl.load(labels_ptr + rows, mask=row_mask, other=ignore_index)
     used = labels != ignore_index
     label_logit = tl.load(label_logit_ptr + rows, mask=used & (labels >= 0) & (labels < V), other=float("nan"))
     logps = tl.load(logps_ptr + rows, mask=used, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=used, other=0.0)
+    state_ptrs = state_ptr + rows
+    shift = tl.load(state_ptrs, mask=used, other=0.0)
+    row_sum = tl.load(state_ptrs + plane, mask=used, other=0.0)
+    weighted = tl.load(state_ptrs + 2 * plane, mask=used, other=0.0)
+    squares = tl.load(state_ptrs + 3 * plane, mask=used, other=0.0)
+    logits = tl.load(state_ptrs + 4 * plane, mask=used, other=0.0)
+    before = tl.load(state_ptrs + 5 * plane, mask=used, other=0.0)
+    after = tl.load(state_ptrs + 6 * plane, mask=used, other=0.0)
+    gap = tl.where(shift == float("-inf"), 0.0, (shift.to(tl.float64) - lse).to(tl.float32))
+    factor = tl.exp(gap)
     p_label = tl.exp(logps)
-    entropy = -p_label * logps
-    squares = p_label * p_label
-    logits = label_logit
-    beaten = tl.zeros((BLOCK_N,), dtype=tl.int32)
-    for start in range(0, num_tiles, BLOCK_T):
-        tiles = start + tl.arange(0, BLOCK_T)
-        mask = (tiles < num_tiles)[:, None] & used[None, :]
-        partial = tiles.to(tl.int64)[:, None] * N + rows[None, :]
-        shift = tl.load(tile_shift_ptr + partial, mask=mask, other=float("-inf"))
-        gap = tl.where(shift == float("-inf"), 0.0, (shift.to(tl.float64) - lse[None, :]).to(tl.float32))
-        factor = tl.where(shift == float("-inf"), 0.0, tl.exp(gap))
-        tile_sum = tl.load(tile_sum_ptr + partial, mask=mask, other=0.0)
-        weighted = tl.load(partial_ptr + partial, mask=mask, other=0.0)
-        entropy -= tl.sum(factor * (weighted + gap * tile_sum), axis=0)
-        squares += tl.sum(factor * factor * tl.load(partial_ptr + plane + partial, mask=mask, other=0.0), axis=0)
-        logits += tl.sum(tl.load(partial_ptr + 2 * plane + partial, mask=mask, other=0.0), axis=0)
-        before = tl.load(partial_ptr + 3 * plane + partial, mask=mask, other=float("-inf"))
-        after = tl.load(partial_ptr + 4 * plane + partial, mask=mask, other=float("-inf"))
-        # Of equal logits the first is the top.
-        better = (before >= label_logit[None, :]) | (after > label_logit[None, :])
-        beaten = tl.maximum(beaten, tl.max((better & mask).to(tl.int32), axis=0))
-    tl.store(stats_ptr + rows, tl.where(used, entropy, 0.0), mask=row_mask)
-    tl.store(stats_ptr + N + rows, tl.where(used & (beaten == 0), 1.0, 0.0), mask=row_mask)
-    tl.store(stats_ptr + 2 * N + rows, tl.where(used, logits / V, 0.0), mask=row_mask)
-    tl.store(stats_ptr + 3 * N + rows, tl.where(used, tl.log(squares), 0.0), mask=row_mask)
+    # The limit of p log p at p = 0.
+    label_entropy = tl.where(logps == float("-inf"), 0.0, -p_label * logps)
+    entropy = label_entropy - factor * (weighted + gap * row_sum)
+    squares = p_label * p_label + factor * factor * squares
+    # Of equal logits the first is the top; a row without a log-prob has none.
+    hit = (before < label_logit) & (after <= label_logit) & (logps == logps)
+    stats_ptrs = stats_ptr + rows
+    tl.store(stats_ptrs, tl.where(used, entropy, 0.0), mask=row_mask)
+    tl.store(stats_ptrs + plane, tl.where(used & hit, 1.0, 0.0), mask=row_mask)
+    tl.store(stats_ptrs + 2 * plane, tl.where(used, (logits + label_logit) / V, 0.0), mask=row_mask)
+    tl.store(stats_ptrs + 3 * plane, tl.where(used, tl.log(squares), 0.0), mask=row_mask)
 
 
 def merge_token_stats(
+    state_7N: torch.Tensor,
     shift_TN: torch.Tensor,
     sum_TN: torch.Tensor,
     partials_5TN: torch.Tensor,
+    *,
+    first: bool,
+) -> None:
+    """Merge the partials of one more slice into the state, in place; `first` starts it anew."""
+    num_tiles, N = shift_TN.shape
+    with on_device(state_7N.device):
+        merge_token_stats_kernel[(triton.cdiv(N, 32),)](
+            partials_5TN,
+            shift_TN,
+            sum_TN,
+            state_7N,
+            partials_5TN.stride(0),
+            N,
+            num_tiles,
+            FIRST=first,
+            BLOCK_N=32,
+            BLOCK_T=32,
+            num_warps=4,
+        )
+
+
+def finish_token_stats(
+    state_7N: torch.Tensor,
     labels_N: torch.Tensor,
     label_logit_N: torch.Tensor,
     logps_N: torch.Tensor,
@@ -94,26 +185,21 @@ def merge_token_stats(
     V: int,
     ignore_index: int,
 ) -> torch.Tensor:
-    """[K, N] in fp32 from partials over the whole vocabulary; a top-1 hit is 1, ignored rows are 0."""
-    num_tiles, N = shift_TN.shape
+    """[K, N] in fp32 from a state over the whole vocabulary; a top-1 hit is 1, ignored rows are 0."""
+    N = labels_N.shape[0]
     stats_KN = torch.empty(len(TOKEN_STATS), N, dtype=torch.float32, device=labels_N.device)
     with on_device(labels_N.device):
-        merge_token_stats_kernel[(triton.cdiv(N, 32),)](
-            partials_5TN,
-            shift_TN,
-            sum_TN,
+        finish_token_stats_kernel[(triton.cdiv(N, 128),)](
+            state_7N,
             labels_N,
             label_logit_N,
             logps_N,
             lse_N,
             stats_KN,
-            shift_TN.numel(),
             N,
             V,
-            num_tiles,
             ignore_index,
-            BLOCK_N=32,
-            BLOCK_T=32,
+            BLOCK_N=128,
             num_warps=4,
         )
     return stats_KN

@@ -159,13 +159,10 @@ class _Call:
         self.labels_T = labels_T
         self.options = options
         self.ignore_index = ignore_index
-        # Gradients are formed in the compute dtype: in float16 the small ones would vanish were they not of order 1.
-        self.unit: Tensor | None = None
-        if hidden_TD.dtype == torch.float16:
-            largest = terms.scale_P.abs().max()
-            self.unit = torch.where(largest > 0, largest, 1.0)
-            terms = terms._replace(scale_P=terms.scale_P / self.unit)
         self.terms = terms
+        # Gradients are formed in the compute dtype: float16 loses small ones and large ones that are not of order 1.
+        # What a gradient of the logits and the sums over chunks are multiples of; it may rise from chunk to chunk.
+        self.unit = hidden_TD.new_zeros((), dtype=torch.float32) if hidden_TD.dtype == torch.float16 else None
         self.gradient_dtype = early_gradient_dtype(hidden_TD.dtype)
         self.exps = hidden_TD.new_empty(0, 0)
         self.dX_TD: Tensor | None = None
@@ -183,15 +180,15 @@ class _Call:
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if self.dW_VD is not None and self.dW_empty:
             self.dW_VD.zero_()
+        if self.unit is not None:
+            for total in (self.dW_VD, self.db_V):
+                if total is not None:
+                    total.mul_(self.unit)
         dX_TD, dW_VD, db_V = map(self._finish, (self.dX_TD, self.dW_VD, self.db_V))
         return dX_TD, dW_VD, db_V
 
     def _finish(self, gradient: Tensor | None) -> Tensor | None:
-        if gradient is None:
-            return None
-        if self.unit is not None:
-            gradient.mul_(self.unit)
-        return gradient.to(self.gradient_dtype)
+        return None if gradient is None else gradient.to(self.gradient_dtype)
 
     def whole_pairs(self, chunk: Chunk, offsets: list[int]) -> tuple[Tensor, Tensor]:
         """Slopes are known before the gradients are formed."""
@@ -202,15 +199,32 @@ class _Call:
             logps_n, self.terms, first_pair=chunk.first_pair, num_pairs=chunk.num_pairs, first_row=rows.start
         )
         if stats:
-            gradient_nV = self._products_gradient(rows, scores.grad_N, stats)
+            grad_n = scores.grad_N if self.unit is None else scores.grad_N / self._raise_unit(scores.slopes_S)
+            gradient_nV = self._products_gradient(rows, grad_n, stats)
             if self.dX_TD is not None:
                 add_product_(self.dX_TD[rows], gradient_nV, self.weight_VD, first=True)
+                if self.unit is not None:
+                    self.dX_TD[rows] *= self.unit
             if self.dW_VD is not None:
                 add_product_(self.dW_VD, gradient_nV.T, self.hidden_TD[rows], first=self.dW_empty)
                 self.dW_empty = False
             if self.db_V is not None:
                 self.db_V += gradient_nV.sum(dim=0, dtype=torch.float32)
         return scores.losses_P, scores.logps_S
+
+    def _raise_unit(self, slopes_S: Tensor) -> Tensor:
+        """Raise the unit to the largest of these slopes, bring the sums so far to it, and return it, or 1 for 0."""
+        assert self.unit is not None
+        slope = self.options.logit_scale / self.options.temperature
+        # A pair that is not finite must not take others with it.
+        largest = (slopes_S * slope).abs().nan_to_num(nan=0.0, posinf=0.0).amax()
+        old, self.unit = self.unit, torch.maximum(self.unit, largest)
+        divisor = torch.where(self.unit > 0, self.unit, 1.0)
+        if self.dW_VD is not None and not self.dW_empty:
+            self.dW_VD.mul_(old / divisor)
+        if self.db_V is not None:
+            self.db_V.mul_(old / divisor)
+        return divisor
 
     def split_pair(self, chunk: Chunk, offsets: list[int], max_rows: int) -> tuple[Tensor, Tensor]:
         """One pair in several chunks: dW and db gather per response and unscaled until the slopes are known."""
@@ -233,11 +247,13 @@ class _Call:
         scores = launch_pairs(
             torch.cat(logps), self.terms, first_pair=chunk.first_pair, num_pairs=1, first_row=offsets[0]
         )
-        for slope, (rows, dW_VD, db_V) in zip(scores.slopes_S, shares, strict=True):
+        in_units_S = scores.slopes_S if self.unit is None else scores.slopes_S / self._raise_unit(scores.slopes_S)
+        for i, (rows, dW_VD, db_V) in enumerate(shares):
             if rows.start == rows.stop:
                 continue
             if self.dX_TD is not None:
-                self.dX_TD[rows] *= slope
+                self.dX_TD[rows] *= scores.slopes_S[i]
+            slope = in_units_S[i]
             if self.dW_VD is not None and dW_VD is not None:
                 self.dW_VD = dW_VD.mul_(slope) if self.dW_empty else self.dW_VD.addcmul_(dW_VD, slope)
                 self.dW_empty = False

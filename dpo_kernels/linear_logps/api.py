@@ -173,7 +173,8 @@ def linear_logps(
             product forward, and backward 3 s (2 s with a frozen head), with s the share of tiles that are kept.
         stats: names of statistics of each row's distribution, gathered from the logits of the forward product; no
             further product. "entropy": -sum p log p, in nats. "is_top1": whether the label has the largest logit, the
-            first of them where several are equal. "mean_logits": mean of z over V. "log_sum_sq_probs": log sum p^2.
+            first of them where several are equal; False where the log-prob is nan. "mean_logits": mean of z over V.
+            "log_sum_sq_probs": log sum p^2.
             With ``filter_mass`` also "dropped_mass": the mass m that backward leaves out of this row, and "kept_tiles":
             the share of the row's tiles that backward computes, whose mean over all rows is s. Rows are filtered in
             blocks of 128 on a GPU, where an ignored row costs, and reports, what its block costs; on the CPU one by

@@ -63,9 +63,11 @@ def logps(
 def token_stats(logits_TV: Tensor, labels_T: Tensor, ignore_index: int, names: Sequence[str]) -> Tensor:
     """[K, T], in the order of the names, 0 on ignored rows; a top-1 hit is 1."""
     log_p_TV = torch.log_softmax(logits_TV, dim=-1)
+    # Nothing is the largest where a logit is nan or inf, which make every log-prob of the row nan.
+    has_top_T = ~log_p_TV[:, 0].isnan()
     definitions = {
         "entropy": lambda: torch.special.entr(log_p_TV.exp()).sum(dim=-1),
-        "is_top1": lambda: (logits_TV.argmax(dim=-1) == labels_T).to(logits_TV.dtype),
+        "is_top1": lambda: ((logits_TV.argmax(dim=-1) == labels_T) & has_top_T).to(logits_TV.dtype),
         "mean_logits": lambda: logits_TV.mean(dim=-1),
         "log_sum_sq_probs": lambda: torch.logsumexp(2 * log_p_TV, dim=-1),
     }

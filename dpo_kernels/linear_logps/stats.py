@@ -61,11 +61,11 @@ class RunningStats:
             self.square_T[rows] = self.square_T[rows] * shrink.square() + exps.square().sum(dim=1)
 
     def finish(self, sum_T: Tensor, labels_T: Tensor, num_classes: int) -> Tensor:
-        """[K, T], in the order of the names; a hit is 1."""
+        """[K, T], in the order of the names; a hit is 1. ``sum_T`` is nan where a row has no softmax."""
         log_sum_T = sum_T.log()
         results = {
             "entropy": log_sum_T + self.entropy_T / sum_T,
-            "is_top1": (self.top_column_T == labels_T).to(sum_T.dtype),
+            "is_top1": ((self.top_column_T == labels_T) & ~sum_T.isnan()).to(sum_T.dtype),
             "mean_logits": self.logits_T / num_classes,
             "log_sum_sq_probs": self.square_T.log() - 2 * log_sum_T,
         }

@@ -21,7 +21,7 @@ from dpo_kernels.kernels.launch import HeadOptions, obstacle
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.tile_logps import linear_stats
-from dpo_kernels.kernels.token_stats import TOKEN_STATS
+from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
 from dpo_kernels.linear_logps.tile_filter import COLUMNS, Kept
 
 SLICE_BYTES = 160 * 2**20
@@ -62,7 +62,7 @@ def forward(
             hidden_TD,
             weight_VD,
             labels_T,
-            slice_columns=slice_columns(hidden_TD),
+            slice_columns=slice_columns(hidden_TD, token_stats=bool(stats)),
             options=options,
             ignore_index=ignore_index,
             token_stats=bool(stats),
@@ -198,7 +198,11 @@ def _slice_bytes(hidden_TD: Tensor, weight_VD: Tensor) -> int:
     return hidden_TD.shape[0] * min(weight_VD.shape[0], slice_columns(hidden_TD)) * hidden_TD.element_size()
 
 
-def slice_columns(hidden_TD: Tensor, *, taken: int = 0) -> int:
-    """Columns of a slice: SLICE_BYTES worth of them, less what is ``taken``, in whole tiles."""
-    columns = (SLICE_BYTES - taken) // (hidden_TD.shape[0] * hidden_TD.element_size())
+def slice_columns(hidden_TD: Tensor, *, taken: int = 0, token_stats: bool = False) -> int:
+    """Columns of a slice: SLICE_BYTES worth of them, less what is ``taken``, in whole tiles.
+
+    Partials of statistics, which are kept for every 64 columns or more, are part of a slice.
+    """
+    column_bytes = hidden_TD.element_size() + (4 * (2 + NUM_PARTIALS) / 64 if token_stats else 0)
+    columns = int((SLICE_BYTES - taken) / (hidden_TD.shape[0] * column_bytes))
     return max(MIN_SLICE, columns // 256 * 256)

@@ -20,6 +20,7 @@ from dpo_kernels.kernels import filtered_products, frozen_head, launch
 from dpo_kernels.kernels.offline import compiling_for
 from dpo_kernels.linear_dpo import triton_pairs
 from dpo_kernels.linear_logps import tile_filter, triton_tiles
+from dpo_kernels.linear_logps.stats import STATS
 from dpo_kernels.losses import LossOptions, resolve_loss
 
 
@@ -100,10 +101,11 @@ def test_a_pair_that_is_longer_than_a_chunk_is_held_whole(monkeypatch):
     assert 1.95 * 2**30 < extra_bytes(LONG_PAIR, monkeypatch) < 2.05 * 2**30
 
 
-@pytest.mark.parametrize("pass_name", ["forward, frozen head", "backward", "filtered forward", "filtered backward"])
-def test_per_token_log_probs_take_at_most_300_mebibytes(pass_name, monkeypatch):
-    """The same size; products of half operands with float32 results need no copy on a GPU, and are left out here."""
-    T, D, V = GPU_BENCHMARK
+def extra_bytes_of_log_probs(
+    pass_name: str, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int] = GPU_BENCHMARK, stats=(), softcap=None
+) -> int:
+    """As `extra_bytes`. Products of half operands with float32 results need no copy on a GPU, and are left out here."""
+    T, D, V = shape
     monkeypatch.setattr(launch, "device_arch", lambda device: "sm_90")
     monkeypatch.setattr(filtered_products, "device_arch", lambda device: "sm_90")
     for module in (triton_tiles, frozen_head):
@@ -115,16 +117,41 @@ def test_per_token_log_probs_take_at_most_300_mebibytes(pass_name, monkeypatch):
         if pass_name.endswith("backward"):
             tiles = tile_filter.Kept(labels, kept) if pass_name.startswith("filtered") else None
             wanted = (True, True, False, None, tiles)
-            results = triton_tiles.backward(row, hidden, weight, labels, lse, None, None, 1.0, 1.0, -100, *wanted)
-        elif pass_name == "filtered forward":
-            *results, mass = triton_tiles.forward(hidden, weight, labels, None, None, 1.0, 1.0, -100, False, (), True)
+            results = triton_tiles.backward(row, hidden, weight, labels, lse, None, softcap, 1.0, 1.0, -100, *wanted)
+        else:
+            filtered, frozen = pass_name.startswith("filtered"), pass_name.endswith("frozen head")
+            options = (None, softcap, 1.0, 1.0, -100, frozen, stats, filtered)
+            *results, mass = triton_tiles.forward(hidden, weight, labels, *options)
+        if pass_name == "filtered forward":
             rows = triton_tiles.FILTER_ROWS
             plan = tile_filter.plan_filter(mass, labels, ignore_index=-100, filter_mass=1e-3, rows=rows)
             results = [*results, *plan.kept]
-        else:
-            results = triton_tiles.forward(hidden, weight, labels, None, None, 1.0, 1.0, -100, True, (), False)
-    extra = live.most - sum(t.untyped_storage().nbytes() for t in results if t is not None)
-    assert (180 if pass_name.startswith("filtered") else 280) * 2**20 < extra <= 300 * 2**20
+    return live.most - sum(t.untyped_storage().nbytes() for t in results if t is not None)
+
+
+PASSES = ["forward", "forward, frozen head", "backward", "filtered forward", "filtered backward"]
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize(
+    ("pass_name", "stats"), [*((name, ()) for name in PASSES), *((name, STATS) for name in PASSES if "forward" in name)]
+)
+def test_per_token_log_probs_take_at_most_300_mebibytes(pass_name, stats, softcap, monkeypatch):
+    """The same size, with and without statistics of tokens."""
+    extra = extra_bytes_of_log_probs(pass_name, monkeypatch, stats=stats, softcap=softcap)
+    least = 60 if pass_name == "forward" else 180 if pass_name.startswith("filtered") else 280
+    assert (60 if stats else least) * 2**20 < extra <= 300 * 2**20
+
+
+@pytest.mark.parametrize("stats", [(), STATS], ids=["", "stats"])
+@pytest.mark.parametrize("pass_name", ["forward", "forward, frozen head"])
+def test_partials_do_not_grow_with_rows_and_vocabulary(pass_name, stats, monkeypatch):
+    """N=32768 D=4096 V=262144: eight times the tiles of above."""
+    T, D, V = 32768, 4096, 262144
+    extra = extra_bytes_of_log_probs(pass_name, monkeypatch, (T, D, V), stats=stats)
+    # 4096 columns, the narrowest slice, with seven numbers of each row and 64 columns; and dX in fp32.
+    slice_and_dx = T * 4096 * 2 + T * 4096 // 64 * 28 + T * D * 4
+    assert extra <= (slice_and_dx if pass_name.endswith("frozen head") else 128 * 2**20) + 8 * 2**20
 
 
 def test_the_count_counts():

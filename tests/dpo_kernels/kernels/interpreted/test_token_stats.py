@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dpo_kernels import linear_logps
+from dpo_kernels.kernels import tile_logps
 from dpo_kernels.kernels.frozen_head import frozen_head
 from dpo_kernels.kernels.launch import HeadOptions
 from dpo_kernels.kernels.tile_config import TileConfig
@@ -35,7 +36,7 @@ def compare(problem: Problem, config: TileConfig = SMALL, atol: float = 3e-6):
     sliced = frozen_head(*inputs, slice_columns=64, **common).token_stats_KN
     for got in (whole, sliced):
         assert (got[:, problem.labels == IGNORED] == 0).all()
-        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=atol)
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=atol, equal_nan=True)
 
 
 def test_the_kernels_compute_every_statistic():
@@ -46,6 +47,39 @@ def test_the_kernels_compute_every_statistic():
 @pytest.mark.parametrize("config", [SMALL, WIDE], ids=["small", "wide"])
 def test_vocabularies(V, config):
     compare(Problem.make(19, V), config)
+
+
+@pytest.mark.parametrize("columns", [None, 128], ids=["", "mass"])
+def test_slices_of_the_vocabulary(columns, monkeypatch):
+    """What partials may take decides in how many steps they are merged, and no more."""
+    problem = Problem.make(19, 700, bias=True, softcap=5.0)
+    options = {"token_stats": True, "mass_columns": columns}
+    whole = problem.stats(SMALL, **options)
+    monkeypatch.setattr(tile_logps, "PARTIAL_BYTES", 1)
+    compare(problem)
+    sliced = problem.stats(SMALL, **options)
+    for name in ("logps_N", "lse_N", "token_stats_KN", "mass_NC"):
+        torch.testing.assert_close(getattr(sliced, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("column", [0, 3, 130, None])
+def test_rows_that_are_not_finite(value, column):
+    """One logit of a row, or all of them; the label is the first, the last or one of the middle."""
+    for label in (0, 3, 199):
+        problem = Problem.make(3, 200, ignored=False)
+        problem.hidden[1, 0] = torch.nan if column is None else problem.hidden[1, 0]
+        bias = torch.zeros(200)
+        if column is not None:
+            bias[column] = value
+        problem.options = HeadOptions(bias_V=bias)
+        problem.labels[:] = label
+        compare(problem)
+        hidden = problem.hidden.clone().requires_grad_()
+        found = linear_logps(hidden, problem.weight, problem.labels, bias=bias, stats=STATS, impl="torch").stats
+        exact = dict(zip(TOKEN_STATS, expected(problem), strict=True))
+        for name, got in found.items():
+            torch.testing.assert_close(got.double(), exact[name], rtol=1e-5, atol=3e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
