@@ -8,14 +8,15 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine import distributed
+from engine import distributed, stop
 from engine.config.fields import iter_keys, nearest
 from engine.config.help import config_help
-from engine.errors import UserError, disk_error
+from engine.errors import Stopped, UserError, disk_error
 
 OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -64,18 +65,23 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 (a check failed), 2 (a user error), 130 (interrupted)."""
+    """Run the command line and return its exit code: 0, 1 (a check failed), 2 (a user error), 75 (a scheduler asked it
+    to end: start it again), 130 (interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        with distributed.process_group():
+        takes_requests = arguments[:1] and arguments[0] in _JOINT_COMMANDS
+        with stop.listening() if takes_requests else nullcontext(), distributed.process_group():
             code = _run(arguments)
         sys.stdout.flush()
         return code
-    except distributed.PeerFailure:
+    except distributed.PeerFailure as failure:
         # another process of the run prints why
-        return USER_ERROR
+        return failure.exit_code
+    except Stopped as end:
+        print(end, file=sys.stderr)
+        return end.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -85,6 +85,7 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     from engine.reference.columns import check_export_path, check_export_row
     from engine.train.references import reference_model
 
+    distributed.set_timeout(config.train.timeout_minutes)
     check_quantization(reference_model(config))
     if options.export is not None and distributed.is_main():
         check_export_path(options.export)

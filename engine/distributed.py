@@ -10,14 +10,18 @@ same decisions.
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import socket
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
+from engine.endings import Ear, end_of_run
+from engine.endings import PeerFailure as PeerFailure
+from engine.endings import lost_connection as lost_connection
 from engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,16 +30,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_FAREWELL_SECONDS = 10.0
-_LISTEN_SECONDS = 1.0
-_LOST = "a process of this run ended without a message (killed, or out of memory?)"
-_LOST_HOST = "the first process of this run ended; if it gave no reason, it was killed (out of memory?)"
-
-_LATE = "this process has waited too long for another one, which reads a model or data slowly, or hangs"
+log = logging.getLogger(__name__)
 
 
-class PeerFailure(Exception):  # noqa: N818
-    """The run ends because of another process, which has said why. To be ended with, not to be shown."""
+class _Group:
+    """What is known of the processes of the run."""
+
+    def __init__(self) -> None:
+        self.places: list[str] = []
+        """Machine and process id of each rank."""
+        self.minutes = 30.0
+        """How long one process waits for another."""
+        self.announced: set[str] = set()
+
+
+_group = _Group()
 
 
 def launched_size() -> int:
@@ -76,8 +85,8 @@ def say(text: str) -> None:
 def process_group() -> Iterator[None]:
     """Join the processes that the launcher started; a no-op for one process, or within another ``process_group``.
 
-    gloo carries CPU tensors and objects, nccl those of CUDA devices. When a process fails, all fail: the first one
-    raises its own error, the others ``PeerFailure``.
+    gloo carries CPU tensors and objects, nccl those of CUDA devices. When a process fails, or was asked to end, all
+    do: the first one raises its own error, the others ``PeerFailure`` with its exit code.
 
     Raises:
         UserError: the launcher's variables are missing or wrong, or a process ended without a word.
@@ -91,22 +100,18 @@ def process_group() -> Iterator[None]:
     import torch.distributed as dist
 
     store = _join()
-    ear = _Ear(store)
+    ear = Ear(store)
     try:
         with ear:
+            _group.places = gather(f"process {os.getpid()} on {socket.gethostname()}")
             yield
             # Inside, since others may fail while this process waits for them.
             barrier()
     except BaseException as error:
-        first = False if isinstance(error, PeerFailure) else _claim_failure(store)
-        lost = lost_connection(error)
-        _take_leave(store, counted=ear.heard)
-        if first is False or (lost and ear.heard):
-            raise PeerFailure(str(error)) from error
-        if lost:
-            what = _LATE if _timed_out(error) else _LOST if first else _LOST_HOST
-            raise UserError(f"{what}: look at its machine's log, then continue with --resume") from error
-        raise
+        end = end_of_run(error, store, ear, places=_group.places, minutes=_group.minutes)
+        if end is error:
+            raise
+        raise end from error
     # Sharded modules hold the groups in cycles. Freed when the interpreter ends, their threads abort the process.
     gc.collect()
     dist.destroy_process_group()
@@ -152,89 +157,28 @@ def _join() -> Store:
     return dist.PrefixStore("end", store)
 
 
-class _Ear(threading.Thread):
-    """Listens for the first process that fails, which says why.
-
-    Connections of a sharded model stay open until the process that failed ends, and with it may end the store: a
-    process that waits for them all that time could not tell a host that has spoken from one that was killed.
-    """
-
-    def __init__(self, store: Store):
-        super().__init__(daemon=True)
-        self._store = store.clone()  # type: ignore[attr-defined]
-        self._stopped = threading.Event()
-        self.heard = False
-
-    def run(self) -> None:
-        with suppress(RuntimeError):
-            while not self._stopped.wait(_LISTEN_SECONDS):
-                if self._store.check(["failures"]):
-                    self.heard = True
-                    self._store.add("gone", 1)
-                    return
-
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self.join()
-
-
-def _claim_failure(store: Store) -> bool | None:
-    """Whether this process is the first to fail. None where the host of the store is gone: it has spoken for all, or
-    it was killed."""
-    try:
-        return store.add("failures", 1) == 1
-    except RuntimeError:
-        return None
-
-
-def _take_leave(store: Store, *, counted: bool) -> None:
-    """Close the connections, so that the others fail, too; the host of the store stays until they have looked.
-
-    Args:
-        counted: whether this process has said that it looked.
-    """
-    import torch.distributed as dist
-
-    if not dist.get_backend().endswith("nccl"):
-        # With nccl in flight this could wait for ever; the end of the process closes those.
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
-    hosts = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    deadline = time.monotonic() + _FAREWELL_SECONDS
-    with suppress(RuntimeError):
-        gone = store.add("gone", 0 if counted else 1)
-        while hosts and gone < launched_size() and time.monotonic() < deadline:
-            time.sleep(0.05)
-            gone = store.add("gone", 0)
-
-
-def lost_connection(error: BaseException) -> bool:
-    """Whether an error, or one of its causes, says that another process is gone. Who looks at errors of a model's
-    forward must let these through: a sharded model talks to the others there."""
-    from torch.distributed import DistError
-
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, DistError) or (isinstance(seen, RuntimeError) and "gloo" in str(seen)):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
-
-
-def _timed_out(error: BaseException) -> bool:
-    causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    return any("Timed out waiting" in str(cause) for cause in causes)
-
-
 def barrier() -> None:
     """Wait until every process is here."""
     if size() > 1:
         gather(None)
+
+
+def set_timeout(minutes: float) -> None:
+    """Let processes wait that long for each other from now on; before, half an hour."""
+    _group.minutes = minutes
+    if launched_size() > 1 and size() > 1:
+        from torch.distributed.distributed_c10d import _set_pg_timeout
+
+        _set_pg_timeout(timedelta(minutes=minutes))
+
+
+def announce(work: str) -> None:
+    """Say, once, that rank 0 does something long that the others wait for, such as ``reads the model``."""
+    if size() > 1 and work not in _group.announced:
+        _group.announced.add(work)
+        log.info(
+            "the first process %s; the others wait, at most %g minutes (train.timeout_minutes)", work, _group.minutes
+        )
 
 
 def broadcast(value: T) -> T:

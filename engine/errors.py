@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 
 DISK_ERRORS = {
     errno.ENOSPC: "no space left on the disk",
@@ -25,6 +26,19 @@ class UserError(Exception):
 
     The command line prints it as ``error: <message>`` and exits with code 2.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """The run ends because it was asked to. The message is one line: by what, where, how to go on."""
+
+    def __init__(self, number: int, where: str = "", go_on: str = "run the same command again to go on"):
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}{where}: {go_on}")
+
+    @property
+    def exit_code(self) -> int:
+        """75, the system's "try again later", for a scheduler to start it again; 130 after Ctrl-C."""
+        return 130 if self.number == signal.SIGINT else 75
 
 
 class RowError(UserError):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import distributed
+from engine import distributed, stop
 from engine.config.schema import ModelConfig, RunConfig
 from engine.data import load_dataset_groups
 from engine.data.groups import PreferenceDataset, pair_places
@@ -72,6 +72,7 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     Raises:
         UserError: no evaluation data, or a model that cannot be loaded.
     """
+    distributed.set_timeout(config.train.timeout_minutes)
     check_quantization(config.model)
     if model_path is not None:
         check_folder(model_path, "--model ")
@@ -143,6 +144,9 @@ def evaluate_policy(
 
     Args:
         lookup: stored reference log-probs of some groups; None for a live reference or none.
+
+    Raises:
+        Stopped: between two packs, on all ranks, when any process was asked to end.
     """
     training = policy.training
     policy.eval()
@@ -188,6 +192,7 @@ def _score_all(
     own, columns = [], []
     quiet = True if not (progress and distributed.is_main()) else None
     for place in tqdm(share, desc="evaluation", unit="pack", disable=quiet):
+        stop.check()
         pack = packs[cheapest if place is None else place]
         batch = build_batch([dataset[i] for i in pack], share_prompts=packing.share_prompts).to(policy.device)
         stored = None if lookup is None else torch.from_numpy(lookup(pack)).to(policy.device)

@@ -286,6 +286,8 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, about a fifth slower."""
     activation_offload: bool = False
     """Keep activations in host memory until the backward pass; gradient_checkpointing leaves few to move."""
+    timeout_minutes: float = 60
+    """How long one of several processes waits for another, such as for the first one to read a model or write one."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Trackers beside metrics.jsonl, which is always written; [] is none. wandb reads its environment variables."""
 
@@ -298,6 +300,7 @@ class TrainConfig:
             self.max_steps == -1 or self.max_steps > 0,
             f"train.max_steps must be positive, or -1 for no limit, got {self.max_steps}",
         )
+        _require(self.timeout_minutes > 0, f"train.timeout_minutes must be positive, got {self.timeout_minutes}")
         _require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2**32), got {self.seed}")
         for name in ("save_total_limit", "eval_steps"):
             value = getattr(self, name)

@@ -81,6 +81,8 @@ def load_policy(
     """
     check_quantization(model)
     backend = choose_backend(model.attention, device, DTYPES[model.dtype])
+    if not empty:
+        distributed.announce("reads the model")
     with distributed.main_first(), shapes_alone():
         return _load(
             model,

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from engine import distributed
+from engine import distributed, stop
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError
 from engine.packing import PackedBatch, build_batch, check_fits, group_costs, group_sizes, pack_groups
 from engine.reference.keys import dataset_keys, model_digest
 from engine.reference.store import TOKENS_PER_SHARD, ReferenceStore
+from engine.shared_folders import check_shared
 
 if TYPE_CHECKING:
     from engine.model.policy import Policy
@@ -98,6 +99,7 @@ def precompute(
     Raises:
         UserError: a group longer than ``tokens_per_pack``, no memory for a pack, a log-prob that is not finite, or a
             store that cannot be written.
+        Stopped: on all ranks, when any process was asked to end; what is computed is stored.
     """
     check_fits(dataset, tokens_per_pack=tokens_per_pack, share_prompts=share_prompts)
     keys = dataset_keys(dataset, digest or model_digest(policy))
@@ -108,6 +110,8 @@ def precompute(
     start = time.perf_counter()
     tokens = 0
     if absent:
+        # Inside, since what a killed writer leaves there goes.
+        check_shared(store.folder(flat[0]), f"reference.store={store.path}")
         packs = _plan(dataset, keys, absent, tokens_per_pack, share_prompts)
         # The first pack may take a minute.
         log.info(
@@ -210,14 +214,14 @@ def _run(
     batches = (build_batch(_groups(dataset, members), share_prompts=share_prompts) for members in own)
     rows = sum(map(len, own))
     bar = tqdm(total=rows, desc="reference log-probs", unit="row", disable=not (progress and distributed.is_main()))
-    with bar, scoring(policy):
+    with bar, scoring(policy), stop.postponed("what is computed is stored first"):
         try:
             for members, (batch, logps_N), counts in zip(own, score(policy, batches), counted, strict=True):
-                if not counts:
-                    continue
-                buffer.add(_split(members, batch, logps_N))
-                tokens += batch.num_tokens
-                bar.update(len(members))
+                if counts:
+                    buffer.add(_split(members, batch, logps_N))
+                    tokens += batch.num_tokens
+                    bar.update(len(members))
+                stop.check()
         finally:
             # After an error or Ctrl-C, too: what is computed need not be computed again.
             buffer.flush()

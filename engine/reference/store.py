@@ -153,13 +153,17 @@ class ReferenceStore:
         """
         checked = {key: _checked(key, value) for key, value in values.items()}
         for prefix, keys in _by_prefix(list(checked)).items():
-            folder = self.path / prefix.hex()
+            folder = self.folder(prefix)
             remove_stale_temporaries(folder)
             for start, stop in _shard_bounds([len(checked[key]) for key in keys]):
                 write_shard(folder, {key: checked[key] for key in keys[start:stop]})
 
+    def folder(self, key: bytes) -> Path:
+        """Where the shards of a key's model are."""
+        return self.path / key[:_PREFIX_BYTES].hex()
+
     def _partition(self, prefix: bytes) -> _Partition:
-        known = self._partitions.get(prefix) or _Partition(self.path / prefix.hex())
+        known = self._partitions.get(prefix) or _Partition(self.folder(prefix))
         self._partitions[prefix] = known.update()
         return self._partitions[prefix]
 

@@ -3,7 +3,8 @@
 ``checkpoint-<step>/`` holds the model (or adapter) in Hugging Face layout, the tokenizer, the optimizer state and
 random generators as safetensors, and ``trainer_state.json``. Several processes write their shards of model and
 optimizer state instead, see ``engine.train.sharded``; any number of processes reads both. There is no pickle. A
-checkpoint counts only when it is complete: see ``engine.train.durable``.
+checkpoint counts only when it is complete: see ``engine.train.durable``. ``checkpoint-<step>-stopped/`` is one that a
+run wrote because it was asked to end; it goes when a later one is there.
 """
 
 from __future__ import annotations
@@ -46,22 +47,23 @@ RANDOM_FILE = "random_state.safetensors"
 RANK_RANDOM_FILE = "random_state.{rank:05d}.safetensors"
 FORMAT = 2
 
-_NAME = re.compile(r"checkpoint-(\d+)")
+_STOPPED = "-stopped"
+_NAME = re.compile(rf"checkpoint-(\d+)({_STOPPED})?")
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "config.json", "adapter_config.json")
 _FREE_KEYS = frozenset(
     (
         *("packing.tokens_per_pack", "packing.share_prompts", "model.attention", "model.trust_remote_code"),
         *("data.strict", "data.eval_dataset_name", "data.eval_dataset_split", "reference.store", "reference.mode"),
         *("train.output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.eval_steps"),
-        *("train.gradient_checkpointing", "train.activation_offload", "train.report_to"),
+        *("train.gradient_checkpointing", "train.activation_offload", "train.timeout_minutes", "train.report_to"),
     )
 )
 """Keys that may change between a run and its resumption: they do not change what is learned."""
 _EVALUATION_KEYS = frozenset({"data.eval_dataset_name", "data.eval_dataset_split", "train.eval_steps"})
 
 
-def checkpoint_path(output_dir: Path, step: int) -> Path:
-    return output_dir / f"checkpoint-{step}"
+def checkpoint_path(output_dir: Path, step: int, *, stopped: bool = False) -> Path:
+    return output_dir / f"checkpoint-{step}{_STOPPED if stopped else ''}"
 
 
 def complete_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -77,15 +79,34 @@ def newest_checkpoint(output_dir: Path) -> tuple[int, Path] | None:
 def _checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     if not output_dir.is_dir():
         return []
-    return sorted((int(m[1]), p) for p in output_dir.iterdir() if (m := _NAME.fullmatch(p.name)))
+    found = ((int(m[1]), p) for p in output_dir.iterdir() if (m := _NAME.fullmatch(p.name)))
+    # Of one step, the regular one is newer: the run went on to it.
+    return sorted(found, key=lambda entry: (entry[0], not _is_stopped(entry[1])))
+
+
+def _is_stopped(path: Path) -> bool:
+    return path.name.endswith(_STOPPED)
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Delete all but the newest ``limit`` complete checkpoints. Call it only when the newest is durable."""
+    """Delete all but the newest ``limit`` complete checkpoints. Call it only when the newest is durable.
+
+    What runs wrote when they were asked to end does not count, and goes as soon as it is not the newest.
+    """
+    newest = newest_checkpoint(output_dir)
+    remove_stopped(output_dir, kept=None if newest is None else newest[1])
     if limit is None:
         return
-    for _, path in complete_checkpoints(output_dir)[:-limit]:
+    regular = [path for _, path in complete_checkpoints(output_dir) if not _is_stopped(path)]
+    for path in regular[:-limit]:
         remove_folder(path)
+
+
+def remove_stopped(output_dir: Path, *, kept: Path | None = None) -> None:
+    """Delete the checkpoints that runs wrote when they were asked to end, all but ``kept``."""
+    for _, path in _checkpoints(output_dir):
+        if _is_stopped(path) and path != kept:
+            remove_folder(path)
 
 
 def refuse_other_run(output_dir: Path) -> None:
@@ -138,10 +159,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     names: list[str],
     state: dict[str, Any],
+    stopped: bool = False,
 ) -> Path:
     """Write ``checkpoint-<step>``; it is durable and complete when this returns. Every rank must call it.
 
     Args:
+        stopped: whether it is one that goes when a later one is there.
         names: parameter names in the order of the optimizer.
         state: JSON values that come back from ``load_state``.
 
@@ -169,7 +192,8 @@ def save_checkpoint(
             record["python_random"] = python_random if ranks == 1 else python_states
             (folder / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
-    path = checkpoint_path(output_dir, step)
+    path = checkpoint_path(output_dir, step, stopped=stopped)
+    distributed.announce("flushes checkpoints to the disk and adds checksums")
     if distributed.is_main():
         write_folder(path, fill)
     else:
@@ -221,7 +245,9 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: a file is damaged, or another version wrote it.
     """
-    step = int(path.name.rpartition("-")[2])
+    named = _NAME.fullmatch(path.name)
+    assert named is not None
+    step = int(named[1])
     earlier = [str(p) for s, p in complete_checkpoints(path.parent) if s < step]
     where = f"continue from {earlier[-1]}" if earlier else "start anew, since there is no earlier checkpoint"
     check_content(path, remedy=f"delete {path} and {where} with --resume")

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from engine import distributed
+from engine import distributed, stop
 from engine.config.schema import PackingConfig, TrainConfig
 from engine.data.groups import PreferenceDataset
 from engine.packing import Pack, PackedBatch, Step, build_batch, plan_epoch
@@ -129,7 +129,11 @@ class TrainingFeed:
         return self.dataset.digest
 
     def steps(self, done: int) -> Iterator[TrainingStep]:
-        """The steps after the first ``done``, on the device."""
+        """The steps after the first ``done``, on the device.
+
+        Raises:
+            Stopped: before a step, on all ranks, when any process was asked to end.
+        """
         if done >= self.total_steps:
             return
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
@@ -142,7 +146,9 @@ class TrainingFeed:
                 self.waited += time.perf_counter() - asked
                 if number + STEPS_AHEAD <= self.total_steps:
                     ahead.append(pool.submit(self.build, number + STEPS_AHEAD))
-                elsewhere = sum(distributed.gather(step.work.pairs)) - step.work.pairs
+                told = distributed.gather((step.work.pairs, stop.requested()))
+                stop.heed(request for _, request in told)
+                elsewhere = sum(pairs for pairs, _ in told) - step.work.pairs
                 yield replace(step, packs=tuple(p.to(self.device) for p in step.packs), elsewhere=elsewhere)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from engine import distributed
+from engine import distributed, stop
 from engine.config import load_config, to_yaml
 from engine.config.schema import RunConfig
 from engine.data import check_files
-from engine.errors import UserError
+from engine.errors import Stopped, UserError
 from engine.evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
 from engine.model import load_policy, shard_policy
 from engine.model.sources import check_folder
+from engine.shared_folders import check_shared
 from engine.train import checkpoint as checkpoints
 from engine.train import sharded
 from engine.train.durable import check_content, is_complete, remove_leftovers, run_folder, write_atomically
@@ -43,6 +44,7 @@ from engine.train.setup import Setup, check_settings, prepare, write_data_file
 from engine.train.throughput import reset_peak_memory
 
 CONFIG_FILE = "config.yaml"
+GO_ON = "go on with --resume"
 _ROWS_NAMED = 8
 
 log = logging.getLogger(__name__)
@@ -82,8 +84,10 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
     Raises:
         UserError: whatever the user can correct, a loss or gradient that is not finite, or a full disk. Checkpoints
             that were complete stay so.
+        Stopped: on all ranks, when any process was asked to end; steps that are done are in a checkpoint.
     """
     with distributed.process_group():
+        distributed.set_timeout(config.train.timeout_minutes)
         output_dir = Path(config.train.output_dir)
         main = distributed.is_main()
         if main and not resume:
@@ -94,14 +98,15 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
             checkpoints.refuse_other_run(output_dir)
         # Held from here on: whether the folder is free must not change while model and data are loaded.
         with run_folder(output_dir) if main else nullcontext():
-            found = _find_start(config, output_dir, resume) if main else (0, None, None)
-            start, state, finished = distributed.broadcast(found)
+            found = _find_start(config, output_dir, resume) if main else (None, None)
+            newest, finished = distributed.broadcast(found)
+            check_shared(output_dir, f"train.output_dir={output_dir}")
             if finished is not None:
                 log.info("%s is finished: nothing is left to train", output_dir)
                 return finished
             run = _Run(prepare(config), output_dir)
-            if state is not None:
-                run.restore(checkpoints.checkpoint_path(output_dir, start), state)
+            if newest is not None:
+                run.restore(*newest)
             return run.train()
 
 
@@ -110,6 +115,7 @@ def _finished(output_dir: Path) -> TrainResult | None:
     if not is_complete(output_dir):
         return None
     remove_leftovers(output_dir)
+    checkpoints.remove_stopped(output_dir)
     check_content(output_dir, remedy="delete this file to have the model written again")
     metrics: dict[str, float] = {}
     for row in read_rows(output_dir / METRICS_FILE):
@@ -119,24 +125,24 @@ def _finished(output_dir: Path) -> TrainResult | None:
 
 def _find_start(
     config: RunConfig, output_dir: Path, resume: bool
-) -> tuple[int, dict[str, Any] | None, TrainResult | None]:
-    """The step to continue after, its checkpoint's state (0, None at the start), and the result of a finished run."""
+) -> tuple[tuple[Path, dict[str, Any]] | None, TrainResult | None]:
+    """The checkpoint to continue from and its state (None at the start), and the result of a finished run."""
     if not resume:
         checkpoints.refuse_other_run(output_dir)
-        return 0, None, None
+        return None, None
     newest = checkpoints.newest_checkpoint(output_dir)
     if newest is not None:
-        step, path = newest
+        _, path = newest
         state = checkpoints.read_state(path)
         checkpoints.check_same_run(state["config"], config, path)
-        return step, state, _finished(output_dir)
+        return (path, state), _finished(output_dir)
     if (output_dir / CONFIG_FILE).exists():
         saved = checkpoints.config_values(load_config(output_dir / CONFIG_FILE))
         checkpoints.check_same_run(saved, config, output_dir)
     finished = _finished(output_dir)
     if finished is None:
         log.info("no complete checkpoint in %s: training starts at step 1", output_dir)
-    return 0, None, finished
+    return None, finished
 
 
 class _Run:
@@ -148,7 +154,7 @@ class _Run:
         self.output_dir = output_dir
         self.policy = setup.policy
         self.feed = setup.feed
-        self.done = 0
+        self.done = self.saved = 0
         self.resumed_from: int | None = None
         self.epoch = 0.0
         self.last_row: dict[str, float] = {}
@@ -197,7 +203,7 @@ class _Run:
         checkpoints.load_optimizer(path, state, self.optimizer, self.names)
         self.schedule.load_state_dict(state["schedule"])
         self.meter.load(state["meter"])
-        self.done = self.resumed_from = state["step"]
+        self.done = self.saved = self.resumed_from = state["step"]
         self.epoch = state["epoch"]
         self.last_row, self.evaluation = state["last_row"], state["evaluation"]
         self.evaluated_at = state["evaluated_at"]
@@ -205,17 +211,32 @@ class _Run:
         log.info("continuing after step %d of %s", self.done, path)
 
     def train(self) -> TrainResult:
-        self._open()
-        try:
-            self._steps()
-            self._final_evaluation()
-        finally:
-            for tracker in self.trackers:
-                tracker.close()
-        metrics = {**self.last_row, **scalar_metrics(self.evaluation)}
-        export_model(self.output_dir, self.policy, self.setup.tokenizer, self.config, metrics)
-        log.info("model written to %s", self.output_dir)
-        return TrainResult(self.output_dir, self.done, metrics, self.resumed_from)
+        # Until the model is written: with the last step done, that is the fastest way to lose nothing.
+        with stop.postponed("the step in progress is finished and saved first"):
+            self._open()
+            try:
+                self._steps()
+                self._final_evaluation()
+            except Stopped as end:
+                raise self._stopped(end) from None
+            finally:
+                for tracker in self.trackers:
+                    tracker.close()
+            metrics = {**self.last_row, **scalar_metrics(self.evaluation)}
+            distributed.announce("writes the model")
+            export_model(self.output_dir, self.policy, self.setup.tokenizer, self.config, metrics)
+            if distributed.is_main():
+                checkpoints.remove_stopped(self.output_dir)
+            log.info("model written to %s", self.output_dir)
+            return TrainResult(self.output_dir, self.done, metrics, self.resumed_from)
+
+    def _stopped(self, end: Stopped) -> Stopped:
+        """Make durable what is done, and say how to go on. An evaluation that was left is made again."""
+        if self.done > self.saved:
+            self._require_finite()
+            self._save(stopped=True)
+        where = f" after step {self.done} of {self.feed.total_steps}" if self.done else " before step 1"
+        return Stopped(end.number, where, GO_ON)
 
     def _open(self) -> None:
         """Write what a run folder starts with, and set the random generators."""
@@ -235,6 +256,11 @@ class _Run:
         settings, total = self.config.train, self.feed.total_steps
         reset_peak_memory(self.setup.device)
         self.meter.watch.start()
+        if self.done and self._evaluates_at(self.done) and self.evaluated_at != self.done:
+            # The run was asked to end in the middle of it.
+            self._evaluate()
+            if self.done % settings.save_steps == 0:
+                self._save()
         for step in self.feed.steps(self.done):
             scored = self.setup.objective.backward(self.policy, step)
             means = scored.step_means(step.num_groups)
@@ -323,7 +349,7 @@ class _Run:
         if distributed.is_main():
             write_evaluation(self.output_dir, self.evaluation)
 
-    def _save(self) -> None:
+    def _save(self, *, stopped: bool = False) -> None:
         self.meter.watch.stop()
         for tracker in self.trackers:
             tracker.flush()
@@ -347,7 +373,9 @@ class _Run:
             optimizer=self.optimizer,
             names=self.names,
             state=state,
+            stopped=stopped,
         )
+        self.saved = self.done
         if distributed.is_main():
             checkpoints.prune_checkpoints(self.output_dir, self.config.train.save_total_limit)
         log.info("checkpoint written to %s", path)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine import cli, distributed
+from engine import cli, distributed, endings
 from engine.config import build_config, to_yaml
 from engine.config.schema import ModelConfig
 from engine.errors import UserError
 from engine.model import load_policy, shard_policy
 from engine.model.checks import check_packing
-from engine.train.checkpoint import complete_checkpoints
+from engine.train.checkpoint import complete_checkpoints, newest_checkpoint
 from engine.train.loop import train
 from engine.train.optimizer import check_optimizer
 from tests.engine.distributed.launch import launch, run_jobs
@@ -87,13 +88,13 @@ def test_a_process_that_is_killed_ends_the_others_with_one_line(killed, who):
     """The first one hosts the store in which processes agree on who speaks; it is lost with it."""
     code = f"""
 import os
-from engine import cli, distributed
+from engine import cli, distributed, endings
 def work(arguments):
     distributed.barrier()
     if distributed.rank() == {killed}:
         os.kill(os.getpid(), 9)
     distributed.barrier()
-cli._run, distributed._FAREWELL_SECONDS = work, 0.5
+cli._run, endings._FAREWELL_SECONDS = work, 0.5
 distributed.leave(cli.main([]))
 """
     ended = launch([["-c", code]] * 2)
@@ -117,8 +118,8 @@ def test_a_connection_lost_in_the_start_up_check_is_no_fault_of_the_model(tiny_m
 def test_waiting_in_vain_is_not_taken_for_a_lost_process():
     late = ValueError("no layout")
     late.__cause__ = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 10ms for recv")
-    assert distributed._timed_out(late)
-    assert not distributed._timed_out(RuntimeError("Connection closed by peer"))
+    assert endings._timed_out(late)
+    assert not endings._timed_out(RuntimeError("Connection closed by peer"))
 
 
 def test_a_failure_after_the_joint_work_of_others_is_said_once(values, tmp_path, pairs_jsonl):
@@ -191,3 +192,126 @@ def test_other_commands_are_refused(arguments, monkeypatch, capsys, tmp_path):
     assert cli.main(arguments) == 2
     assert f"dpo {arguments[0]} runs in one process: start it without torchrun" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)], ids=str)
+def test_a_request_to_one_process_ends_all_after_the_same_step(asked, values, tmp_path):
+    """Each is told by its launcher at another time, or some are not told at all."""
+    values["packing"]["pairs_per_step"] = 6
+    code = f"""
+import os
+from engine import cli, distributed
+from engine.train.optimizer import GuardedUpdate
+update, steps = GuardedUpdate.step, []
+def step(self, loss):
+    steps.append(None)
+    if distributed.rank() in {asked} and len(steps) == 3 + distributed.rank():
+        os.kill(os.getpid(), 15)
+    return update(self, loss)
+GuardedUpdate.step = step
+distributed.leave(cli.main(["train", {command(values, tmp_path, "train")[3]!r}]))
+"""
+    ended = launch([["-c", code]] * 2)
+    assert [process.code for process in ended] == [75, 75]
+    step = 3 + min(asked)
+    told = [line for process in ended for line in process.err.splitlines() if "stopped by" in line]
+    assert told == [f"stopped by SIGTERM after step {step} of 8: go on with --resume"]
+    assert newest_checkpoint(tmp_path / "run") == (step, tmp_path / "run" / checkpoint_name(step))
+    resumed = train(build_config(values, "test"), resume=True)
+    assert (resumed.resumed_from, resumed.steps) == (step, 8)
+
+
+def checkpoint_name(step: int) -> str:
+    """That of a run of ``values``, which saves every second step, when it is asked to end."""
+    return f"checkpoint-{step}" + ("-stopped" if step % 2 else "")
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_request_before_the_first_step_ends_all_with_its_code(asked):
+    code = f"""
+import os, time
+from engine import cli, distributed
+def work(arguments):
+    distributed.barrier()
+    if distributed.rank() == {asked}:
+        os.kill(os.getpid(), 15)
+        time.sleep(60)
+    distributed.barrier()
+cli._run = work
+distributed.leave(cli.main(["train"]))
+"""
+    ended = launch([["-c", code]] * 2)
+    assert [process.code for process in ended] == [75, 75]
+    assert "".join(process.err for process in ended) == "stopped by SIGTERM: run the same command again to go on\n"
+
+
+def test_a_silent_process_is_named_with_its_machine():
+    code = """
+import os
+from engine import cli, distributed
+def work(arguments):
+    distributed.barrier()
+    if distributed.rank() == 2:
+        print(os.getpid(), flush=True)
+        os._exit(3)
+    distributed.barrier()
+cli._run = work
+distributed.leave(cli.main([]))
+"""
+    *others, silent = launch([["-c", code]] * 3)
+    told = [line for process in others for line in process.err.splitlines()]
+    assert len(told) == 1
+    assert f"without a message: rank 2, process {silent.out.strip()} on {socket.gethostname()} (killed" in told[0]
+
+
+@pytest.mark.parametrize(("name", "option"), [("train", "train.output_dir=run"), ("precompute", "reference.store=run")])
+def test_a_folder_that_one_machine_does_not_see_is_named_with_it(name, option, values, tmp_path):
+    """The processes work in different folders, so that a relative path is two folders, as local disks are."""
+    values["train"]["output_dir"] = values["reference"]["store"] = "run"
+    code = f"""
+import os, socket
+from engine import cli, distributed, shared_folders
+rank = os.environ["RANK"]
+folder = os.path.join({str(tmp_path)!r}, rank)
+os.mkdir(folder)
+os.chdir(folder)
+socket.gethostname = lambda: "node" + rank
+shared_folders._PATIENCE_SECONDS = 0.5
+distributed.leave(cli.main([{name!r}, {command(values, tmp_path, name)[3]!r}]))
+"""
+    ended = launch([["-c", code]] * 2)
+    assert error_lines(ended) == [
+        f"error: {option} is not shared: what node0 writes there is not seen on node1; "
+        "choose a folder on a file system that all machines share"
+    ]
+    assert [process.code for process in ended] == [2, 2]
+    assert [str(path) for path in tmp_path.rglob(".shared*")] == []
+
+
+def test_how_long_processes_wait_is_a_setting():
+    code = """
+import time
+from engine import cli, distributed
+def work(arguments):
+    distributed.barrier()
+    distributed.set_timeout(0.02)
+    if distributed.rank() == 0:
+        time.sleep(5)
+    distributed.barrier()
+cli._run = work
+distributed.leave(cli.main([]))
+"""
+    ended = launch([["-c", code]] * 2)
+    assert [process.code for process in ended] == [2, 2]
+    (line,) = error_lines(ended)
+    assert line.startswith("error: this process has waited more than 0.02 minutes (train.timeout_minutes) for another")
+
+
+def test_what_the_first_process_does_alone_is_announced_once(values, tmp_path):
+    values["train"]["timeout_minutes"] = 7
+    first, other = launch([command(values, tmp_path, "train")] * 2)
+    assert first.code == other.code == 0
+    said = [line for line in first.out.splitlines() if "the others wait, at most 7 minutes" in line]
+    works = ("reads the model", "flushes checkpoints to the disk and adds checksums", "writes the model")
+    assert [line.partition(";")[0] for line in said] == [f"the first process {work}" for work in works]
+    assert other.out == ""

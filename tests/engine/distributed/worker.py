@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engine import distributed
+from engine import distributed, endings
 from engine.config import build_config
 from engine.evaluate import evaluate
 from engine.model import Policy, load_policy, shard_policy
@@ -68,7 +68,7 @@ def die_in_save(config) -> None:
 
 def fill_disk_in_save(config) -> None:
     """Train until the disk of rank 0 is full when its checkpoint begins; rank 1 finds no folder, and fails earlier."""
-    save_file, claim_failure = checkpoint.save_file, distributed._claim_failure
+    save_file, claim_failure = checkpoint.save_file, endings._claim_failure
 
     def full(tensors, path) -> None:
         if distributed.rank() == 0:
@@ -77,11 +77,11 @@ def fill_disk_in_save(config) -> None:
             time.sleep(0.01)
         save_file(tensors, path)
 
-    def late(store) -> bool | None:
+    def late(store, code) -> bool | None:
         time.sleep(1.0 if distributed.rank() == 0 else 0.0)
-        return claim_failure(store)
+        return claim_failure(store, code)
 
-    checkpoint.save_file, distributed._claim_failure = full, late
+    checkpoint.save_file, endings._claim_failure = full, late
     loop.train(config)
 
 

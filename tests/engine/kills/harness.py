@@ -1,9 +1,10 @@
 """Kill ``dpo precompute`` and ``dpo train`` at random moments, again and again, and see what is lost.
 
-A run is killed with SIGKILL one to three times and then resumed to its end. Half of the kills come at a random time,
-the others at a random change of the file system while a shard, a checkpoint or the final model is written or an old
-checkpoint deleted. After every kill, what the run had reported as durable must be there and whole; at the end, all
-that the run leaves must be equal, bit for bit, to what the same run leaves when nobody kills it.
+A run is killed with SIGKILL, or asked to end with SIGTERM, one to three times and then resumed to its end. One that was
+asked must end with exit code 75 and in one line, and have a checkpoint of every step that it had done. Half of the
+kills come at a random time, the others at a random change of the file system while a shard, a checkpoint or the final
+model is written or an old checkpoint deleted. After every kill, what the run had reported as durable must be there and
+whole; at the end, all that the run leaves must be equal, bit for bit, to what the same run leaves when nobody kills it.
 
 A third of the runs are of two processes. One of them is killed, or both at once; the one that is left must end by
 itself and say why in one line, and the run is resumed on two processes: see ``together``.
@@ -32,8 +33,8 @@ from typing import Any
 from tests.engine.kills.cases import CASES, Case, write_config, write_inputs
 from tests.engine.kills.evidence import FaultError, InexactError, age_temporaries, compare, leavings, newest_checkpoint
 from tests.engine.kills.evidence import stored_values as read_store
-from tests.engine.kills.together import Strike, Team, check_survivors, joined_report, journal_path, output_path
-from tests.engine.kills.victim import DISK_PHASES, START, Job, Trap
+from tests.engine.kills.together import Asked, Strike, Team, check_survivors, joined_report, journal_path, output_path
+from tests.engine.kills.victim import DISK_PHASES, START, STEPS, Job, Trap
 
 ROOT = Path(__file__).resolve().parents[3]
 KILLS_OF_A_RUN = (1, 1, 1, 2, 2, 3)
@@ -105,6 +106,8 @@ class Attempt:
     output: str
     opened: bool
     """Whether it came as far as to open its run folder, after it had said where it continues."""
+    stepped: int = 0
+    """Steps that it did."""
     all_changes: list[dict[str, int]] = field(default_factory=list)
     """Those of every process."""
 
@@ -129,6 +132,8 @@ class Tally:
     runs: Counter[str] = field(default_factory=Counter)
     kills: Counter[str] = field(default_factory=Counter)
     """By phase."""
+    asked: Counter[str] = field(default_factory=Counter)
+    """Runs that were asked to end, and did, by phase."""
     of_several: Counter[str] = field(default_factory=Counter)
     """Those of runs of several processes, by who was killed."""
     lost: list[str] = field(default_factory=list)
@@ -136,13 +141,14 @@ class Tally:
     seconds: float = 0.0
 
     def summary(self) -> str:
-        phases, several = (
-            ", ".join(f"{key} {count}" for key, count in sorted(c.items())) for c in (self.kills, self.of_several)
+        phases, asked, several = (
+            ", ".join(f"{key} {count}" for key, count in sorted(c.items())) or "none"
+            for c in (self.kills, self.asked, self.of_several)
         )
         return (
-            f"{sum(self.runs.values())} runs, {sum(self.kills.values())} kills (seed {self.seed}) in "
-            f"{self.seconds:.0f} s: {len(self.lost)} losses, {len(self.inexact)} inexact resumes; "
-            f"kills by phase: {phases}; of several processes: {several or 'none'}"
+            f"{sum(self.runs.values())} runs, {sum(self.kills.values())} kills and {sum(self.asked.values())} requests "
+            f"to end (seed {self.seed}) in {self.seconds:.0f} s: {len(self.lost)} losses, {len(self.inexact)} inexact "
+            f"resumes; kills by phase: {phases}; requests by phase: {asked}; of several processes: {several}"
         )
 
 
@@ -187,6 +193,7 @@ class Harness:
             {line["left"]: line["changes"] for line in lines if "left" in line},
             output_path(place, rank).read_text(errors="replace"),
             any(line.get("phase") == "open" for line in lines),
+            sum("stepped" in line for line in lines),
         )
 
     def attempt(
@@ -213,7 +220,7 @@ class Harness:
         if isinstance(moment, float):
             time.sleep(max(0.0, since + moment - time.monotonic()))
             # Not yet waited for, so the number still means this child, dead or alive.
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGTERM if isinstance(moment, Asked) else signal.SIGKILL)
         return self.finish(pid, place, since)
 
     def baseline(self, name: str) -> Baseline:
@@ -264,10 +271,12 @@ class Harness:
         return Strike(rank, self._draw_moment(baseline, baseline.all_changes[rank], everyone), everyone, agent)
 
     def _draw_moment(self, baseline: Baseline, changes: dict[str, int], everyone: bool = False) -> Trap | float:
+        asked = self.random.random() < 0.4
         if self.random.random() < 0.5:
-            return self.random.uniform(0.0, baseline.seconds)
+            seconds = self.random.uniform(0.0, baseline.seconds)
+            return Asked(seconds) if asked else seconds
         phase = self.random.choice([phase for phase in DISK_PHASES if changes.get(phase)])
-        when = self.random.choice(("before", "after", "torn"))
+        when = "asked" if asked else self.random.choice(("before", "after", "torn"))
         return Trap(phase, self.random.randrange(changes[phase]), when, everyone)
 
 
@@ -312,18 +321,40 @@ class _KilledRun:
         found = self.harness.attempt(self.case, self.place, moment, resume=resume)
         if found.code == 0:
             return False
-        if found.code != -signal.SIGKILL:
+        blow = moment.moment if isinstance(moment, Strike) else moment
+        asked = isinstance(blow, Asked) or (isinstance(blow, Trap) and blow.when == "asked")
+        if asked:
+            self._check_stopped(found)
+        elif found.code != -signal.SIGKILL:
             raise FaultError(f"a run ended by itself with code {found.code}: {found.output[-2000:]}")
-        self.harness.tally.kills[found.phase] += 1
+        if asked:
+            # It has left all phases, so where it was asked is seen from what sprang or from what it did.
+            where = blow.phase if isinstance(blow, Trap) else (STEPS if found.stepped else START)
+            self.harness.tally.asked[where] += 1
+        else:
+            self.harness.tally.kills[found.phase] += 1
         if isinstance(moment, Strike):
             self.harness.tally.of_several[moment.who] += 1
         self.history.append(f"in phase {found.phase} by {moment}")
         self._check_reuse(found)
         self.saved |= set(found.saved)
+        before = self.newest or 0
         self.newest = newest_checkpoint(self.place / "run", self.saved)
+        if asked and found.stepped and (self.newest or 0) != before + found.stepped:
+            raise FaultError(f"asked to end after step {before + found.stepped}, it left the one of {self.newest}")
         if self.case.own_store:
             self._check_store(set(found.written))
         return True
+
+    def _check_stopped(self, found: Attempt) -> None:
+        """How a run ends that is asked to: by the signal itself where it has not yet, or no more, anything to do."""
+        told = [line for line in found.output.splitlines() if line.startswith(("stopped by", "error:"))]
+        if found.code == -signal.SIGTERM and found.phase == START:
+            return
+        if found.code != 75 or len(told) != 1 or not told[0].startswith("stopped by SIGTERM"):
+            raise FaultError(f"a run that was asked to end did with code {found.code}: {found.output[-2000:]}")
+        if "Traceback" in found.output:
+            raise FaultError(f"a run that was asked to end failed: {found.output[-2000:]}")
 
     def _check_store(self, written: set[str]) -> None:
         values = read_store(self.place / "store")

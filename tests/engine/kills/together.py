@@ -25,9 +25,13 @@ _LOOK_SECONDS = 0.01
 SAID = ("process of this run ended", "killed", "continue with --resume")
 
 
+class Asked(float):
+    """Seconds after the start at which a process is asked to end, with SIGTERM."""
+
+
 @dataclass(frozen=True)
 class Strike:
-    """Where one process of a run is killed, or all of them."""
+    """Where one process of a run is killed or asked to end, or all of them."""
 
     rank: int
     moment: Trap | float
@@ -90,10 +94,11 @@ class Team:
         if self.strike is not None and isinstance(self.strike.moment, float):
             while time.monotonic() < self.since + self.strike.moment and not all(map(ended, self.pids)):
                 time.sleep(_LOOK_SECONDS)
+            number = signal.SIGTERM if isinstance(self.strike.moment, Asked) else signal.SIGKILL
             if self.strike.everyone:
-                os.killpg(self.pids[0], signal.SIGKILL)
+                os.killpg(self.pids[0], number)
             else:
-                os.kill(self.pids[self.strike.rank], signal.SIGKILL)
+                os.kill(self.pids[self.strike.rank], number)
         late = self._wait()
         codes = [self.harness.parent.wait(pid) for pid in self.pids]
         seconds = time.monotonic() - self.since
@@ -162,7 +167,7 @@ def check_survivors(team: Team, found: list[Attempt]) -> None:
             run = team.place / "run"
             if run.is_dir() and not is_complete(run):
                 raise FaultError(f"{team.strike}: rank {rank} ended with code 0 in a run that is not finished")
-        elif team.awaited and attempt.code == -signal.SIGTERM:
+        elif team.awaited and attempt.code in (-signal.SIGTERM, 75):
             continue
         elif (
             attempt.code != 2
@@ -178,13 +183,16 @@ def joined_report(found: list[Attempt]) -> dict[str, Any]:
     them holds for durable."""
     killed = [attempt for attempt in found if attempt.code == -signal.SIGKILL]
     failed = [attempt for attempt in found if attempt.code != 0]
+    # One that was asked to end before it listened ends the others as one does that is killed.
+    deaf = [attempt for attempt in found if attempt.code == -signal.SIGTERM]
     return {
-        "code": (killed or failed or found)[0].code,
+        "code": (killed or deaf or failed or found)[0].code,
         "phase": (killed or found)[0].phase,
         "saved": [step for attempt in found for step in attempt.saved],
         "written": [key for attempt in found for key in attempt.written],
         "output": "\n".join(attempt.output for attempt in found),
         "opened": found[0].opened,
+        "stepped": found[0].stepped,
         "changes": found[0].changes,
         "all_changes": [attempt.changes for attempt in found],
         "seconds": found[0].seconds,

@@ -40,16 +40,16 @@ _NO_CAPABILITIES = (0x20080522, (0,) * 6)
 
 @dataclass(frozen=True)
 class Trap:
-    """Where a child kills itself."""
+    """Where a child kills itself, or asks itself to end."""
 
     phase: str
     nth: int
     """Of the file-system changes in that phase, counted from 0."""
     when: str
-    """``before``, ``after``, or ``torn``: after half of the bytes, where bytes are written; else after. ``full`` kills
-    nobody: from there on the disk takes no new file and no byte."""
+    """``before``, ``after``, or ``torn``: after half of the bytes, where bytes are written; else after. ``asked``
+    sends SIGTERM before. ``full`` kills nobody: from there on the disk takes no new file and no byte."""
     everyone: bool = False
-    """Whether all processes of the run die, not this one alone."""
+    """Whether all processes of the run are meant, not this one alone."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,9 @@ class Observer:
         here = self.trap is not None and (self.trap.phase, self.trap.nth) == (phase, number)
         if here and self.trap.when == "before":
             self.die()
+        if here and self.trap.when == "asked":
+            self.strike(signal.SIGTERM)
+            here = False
         if here and self.trap.when == "full":
             self.full, here = True, False
         if self.full and call not in self.harmless:
@@ -132,10 +135,14 @@ class Observer:
         return result
 
     def die(self) -> None:
+        self.strike(signal.SIGKILL)
+
+    def strike(self, number: int) -> None:
         self.journal.note(sprung=True)
         if self.trap is not None and self.trap.everyone:
-            os.killpg(0, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
+            os.killpg(0, number)
+        else:
+            os.kill(os.getpid(), number)
 
     def watch_file_system(self) -> None:
         """Put every call that changes a file or folder under observation."""
@@ -202,7 +209,7 @@ class Observer:
     def watch_phases(self) -> None:
         """Note in the journal when the parts of a run begin and end, and what is durable when they end."""
         from engine.reference import store
-        from engine.train import checkpoint, loop, setup
+        from engine.train import checkpoint, loop, optimizer, setup
 
         # What it measures is timing alone, and it takes half of a run's time.
         setup.measure_matmul_rate = lambda device, dtype: 1e12
@@ -212,6 +219,7 @@ class Observer:
         precompute.__kwdefaults__["flush_seconds"] = 0.0
         self._wrap(store, "write_shard", "shard", lambda out, folder, values: {"keys": [k.hex() for k in values]})
         self._wrap(checkpoint, "save_checkpoint", "checkpoint", lambda out, *_, step, **__: {"saved": step})
+        self._wrap(optimizer.GuardedUpdate, "step", STEPS, lambda out, *_: {"stepped": True})
         self._wrap(checkpoint, "prune_checkpoints", "prune", None)
         self._wrap(loop, "export_model", "export", None)
         self._wrap(loop._Run, "_open", "open", None)
@@ -220,10 +228,10 @@ class Observer:
         self._watch_peers()
 
     def _watch_peers(self) -> None:
-        from engine import distributed
+        from engine import distributed, endings
 
         # Nobody but the others of two processes waits for it.
-        distributed._FAREWELL_SECONDS = 1.0
+        endings._FAREWELL_SECONDS = 1.0
         join = distributed._join
 
         def joined() -> Any:

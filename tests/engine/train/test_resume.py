@@ -38,8 +38,9 @@ def run_files(run: Path) -> dict[str, bytes]:
 
 
 def find_start(config, run: Path) -> int:
-    """The step that a resume continues after, without the resume."""
-    return _find_start(config, run, True)[0]
+    """The step that a resume continues after, without the resume; 0 at the start."""
+    newest, _ = _find_start(config, run, True)
+    return newest[1]["step"] if newest else 0
 
 
 @contextmanager
