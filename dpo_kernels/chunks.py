@@ -132,6 +132,14 @@ def spread_rows(rows: Tensor, kept: Tensor | None, num_rows: int) -> Tensor:
     return rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, kept, rows)
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``, without waiting for it: what lies on the host goes through page-locked memory, which
+    torch keeps until the copy is done, or for as long as a CUDA graph that holds the copy."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 def sum_responses(values_N: Tensor, lengths_S: Tensor) -> Tensor:
     """Sums of consecutive segments, in float64 and in a fixed order, rounded once. Lengths are trusted."""
     sums = torch.segment_reduce(values_N.double(), "sum", lengths=lengths_S, unsafe=True, initial=0)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_kernels.chunks import sum_responses, to_device
 from engine import distributed, stop
 from engine.config.schema import ModelConfig, RunConfig
 from engine.data import load_dataset_groups
@@ -39,7 +40,7 @@ from engine.model.quantization import check_quantization
 from engine.packing import Pack, build_batch, check_fits, group_costs, group_sizes, pack_groups
 from engine.train.durable import CONTINUE, write_atomically
 from engine.train.metrics import METRICS_FILE, PREFERENCE_NAMES
-from engine.train.objective import Objective, sum_responses
+from engine.train.objective import Objective
 from engine.train.references import full_model, prepare_references
 
 EVALUATION_FILE = "evaluation.json"
@@ -195,8 +196,8 @@ def _score_all(
         stop.check()
         pack = packs[cheapest if place is None else place]
         batch = build_batch([dataset[i] for i in pack], share_prompts=packing.share_prompts).to(policy.device)
-        stored = None if lookup is None else torch.from_numpy(lookup(pack)).to(policy.device)
-        logps_S = sum_responses(policy.logps(batch), batch.cu_responses_S1)
+        stored = None if lookup is None else to_device(torch.from_numpy(lookup(pack)), policy.device)
+        logps_S = sum_responses(policy.logps(batch), batch.lengths_S)
         ref_S = objective.reference(batch, stored)
         if place is not None:
             own.append(pack)

@@ -20,10 +20,10 @@ ignore_index, need_hidden, need_weight, need_bias) -> (losses_P, logps_S, dX_TD 
     hidden, contiguous, and returns the losses of the pairs, [p], and d (reduced loss) / d logps, [2 p], in which pair
     weights and the divisor of the mean are included. It launches a few tiny torch kernels and never synchronises. An
     implementation that scores pairs in a kernel finds the terms in its attributes ``mix, options, ref_logps_S,
-    lengths_S, mean_length, scale_P``. A row's gradient is then slope[response of the row] * d logps_t. Every pair must
-    be scored exactly once. Ignored rows add 0 to their response and get gradient exactly 0. Gradients have the dtypes
-    of hidden, weight and bias, but float32 for float16 (``early_gradient_dtype``); each is a tensor that nothing else
-    refers to.
+    lengths_S, mean_length, scale_P``; ``cu_S1`` is ``cu_responses`` on the device of hidden, int64. A row's gradient is
+    then slope[response of the row] * d logps_t. Every pair must be scored exactly once. Ignored rows add 0 to their
+    response and get gradient exactly 0. Gradients have the dtypes of hidden, weight and bias, but float32 for float16
+    (``early_gradient_dtype``); each is a tensor that nothing else refers to.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from dpo_kernels.chunks import accumulation_dtype, early_gradient_dtype, sum_responses
+from dpo_kernels.chunks import accumulation_dtype, early_gradient_dtype, sum_responses, to_device
 from dpo_kernels.dispatch import implementation
 from dpo_kernels.linear_logps.ops import check_labels, empty_gradients, refuse_double_backward, unit_stride
 from dpo_kernels.losses import LossMix, LossOptions, Pairs, resolve_loss
@@ -54,7 +54,11 @@ def check_responses(cu_responses: Tensor, num_rows: int) -> list[int]:
 def response_sums(values: Tensor, cu: Tensor) -> Tensor:
     """Sums of the segments [cu[i], cu[i + 1]) of a vector, [S]; empty segments give 0."""
     check_responses(cu, values.shape[0])
-    return sum_responses(values, cu.to(torch.int64).diff().to(values.device))
+    return sum_responses(values, _lengths(cu, values.device))
+
+
+def _lengths(cu: Tensor, device: torch.device) -> Tensor:
+    return to_device(cu.to(torch.int64).diff(), device)
 
 
 @response_sums.register_fake
@@ -68,13 +72,27 @@ def _setup_sums(ctx, inputs, output):
     ctx.save_for_backward(cu)
 
 
-def _spread_sums(ctx, grad):
+@torch.library.custom_op(
+    "dpo_kernels::spread_over_responses",
+    mutates_args=(),
+    schema="(Tensor values, Tensor cu, SymInt num_rows) -> Tensor",
+)
+def _spread_over_responses(values, cu, num_rows) -> Tensor:
+    """The value of its response for every row."""
+    return values.repeat_interleave(_lengths(cu, values.device), output_size=num_rows)
+
+
+@_spread_over_responses.register_fake
+def _(values, cu, num_rows):
+    return values.new_empty(num_rows)
+
+
+def _backward_of_sums(ctx, grad):
     (cu,) = ctx.saved_tensors
-    lengths = cu.to(torch.int64).diff().to(grad.device)
-    return grad.repeat_interleave(lengths, output_size=ctx.num_rows), None
+    return _spread_over_responses(grad, cu, ctx.num_rows), None
 
 
-response_sums.register_autograd(_spread_sums, setup_context=_setup_sums)
+response_sums.register_autograd(_backward_of_sums, setup_context=_setup_sums)
 
 
 def make_pairs(
@@ -114,6 +132,7 @@ class _Scorer:
         lengths_S: Tensor | None,
         mean_length: Tensor | float | None,
         scale_P: Tensor,
+        cu_S1: Tensor,
     ):
         self.mix = mix
         self.options = options
@@ -121,6 +140,7 @@ class _Scorer:
         self.lengths_S = lengths_S
         self.mean_length = mean_length
         self.scale_P = scale_P
+        self.cu_S1 = cu_S1
 
     def __call__(self, logps_S: Tensor, first_pair: int) -> tuple[Tensor, Tensor]:
         responses = slice(2 * first_pair, 2 * first_pair + logps_S.shape[0])
@@ -189,6 +209,7 @@ def linear_dpo_op(
         lengths,
         mean_length,
         weights_P / max(1, num_pairs) if mean else weights_P,
+        to_device(cu_responses.to(torch.int64), hidden.device),
     )
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.shape[0] == 0:

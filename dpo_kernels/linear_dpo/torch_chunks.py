@@ -10,7 +10,7 @@ only after all of its rows: its responses gather dW unscaled in buffers of their
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,15 +36,13 @@ from dpo_kernels.chunks import (
     weight_blocks,
 )
 
-ScorePairs = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-
 
 def forward(
     hidden_TD: Tensor,
     weight_VD: Tensor,
     labels_T: Tensor,
     cu_responses: list[int],
-    score_pairs: ScorePairs,
+    score_pairs: Any,
     bias_V: Tensor | None,
     softcap: float | None,
     logit_scale: float,
@@ -58,10 +56,14 @@ def forward(
     T = hidden_TD.shape[0]
     ignored_T = ignored_rows(labels_T, ignore_index)
     kept = kept_rows(ignored_T)
+    cu_S1 = score_pairs.cu_S1
     if kept is not None:
-        cu_responses = torch.searchsorted(kept, torch.tensor(cu_responses)).tolist()
+        cu_S1 = torch.searchsorted(kept, cu_S1)
+        cu_responses = cu_S1.tolist()
         hidden_TD, labels_T, ignored_T = hidden_TD[kept], labels_T[kept], None
-    call = _Call(hidden_TD, labels_T, ignored_T, Head(weight_VD, bias_V, softcap, logit_scale, temperature))
+    call = _Call(
+        hidden_TD, labels_T, ignored_T, cu_S1.diff(), Head(weight_VD, bias_V, softcap, logit_scale, temperature)
+    )
     call.want_gradients(need_hidden, need_weight, need_bias)
     losses, sums = [], []
     chunks, max_rows = _chunks(cu_responses, weight_VD, call.dtype)
@@ -114,10 +116,11 @@ def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[i
 class _Call:
     """Inputs, logits buffer and gradients of one call. Gradients gather in C and are rounded once, at the end."""
 
-    def __init__(self, hidden_TD: Tensor, labels_T: Tensor, ignored_T: Tensor | None, head: Head):
+    def __init__(self, hidden_TD: Tensor, labels_T: Tensor, ignored_T: Tensor | None, lengths_S: Tensor, head: Head):
         self.hidden_TD = hidden_TD
         self.labels_T = labels_T if ignored_T is None else labels_T.masked_fill(ignored_T, 0)
         self.ignored_T = ignored_T
+        self.lengths_S = lengths_S
         self.head = head
         self.dtype = accumulation_dtype(hidden_TD.dtype)
         self.operand = operand_dtype(hidden_TD)
@@ -137,12 +140,12 @@ class _Call:
         return torch.zeros(like.shape, dtype=self.dtype, device=like.device)
 
     def whole_pairs(
-        self, offsets: list[int], first_pair: int, score_pairs: ScorePairs, max_rows: int
+        self, offsets: list[int], first_pair: int, score_pairs: Any, max_rows: int
     ) -> tuple[Tensor, Tensor]:
         """Pairs that fit the buffer: slopes are known before the gradients are formed."""
         rows = slice(offsets[0], offsets[-1])
         gradient_nV, logps_n = self._log_prob_gradient(rows)
-        lengths = torch.tensor(offsets).diff().to(logps_n.device)
+        lengths = self.lengths_S[2 * first_pair : 2 * first_pair + len(offsets) - 1]
         sums = sum_responses(logps_n, lengths)
         losses, slopes = score_pairs(sums, first_pair)
         if rows.start < rows.stop:
@@ -153,12 +156,10 @@ class _Call:
             self._add_head(self.dW_VD, self.db_V, rows, gradient_nV, slope_n)
         return losses, sums
 
-    def split_pair(
-        self, offsets: list[int], first_pair: int, score_pairs: ScorePairs, max_rows: int
-    ) -> tuple[Tensor, Tensor]:
+    def split_pair(self, offsets: list[int], first_pair: int, score_pairs: Any, max_rows: int) -> tuple[Tensor, Tensor]:
         """One pair in several buffers: everything is gathered unscaled, per response, until the slopes are known."""
         sums, gathered = [], []
-        for start, stop in itertools.pairwise(offsets):
+        for response, (start, stop) in enumerate(itertools.pairwise(offsets), start=2 * first_pair):
             dW_VD = None if self.dW_VD is None else self._zeros(self.dW_VD)
             db_V = None if self.db_V is None else self._zeros(self.db_V)
             logps = []
@@ -171,7 +172,7 @@ class _Call:
                 self._add_input(rows, gradient_nV, ones_n)
                 self._add_head(dW_VD, db_V, rows, gradient_nV, ones_n)
                 logps.append(logps_n)
-            length = torch.tensor([stop - start], device=self.hidden_TD.device)
+            length = self.lengths_S[response : response + 1]
             sums.append(sum_responses(torch.cat([self.hidden_TD.new_zeros(0, dtype=self.dtype), *logps]), length))
             gathered.append((slice(start, stop), dW_VD, db_V))
         pair_sums = torch.cat(sums)

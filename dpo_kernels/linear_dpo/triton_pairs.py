@@ -61,9 +61,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_dpo.ops``."""
     options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
-    call = _Call(
-        hidden_TD, weight_VD, labels_T, options, ignore_index, _pair_terms(score_pairs, cu_responses, hidden_TD.device)
-    )
+    call = _Call(hidden_TD, weight_VD, labels_T, options, ignore_index, _pair_terms(score_pairs))
     max_rows, chunks, sum_dtype = _plan(hidden_TD, weight_VD, cu_responses, options, need_weight=need_weight)
     call.want_gradients(need_hidden, need_weight, need_bias, sum_dtype)
     losses, sums = [], []
@@ -121,14 +119,13 @@ def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[i
     return size + (sums * weight_VD.numel() * sum_dtype.itemsize if need_weight else 0)
 
 
-def _pair_terms(score_pairs: Any, cu_responses: list[int], device: torch.device) -> PairTerms:
+def _pair_terms(score_pairs: Any) -> PairTerms:
     """What the kernel needs of the scorer's own data, in fp32."""
 
     def number(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.detach().to(torch.float32).contiguous()
 
     mix = score_pairs.mix
-    cu_S1 = torch.tensor(cu_responses, dtype=torch.int32).to(device, non_blocking=True)
     return PairTerms(
         names=tuple(loss_type.name for loss_type in mix.types),
         weights=mix.weights,
@@ -137,7 +134,7 @@ def _pair_terms(score_pairs: Any, cu_responses: list[int], device: torch.device)
         lengths_S=number(score_pairs.lengths_S),
         mean_length=number(score_pairs.mean_length),
         scale_P=score_pairs.scale_P.to(torch.float32).contiguous(),
-        cu_S1=cu_S1,
+        cu_S1=score_pairs.cu_S1.to(torch.int32),
         **score_pairs.options._asdict(),
     )
 

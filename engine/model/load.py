@@ -16,6 +16,7 @@ from engine.config.schema import ModelConfig
 from engine.errors import UserError
 from engine.model.adapters import FROZEN, add_lora, continue_adapter
 from engine.model.attention import Backend, choose_backend, register_backends
+from engine.model.experts import EXPERTS, register_experts
 from engine.model.policy import Policy
 from engine.model.quantization import check_quantization, quantization_arguments, use_one_product
 from engine.model.sources import check_folder, first_line, hide_weight_bars, hub_options, not_found
@@ -140,6 +141,7 @@ def _read_causal_lm(model: ModelConfig, device: torch.device, backend: Backend, 
     from transformers import AutoModelForCausalLM
 
     register_backends()
+    register_experts()
     compute_dtype = DTYPES[model.dtype]
     source = f"model.model_name_or_path={model.model_name_or_path}"
     check_folder(model.model_name_or_path, "model.model_name_or_path=")
@@ -157,6 +159,7 @@ def _read_causal_lm(model: ModelConfig, device: torch.device, backend: Backend, 
             trust_remote_code=model.trust_remote_code,
             dtype=compute_dtype if model.trains_adapter or model.quantization else torch.float32,
             attn_implementation=backend.implementation,
+            experts_implementation=EXPERTS,
             **options,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:

@@ -85,6 +85,8 @@ class PackedBatch:
     """int64 [N]: the completion tokens."""
     cu_responses_S1: torch.Tensor
     """int32 [S + 1], always on the CPU: where each response starts in ``labels_N``."""
+    lengths_S: torch.Tensor
+    """int64 [S]: completion tokens of each response."""
     responses_per_group: tuple[int, ...]
     rows: tuple[int, ...]
     """Source row of each group, for messages."""
@@ -183,6 +185,7 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
         rows_N=_int64([rows_N]),
         labels_N=_int64(responses),
         cu_responses_S1=_cumulative([len(r) for r in responses]),
+        lengths_S=torch.tensor([len(r) for r in responses]),
         responses_per_group=tuple(len(g.response_ids) for g in groups),
         rows=tuple(g.row for g in groups),
         terms_per_group=tuple(len(g.pairs or (0,)) for g in groups),

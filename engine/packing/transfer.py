@@ -8,6 +8,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from dpo_kernels.chunks import to_device
+
 _ALIGNMENT = 16
 """Bytes; a multiple of every element size."""
 
@@ -49,7 +51,7 @@ def send(record: M, device: torch.device) -> M:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in copies:
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            copies[storage.data_ptr()] = source.to(device, non_blocking=True)
+            copies[storage.data_ptr()] = to_device(source, device)
         return _view(copies[storage.data_ptr()], int(tensor.storage_offset()) * tensor.element_size(), tensor)
 
     return record.map_tensors(move)

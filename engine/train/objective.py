@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import linear_dpo_loss, plackett_luce_loss, preference_loss
+from dpo_kernels.chunks import sum_responses, to_device
 from dpo_kernels.losses import resolve_loss
 from engine import distributed
 from engine.config.schema import LossConfig
@@ -65,12 +66,6 @@ class Scored(NamedTuple):
         margins = self.chosen_rewards - self.rejected_rewards
         columns = (self.losses, self.chosen_rewards, self.rejected_rewards, self.accuracies, margins)
         return torch.stack([c.detach() for c in (*columns, self.chosen_logps, self.rejected_logps)]).double()
-
-
-def sum_responses(logps_N: Tensor, cu_responses_S1: Tensor) -> Tensor:
-    """[S] in the dtype of ``logps_N``: per-token log-probs summed over each response, in float64."""
-    lengths = cu_responses_S1.diff().long().to(logps_N.device, non_blocking=True)
-    return torch.segment_reduce(logps_N.double(), "sum", lengths=lengths, unsafe=True).to(logps_N.dtype)
 
 
 class Objective:
@@ -183,7 +178,7 @@ class Objective:
         parts: list[tuple[Tensor, Scored]] = []
         for k in sorted(set(per_group)):
             groups = torch.tensor([g for g, size in enumerate(per_group) if size == k])
-            rows = (starts[groups, None] + torch.arange(k)).to(logps_S.device)
+            rows = to_device(starts[groups, None] + torch.arange(k), logps_S.device)
             logps_BK = logps_S[rows]
             out = plackett_luce_loss(logps_BK, ref_S[rows], beta=self.config.beta)
             best, rest, rewards = out.rewards[:, 0], out.rewards[:, 1:].mean(1), out.rewards
@@ -191,7 +186,7 @@ class Objective:
             right = (rewards[:, better] > rewards[:, worse]).float().mean(1)
             logps = logps_BK.detach()
             parts.append((groups, Scored(out.loss, best, rest, right, logps[:, 0], logps[:, 1:].mean(1))))
-        order = torch.cat([groups for groups, _ in parts]).argsort().to(logps_S.device)
+        order = to_device(torch.cat([groups for groups, _ in parts]).argsort(), logps_S.device)
         return Scored(*(torch.cat(columns)[order] for columns in zip(*(s for _, s in parts), strict=True)))
 
     def backward(self, policy: Policy, step: TrainingStep) -> Scored:
@@ -249,11 +244,11 @@ class Objective:
         for pack in step.packs:
             batch = pack.batch
             ref_S = self.reference(batch, pack.ref_logps_S)
-            logps_S = sum_responses(policy.logps(batch), batch.cu_responses_S1)
+            logps_S = sum_responses(policy.logps(batch), batch.lengths_S)
             scored = self.score(
                 logps_S,
                 ref_S,
-                _lengths(batch, logps_S.device),
+                batch.lengths_S,
                 batch.responses_per_group,
                 batch.pairs_P2,
                 mean_chosen_length=mean_length,
@@ -267,7 +262,7 @@ class Objective:
         # Adapters may drop out; both passes must draw the same masks.
         generator = _fork_random_state(policy.device)
         with torch.no_grad():
-            sums = [sum_responses(policy.logps(p.batch), p.batch.cu_responses_S1) for p in packs]
+            sums = [sum_responses(policy.logps(p.batch), p.batch.lengths_S) for p in packs]
         _set_random_state(policy.device, generator)
         refs = [self.reference(p.batch, p.ref_logps_S) for p in packs]
         terms = zip(sums, refs, packs, strict=True)
@@ -283,14 +278,14 @@ class Objective:
         for pack in packs:
             stop = start + pack.batch.num_responses if pack.counts else start
             slopes = slopes_S[start:stop] if pack.counts else logps_S.new_zeros(pack.batch.num_responses)
-            sum_responses(policy.logps(pack.batch), pack.batch.cu_responses_S1).backward(slopes)
+            sum_responses(policy.logps(pack.batch), pack.batch.lengths_S).backward(slopes)
             start = stop
         return Scored(*(column.detach()[first // 2 : start // 2] for column in scored))
 
 
 def _coupled_rows(logps_S: Tensor, ref_S: Tensor | None, batch: PackedBatch) -> Tensor:
     """float64 [S, 3]: log-prob, reference (0 without one) and length of each response."""
-    columns = (logps_S, torch.zeros_like(logps_S) if ref_S is None else ref_S, _lengths(batch, logps_S.device))
+    columns = (logps_S, torch.zeros_like(logps_S) if ref_S is None else ref_S, batch.lengths_S)
     return torch.stack([column.double() for column in columns], 1)
 
 
@@ -300,10 +295,6 @@ def _scored_pairs(losses: Tensor, chosen: Tensor, rejected: Tensor, logps_w: Ten
 
 def _concatenated(parts: list[Scored]) -> Scored:
     return parts[0] if len(parts) == 1 else Scored(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-
-def _lengths(batch: PackedBatch, device: torch.device) -> Tensor:
-    return batch.cu_responses_S1.diff().to(device, non_blocking=True)
 
 
 def _fork_random_state(device: torch.device) -> Tensor:

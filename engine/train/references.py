@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_kernels.chunks import sum_responses
 from engine import distributed
 from engine.config.schema import ModelConfig, RunConfig
 from engine.data.groups import PreferenceDataset
@@ -26,7 +27,7 @@ from engine.reference import (
     precompute,
     verify_rows,
 )
-from engine.train.objective import Objective, sum_responses
+from engine.train.objective import Objective
 
 PER_TOKEN = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest mean difference of a token's log-prob, in nats, that rounding may cause between two ways to compute it."""
@@ -187,7 +188,7 @@ def _live_references(config: RunConfig, policy: Policy, datasets: dict[str, Pref
 
 def _live_sums(policy: Policy, batch: PackedBatch) -> Tensor:
     with policy.reference_mode(), torch.no_grad():
-        return sum_responses(policy.logps(batch), batch.cu_responses_S1)
+        return sum_responses(policy.logps(batch), batch.lengths_S)
 
 
 def check_first_loss(
@@ -208,7 +209,7 @@ def check_first_loss(
     policy.eval()
     try:
         with torch.no_grad():
-            logps_S = sum_responses(policy.logps(batch), batch.cu_responses_S1).cpu()
+            logps_S = sum_responses(policy.logps(batch), batch.lengths_S).cpu()
     finally:
         policy.train(training)
     ratios_S = logps_S - torch.from_numpy(table.lookup(tuple(shortest)))

@@ -68,6 +68,7 @@ def extra_bytes(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, **opt
         lengths_S=None,
         mean_length=None,
         scale_P=meta(S // 2),
+        cu_S1=meta(S + 1, dtype=torch.int64),
     )
     hidden, weight = meta(T, D, dtype=torch.bfloat16), meta(V, D, dtype=torch.bfloat16)
     labels, cu = meta(T, dtype=torch.int64), [0, *itertools.accumulate(lengths)]

@@ -1,98 +1,117 @@
-"""Between two logged steps the host reads nothing from the device.
+"""Between two logged steps the host never waits for the device, shown on a pretended one that refuses to be waited for.
 
-The step runs on torch's ``meta`` device, whose tensors have shapes and no numbers: whatever would wait for a number on
-a GPU (``item``, ``tolist``, ``bool``, ``nonzero``, a copy to the host) is an error there. What the loss ops do inside
-is left out: they are only asked for shapes.
+Whole runs take their steps on it: feed, losses, the ops' own bodies, gradients, clipping, the guarded update, metrics.
 """
 
 from __future__ import annotations
 
-import sys
-from dataclasses import replace
+from concurrent.futures import Future
 
-import numpy as np
 import pytest
-import torch
 
+from dpo_kernels import dispatch
 from dpo_kernels.losses import LOSS_TYPES
-from engine.config.schema import LossConfig, ModelConfig, PackingConfig, TrainConfig
-from engine.data.groups import PreferenceDataset, PreferenceGroup
-from engine.model import Policy, load_policy
-from engine.train.feed import TrainingFeed, TrainingStep
-from engine.train.metrics import IntervalMeter
-from engine.train.objective import Objective, Scored
-from engine.train.optimizer import GuardedUpdate
-from engine.train.references import ReferenceTable
-from engine.train.throughput import FlopModel
-
-META = torch.device("meta")
+from engine.train import feed, loop, references
+from engine.train.setup import Setup, prepare
+from tests.pretended_cuda import CUDA, PretendedCuda, on_host, pretended_cuda
 
 
-@pytest.fixture(scope="module")
-def policy(tiny_model_dir) -> Policy:
-    settings = ModelConfig(model_name_or_path=str(tiny_model_dir), dtype="float32")
-    return load_policy(settings, device=torch.device("cpu")).to(META)
+class Inline:
+    """An executor that works in the thread that asks, where the pretended device is."""
+
+    def __init__(self, **unused):
+        pass
+
+    def submit(self, function, *args):
+        done: Future = Future()
+        done.set_result(function(*args))
+        return done
+
+    def shutdown(self, **unused):
+        pass
 
 
-@pytest.fixture
-def step(monkeypatch) -> TrainingStep:
-    for op in ("linear_logps", "linear_dpo"):
-        # The meta device has no autocast to ask for.
-        monkeypatch.setattr(sys.modules[f"dpo_kernels.{op}.api"], "autocast_head", lambda *tensors: tensors)
-    generator = np.random.default_rng(0)
-
-    def ids() -> np.ndarray:
-        return generator.integers(0, 300, 6, dtype=np.int32)
-
-    dataset = PreferenceDataset([PreferenceGroup(i, ids(), (ids(), ids())) for i in range(4)])
-    feed = TrainingFeed(
-        dataset,
-        PackingConfig(pairs_per_step=4, tokens_per_pack=36),
-        TrainConfig(),
-        lookup=ReferenceTable([(-30.0, -31.0)] * 4).lookup,
-        flops=FlopModel(1.0, 1.0, 1, True, 1),
-        device=META,
-    )
-    found = next(feed.steps(0))
-    assert len(found.packs) == 2
-    return found
+@pytest.fixture(autouse=True)
+def inline_feed(monkeypatch):
+    monkeypatch.setattr(feed, "ThreadPoolExecutor", Inline)
+    # No kernels without a GPU: what is left of the choice is the way of the GPU in torch.
+    monkeypatch.setattr(dispatch, "why_not", lambda op, impl, *unused: None if impl == "torch" else "pretended")
 
 
-@pytest.mark.parametrize("loss", [*LOSS_TYPES, "plackett_luce"])
-def test_losses_and_gradients(loss, policy, step):
-    objective = Objective(LossConfig(loss_type=loss))
-    if not objective.needs_reference:
-        step = replace(step, packs=tuple(replace(pack, ref_logps_S=None) for pack in step.packs))
-    scored = objective.backward(policy, step)
-    assert all(p.grad is not None and p.grad.is_meta for p in policy.parameters())
-    policy.zero_grad()
-    meter = IntervalMeter(META, peak_flops=1.0)
-    meter.add(scored.means(), step.work)
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        meter.row(step=1, epoch=1.0, grad_norm=torch.zeros(()), learning_rate=1.0)
+def waiting(function, run, cuda: PretendedCuda, waits: set[int]):
+    """The function, in which the host may wait; notes the step."""
+
+    def wrapped(*args):
+        with cuda.waiting():
+            function(*args)
+        waits.add(run.done)
+
+    return wrapped
 
 
-class Fused(torch.optim.SGD):
-    """Takes the verdict and the scale as torch's fused optimizers do."""
+def take_steps(setup: Setup, folder, others: list, cuda: PretendedCuda | None):
+    """The steps of a run, on the pretended device or here.
 
-    def __init__(self, params):
-        super().__init__(params, lr=1e-3)
-        self.defaults["fused"] = True
+    Returns:
+        The last row of metrics, the trained weights, and the steps in which the host waited.
+    """
+    if cuda is not None:
+        for policy in (setup.policy, *others):
+            cuda.take(policy)
+        setup.feed.device = CUDA
+    run = loop._Run(setup, folder)
+    waits: set[int] = set()
+    if cuda is not None:
+        run._require_finite = waiting(run._require_finite, run, cuda, waits)
+        run._log = waiting(run._log, run, cuda, waits)
+    run.policy.train()
+    run._steps()
+    weights = {n: on_host(p.detach()) for n, p in run.policy.named_parameters() if p.requires_grad}
+    return run.last_row, weights, waits
 
-    def step(self):
-        assert self.found_inf.is_meta
-        assert self.grad_scale.is_meta
+
+LOSSES = [{"loss_type": name} for name in LOSS_TYPES]
+LOSSES += [
+    {"loss_type": "plackett_luce"},
+    {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    {"loss_type": "sigmoid", "label_smoothing": 0.1},
+]
+LORA = {"model": {"lora": {"r": 4, "alpha": 8}}}
+BF16 = {"model": {"dtype": "bfloat16"}}
+CASES = {f"{loss['loss_type']} {len(loss)}": {"loss": loss} for loss in LOSSES}
+CASES |= {
+    "bf16": BF16,
+    "lora": LORA,
+    "lora ipo bf16": {"model": {**LORA["model"], **BF16["model"]}, "loss": {"loss_type": "ipo"}},
+    "lora simpo": {**LORA, "loss": {"loss_type": "simpo"}},
+    "lora dropout": {"model": {"lora": {"r": 4, "alpha": 8, "dropout": 0.1}}, "loss": {"loss_type": "aot"}},
+    "live adapters": {**LORA, "reference": {"mode": "live"}},
+    "live model": {"reference": {"mode": "live"}},
+    "no clipping": {"optim": {"max_grad_norm": 0.0}},
+    "checkpointing": {**BF16, "train": {"gradient_checkpointing": True}},
+    "offload": {**BF16, "train": {"activation_offload": True}},
+    "one prompt a response": {"packing": {"share_prompts": False}},
+    "experts": lambda folder: {"model": {"model_name_or_path": str(folder), "dtype": "bfloat16"}},
+}
 
 
-def test_the_update(policy, step, monkeypatch):
-    monkeypatch.setattr(GuardedUpdate, "deferred", True)
-    total_norm = torch.nn.utils.get_total_norm
-    # The meta device has no foreach kernels.
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads, foreach: total_norm(grads, foreach=False))
-    optimizer = Fused(policy.parameters())
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    update = GuardedUpdate(optimizer, schedule, max_grad_norm=1.0)
-    scored: Scored = Objective(LossConfig()).backward(policy, step)
-    assert update.step(scored.means()[0]).is_meta
-    with pytest.raises(RuntimeError, match="meta"):
-        update.ok()
+@pytest.mark.parametrize("case", CASES)
+def test_steps_between_two_log_lines(case, make_config, monkeypatch, tmp_path, tiny_mixture_dir):
+    loaded: list = []
+    load = references.load_reference
+    monkeypatch.setattr(references, "load_reference", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    sections = CASES[case](tiny_mixture_dir) if callable(CASES[case]) else CASES[case]
+    train = {"logging_steps": 2, "max_steps": 4, "save_steps": 100, **sections.get("train", {})}
+    results = []
+    for here in (True, False):
+        config = make_config(**{**sections, "train": {**train, "output_dir": str(tmp_path / str(here))}})
+        setup = prepare(config)
+        if here:
+            results.append(take_steps(setup, tmp_path, [], None))
+        else:
+            with pretended_cuda() as cuda:
+                results.append(take_steps(setup, tmp_path, loaded, cuda))
+    (want, _, _), (got, _, waits) = results
+    assert waits == {2, 4}
+    names = [name for name in want if not name.startswith("perf/")]
+    assert [got[name] for name in names] == pytest.approx([want[name] for name in names], rel=2e-3, abs=2e-3)

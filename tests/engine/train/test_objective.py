@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dpo_kernels import plackett_luce_loss, preference_loss
+from dpo_kernels.chunks import sum_responses
 from dpo_kernels.losses import LOSS_TYPES
 from engine.config.schema import SMOOTHED_LOSSES, LoraConfig, LossConfig, ModelConfig, PackingConfig, TrainConfig
 from engine.data.groups import PreferenceDataset, PreferenceGroup
@@ -16,7 +17,7 @@ from engine.errors import UserError
 from engine.model import Policy, load_policy
 from engine.packing import build_batch
 from engine.train.feed import TrainingFeed
-from engine.train.objective import Objective, sum_responses
+from engine.train.objective import Objective
 from engine.train.references import ReferenceTable
 from engine.train.throughput import FlopModel
 
@@ -224,7 +225,7 @@ def test_reward_metrics(policy):
     step = one_step(data, 100_000, table)
     with torch.no_grad():
         batch = step.packs[0].batch
-        logps = sum_responses(policy.logps(batch), batch.cu_responses_S1)
+        logps = sum_responses(policy.logps(batch), batch.lengths_S)
     ratios = logps - step.packs[0].ref_logps_S
     scored = Objective(LossConfig(beta=0.5)).backward(policy, step)
     policy.zero_grad()
@@ -267,9 +268,9 @@ def test_coupled_losses_draw_the_same_adapter_dropout_in_both_passes(tiny_model_
 def test_sums_are_exact_for_long_responses():
     generator = torch.Generator().manual_seed(0)
     logps = -torch.rand(60_000, generator=generator) * 10
-    cu = torch.tensor([0, 1, 50_000, 60_000], dtype=torch.int32)
-    expected = torch.stack([part.double().sum() for part in logps.split([1, 49_999, 10_000])])
-    torch.testing.assert_close(sum_responses(logps, cu).double(), expected, rtol=1e-7, atol=0)
+    lengths = torch.tensor([1, 49_999, 10_000])
+    expected = torch.stack([part.double().sum() for part in logps.split(lengths.tolist())])
+    torch.testing.assert_close(sum_responses(logps, lengths).double(), expected, rtol=1e-7, atol=0)
 
 
 def test_a_batch_without_padding_is_what_the_feed_builds():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, set_seed
 
+from dpo_kernels.chunks import sum_responses
 from engine.config.schema import LossConfig
 from engine.data import PreferenceDataset, load_dataset_groups
 from engine.errors import UserError
@@ -16,7 +17,7 @@ from engine.model import load_policy, load_tokenizer
 from engine.packing import build_batch
 from engine.reference import ReferenceStore, load_ref_sums, model_digest
 from engine.train.loop import train
-from engine.train.objective import Objective, sum_responses
+from engine.train.objective import Objective
 from engine.train.references import ReferenceTable, check_first_loss, prepare_references, resolve_mode
 from tests.engine.train.conftest import assert_same_trajectory
 
@@ -100,7 +101,7 @@ def test_columns_are_checked_against_the_named_reference_model(loaded, make_conf
     with torch.no_grad():
         for group in dataset:
             batch = build_batch([group])
-            sums = sum_responses(other.logps(batch), batch.cu_responses_S1)
+            sums = sum_responses(other.logps(batch), batch.lengths_S)
             groups.append(replace(group, ref_logps=tuple(sums.tolist())))
     rows = {"train": PreferenceDataset(groups)}
     objective = Objective(LossConfig())

@@ -1,0 +1,56 @@
+"""Experts of a mixture in the compute dtype.
+
+Grouped matrix products have no autocast rule: under autocast, experts whose weights are float32 would multiply in
+float32, several times slower, and on a GPU expert by expert, with the host waiting in between. The implementation that
+is registered here hands transformers' own grouped products the weights and hidden states in the dtype of autocast, as
+autocast does for linear layers. Weights stay float32, and so do their gradients. Routers are no experts: what
+transformers computes there in float32 stays so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+EXPERTS = "dpo_grouped_mm"
+"""The name under which transformers knows it."""
+
+
+class _Cast:
+    """A module whose floating-point tensors are read in another dtype."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        self._module = module
+        self._dtype = dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return value.to(self._dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def grouped_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What ``grouped_mm_experts_forward`` of transformers computes, in the dtype of autocast where that is on.
+
+    Args:
+        module: experts with stacked weights, [experts, ...].
+        hidden_states: [tokens, features].
+        top_k_index: [tokens, k], which experts a token goes to.
+        top_k_weights: [tokens, k], what each of them counts.
+
+    Returns:
+        [tokens, features], in the dtype of the products.
+    """
+    device_type = hidden_states.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+    dtype = torch.get_autocast_dtype(device_type)
+    cast: Any = _Cast(module, dtype)
+    return grouped_mm_experts_forward(cast, hidden_states.to(dtype), top_k_index, top_k_weights)
+
+
+def register_experts() -> None:
+    """Make it known to transformers. Idempotent."""
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, grouped_experts)

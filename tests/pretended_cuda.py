@@ -1,0 +1,391 @@
+"""A CUDA device that is not there: tensors that say they are on it, hold their data on the CPU, and refuse to wait.
+
+``PretendedCuda`` is entered around code that is to run as on a GPU. What it makes with ``device="cuda"`` are
+``OnDevice`` tensors: to Python code they lie on ``cuda:0``, so that code takes the branches that it takes there, and
+the numbers are those of the CPU. What would make the host wait for the device raises ``HostWaitError`` right there:
+reading a number, copies to pageable memory or from it, copies that do not say ``non_blocking``, and operations whose
+result has a size that only the device knows. Ops of this project run as their bodies, not as one opaque call.
+
+Copies between page-locked memory and the device are done late, as a GPU does them: writing to the source of a copy, or
+reading what a copy has yet to fill, raises ``UnsafeCopyError``. Fused optimizers refuse what their CUDA kernels refuse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+import torch.nn.utils.clip_grad as clip_grad
+import torch.optim.optimizer as optimizer
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+CUDA = torch.device("cuda", 0)
+aten = torch.ops.aten
+
+# Sizes that only the device knows, or a number of it.
+_WAITS = {
+    "_local_scalar_dense",
+    "_unique2",
+    "argwhere",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "item",
+    "masked_select",
+    "nonzero",
+    "unique_consecutive",
+    "unique_dim",
+}
+_COPIES = {"_to_copy", "copy_"}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+
+
+class HostWaitError(RuntimeError):
+    """The host would wait for the device."""
+
+
+class UnsafeCopyError(RuntimeError):
+    """Page-locked memory is used while a copy may still be reading or filling it."""
+
+
+def _wait(reason: str) -> None:
+    """The host waits: an error, unless it may."""
+    for device in PretendedCuda.entered:
+        if device.may_wait:
+            device.waits += 1
+            device.finish()
+            return
+    raise HostWaitError(reason)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor of the pretended device. To torch's C++ side it lies on the CPU."""
+
+    data_on_host: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, data: Tensor) -> OnDevice:
+        layout = {"strides": data.stride(), "storage_offset": data.storage_offset(), "dtype": data.dtype}
+        self = torch.Tensor._make_wrapper_subclass(cls, data.size(), device=torch.device("cpu"), **layout)
+        self.data_on_host = data
+        return self
+
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.pop("copy", None)
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type == "cpu":
+            _wait(f"a tensor of shape {list(self.shape)} is copied to the CPU")
+            return self.data_on_host.detach().to(dtype or self.dtype)
+        return self if dtype in (None, self.dtype) else torch.Tensor.to(self, dtype)
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.to("cpu")
+
+    def cuda(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self
+
+    def tolist(self) -> list:
+        _wait(f"a tensor of shape {list(self.shape)} is read as a list")
+        return self.data_on_host.tolist()
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a tensor on a GPU has no numpy array")
+
+    __array__ = numpy
+
+    def data_ptr(self) -> int:
+        return self.data_on_host.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.data_on_host.untyped_storage()
+
+    def __repr__(self, **kwargs: Any) -> str:
+        return f"OnDevice({list(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{func} on the pretended device, outside of PretendedCuda")
+
+
+def on_host(value: Any) -> Any:
+    """The data of a tensor of the device, for tests that look at results; other values as they are."""
+    return value.data_on_host if isinstance(value, OnDevice) else value
+
+
+class PretendedCuda(TorchDispatchMode):
+    """The device. ``operations`` counts what ran on it, ``copies`` the bytes that were sent to it."""
+
+    entered: ClassVar[list[PretendedCuda]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.copies: list[int] = []
+        self.watch: Callable[..., None] | None = None
+        """Called with every operation of the device and its arguments."""
+        self.may_wait = False
+        self.waits = 0
+        self._pinned: dict[int, torch.UntypedStorage] = {}
+        self._reading: list[tuple[Tensor, Tensor]] = []
+        self._filling: dict[int, Tensor] = {}
+
+    def take(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Move the parameters and buffers of a module to the device, in place."""
+        moved: dict[int, Tensor] = {}
+        for owner in module.modules():
+            for name, p in owner._parameters.items():
+                if p is not None:
+                    with self:
+                        data = (
+                            moved.get(id(p))
+                            if id(p) in moved
+                            else torch.nn.Parameter(OnDevice(p.detach().clone()), p.requires_grad)
+                        )
+                    moved[id(p)] = owner._parameters[name] = data
+            for name, buffer in owner._buffers.items():
+                if buffer is not None:
+                    owner._buffers[name] = OnDevice(buffer.clone())
+        return module
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the host may wait, and ``waits`` counts how often it does."""
+        before, self.may_wait = self.may_wait, True
+        try:
+            yield
+        finally:
+            self.may_wait = before
+
+    def finish(self) -> None:
+        """Wait for the device, as a log interval does. Copies from page-locked memory arrive only now."""
+        self._filling.clear()
+        reading, self._reading = self._reading, []
+        for source, before in reading:
+            if not torch.equal(source, before):
+                raise UnsafeCopyError(f"{source.nbytes} bytes were written to before their copy to the GPU was done")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name in OPDEFS and self._on_device(args, kwargs):
+            with self:
+                return OPDEFS[name]._init_fn(*args, **kwargs)
+        short = name.split("::")[1]
+        if short == "is_pinned":
+            return args[0].untyped_storage()._cdata in self._pinned
+        if short in ("pin_memory", "_pin_memory"):
+            return self._pin(aten.clone(args[0]))
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            # Below autograd torch hands these over whole; what they are made of is what counts.
+            with self:
+                return func.decompose(*args, **kwargs)
+        if kwargs.pop("pin_memory", None):
+            return self._pin(func(*args, **kwargs))
+        if short in _COPIES:
+            self._check_copy(short, args, kwargs)
+        elif self._on_device(args, kwargs):
+            _check(func, short, args, kwargs)
+        self._check_host_reads(short, args)
+        return self._run(func, short, args, kwargs)
+
+    def _on_device(self, args: Any, kwargs: Any) -> bool:
+        return any(isinstance(leaf, OnDevice) for leaf in tree_leaves((args, kwargs)))
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._pinned[storage._cdata] = storage
+        return tensor
+
+    def _check_copy(self, short: str, args: Any, kwargs: Any) -> None:
+        """Copies between host and device are from or to page-locked memory, and say that nobody waits."""
+        source = args[0] if short == "_to_copy" else args[1]
+        if short == "_to_copy":
+            target = kwargs.get("device")
+            arrives = not isinstance(source, OnDevice) and target is not None and target.type == "cuda"
+            leaves = False
+        else:
+            arrives = isinstance(args[0], OnDevice) and not isinstance(source, OnDevice) and source.ndim > 0
+            leaves = isinstance(source, OnDevice) and not isinstance(args[0], OnDevice)
+        if not (arrives or leaves):
+            return
+        held = source if arrives else args[0]
+        says_so = kwargs.get("non_blocking") or (short == "copy_" and len(args) > 2 and args[2])
+        pinned = held.untyped_storage()._cdata in self._pinned
+        if not (says_so and pinned):
+            how = "pageable memory" if not pinned else "a copy that blocks"
+            _wait(f"{'to' if arrives else 'from'} the GPU, {list(held.shape)} {held.dtype}: {how}")
+        elif arrives:
+            self.copies.append(held.nbytes)
+            # Memory that is given back waits for the copy in torch's allocator; memory that is kept must not change.
+            self._reading.append((held, held.clone()))
+        else:
+            self._filling[held.untyped_storage()._cdata] = held
+
+    def _check_host_reads(self, short: str, args: Any) -> None:
+        """What the device has yet to fill may only be sent back to it, in the order of its stream."""
+        if not self._filling or short in _COPIES or short in ("detach", "view", "alias"):
+            return
+        for leaf in tree_leaves(args):
+            if type(leaf) is Tensor and leaf.untyped_storage()._cdata in self._filling:
+                raise UnsafeCopyError(f"{short} reads memory that a copy from the GPU may still be filling")
+
+    def _run(self, func: Any, short: str, args: Any, kwargs: Any) -> Any:
+        target = kwargs.get("device")
+        if target is not None:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        on_device = self._on_device(args, kwargs) if target is None or target.type == "cpu" else target.type == "cuda"
+        # What autograd itself makes while it goes backward lies with its gradients.
+        on_device = on_device or (target is not None and torch._C._current_graph_task_id() != -1)
+        if on_device:
+            self.operations[short] += 1
+            if self.watch is not None:
+                self.watch(func, args, kwargs)
+        run, host_args, host_kwargs = _for_the_cpu(func, short, tree_map(on_host, args), tree_map(on_host, kwargs))
+        out = run(*host_args, **host_kwargs)
+        written = [a for a, s in zip(args, func._schema.arguments, strict=False) if _is_written(s)]
+        written += [kwargs[s.name] for s in func._schema.arguments if _is_written(s) and s.name in kwargs]
+        if written and func._schema.returns and not isinstance(written[0], list):
+            return written[0] if len(func._schema.returns) == 1 else tuple(written)
+        return tree_map(lambda t: OnDevice(t) if isinstance(t, Tensor) and on_device else t, out)
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _for_the_cpu(func: Any, short: str, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """The same in a form that the CPU has kernels for."""
+    if short in ("mm", "addmm", "bmm") and func._overloadname in ("dtype", "dtype_out"):
+        # Products of 16 bits whose results are wider.
+        dtype = args[-1]
+        plain = getattr(aten, short).out if "out" in kwargs else getattr(aten, short).default
+        return plain, tuple(a.to(dtype) if isinstance(a, Tensor) else a for a in args[:-1]), kwargs
+    if short == "histc" and not args[0].is_floating_point():
+        return lambda values, *rest: func(values.float(), *rest).to(values.dtype), args, kwargs
+    return func, args, kwargs
+
+
+def _check(func: Any, short: str, args: Any, kwargs: Any) -> None:
+    """Refuse what waits for the device, and what does not run on one at all."""
+    if short in _WAITS:
+        _wait(f"{short} needs a number from the GPU")
+    if short == "repeat_interleave" and isinstance(args[-1], OnDevice) and kwargs.get("output_size") is None:
+        _wait("repeat_interleave without output_size needs a number from the GPU")
+    if short == "segment_reduce" and not kwargs.get("unsafe", False):
+        _wait("segment_reduce checks lengths on the host unless they are declared safe")
+    if short in _INDEXING:
+        for index in args[1]:
+            if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+                _wait(f"{short} with a mask needs its number of elements from the GPU")
+            if isinstance(index, Tensor) and not isinstance(index, OnDevice):
+                _wait(f"{short} copies an index of the host, {list(index.shape)}, and waits")
+    if short == "_grouped_mm":
+        _check_grouped(*args[:2])
+    if short.startswith(("_fused_adam", "_fused_sgd", "_fused_adagrad")):
+        check_fused(func, args, kwargs)
+        return
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    strays = [t for t in tensors if not isinstance(t, OnDevice) and t.ndim > 0]
+    if strays and short not in _INDEXING:
+        raise RuntimeError(f"{short}: tensors on cuda:0 and on the cpu, {list(strays[0].shape)}")
+
+
+def _check_grouped(*matrices: Tensor) -> None:
+    """ATen's grouped product takes bfloat16 in rows, or columns, of whole 16 bytes; what else there is runs expert by
+    expert, on sizes that are read from the device."""
+    if any(m.dtype != torch.bfloat16 for m in matrices):
+        _wait("a grouped product of other than bfloat16 reads the sizes of its groups")
+        return
+    for m in matrices:
+        if 1 not in m.stride()[-2:] or any(s % 8 for s in m.stride()[-2:] if s != 1):
+            raise RuntimeError(f"a grouped product needs strides of whole 16 bytes, got {m.stride()}")
+
+
+def check_fused(func: Any, args: Any, kwargs: Any) -> None:
+    """What ATen's fused CUDA optimizers check (``check_fast_path_restrictions``), and what they take for granted."""
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    lists = [given[name] for name in ("self", "grads", "exp_avgs", "exp_avg_sqs")]
+    if given.get("amsgrad"):
+        lists.append(given["max_exp_avg_sqs"])
+    first = lists[0][0]
+    for tensors in lists:
+        for tensor, param in zip(tensors, lists[0], strict=True):
+            same = tensor.dtype == first.dtype and isinstance(tensor, OnDevice) and tensor.layout == torch.strided
+            dense = tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(on_host(tensor))
+            if not (same and dense and tensor.shape == param.shape and tensor.stride() == param.stride()):
+                raise RuntimeError("params, grads, exp_avgs, and exp_avg_sqs must have same dtype, device, and layout")
+    if not first.dtype.is_floating_point:
+        raise RuntimeError(f'"fused_adamw_kernel_cuda" not implemented for {first.dtype}')
+    if math.prod(lists[-1][-1].shape) == 0:
+        raise RuntimeError("the last tensor cannot be 0-size")
+    for name in ("state_steps", "grad_scale", "found_inf", "lr"):
+        value = given.get(name)
+        for tensor in value if isinstance(value, list) else [value]:
+            # The kernels read these as one float each, wherever the pointer leads.
+            misplaced = not isinstance(tensor, OnDevice) or tensor.dtype != torch.float32
+            if isinstance(tensor, Tensor) and (misplaced or tensor.numel() != 1):
+                raise RuntimeError(f"{name} must be one float32 on the device of the parameters")
+
+
+@contextmanager
+def pretended_cuda() -> Iterator[PretendedCuda]:
+    """Enter a ``PretendedCuda``, with what torch's Python side asks of CUDA in place; waits for it in the end."""
+
+    class Autocast(torch.autocast):
+        def __init__(self, device_type: str, *args: Any, **kwargs: Any):
+            super().__init__(device_type.replace("cuda", "cpu"), *args, **kwargs)
+
+    def told_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda device_type="cuda": original(device_type.replace("cuda", "cpu"))
+
+    def by_device(original: Callable[..., Any]) -> Callable[..., Any]:
+        def grouped(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            found = original(tensors, *args, **kwargs)
+            return {(group[0][0][0].device, dtype): group for (_, dtype), group in found.items()}
+
+        return grouped
+
+    grouping = "_group_tensors_by_device_and_dtype"
+    patches = [
+        mock.patch("torch.cuda._lazy_init"),
+        mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+        mock.patch("torch.cuda.get_rng_state", side_effect=lambda device: torch.get_rng_state()),
+        mock.patch("torch.cuda.set_rng_state", side_effect=lambda state, device: torch.set_rng_state(state)),
+        mock.patch("torch.cuda.synchronize", side_effect=lambda device=None: device_mode.finish()),
+        mock.patch("torch.cuda.max_memory_allocated", return_value=0),
+        mock.patch("torch.cuda.reset_peak_memory_stats"),
+        mock.patch("torch.autocast", Autocast),
+        mock.patch("torch.amp.autocast", Autocast),
+        mock.patch("torch.is_autocast_enabled", told_cpu(torch.is_autocast_enabled)),
+        mock.patch("torch.get_autocast_dtype", told_cpu(torch.get_autocast_dtype)),
+        mock.patch.object(optimizer, grouping, by_device(getattr(optimizer, grouping))),
+        mock.patch.object(clip_grad, grouping, by_device(getattr(clip_grad, grouping))),
+    ]
+    device_mode = PretendedCuda()
+    lifts = torch._C._only_lift_cpu_tensors()
+    for patch in patches:
+        patch.start()
+    torch._C._set_only_lift_cpu_tensors(True)
+    try:
+        PretendedCuda.entered.append(device_mode)
+        with device_mode:
+            yield device_mode
+            device_mode.finish()
+    finally:
+        PretendedCuda.entered.remove(device_mode)
+        torch._C._set_only_lift_cpu_tensors(lifts)
+        for patch in reversed(patches):
+            patch.stop()
