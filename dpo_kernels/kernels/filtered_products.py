@@ -20,7 +20,7 @@ from dpo_kernels.kernels.logits_tile import dot, tile_position
 from dpo_kernels.kernels.tile_config import TileConfig, device_arch, tile_config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "last_tile", "N"])
 def filtered_dx_kernel(
     grad,
     weight,
@@ -83,7 +83,7 @@ def filtered_dx_kernel(
     tl.store(dx_ptrs, acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_blocks", "N"])
 def filtered_dw_kernel(
     grad,
     hidden,
@@ -142,7 +142,7 @@ def filtered_dw_kernel(
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_blocks", "N"])
 def filtered_db_kernel(
     grad_ptr,
     db_ptr,

@@ -24,7 +24,7 @@ from dpo_kernels.kernels.token_stats import finish_token_stats
 ROWS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_shift_ptr", "row_shift_ptr", "N", "num_tiles"])
 def align_exps_kernel(
     exp_ptr,
     tile_shift_ptr,
@@ -56,7 +56,7 @@ def align_exps_kernel(
         tl.store(exp_ptrs, exps.to(exp_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["old_shift_ptr", "new_shift_ptr", "N"])
 def rescale_rows_kernel(
     acc_ptr, old_shift_ptr, new_shift_ptr, acc_stride, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -75,7 +75,7 @@ def rescale_rows_kernel(
             tl.store(row_ptrs[:, None] + dims[None, :], values * factor[:, None], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["labels_ptr", "logps_ptr", "lse_ptr", "row_shift_ptr", "N"])
 def finish_dx_kernel(
     acc_ptr,
     weight_ptr,

@@ -162,7 +162,22 @@ def _spread(grad_ptr, value, start, stop, BLOCK: tl.constexpr, ADD: tl.constexpr
         tl.store(grad_ptr + rows, values, mask=rows < stop)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "logps_ptr",
+        "cu_ptr",
+        "ref_ptr",
+        "lengths_ptr",
+        "mean_length_ptr",
+        "scale_ptr",
+        "losses_ptr",
+        "sums_ptr",
+        "rewards_ptr",
+        "slopes_ptr",
+        "grad_ptr",
+        "first_row",
+    ]
+)
 def paired_loss_kernel(
     logps_ptr,
     cu_ptr,

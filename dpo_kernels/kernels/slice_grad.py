@@ -16,7 +16,7 @@ from dpo_kernels.kernels.logits_tile import bias_tile, final_logits, logits_slop
 from dpo_kernels.kernels.tile_config import TileConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["labels_ptr", "lse_ptr", "grad_ptr", "first_col", "N"])
 def slice_grad_kernel(
     hidden,
     weight,

@@ -17,7 +17,7 @@ from dpo_kernels.kernels.logits_tile import linear_slope, logits_slope, one_minu
 from dpo_kernels.kernels.tile_logps import LinearStats
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grad_ptr", "logps_ptr", "lse_ptr", "labels_ptr", "tile_shift_ptr", "N"])
 def softmax_grad_kernel(
     exp_ptr,
     grad_ptr,

@@ -40,7 +40,19 @@ PARTIAL_BYTES = 128 * 2**20
 """Partials of rows and tiles that are held at a time: wider vocabularies, or more rows, are merged slice by slice."""
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "labels_ptr",
+        "row_shift_ptr",
+        "tile_shift_ptr",
+        "tile_sum_ptr",
+        "label_logit_ptr",
+        "token_stats_ptr",
+        "token_stats_stride",
+        "first_col",
+        "N",
+    ]
+)
 def linear_stats_fwd_kernel(
     hidden,
     weight,
@@ -165,7 +177,21 @@ def _write_stats(
         tl.store(exp_ptrs, exps.to(exp_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "tile_shift_ptr",
+        "tile_sum_ptr",
+        "label_logit_ptr",
+        "labels_ptr",
+        "row_shift_ptr",
+        "row_sum_ptr",
+        "logps_ptr",
+        "lse_ptr",
+        "N",
+        "V",
+        "num_tiles",
+    ]
+)
 def merge_stats_kernel(
     tile_shift_ptr,
     tile_sum_ptr,

@@ -12,7 +12,7 @@ import triton.language as tl
 from dpo_kernels.kernels.launch import on_device
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_shift_ptr", "tile_sum_ptr", "lse_ptr", "N"])
 def tile_mass_kernel(
     tile_shift_ptr,
     tile_sum_ptr,

@@ -36,7 +36,7 @@ def write_partials(z, exps, shift, cols, label_cols, V, partial_ptr, plane, mask
     tl.store(partial_ptr + 4 * plane, tl.max(tl.where(before, float("-inf"), z), axis=1), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["partial_ptr", "tile_shift_ptr", "tile_sum_ptr", "state_ptr", "plane", "N", "num_tiles"])
 def merge_token_stats_kernel(
     partial_ptr,
     tile_shift_ptr,
@@ -104,7 +104,7 @@ def merge_token_stats_kernel(
     tl.store(state_ptrs + 6 * state_plane, row_after, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["state_ptr", "labels_ptr", "label_logit_ptr", "logps_ptr", "lse_ptr", "stats_ptr", "N"])
 def finish_token_stats_kernel(
     state_ptr,
     labels_ptr,

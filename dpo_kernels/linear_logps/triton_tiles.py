@@ -110,8 +110,8 @@ def backward(
         )
     # The copy of the hidden states comes out of the slice's share.
     width = min(V, slice_columns(hidden_TD, taken=0 if tiles is None else hidden_TD.nbytes))
-    # Rows of 16 bytes keep the products on aligned operands whatever V is; those of a filter read whole tiles.
-    multiple = 8 if lists is None else COLUMNS
+    # Rows of 32 bytes keep the products on aligned operands whatever V is; those of a filter read whole tiles.
+    multiple = 16 if lists is None else COLUMNS
     slice_Tv = hidden_TD.new_empty(T, -(-width // multiple) * multiple)
     dX_TD = hidden_TD.new_empty(T, D, dtype=torch.float32) if need_hidden else None
     dW_VD = weight_VD.new_empty(V, D) if need_weight and weight_grad_VD is None else None

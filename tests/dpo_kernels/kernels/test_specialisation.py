@@ -1,0 +1,116 @@
+"""How often a training run compiles: what differs from batch to batch must not be part of a kernel's key."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("triton.backends.nvidia.compiler")
+
+from triton.runtime.jit import JITFunction
+
+from dpo_kernels.kernels import filtered_products, launch, offline, tile_logps
+from dpo_kernels.linear_dpo import triton_pairs
+from dpo_kernels.linear_logps import tile_filter, triton_tiles
+from dpo_kernels.linear_logps.stats import STATS
+from dpo_kernels.losses import LossOptions, resolve_loss
+
+D, V = 16, 1201
+BATCHES = 200
+MOST_KEYS = 8
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch):
+    """Kernel -> the keys under which Triton would have compiled it. Nothing is compiled, and nothing runs."""
+    found: dict[str, set[str]] = defaultdict(set)
+
+    def note(self: Any, key: str, *others: Any) -> SimpleNamespace:
+        found[self.fn.__name__].add(key)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(JITFunction, "_do_compile", note)
+    # A device of its own: kernels that other tests compiled would not ask for a compilation.
+    monkeypatch.setattr(offline._OfflineDriver, "get_current_device", lambda self: "noted")
+    for module in (launch, filtered_products):
+        monkeypatch.setattr(module, "device_arch", lambda device: "sm_90")
+    # Several chunks, blocks of rows and slices at the size of a test.
+    monkeypatch.setattr(triton_pairs, "WORKSPACE_BYTES", 4 * 2**20)
+    monkeypatch.setattr(triton_pairs, "STATS_ROWS", 256)
+    monkeypatch.setattr(triton_tiles, "SLICE_BYTES", 2**19)
+    monkeypatch.setattr(triton_tiles, "MIN_SLICE", 256)
+    monkeypatch.setattr(tile_logps, "PARTIAL_BYTES", 2**14)
+    return found
+
+
+class Batch:
+    """Responses of random lengths, and the head of one model."""
+
+    weight = torch.empty(V, D, dtype=torch.bfloat16)
+
+    def __init__(self) -> None:
+        pairs = int(torch.randint(1, 12, ()))
+        self.lengths = torch.randint(1, 120, (2 * pairs,)).tolist()
+        T = sum(self.lengths)
+        self.hidden = torch.empty(T, D, dtype=torch.bfloat16)
+        self.labels = torch.randint(0, V, (T,))
+
+    def loss(self, loss_type: str = "sigmoid", trained: bool = True) -> None:
+        S = len(self.lengths)
+        scorer = SimpleNamespace(
+            mix=resolve_loss(loss_type, None),
+            options=LossOptions(),
+            ref_logps_S=torch.empty(S),
+            lengths_S=None,
+            mean_length=None,
+            scale_P=torch.empty(S // 2),
+        )
+        cu = [0, *itertools.accumulate(self.lengths)]
+        options = (None, None, 1.0, 1.0, -100, True, trained, False)
+        triton_pairs.forward(self.hidden, self.weight, self.labels, cu, scorer, *options)
+
+    def log_probs(self, *, frozen: bool, stats: tuple[str, ...] = (), filtered: bool = False) -> None:
+        """Forward, and backward where there is one."""
+        T, head = len(self.labels), (None, None, 1.0, 1.0, -100)
+        triton_tiles.forward(self.hidden, self.weight, self.labels, *head, frozen, stats, filtered)
+        if frozen:
+            return
+        tiles = None
+        if filtered:
+            blocks, columns = tile_filter.num_blocks(T, triton_tiles.FILTER_ROWS), tile_filter.num_tiles(V)
+            tiles = tile_filter.Kept(torch.randperm(T), torch.rand(blocks, columns) < 0.5)
+        rows = (self.labels, torch.empty(T, dtype=torch.float64))
+        wanted = (True, True, False, None, tiles)
+        triton_tiles.backward(torch.empty(T), self.hidden, self.weight, *rows, *head, *wanted)
+
+
+CALLS = {
+    "paired loss": lambda batch: batch.loss(),
+    "paired loss, frozen head": lambda batch: batch.loss(trained=False),
+    "log-probs": lambda batch: batch.log_probs(frozen=False),
+    "log-probs with statistics": lambda batch: batch.log_probs(frozen=False, stats=STATS),
+    "frozen head": lambda batch: batch.log_probs(frozen=True),
+    "frozen head with statistics": lambda batch: batch.log_probs(frozen=True, stats=STATS),
+    "filter": lambda batch: batch.log_probs(frozen=False, filtered=True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_keys_of_random_batches(call, keys):
+    """200 steps of a run; the first few must have met all there are."""
+    with offline.compiling_for("sm_90"):
+        for _ in range(BATCHES // 4):
+            CALLS[call](Batch())
+        early = {kernel: len(found) for kernel, found in keys.items()}
+        for _ in range(BATCHES - BATCHES // 4):
+            CALLS[call](Batch())
+    counts = {kernel: len(found) for kernel, found in keys.items()}
+    assert counts
+    assert max(counts.values()) <= MOST_KEYS, counts
+    assert counts == early
