@@ -41,6 +41,10 @@ class Stopped(KeyboardInterrupt):
         return 130 if self.number == signal.SIGINT else 75
 
 
+class BackendError(UserError):
+    """A library that computes a part of every model failed or cannot do what this one needs: not the model's fault."""
+
+
 class RowError(UserError):
     """A row of the data that cannot be used: training stops at it, ``dpo check`` counts it and reads on.
 

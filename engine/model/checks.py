@@ -19,7 +19,7 @@ from torch import nn
 
 from engine import distributed
 from engine.data.groups import PreferenceDataset, PreferenceGroup
-from engine.errors import UserError
+from engine.errors import BackendError, UserError
 from engine.model.diagnosis import first_difference
 from engine.model.policy import Policy
 from engine.packing.layout import PackedBatch, build_batch
@@ -51,6 +51,7 @@ def check_packing(policy: Policy, *, share_prompts: bool = True, seed: int = 0) 
 
     Raises:
         UserError: the model is not equal on packs, a response changes another one's log-probs, or training mode does.
+        BackendError: the attention backend cannot compute the model, or fails; no fault of the model.
     """
     training = policy.training
     policy.eval()
@@ -78,7 +79,7 @@ def _difference(policy: Policy, share_prompts: bool, seed: int) -> str | None:
             or _inequality(policy, groups, packed)
             or _randomness(policy, batch)
         )
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, BackendError):
         raise
     except UserError as error:
         return f"{name} cannot run on packs: {error}"

@@ -59,6 +59,10 @@ class AttentionPlan:
     readers: set[str] = field(default_factory=set, init=False, repr=False)
     """Types of the modules that asked for attention over this pack, so that a check can name those that did not."""
 
+    def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> AttentionPlan:
+        """The same plan with ``change`` of each of its tensors."""
+        return replace(self, **_changed(self, change))
+
     def gather_keys(self, x: torch.Tensor) -> torch.Tensor:
         """Keys or values [keys, ...] of the query segments, one after another, from packed rows [T, ...]."""
         if self.key_rows is None or self.key_order is None:
@@ -125,9 +129,8 @@ class PackedBatch:
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         """The same batch with ``change`` of each of its device-side tensors."""
-        plan = replace(self.plan, **_changed(self.plan, change))
         changes = _changed(self, change, skipped="cu_responses_S1")
-        return replace(self, **changes, plan=plan)
+        return replace(self, **changes, plan=self.plan.map_tensors(change))
 
 
 def _changed(
@@ -181,7 +184,7 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
     return PackedBatch(
         input_ids_T=_int64(ids),
         position_ids_T=_int64(positions),
-        plan=_attention_plan(segments),
+        plan=plan_attention(segments),
         rows_N=_int64([rows_N]),
         labels_N=_int64(responses),
         cu_responses_S1=_cumulative([len(r) for r in responses]),
@@ -197,7 +200,8 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
     )
 
 
-def _attention_plan(segments: list[Segment]) -> AttentionPlan:
+def plan_attention(segments: list[Segment]) -> AttentionPlan:
+    """The plan of a pack that consists of ``segments``, on the CPU."""
     key_rows = key_order = None
     key_counts: tuple[int, ...] = ()
     if any(s.prefix_stop > s.prefix_start for s in segments):

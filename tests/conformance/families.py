@@ -22,6 +22,10 @@ SHORT, LONG = 5, 4096
 """Reach of local attention: shorter than every long sequence of the trial, and longer than any."""
 DROPOUT = 0.2
 
+EXPERTS = 4
+PICKED = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "num_experts_per_token")
+"""Names of the number of experts that a token goes to."""
+
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCAB),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim", "emb_dim"), 32),
@@ -41,8 +45,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("d_head", "d_kv", "dim_head", "attention_head_size"), 8),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_head_dim"), 8),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "num_experts_per_token"), 2),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS),
+    **dict.fromkeys(PICKED, 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_shared_experts", "num_shared_experts"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx"), 128),
     **dict.fromkeys(("max_target_positions", "original_max_position_embeddings"), 128),
@@ -139,16 +143,17 @@ def model_types() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str, *, reach: int = SHORT) -> PretrainedConfig:
+def tiny_config(model_type: str, *, reach: int = SHORT, picked: int = 2) -> PretrainedConfig:
     """The default config of a family with small sizes.
 
     Args:
         reach: what every field of ``LOCAL`` that the config uses is set to.
+        picked: how many of ``EXPERTS`` experts a token goes to.
     """
-    return _shrunk(CONFIG_MAPPING[model_type], reach, FIX_UPS.get(model_type, {}))
+    return _shrunk(CONFIG_MAPPING[model_type], reach, picked, FIX_UPS.get(model_type, {}))
 
 
-def _shrunk(config_class: type[PretrainedConfig], reach: int, fixes: dict[str, Any]) -> PretrainedConfig:
+def _shrunk(config_class: type[PretrainedConfig], reach: int, picked: int, fixes: dict[str, Any]) -> PretrainedConfig:
     names = set(inspect.signature(config_class.__init__).parameters)
     names |= set(getattr(config_class, "__dataclass_fields__", {}))
     try:
@@ -161,12 +166,13 @@ def _shrunk(config_class: type[PretrainedConfig], reach: int, fixes: dict[str, A
     options |= {"is_decoder": True} if hasattr(config_class, "is_decoder") else {}
     options |= {name: value for name, value in (LOGITS | SWITCHES).items() if name in names}
     options |= {name: reach for name in LOCAL if name in names}
+    options |= {name: picked for name in PICKED if name in options}
     options |= {name: DROPOUT for name in names if "drop" in name and type(known[name]) is float}
     for index, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
         options |= {name: index} if name in names else {}
     for name in config_class.sub_configs:
         if isinstance(known.get(name), PretrainedConfig):
-            options[name] = _shrunk(type(known[name]), reach, fixes.get(name, {}))
+            options[name] = _shrunk(type(known[name]), reach, picked, fixes.get(name, {}))
     if "qk_rope_head_dim" in names:
         # latent attention: every query head has its own key, and the rotary part is the head of the config
         options |= {"num_key_value_heads": options["num_attention_heads"]}

@@ -102,9 +102,9 @@ def test_an_adapter_keeps_its_own_scale(with_adapter, tmp_path):
 
 
 def _plan(ids):
-    from engine.packing.layout import Segment, _attention_plan
+    from engine.packing.layout import Segment, plan_attention
 
-    return _attention_plan([Segment(0, ids.shape[1], 0, 0)])
+    return plan_attention([Segment(0, ids.shape[1], 0, 0)])
 
 
 def test_an_adapter_of_other_layers_is_refused(tmp_path):

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.packing import build_batch
 from engine.packing.gather import gather_rows, pick_order
-from tests.engine.model.families import tiny_model
-from tests.engine.model.test_attention import make_policy, random_groups
+from tests.engine.model.test_attention import random_groups
+from tests.unordered_ops import unordered
 
 ROWS = {
     "each once": np.array([2, 0, 1]),
@@ -54,26 +54,19 @@ def test_sums_have_the_order_of_the_picks():
         assert torch.equal(got[0], in_order), shuffle
 
 
-class NoRacingSums(TorchDispatchMode):
-    """Refuses what torch documents as adding in no particular order on CUDA."""
-
-    RACING = ("index_add", "scatter_add", "scatter_reduce", "index_reduce", "index_select_backward")
+class Ordered(TorchDispatchMode):
+    """Refuses what a GPU does in another order each time."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__.strip("_")
-        accumulates = name in ("index_put", "put") and (args[3:4] or (kwargs or {}).get("accumulate"))
-        assert not accumulates, func
-        assert name not in self.RACING, func
+        assert not unordered(func, args, kwargs or {}), func
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backend", ["segments", "keys"])
-def test_a_step_with_three_responses_races_for_no_sum(backend):
+def test_keys_of_three_responses_have_ordered_sums():
     batch = build_batch(random_groups())
     assert max(batch.responses_per_group) > 2
-    with NoRacingSums():
-        if backend == "keys":
-            x = torch.randn(batch.num_tokens, 2, 3, requires_grad=True)
-            batch.plan.gather_keys(x).sum().backward()
-        else:
-            make_policy(tiny_model("llama")).logps(batch).sum().backward()
+    x = torch.randn(batch.num_tokens, 2, 3, requires_grad=True)
+    with Ordered():
+        batch.plan.gather_keys(x).sum().backward()
+        with pytest.raises(AssertionError, match="index_add"):
+            x.index_select(0, batch.plan.key_rows).sum().backward()

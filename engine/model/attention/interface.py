@@ -1,0 +1,215 @@
+"""Attention over a pack, for any transformers model that calls the attention interface.
+
+Functions are registered with ``AttentionInterface``; the ``AttentionPlan`` of the pack travels as the keyword argument
+``attention_plan`` of the model's forward. No mask function is registered: transformers then builds no mask, and the
+isolation of documents rests on the plan alone. All backends compute the same thing:
+
+    response segment q attends to its prompt prefix ++ itself, causally, aligned at the bottom right.
+
+Shape suffixes: B = 1, H query heads, K key heads, T packed tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from engine import distributed
+from engine.errors import BackendError, UserError
+from engine.model.attention.choice import KERNELS, implementation_name
+from engine.model.attention.segments import open_attention, sdpa_attention
+from engine.model.attention.sinks import attend_with_sinks
+from engine.model.sources import first_line
+from engine.packing.layout import AttentionPlan
+
+PLAN_ARGUMENT = "attention_plan"
+# Tensors that models hand on with their other keyword arguments; attention does not read them.
+_NOT_FOR_SCORES = {"position_ids", "cache_position"}
+_ALIGNMENT = 8
+"""Kernels take head dimensions that are multiples of this."""
+
+
+class _Scores(NamedTuple):
+    """What a layer does with its scores."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    chunk: int | None
+
+
+def packed_attention(
+    backends: tuple[str, ...],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attention_plan: AttentionPlan | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer over a pack, in the form that transformers expects.
+
+    Args:
+        backends: names of backends, of which the first that can computes the layer.
+        query: [1, H, T, D].
+        key, value: [1, K, T, D], K dividing H.
+        attention_plan: the pack's plan.
+        scaling: factor of the scores; 1 / sqrt(D) by default.
+        sliding_window: a token attends to at most this many tokens, itself included.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        s_aux: [H] attention sinks.
+
+    Returns:
+        ([1, T, H, D], None). Under autocast, and in every backend, the inputs are cast to its dtype, which is then that
+        of the output: models with float32 weights hand on float32 queries beside bfloat16 values.
+
+    Raises:
+        UserError: the model does something that packs do not support.
+        BackendError: none of ``backends`` can compute the layer, or the one that should fails.
+    """
+    if attention_plan is None:
+        raise UserError(f"{type(module).__name__} does not pass keyword arguments of the model to its attention")
+    attention_plan.readers.add(type(module).__name__)
+    _check_unused(module, unused)
+    kind, config = _layer_kind(module)
+    if kind == "sliding_attention" and sliding_window is None:
+        # Qwen 2 MoE tells its mask of the window, but not its attention
+        sliding_window = config.sliding_window
+    # Llama 4: a layer does not look beyond its chunk
+    chunk = config.attention_chunk_size if kind == "chunked_attention" else None
+    scores = _Scores(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        chunk=None if chunk is None or attention_plan.max_seqlen_k <= chunk else chunk,
+    )
+    query, key, value = _compute_dtype(query, key, value)
+    name = _first_able(backends, module, max(query.shape[-1], value.shape[-1]), scores)
+    if name != "sdpa":
+        return _run_kernel(name, module, query, key, value, attention_plan, scores), None
+    options: dict[str, Any] = {"scaling": scores.scaling, "window": scores.window}
+    if s_aux is not None or softcap is not None:
+        return open_attention(query, key, value, attention_plan, **options, softcap=softcap, sinks=s_aux), None
+    return sdpa_attention(query, key, value, attention_plan, **options, chunk=scores.chunk), None
+
+
+def _compute_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors in the dtype in which autocast computes; without it, in that of the last one."""
+    device_type = tensors[0].device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if autocast else tensors[-1].dtype
+    return [x.to(dtype) for x in tensors]
+
+
+def _first_able(backends: tuple[str, ...], module: torch.nn.Module, head_dim: int, scores: _Scores) -> str:
+    """The first backend that can compute a layer; what stands in for the chosen one is said once."""
+    lacks = {name: _lack(name, head_dim, scores) for name in backends}
+    able = next((name for name in backends if lacks[name] is None), None)
+    reasons = "; ".join(f"{name} {lack}" for name, lack in lacks.items() if lack)
+    if able is None:
+        raise BackendError(
+            f"model.attention={backends[0]} cannot compute {type(module).__name__}: {reasons}; "
+            "set model.attention to auto, which then takes another backend for such layers"
+        )
+    if able != backends[0]:
+        _say_once(f"attention of {type(module).__name__}, head dimension {head_dim}: {able} ({reasons})")
+    return able
+
+
+def _lack(name: str, head_dim: int, scores: _Scores) -> str | None:
+    """What a backend lacks for a layer, or None."""
+    if name == "sdpa":
+        return None
+    kernel = KERNELS[name]
+    if head_dim > kernel.head_dim:
+        return f"takes head dimensions up to {kernel.head_dim}"
+    if scores.chunk is not None:
+        return "attends beyond chunks"
+    if scores.softcap is not None and (not kernel.softcap or scores.sinks is not None):
+        return "cannot cap its scores"
+    if scores.sinks is not None and kernel.sinks is None:
+        return "has no attention sinks"
+    return None
+
+
+@lru_cache(maxsize=256)
+def _say_once(text: str) -> None:
+    distributed.say(text)
+
+
+def _run_kernel(
+    name: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: AttentionPlan,
+    scores: _Scores,
+) -> torch.Tensor:
+    """[1, T, H, D]: one call of a variable-length kernel for the whole pack."""
+    if not query.shape[2] == key.shape[2] == value.shape[2]:
+        raise ValueError(f"{key.shape[2]} keys and {value.shape[2]} values for {query.shape[2]} queries")
+    width = value.shape[-1]
+    query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in _equal_widths(query, key, value))
+    keys, values = plan.gather_keys(key_TKD), plan.gather_keys(value_TKD)
+    kernel = KERNELS[name]
+    options: dict[str, Any] = {"scaling": scores.scaling, "window": scores.window}
+    inputs = (query_THD.contiguous(), keys, values)
+    try:
+        if scores.sinks is not None and kernel.sinks is not None:
+            output = attend_with_sinks(kernel.sinks, *inputs, scores.sinks, plan, **options)
+        else:
+            output = kernel.attend(*inputs, plan, **options, softcap=scores.softcap)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, ImportError, AttributeError, AssertionError) as error:
+        raise BackendError(
+            f"attention backend {name} fails in {type(module).__name__}: {type(error).__name__}: {first_line(error)}; "
+            f"set model.attention to another of {', '.join([*KERNELS, 'sdpa'])}, and see `dpo doctor`"
+        ) from error
+    return output[None, ..., :width]
+
+
+def _check_unused(module: torch.nn.Module, arguments: dict[str, Any]) -> None:
+    """Raise for a tensor that the attention of a model depends on and that packs would ignore, such as a mask."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and name not in _NOT_FOR_SCORES:
+            raise UserError(f"{type(module).__name__} gives its attention `{name}`, which packs do not support")
+
+
+def _layer_kind(module: torch.nn.Module) -> tuple[str | None, Any]:
+    """What the config calls the attention of this layer, if it tells layers apart, and the config."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    return (kinds[layer] if kinds is not None and layer is not None else None), config
+
+
+def _equal_widths(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Pad head dimensions with zeros to a common multiple of 8: latent attention has narrower values than keys."""
+    width = -(-max(x.shape[-1] for x in tensors) // _ALIGNMENT) * _ALIGNMENT
+    return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors]
+
+
+def register_backends() -> None:
+    """Make every backend known to transformers, alone and before those that may stand in for it. Idempotent."""
+    ordered = (*KERNELS, "sdpa")
+    for count in range(1, len(ordered) + 1):
+        for names in combinations(ordered, count):
+
+            def attention(module, query, key, value, attention_mask=None, _names=names, **kwargs):
+                kwargs.setdefault(PLAN_ARGUMENT, None)
+                return packed_attention(_names, module, query, key, value, attention_mask=attention_mask, **kwargs)
+
+            AttentionInterface.register(implementation_name(names), attention)
