@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dpo_kernels.kernels.launch import on_device, precision, tma_ready
+from dpo_kernels.kernels.launch import COMPILATION, on_device, precision, tma_ready
 from dpo_kernels.kernels.logits_tile import dot, tile_position
 from dpo_kernels.kernels.tile_config import TileConfig, device_arch, tile_config
 
@@ -50,8 +50,10 @@ def filtered_dx_kernel(
     tile_n, tile_d = tile_position(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_D), GROUP_N)
     row_start = tile_n * BLOCK_N
     block = row_start // FILTER_ROWS
-    begin = tl.load(tile_ends_ptr + block * (num_tiles + 1) + first_tile)
-    end = tl.load(tile_ends_ptr + block * (num_tiles + 1) + last_tile)
+    ends_ptr = tile_ends_ptr + block.to(tl.int64) * (num_tiles + 1)
+    begin = tl.load(ends_ptr + first_tile)
+    end = tl.load(ends_ptr + last_tile)
+    tiles_ptr += block.to(tl.int64) * num_tiles
     rows = row_start + tl.arange(0, BLOCK_N)
     dims = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     dx_ptrs = dx_ptr + rows.to(tl.int64)[:, None] * dx_stride + dims[None, :]
@@ -66,7 +68,7 @@ def filtered_dx_kernel(
     # Rows past the end read the last one: what they add up is not stored.
     safe_rows = tl.minimum(rows, N - 1).to(tl.int64)
     for step in range(begin * STEPS, end * STEPS):
-        tile = tl.load(tiles_ptr + block * num_tiles + step // STEPS) - first_tile
+        tile = tl.load(tiles_ptr + step // STEPS) - first_tile
         col_start = tile * FILTER_COLUMNS + (step % STEPS) * BLOCK_V
         if USE_TMA:
             grad_tile = grad.load([row_start, col_start])
@@ -114,12 +116,13 @@ def filtered_dw_kernel(
     col_start = tile_v * BLOCK_V
     tile = first_tile + col_start // FILTER_COLUMNS
     count = tl.load(counts_ptr + tile)
+    blocks_ptr += tile.to(tl.int64) * num_blocks
     cols = col_start + tl.arange(0, BLOCK_V)
     dims = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
     STEPS: tl.constexpr = FILTER_ROWS // BLOCK_N
     for step in range(0, count * STEPS):
-        block = tl.load(blocks_ptr + tile * num_blocks + step // STEPS)
+        block = tl.load(blocks_ptr + step // STEPS)
         row_start = block * FILTER_ROWS + (step % STEPS) * BLOCK_N
         if USE_TMA:
             grad_tile = grad.load([row_start, col_start])
@@ -158,10 +161,11 @@ def filtered_db_kernel(
 ):
     """Column sums of the kept row blocks of one tile."""
     tile = first_tile + tl.program_id(0)
+    blocks_ptr += tile.to(tl.int64) * num_blocks
     cols = tl.program_id(0) * FILTER_COLUMNS + tl.arange(0, FILTER_COLUMNS)
     total = tl.zeros((FILTER_COLUMNS,), dtype=tl.float32)
     for i in range(0, tl.load(counts_ptr + tile)):
-        rows = tl.load(blocks_ptr + tile * num_blocks + i) * FILTER_ROWS + tl.arange(0, FILTER_ROWS)
+        rows = tl.load(blocks_ptr + i) * FILTER_ROWS + tl.arange(0, FILTER_ROWS)
         grad_ptrs = grad_ptr + rows.to(tl.int64)[:, None] * grad_stride + cols[None, :]
         total += tl.sum(tl.load(grad_ptrs, mask=(rows < N)[:, None], other=0.0).to(tl.float32), axis=0)
     tl.store(db_ptr + cols, total.to(db_ptr.dtype.element_ty), mask=cols < V)
@@ -302,6 +306,7 @@ def _launch(
         "PRECISION": precision(grad_NV.dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **COMPILATION,
     }
     return config, grad, source, meta
 
@@ -323,4 +328,5 @@ def filtered_db(db_V: torch.Tensor, grad_NV: torch.Tensor, lists: TileLists, *, 
             FILTER_ROWS=lists.rows,
             FILTER_COLUMNS=lists.columns,
             num_warps=8,
+            **COMPILATION,
         )

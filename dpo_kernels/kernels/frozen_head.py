@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.launch import HeadOptions, on_device
+from dpo_kernels.kernels.launch import COMPILATION, HeadOptions, on_device
 from dpo_kernels.kernels.logits_tile import linear_slope, logits_slope, one_minus_exp
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.tile_config import TileConfig
@@ -173,7 +173,7 @@ def frozen_head(
         if not first:
             with on_device(acc_ND.device):
                 rescale_rows_kernel[(triton.cdiv(N, ROWS),)](
-                    acc_ND, old_shift_N, state.shift_N, acc_ND.stride(0), N, D, BLOCK_N=ROWS, BLOCK_D=512
+                    acc_ND, old_shift_N, state.shift_N, acc_ND.stride(0), N, D, BLOCK_N=ROWS, BLOCK_D=512, **COMPILATION
                 )
         # Given back before the next ones are asked for.
         del stats
@@ -204,6 +204,7 @@ def frozen_head(
             **options.scalars(),
             BLOCK_N=ROWS,
             BLOCK_D=512,
+            **COMPILATION,
         )
     return FrozenHead(logps_N, lse_N, dx_ND, token_stats_KN)
 
@@ -225,4 +226,5 @@ def _align_exps(exps: torch.Tensor, stats: TileStats, row_shift_N: torch.Tensor,
             BLOCK_N=block_n,
             BLOCK_T=block_t,
             num_warps=4,
+            **COMPILATION,
         )

@@ -13,6 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dpo_kernels.kernels.tile_config import MAX_BLOCK, TileConfig, device_arch, tile_config
 
 INTERPRETING = bool(triton.knobs.runtime.interpret)
+COMPILATION = {"enable_fp_fusion": True}
+"""Said by every launch, because the default differs between versions of Triton: a product and a sum round once."""
 
 
 LEAST_CAPABILITY = 8, 0
@@ -119,6 +121,7 @@ class TileLaunch:
             "SPLIT": self.config.block_v == MAX_BLOCK or (heavy and self.config.block_v == MAX_BLOCK // 2),
             "num_warps": self.config.num_warps,
             "num_stages": self.config.num_stages,
+            **COMPILATION,
         }
 
 

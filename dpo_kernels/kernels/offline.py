@@ -42,6 +42,8 @@ class Resources:
     tensor_cores: str
     """Name of the tensor-core instruction in its PTX, or empty."""
     warnings: tuple[str, ...]
+    narrow_products: tuple[str, ...]
+    """Lines of its intermediate code that multiply a size or a stride in 32 bits; see `narrow_products`."""
 
     def flaw(self) -> str | None:
         """Why the chip would not run this kernel, or would run it badly; None when nothing is wrong."""
@@ -114,7 +116,34 @@ def inspect_kernel(kernel: Any, arch: str) -> Resources:
         num_warps=kernel.metadata.num_warps,
         tensor_cores=next((name for name in instructions if name in kernel.asm["ptx"]), ""),
         warnings=tuple(re.findall(r"\(C\d+\)[^\n]*|C75\d\d[^\n]*", report)),
+        narrow_products=narrow_products(kernel.asm["ttir"]),
     )
+
+
+_SAME_SIZE = ("arith.addi", "arith.subi", "tt.splat", "tt.broadcast", "tt.expand_dims")
+
+
+def narrow_products(ttir: str) -> tuple[str, ...]:
+    """Products of 32 bits with a size or a stride, which wrap where a matrix has more than 2^31 elements.
+
+    A size is an integer argument of the kernel, also with a number added. Indices, such as a tile's number times its
+    width, stay below a size themselves, and so may have 32 bits.
+    """
+    head, _, body = ttir.partition("tt.func public")[2].partition("\n")
+    sizes = set(re.findall(r"(%\w+): i32", head))
+    numbers: set[str] = set()
+    found = []
+    for name, operation, rest in re.findall(r"(%\w+) = ([\w.]+) ([^\n]*)", body):
+        operands = re.findall(r"%\w+", rest.partition(" : ")[0])
+        if operation == "arith.constant":
+            numbers.add(name)
+        elif operation in _SAME_SIZE and sizes.intersection(operands) and sizes.union(numbers).issuperset(operands):
+            sizes.add(name)
+        elif (
+            operation == "arith.muli" and re.search(r" : (?:tensor<[\dx]*x)?i32", rest) and sizes.intersection(operands)
+        ):
+            found.append(f"{name} = {operation} {rest.partition(' loc(')[0]}")
+    return tuple(found)
 
 
 def _capability(arch: str) -> int:

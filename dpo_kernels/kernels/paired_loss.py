@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.launch import on_device
+from dpo_kernels.kernels.launch import COMPILATION, on_device
 from dpo_kernels.kernels.logits_tile import one_minus_exp, softplus
 
 MARGIN_LOSSES = ("sigmoid", "hinge", "ipo_sum", "exo_pair", "robust", "discopop")
@@ -337,6 +337,7 @@ def launch_pairs(
                 ADD=position > 0,
                 BLOCK=1024,
                 num_warps=4,
+                **COMPILATION,
             )
     return PairScores(losses_P, sums_S, rewards_S, slopes_S, grad_N)
 

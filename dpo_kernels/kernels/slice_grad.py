@@ -60,8 +60,8 @@ def slice_grad_kernel(
     row_start = tile_n * BLOCK_N
     col_start = tile_v * BLOCK_V
     if FILTERED:
-        kept_ptrs = kept_ptr + (row_start // FILTER_ROWS) * kept_stride + (first_col + col_start) // FILTER_COLUMNS
-        if tl.load(kept_ptrs) == 0:
+        kept_ptrs = kept_ptr + (row_start // FILTER_ROWS).to(tl.int64) * kept_stride
+        if tl.load(kept_ptrs + (first_col + col_start) // FILTER_COLUMNS) == 0:
             return
     rows = row_start + tl.arange(0, BLOCK_N)
     acc = bias_tile(bias_ptr, col_start + tl.arange(0, BLOCK_V), V, BLOCK_N, BLOCK_V, HAS_BIAS)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.launch import HeadOptions, on_device
+from dpo_kernels.kernels.launch import COMPILATION, HeadOptions, on_device
 from dpo_kernels.kernels.logits_tile import linear_slope, logits_slope, one_minus_exp
 from dpo_kernels.kernels.tile_logps import LinearStats
 
@@ -100,5 +100,6 @@ def softmax_grad_(
             BLOCK_N=block_n,
             BLOCK_T=block_t,
             num_warps=4,
+            **COMPILATION,
         )
     return exps[:N, :V]

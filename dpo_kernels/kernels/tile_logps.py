@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.launch import MAX_BLOCK, HeadOptions, TileLaunch, on_device
+from dpo_kernels.kernels.launch import COMPILATION, MAX_BLOCK, HeadOptions, TileLaunch, on_device
 from dpo_kernels.kernels.logits_tile import (
     bias_tile,
     cap_slope,
@@ -424,6 +424,7 @@ def _launch_merge(
             BLOCK_N=32,
             BLOCK_T=32,
             num_warps=4,
+            **COMPILATION,
         )
 
 

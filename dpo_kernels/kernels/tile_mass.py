@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.launch import on_device
+from dpo_kernels.kernels.launch import COMPILATION, on_device
 
 
 @triton.jit(do_not_specialize=["tile_shift_ptr", "tile_sum_ptr", "lse_ptr", "N"])
@@ -47,6 +47,15 @@ def tile_mass(
     mass_CN = torch.empty(num_tiles, N, dtype=torch.float32, device=lse_N.device)
     with on_device(lse_N.device):
         tile_mass_kernel[(triton.cdiv(N, 256), num_tiles)](
-            shift_TN, sum_TN, lse_N, mass_CN, N, num_partials, PARTIALS=columns // width, BLOCK_N=256, num_warps=4
+            shift_TN,
+            sum_TN,
+            lse_N,
+            mass_CN,
+            N,
+            num_partials,
+            PARTIALS=columns // width,
+            BLOCK_N=256,
+            num_warps=4,
+            **COMPILATION,
         )
     return mass_CN.T

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.launch import on_device
+from dpo_kernels.kernels.launch import COMPILATION, on_device
 
 TOKEN_STATS = ("entropy", "is_top1", "mean_logits", "log_sum_sq_probs")
 NUM_PARTIALS = 5
@@ -172,6 +172,7 @@ def merge_token_stats(
             BLOCK_N=32,
             BLOCK_T=32,
             num_warps=4,
+            **COMPILATION,
         )
 
 
@@ -201,5 +202,6 @@ def finish_token_stats(
             ignore_index,
             BLOCK_N=128,
             num_warps=4,
+            **COMPILATION,
         )
     return stats_KN

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia.compiler")
+
+import triton
+import triton.language as tl
 
 from benchmarks import kernel_resources
 from dpo_kernels.kernels.tile_config import shipped_archs
@@ -24,6 +28,7 @@ def check(found: kernel_resources.Resources, has_dot: bool) -> None:
     assert found.spilled_bytes == 0, found
     assert found.shared_bytes <= limit, found
     assert not found.warnings, found
+    assert not found.narrow_products, found
     if has_dot:
         assert found.tensor_cores in TENSOR_CORES[found.arch], found
 
@@ -70,6 +75,22 @@ def test_every_loss_and_dtype(arch):
     for case in kernel_resources.other_cases():
         for found in case.compile(arch):
             check(found, has_dot=found.kernel == "linear_stats_fwd_kernel")
+
+
+@triton.jit
+def planes_kernel(ptr, plane, WIDE: tl.constexpr):
+    rows = tl.program_id(0) * 32 + tl.arange(0, 32)
+    if WIDE:
+        plane = tl.cast(plane, tl.int64)
+    tl.store(ptr + 3 * (plane + 1) + rows, rows)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_product_that_would_wrap_is_seen(wide):
+    with kernel_resources.compiling_for("sm_90") as compiled:
+        planes_kernel[(4,)](torch.empty(0, dtype=torch.int32, device="meta"), 2**30, WIDE=wide)
+    found = kernel_resources.inspect_kernel(compiled[0], "sm_90").narrow_products
+    assert len(found) == (0 if wide else 1), found
 
 
 def test_offline_compilation_leaves_triton_as_it_was():

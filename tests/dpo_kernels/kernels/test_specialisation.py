@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia.compiler")
 
+import triton
 from triton.runtime.jit import JITFunction
 
 from dpo_kernels.kernels import filtered_products, launch, offline, tile_logps
@@ -31,11 +32,14 @@ def keys(monkeypatch: pytest.MonkeyPatch):
     """Kernel -> the keys under which Triton would have compiled it. Nothing is compiled, and nothing runs."""
     found: dict[str, set[str]] = defaultdict(set)
 
-    def note(self: Any, key: str, *others: Any) -> SimpleNamespace:
+    def note(self: Any, key: str, signature: Any, device: Any, constexprs: Any, options: Any, *rest: Any) -> Any:
         found[self.fn.__name__].add(key)
+        assert options.enable_fp_fusion, f"{self.fn.__name__} leaves to Triton's version how it rounds"
         return SimpleNamespace()
 
     monkeypatch.setattr(JITFunction, "_do_compile", note)
+    # What Triton 3.10 takes for granted.
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
     # A device of its own: kernels that other tests compiled would not ask for a compilation.
     monkeypatch.setattr(offline._OfflineDriver, "get_current_device", lambda self: "noted")
     for module in (launch, filtered_products):
@@ -62,7 +66,7 @@ class Batch:
         self.labels = torch.randint(0, V, (T,))
 
     def loss(self, loss_type: str = "sigmoid", trained: bool = True) -> None:
-        S = len(self.lengths)
+        S, cu = len(self.lengths), [0, *itertools.accumulate(self.lengths)]
         scorer = SimpleNamespace(
             mix=resolve_loss(loss_type, None),
             options=LossOptions(),
@@ -70,8 +74,8 @@ class Batch:
             lengths_S=None,
             mean_length=None,
             scale_P=torch.empty(S // 2),
+            cu_S1=torch.tensor(cu),
         )
-        cu = [0, *itertools.accumulate(self.lengths)]
         options = (None, None, 1.0, 1.0, -100, True, trained, False)
         triton_pairs.forward(self.hidden, self.weight, self.labels, cu, scorer, *options)
 
