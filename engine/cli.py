@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from engine import distributed, stop
 from engine.config.fields import iter_keys, nearest
 from engine.config.help import config_help
-from engine.errors import Stopped, UserError, disk_error
+from engine.errors import Stopped, UserError, disk_error, out_of_memory
 
 OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -36,6 +36,8 @@ _COMMANDS = {
 
 _JOINT_COMMANDS = ("precompute", "train", "evaluate")
 """What several processes that torchrun starts do together."""
+
+_ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 
 _SUMMARY = "\n".join(
     ["Direct preference optimisation: packed, prompt-shared, with stored reference log-probs.", "", "commands:"]
@@ -67,6 +69,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (a check failed), 2 (a user error), 75 (a scheduler asked it
     to end: start it again), 130 (interrupted)."""
+    _set_allocator()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
@@ -108,6 +111,15 @@ def command() -> NoReturn:
     distributed.leave(main())
 
 
+def _set_allocator() -> None:
+    """Let torch's CUDA allocator grow what it holds: packs differ in size, and blocks of fixed size would leave gaps.
+
+    Read when the first CUDA tensor is made; whatever the user has set stands.
+    """
+    if not _ALLOCATOR_VARIABLES & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def _discard_output() -> None:
     """Keep Python from complaining at exit about output that nothing can take."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,11 +137,11 @@ def explain(error: BaseException) -> str | None:
         # by name, since importing torch to compare types is slow
         if type(cause).__name__ == "TileTableError":
             return str(cause)
-        if type(cause).__name__ == "OutOfMemoryError":
-            return (
-                "out of GPU memory; lower packing.tokens_per_pack, or set train.gradient_checkpointing to true "
-                "(neither changes the result)"
-            )
+    if (memory := out_of_memory(error)) is not None:
+        return (
+            f"out of {memory}: lower packing.tokens_per_pack, or set train.gradient_checkpointing to true "
+            "(neither changes the result)"
+        )
     return None
 
 

@@ -81,7 +81,6 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     config = load_config(options.config, overrides)
     from engine.data import load_rows
     from engine.model.quantization import check_quantization
-    from engine.reference import ReferenceStore, default_store_path, model_digest
     from engine.reference.columns import check_export_path, check_export_row
     from engine.train.references import reference_model
 
@@ -91,6 +90,15 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
         check_export_path(options.export)
         for row in islice(load_rows(config.data, split="train"), 1):
             check_export_row(row)
+    from engine.forecast.advice import memory_errors
+
+    with memory_errors(config):
+        return _precompute(config, options)
+
+
+def _precompute(config: RunConfig, options: Namespace) -> int:
+    from engine.reference import ReferenceStore, default_store_path, model_digest
+
     datasets = _datasets(config)
     if options.import_columns:
         _verify_columns(config, datasets)
@@ -119,8 +127,10 @@ def evaluate(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo evaluate``"""
     config = load_config(options.config, overrides)
     from engine.evaluate import evaluate
+    from engine.forecast.advice import memory_errors
 
-    evaluate(config, options.model)
+    with memory_errors(config):
+        evaluate(config, options.model)
     return 0
 
 

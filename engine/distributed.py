@@ -42,9 +42,20 @@ class _Group:
         self.minutes = 30.0
         """How long one process waits for another."""
         self.announced: set[str] = set()
+        self.left_out = False
 
 
 _group = _Group()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only one: for work of its own, which the others do not know of."""
+    before, _group.left_out = _group.left_out, True
+    try:
+        yield
+    finally:
+        _group.left_out = before
 
 
 def launched_size() -> int:
@@ -54,7 +65,7 @@ def launched_size() -> int:
 
 def size() -> int:
     """Processes of the run."""
-    if launched_size() == 1:
+    if launched_size() == 1 or _group.left_out:
         return 1
     import torch.distributed as dist
 

@@ -99,6 +99,7 @@ def _choices() -> Rows:
 
 def _places() -> Rows:
     from dpo_kernels.kernels.tile_config import tile_table
+    from engine.errors import UserError
     from engine.reference import default_store_path
 
     for name in ENVIRONMENT:
@@ -107,7 +108,10 @@ def _places() -> Rows:
     switches = [os.environ.get(name, "").lower() for name in ENVIRONMENT if "OFFLINE" in name]
     offline = any(value in ("1", "true", "yes", "on") for value in switches)
     yield "offline", "yes: only local folders and cached Hub files are read" if offline else "no"
-    yield "reference store", _describe_folder(default_store_path())
+    try:
+        yield "reference store", _describe_folder(default_store_path())
+    except UserError as error:
+        yield "reference store", str(error)
     yield "tile shapes", tile_table()
 
 

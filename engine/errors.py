@@ -21,6 +21,10 @@ _FIRST = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space or
 )
 
 
+_GPU_MEMORY = ("CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_HOST_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+
+
 class UserError(Exception):
     """A problem that the user can fix. The message is one line: what, where (file, row, field), what to do.
 
@@ -43,6 +47,20 @@ class Stopped(KeyboardInterrupt):
 
 class BackendError(UserError):
     """A library that computes a part of every model failed or cannot do what this one needs: not the model's fault."""
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """``GPU memory`` or ``memory`` when an error, or a cause of it, says that this is used up; None for another one."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # By name and text, since importing torch to compare types is slow.
+        text = str(seen)
+        if type(seen).__name__ == "OutOfMemoryError" or any(words in text for words in _GPU_MEMORY):
+            return "GPU memory"
+        if isinstance(seen, MemoryError) or any(words in text for words in _HOST_MEMORY):
+            return "memory"
+        seen = seen.__cause__
+    return None
 
 
 class RowError(UserError):

@@ -7,7 +7,21 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from engine.errors import UserError
+
 TEMPORARY_SUFFIX = ".tmp"
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """``path`` with the home folder in place of a leading ``~``.
+
+    Raises:
+        UserError: there is none, as in a container whose user id is in no list.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: this user has no home folder that ~ could stand for; write the whole path") from error
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.data.readers import EXTENSIONS, data_extension, read_file
 from engine.errors import RowError, UserError
+from engine.files import expanded
 from engine.hub import unreachable
 
 SPLIT_WORDS = {
@@ -87,12 +88,12 @@ def _bound(text: str | None, count: int) -> int | None:
 
 def is_single_file(name: str) -> bool:
     """Whether a dataset name is a path to one data file, which has no splits."""
-    return Path(name).expanduser().is_file()
+    return expanded(name).is_file()
 
 
 def is_hub_name(name: str) -> bool:
     """Whether a dataset name can only be one of the Hub: there is no such path, and it does not look like one."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     local = path.exists() or data_extension(path) or name.startswith((".", "/", "~")) or name.count("/") > 1
     return not local
 
@@ -121,7 +122,7 @@ def open_source(
     match = _SLICED.fullmatch(split)
     if match is None:
         raise UserError(f"{name}: split {split!r} is not understood; write a name or a slice such as train[:1000]")
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists():
         if config is not None:
             raise UserError(f"data.dataset_config={config} is for Hub datasets, but {name} is a local path; remove it")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -24,6 +23,7 @@ from engine.data.formats import Example
 from engine.data.groups import PreferenceGroup
 from engine.data.lint import LintReport
 from engine.errors import RowError, UserError
+from engine.files import expanded
 
 ROWS_PER_CALL = 512
 
@@ -169,7 +169,7 @@ class Encoder:
 
 def _read_template(path: str) -> str:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return expanded(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(

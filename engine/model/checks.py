@@ -19,7 +19,7 @@ from torch import nn
 
 from engine import distributed
 from engine.data.groups import PreferenceDataset, PreferenceGroup
-from engine.errors import BackendError, UserError
+from engine.errors import BackendError, UserError, out_of_memory
 from engine.model.diagnosis import first_difference
 from engine.model.policy import Policy
 from engine.packing.layout import PackedBatch, build_batch
@@ -79,12 +79,12 @@ def _difference(policy: Policy, share_prompts: bool, seed: int) -> str | None:
             or _inequality(policy, groups, packed)
             or _randomness(policy, batch)
         )
-    except (torch.OutOfMemoryError, BackendError):
+    except BackendError:
         raise
     except UserError as error:
         return f"{name} cannot run on packs: {error}"
     except _MODEL_ERRORS as error:
-        if distributed.lost_connection(error):
+        if distributed.lost_connection(error) or out_of_memory(error) is not None:
             raise
         words = str(error).strip().splitlines() or [""]
         return f"{name} cannot run on packs: {type(error).__name__} in {_innermost_module(error)}: {words[0]}"

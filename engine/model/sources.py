@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.files import expanded
 from engine.hub import unreachable
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ def check_folder(source: str, option: str) -> None:
     Args:
         option: what the user wrote before ``source``, such as ``--model ``.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -34,7 +34,7 @@ def hub_options(source: str, option: str) -> dict[str, Any]:
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if Path(source).expanduser().is_dir() or constants.HF_HUB_OFFLINE:
+    if expanded(source).is_dir() or constants.HF_HUB_OFFLINE:
         return {}
     reason = unreachable(constants.ENDPOINT)
     if reason is None:

@@ -9,16 +9,27 @@ import numpy as np
 
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
+from engine.files import expanded
 from engine.reference.keys import dataset_keys
 from engine.reference.store import ReferenceStore
 
 
 def default_store_path() -> Path:
-    """``$DPO_CACHE/reference``, or ``dpo-kernels/reference`` below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """``$DPO_CACHE/reference``, or ``dpo-kernels/reference`` below ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        UserError: none of the first two is set, and the user has no home.
+    """
     if own := os.environ.get("DPO_CACHE"):
-        return Path(own).expanduser() / "reference"
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "dpo-kernels" / "reference"
+        return expanded(own) / "reference"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            "reference.store is not set, and this user has no home folder for its default: set reference.store, or "
+            "the environment variable DPO_CACHE"
+        ) from error
+    return cache / "dpo-kernels" / "reference"
 
 
 def load_ref_logps(dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> list[tuple[np.ndarray, ...]]:

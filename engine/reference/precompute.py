@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from engine import distributed, stop
 from engine.data.groups import PreferenceDataset, PreferenceGroup
-from engine.errors import UserError
+from engine.errors import UserError, out_of_memory
 from engine.packing import PackedBatch, build_batch, check_fits, group_costs, group_sizes, pack_groups
 from engine.reference.keys import dataset_keys, model_digest
 from engine.reference.store import TOKENS_PER_SHARD, ReferenceStore
@@ -121,9 +121,11 @@ def precompute(
         try:
             tokens = _run(policy, dataset, packs, _Buffer(store, flush_seconds), share_prompts, progress)
             tokens = sum(distributed.gather(tokens))
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if isinstance(error, UserError) or (memory := out_of_memory(error)) is None:
+                raise
             raise UserError(
-                f"out of device memory with packs of {tokens_per_pack} tokens: lower packing.tokens_per_pack"
+                f"out of {memory} with packs of {tokens_per_pack} tokens: lower packing.tokens_per_pack"
             ) from error
     return PrecomputeReport(computed_rows, len(dataset) - computed_rows, time.perf_counter() - start, tokens)
 

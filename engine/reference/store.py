@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError
+from engine.files import expanded
 from engine.reference import shards
 from engine.reference.shards import (
     KEY_BYTES,
@@ -93,7 +94,7 @@ class ReferenceStore:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         self._partitions: dict[bytes, _Partition] = {}
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"reference.store: {self.path} is a file; give a folder")

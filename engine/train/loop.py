@@ -20,6 +20,7 @@ from engine.config.schema import RunConfig
 from engine.data import check_files
 from engine.errors import Stopped, UserError
 from engine.evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
+from engine.forecast.advice import KnownRun, memory_errors
 from engine.model import load_policy, shard_policy
 from engine.model.sources import check_folder
 from engine.shared_folders import check_shared
@@ -104,10 +105,12 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
             if finished is not None:
                 log.info("%s is finished: nothing is left to train", output_dir)
                 return finished
-            run = _Run(prepare(config), output_dir)
-            if newest is not None:
-                run.restore(*newest)
-            return run.train()
+            known = KnownRun(trains=True)
+            with memory_errors(config, known):
+                run = _Run(prepare(config, known), output_dir)
+                if newest is not None:
+                    run.restore(*newest)
+                return run.train()
 
 
 def _finished(output_dir: Path) -> TrainResult | None:

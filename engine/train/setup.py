@@ -20,6 +20,7 @@ from engine.config.schema import RunConfig
 from engine.data import LintReport, load_dataset_groups
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
+from engine.forecast.advice import KnownRun, advise, forecast_run
 from engine.model import (
     Policy,
     check_dataset,
@@ -84,20 +85,29 @@ def check_settings(config: RunConfig) -> None:
     resolve_mode(config, Objective(config.loss))
 
 
-def prepare(config: RunConfig) -> Setup:
+def prepare(config: RunConfig, known: KnownRun | None = None) -> Setup:
     """Load tokenizer, data, model and references, check them, and print what will run.
+
+    Args:
+        known: is given what is known of the run's memory.
 
     Raises:
         UserError: anything that the user can correct.
     """
     check_settings(config)
     log.info("configuration, where it is not the default:\n%s", _indented(format_diff(config)))
-    # Before the model: adapters start from random numbers.
-    set_seed(config.train.seed)
     objective = Objective(config.loss)
     tokenizer = load_tokenizer(config.model)
     datasets, lint = _load_data(config, tokenizer, objective)
     device = resolve_device()
+    known = known or KnownRun()
+    known.datasets, known.device = datasets, device
+    if device.type == "cuda":
+        known.memory = forecast_run(config, datasets["train"], device)
+        if known.memory is not None:
+            advise(config, known.memory, device)
+    # Before the model: adapters start from random numbers.
+    set_seed(config.train.seed)
     policy = load_policy(config.model, device=device, gradient_checkpointing=config.train.gradient_checkpointing)
     policy = shard_policy(policy, device)
     policy.activation_offload = config.train.activation_offload

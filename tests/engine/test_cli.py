@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpo_kernels.tuning.command import build_parser
 from engine import cli, commands
@@ -166,12 +167,35 @@ def _raise(error: BaseException):
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/runs/a"), "/runs/a: permission denied"),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), "read-only"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on the disk; free space"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "packing.tokens_per_pack"),
+        (torch.OutOfMemoryError("Allocation failed"), "out of GPU memory: lower packing.tokens_per_pack"),
+        (RuntimeError("CUDA error: out of memory\nCompile with"), "out of GPU memory: lower packing.tokens_per_pack"),
+        (MemoryError(), "out of memory: lower packing.tokens_per_pack"),
     ],
 )
 def test_problems_of_the_machine_are_user_errors(refused, monkeypatch, error, part):
     monkeypatch.setattr(commands, "report", _raise(error))
     assert part in refused("report", "run")
+
+
+def test_memory_that_the_cpu_allocator_does_not_get_is_a_user_error(refused, monkeypatch):
+    monkeypatch.setattr(commands, "report", lambda options, overrides: torch.empty(1 << 60))
+    assert refused("report", "run").startswith("error: out of memory: lower packing.tokens_per_pack")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(None, "expandable_segments:True"), ("PYTORCH_CUDA_ALLOC_CONF", "a:1"), ("PYTORCH_ALLOC_CONF", "a:1")],
+)
+def test_the_allocator_grows_its_segments_unless_the_user_has_set_it(name, value):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | ({name: value} if name else {})
+    code = (
+        "import os, sys\nfrom engine import cli\ncli.main(['--version'])\n"
+        f"print([os.environ.get(n) for n in {names}], 'torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    expected = [value if n == (name or "PYTORCH_ALLOC_CONF") else None for n in names]
+    assert ended.stdout.splitlines()[-1] == f"{expected} False"
 
 
 def test_a_user_error_behind_another_exception_is_found(refused, monkeypatch):

@@ -1,0 +1,118 @@
+"""What a run that is short of memory is told: the forecast beside what the device has, and what to lower."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from engine import distributed
+from engine.config.schema import RunConfig
+from engine.data.groups import PreferenceDataset
+from engine.errors import UserError, out_of_memory
+from engine.forecast.memory import Memory, forecast_memory
+from engine.forecast.resident import resident_bytes
+from engine.packing import plan_first_epoch
+
+GIB = 2**30
+_ROOM = 0.95
+"""Share of a device that a forecast may fill: the rest is for gaps between blocks and for libraries."""
+
+log = logging.getLogger(__name__)
+
+
+def forecast_run(config: RunConfig, dataset: PreferenceDataset, device: torch.device) -> Memory | None:
+    """The forecast of ``dpo plan``; None for a model that does not run on shapes alone."""
+    try:
+        # One of several processes may be the only one that has run out of memory.
+        with distributed.alone():
+            resident = resident_bytes(config, device) if device.type == "cpu" else 0
+            steps = plan_first_epoch(dataset, config)
+            return forecast_memory(config, dataset, steps, device=device, resident=resident)[0]
+    except Exception as error:
+        log.debug("no forecast of memory: %s", error)
+        return None
+
+
+def of_each_process(memory: Memory) -> int:
+    """Peak bytes of one of the processes of this run: what they share is divided."""
+    shared = memory.weights + memory.gradients + memory.optimizer
+    return memory.peak - shared + shared // distributed.size()
+
+
+def capacity(device: torch.device) -> int:
+    """Bytes of memory that the device, or this machine, has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [psutil.virtual_memory().total]
+    cgroup = Path("/sys/fs/cgroup/memory.max")
+    if cgroup.exists() and (text := cgroup.read_text().strip()).isdigit():
+        limits.append(int(text))
+    return min(limits)
+
+
+def figures(memory: Memory, device: torch.device) -> str:
+    """The forecast in words."""
+    parts = (
+        ("weights", memory.weights),
+        ("gradients", memory.gradients),
+        ("optimizer state", memory.optimizer),
+        (f"activations of {memory.pack_tokens:,} tokens", memory.activations),
+    )
+    listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
+    each = f" in each of {distributed.size()} processes" if distributed.size() > 1 else ""
+    has = f"{'the device' if device.type == 'cuda' else 'this machine'} has {capacity(device) / GIB:.1f} GiB"
+    return f"forecast {of_each_process(memory) / GIB:.1f} GiB{each} ({listed}), {has}"
+
+
+def remedies(config: RunConfig, *, trains: bool = True) -> str:
+    """What to change, beginning with what costs least and changes no result."""
+    found = [f"lower packing.tokens_per_pack (now {config.packing.tokens_per_pack:,})"]
+    if trains and not config.train.gradient_checkpointing:
+        found.append("set train.gradient_checkpointing to true")
+    if trains and not (config.train.activation_offload or config.train.gradient_checkpointing):
+        found.append("set train.activation_offload to true")
+    found.append("use more processes" if config.model.quantization is None else "use a larger device")
+    if trains and not config.model.trains_adapter:
+        found.append("train an adapter (model.lora)")
+    return ", ".join(found[:-1]) + f", or {found[-1]}"
+
+
+def advise(config: RunConfig, memory: Memory, device: torch.device) -> None:
+    """Say before the first step what a run needs, and what to do where the device has less."""
+    short = of_each_process(memory) > _ROOM * capacity(device)
+    if short:
+        log.info("memory: %s: it may not fit; %s", figures(memory, device), remedies(config))
+    else:
+        log.info("memory: %s", figures(memory, device))
+
+
+@dataclass
+class KnownRun:
+    """What can be said of a run's memory by the time it runs out."""
+
+    trains: bool = False
+    memory: Memory | None = None
+    datasets: dict[str, PreferenceDataset] = field(default_factory=dict)
+    device: torch.device | None = None
+
+
+@contextmanager
+def memory_errors(config: RunConfig, known: KnownRun | None = None) -> Iterator[None]:
+    """Turn running out of memory into a ``UserError`` that says what to lower, with the forecast where there is one."""
+    try:
+        yield
+    except Exception as error:
+        what = out_of_memory(error)
+        if what is None or isinstance(error, UserError):
+            raise
+        known = known or KnownRun()
+        if known.memory is None and known.device is not None and "train" in known.datasets:
+            known.memory = forecast_run(config, known.datasets["train"], known.device)
+        told = "" if known.memory is None or known.device is None else f" ({figures(known.memory, known.device)})"
+        raise UserError(f"out of {what}{told}: {remedies(config, trains=known.trains)}") from error

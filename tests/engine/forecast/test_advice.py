@@ -1,0 +1,122 @@
+"""Running out of memory, anywhere in a run, ends in one line with what to lower and what was forecast."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine import cli
+from engine.config import to_yaml
+from engine.config.schema import LoraConfig
+from engine.data import load_dataset_groups
+from engine.forecast import advice
+from engine.forecast.advice import GIB, advise, forecast_run
+from engine.train import loop, setup
+from engine.train.optimizer import GuardedUpdate
+from engine.train.setup import prepare
+from tests.engine.distributed.launch import launch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run_file(config, tmp_path):
+    path = tmp_path / "run.yaml"
+    values = to_yaml(config).replace("output_dir: runs/default", f"output_dir: {tmp_path / 'run'}")
+    path.write_text(values.replace("store: null", f"store: {tmp_path / 'store'}"))
+    return path
+
+
+def fails(error):
+    def raising(*arguments, **options):
+        raise error
+
+    return raising
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "GPU memory"),
+        (MemoryError(), "memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), "memory"),
+    ],
+    ids=["cuda", "cuda driver", "python", "cpu"],
+)
+@pytest.mark.parametrize(("owner", "name"), [(GuardedUpdate, "step"), (loop, "export_model")], ids=["step", "end"])
+def test_a_training_run_says_what_was_forecast_and_what_to_lower(
+    owner, name, error, memory, run_file, monkeypatch, capsys
+):
+    monkeypatch.setattr(owner, name, fails(error))
+    assert cli.main(["train", str(run_file)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert line.startswith(f"error: out of {memory} (forecast ")
+    assert "optimizer state 0.0" in line
+    assert "GiB): lower packing.tokens_per_pack (now 512), set train.gradient_checkpointing to true" in line
+    assert line.endswith("or train an adapter (model.lora)")
+
+
+@pytest.mark.parametrize("command", ["precompute", "evaluate"])
+def test_a_pass_without_gradients_says_what_to_lower(command, run_file, pairs_jsonl, monkeypatch, capsys):
+    monkeypatch.setattr("engine.model.policy.Policy.logps", fails(torch.OutOfMemoryError("CUDA out of memory")))
+    evaluation = ["--data.eval_dataset_name", str(pairs_jsonl), "--data.eval_dataset_split", "train"]
+    assert cli.main([command, str(run_file), *evaluation]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: out of GPU memory: lower packing.tokens_per_pack (now 512), or use more processes")
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (1,)])
+def test_several_processes_say_it_once(ranks, run_file):
+    code = f"""
+RANKS = {ranks}
+import torch
+from engine import cli, distributed
+from engine.train.optimizer import GuardedUpdate
+def step(self, loss):
+    if distributed.rank() in RANKS:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    distributed.barrier()
+GuardedUpdate.step = step
+distributed.leave(cli.main(["train", {str(run_file)!r}]))
+"""
+    ended = launch([["-c", code]] * 2)
+    assert [process.code for process in ended] == [2, 2]
+    (line,) = [line for process in ended for line in process.err.splitlines() if "out of" in line]
+    assert " GiB in each of 2 processes (weights " in line
+
+
+def test_what_will_not_fit_is_said_before_it_is_tried(config, tiny_tokenizer, monkeypatch, caplog):
+    dataset = load_dataset_groups(config.data, tiny_tokenizer, split="train")[0]
+    memory = forecast_run(config, dataset, CPU)
+    with caplog.at_level("INFO", logger="engine"):
+        advise(config, memory, CPU)
+        monkeypatch.setattr(advice, "capacity", lambda device: int(memory.peak * 1.01))
+        advise(config, memory, CPU)
+    fits, short = (record.message for record in caplog.records)
+    assert fits.startswith(f"memory: forecast {memory.peak / GIB:.1f} GiB (weights ")
+    assert "may not fit" not in fits
+    assert short.endswith("it may not fit; " + advice.remedies(config))
+
+
+def test_a_forecast_leaves_random_numbers_and_results_alone(config, tiny_tokenizer, tmp_path, monkeypatch):
+    """On a CUDA device it is made before the model is loaded, whose adapters start from random numbers."""
+    monkeypatch.setattr("engine.train.setup.measure_matmul_rate", lambda device, dtype: 1e12)
+    config = replace(
+        config,
+        model=replace(config.model, lora=LoraConfig(r=2)),
+        reference=replace(config.reference, store=str(tmp_path / "store")),
+    )
+    plain = prepare(config).policy.state_dict()
+    resolve = setup.load_dataset_groups
+
+    def forecasting(*arguments, **options):
+        found = resolve(*arguments, **options)
+        torch.rand(7)
+        return found
+
+    monkeypatch.setattr(setup, "load_dataset_groups", forecasting)
+    again = prepare(config).policy.state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in plain.items())
