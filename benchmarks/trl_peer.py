@@ -47,6 +47,7 @@ def train_with_trl(
     gradient_checkpointing: bool = False,
     peft_config: Any = None,
     adapter_dir: Path | None = None,
+    save_to: Path | None = None,
     **config_options,
 ) -> TrlRun:
     """Train one epoch or ``max_steps`` steps in source order with ``DPOTrainer``, float32 on the CPU.
@@ -58,6 +59,7 @@ def train_with_trl(
         peft_config: a fresh adapter of this kind is trained.
         adapter_dir: the values that the fresh adapter starts with; without ``peft_config``, a trained adapter to
             continue, whose frozen copy TRL takes as the reference.
+        save_to: a folder for the trained model, as TRL leaves it.
     """
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,6 +112,8 @@ def train_with_trl(
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
+    if save_to is not None:
+        trainer.save_model(str(save_to))
     return TrlRun(
         log_history=[row for row in trainer.state.log_history if "loss" in row],
         precompute_seconds=trainer.precompute_seconds,

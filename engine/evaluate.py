@@ -138,6 +138,7 @@ def evaluate_policy(
     *,
     lookup: Callable[[Pack], np.ndarray] | None,
     progress: bool = False,
+    stoppable: bool = True,
 ) -> dict[str, float]:
     """Metrics of ``policy`` on ``dataset``; the policy's training mode is restored.
 
@@ -145,6 +146,7 @@ def evaluate_policy(
 
     Args:
         lookup: stored reference log-probs of some groups; None for a live reference or none.
+        stoppable: whether a request to end is heeded.
 
     Raises:
         Stopped: between two packs, on all ranks, when any process was asked to end.
@@ -153,7 +155,7 @@ def evaluate_policy(
     policy.eval()
     try:
         with torch.no_grad():
-            scores = _score_all(policy, dataset, objective, config, lookup, progress)
+            scores = _score_all(policy, dataset, objective, config, lookup, progress, stoppable)
     finally:
         policy.train(training)
     lengths = dataset.lengths
@@ -179,6 +181,7 @@ def _score_all(
     config: RunConfig,
     lookup: Callable[[Pack], np.ndarray] | None,
     progress: bool,
+    stoppable: bool,
 ) -> _Scores:
     from tqdm.auto import tqdm
 
@@ -193,7 +196,8 @@ def _score_all(
     own, columns = [], []
     quiet = True if not (progress and distributed.is_main()) else None
     for place in tqdm(share, desc="evaluation", unit="pack", disable=quiet):
-        stop.check()
+        if stoppable:
+            stop.check()
         pack = packs[cheapest if place is None else place]
         batch = build_batch([dataset[i] for i in pack], share_prompts=packing.share_prompts).to(policy.device)
         stored = None if lookup is None else to_device(torch.from_numpy(lookup(pack)), policy.device)

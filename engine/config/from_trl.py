@@ -153,7 +153,8 @@ class _Converter:
             self._new(
                 "dtype",
                 f"TRL trains the weights in {held}, which rounds small updates away; here trained weights are float32, "
-                f"which takes more memory, and compute in model.dtype {computed}",
+                f"which takes more memory, and compute in model.dtype {computed}; they are stored as float32, too, "
+                "unless train.save_dtype is bfloat16",
             )
         elif held == "float16":
             self._new("dtype", f"float16 -> model.dtype {computed}, which the frozen base is held in, too")

@@ -279,6 +279,11 @@ class TrainConfig:
     """Optimizer steps between checkpoints."""
     save_total_limit: int | None = None
     """Keep only the newest checkpoints; null keeps all."""
+    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the final model is stored in: auto is what was trained, float32, and loses nothing; bfloat16 halves the
+    files and rounds small updates away, and what that costs is measured."""
+    save_rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How weights become bfloat16; stochastic, up or down at random from train.seed, keeps the sum of small updates."""
     logging_steps: int = 10
     """Optimizer steps between lines of metrics.jsonl."""
     eval_steps: int | None = None

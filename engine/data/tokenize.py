@@ -54,16 +54,14 @@ class Encoder:
         self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         names = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         self.control_tokens = control_pattern(sorted(names))
-        # Tokenizers such as mistral-common's build conversations out of ids, without a template's text.
-        self._own_chat = type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
-        self._template: str | None = None
+        self._own_chat = has_own_chat(tokenizer)
+        self._template = template_of(data)
         self.template_origin = "none (data.chat_template: none)"
         self.use_messages = False
         if data.chat_template == "auto":
             self.use_messages = self._own_chat or bool(tokenizer.chat_template)
             self.template_origin = "the tokenizer's" if self.use_messages else "none (the tokenizer has none)"
-        elif data.chat_template != "none":
-            self._template = _read_template(data.chat_template)
+        elif self._template is not None:
             self.template_origin = data.chat_template
             self.use_messages = True
 
@@ -167,7 +165,20 @@ class Encoder:
         return Encoded(example.prompt, example.completions, merged=False)
 
 
-def _read_template(path: str) -> str:
+def has_own_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it builds conversations out of ids, as mistral-common's does, and not from the text of a template."""
+    return type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+
+
+def template_of(data: DataConfig) -> str | None:
+    """The chat template that ``data.chat_template`` names; None where the tokenizer's is used, or none.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = data.chat_template
+    if path in ("auto", "none"):
+        return None
     try:
         return expanded(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

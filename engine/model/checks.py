@@ -128,7 +128,9 @@ def _probe_groups(config: Any, seed: int) -> list[PreferenceGroup]:
     """Two small groups of random tokens, none of which has a meaning of its own, such as padding or an image."""
     text = config.get_text_config()
     owners = (config, text)
-    special = {v for o in owners for k, v in vars(o).items() if k.endswith(("token_id", "token_index"))}
+    named = [v for o in owners for k, v in vars(o).items() if k.endswith(("token_id", "token_index"))]
+    # A config may name several tokens that end a text.
+    special = {i for v in named for i in (v if isinstance(v, list | tuple) else [v])}
     ordinary = np.array([i for i in range(text.vocab_size) if i not in special] or [0], dtype=np.int32)
     generator = np.random.default_rng(seed)
 

@@ -1,8 +1,9 @@
 """What a finished run leaves: a model that ``from_pretrained`` loads, its tokenizer, and a card that says how it was
 made.
 
-A full model is stored in ``model.dtype``: bfloat16 runs train float32 weights and round them once, here; checkpoints
-keep them in float32. An adapter is stored alone, in float32, in the layout of peft.
+Weights are stored as they were trained, in float32, or in the dtype of ``train.save_dtype``; checkpoints keep them in
+float32. An adapter is stored alone, in the layout of peft. The files beside the weights are made to fit them: config,
+tokenizer and its chat template, generation config, and what the base has for other inputs than text.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from engine.config import to_yaml
 from engine.config.schema import RunConfig
 from engine.files import sync
 from engine.model import Policy
+from engine.model.companions import copy_companions, set_dtype
 from engine.model.load import DTYPES
 from engine.train.checkpoint import save_weights
 from engine.train.durable import MANIFEST, TEMPORARY_SUFFIX, disk_errors, seal
+from engine.train.rounding import gather_weights, stored_dtypes
 
 CARD_FILE = "README.md"
 _PACKAGES = ("dpo-kernels", "torch", "transformers", "peft", "datasets")
@@ -33,45 +36,34 @@ _LAST = ("model.safetensors.index.json", "adapter_config.json", "config.json")
 
 
 def export_model(
-    output_dir: Path, policy: Policy, tokenizer: Any, config: RunConfig, metrics: Mapping[str, float]
+    output_dir: Path,
+    policy: Policy,
+    tokenizer: Any,
+    config: RunConfig,
+    metrics: Mapping[str, float],
+    *,
+    rounding: str | None = None,
 ) -> None:
-    """Write the final model into ``output_dir``. A full model is rounded to ``model.dtype`` in place.
+    """Write the final model into ``output_dir``.
 
-    Every rank must call this. A sharded model is gathered on rank 0, one tensor at a time, in the CPU's memory.
+    Every rank must call this. A sharded model is gathered on rank 0, one tensor at a time, in the CPU's memory, and so
+    is one that is stored in another dtype.
 
     All files are written and flushed beside their final place and moved in at the end, so that a kill or a full disk
     leaves no model that is half this one. ``manifest.json`` lists them with their checksums.
 
+    Args:
+        rounding: what rounding to ``train.save_dtype`` changed, for the model card.
+
     Raises:
         UserError: the disk is full or not writable.
     """
-    weights = None
-    if policy.sharded:
-        weights = gather_weights(policy, None if policy.has_adapter else DTYPES[config.model.dtype])
+    dtypes = stored_dtypes(policy, config)
+    weights = gather_weights(policy, dtypes) if policy.sharded or dtypes else None
     if distributed.is_main():
-        _write_model(output_dir, policy, weights, tokenizer, config, metrics)
+        card = model_card(policy, config, metrics, rounding)
+        _write_model(output_dir, policy, weights, tokenizer, config, card)
     distributed.barrier()
-
-
-def gather_weights(policy: Policy, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The whole state of a sharded model, or of its adapter, in the CPU's memory of rank 0; nothing on the others.
-
-    Tied weights are one tensor.
-
-    Args:
-        dtype: what floating-point parameters are rounded to; None leaves them as they are.
-    """
-    weights: dict[str, torch.Tensor] = {}
-    seen: dict[int, torch.Tensor] = {}
-    for name, tensor in policy.model.state_dict(keep_vars=True).items():
-        if policy.has_adapter and not tensor.requires_grad:
-            continue
-        if id(tensor) not in seen:
-            full = distributed.full_tensor(tensor.detach())
-            kept = full if distributed.is_main() else full.new_zeros(0)
-            seen[id(tensor)] = kept.to("cpu", dtype if kept.is_floating_point() else None, copy=True)
-        weights[name] = seen[id(tensor)]
-    return weights
 
 
 def _write_model(
@@ -80,27 +72,31 @@ def _write_model(
     weights: dict[str, torch.Tensor] | None,
     tokenizer: Any,
     config: RunConfig,
-    metrics: Mapping[str, float],
+    card: str,
 ) -> None:
     temporary = output_dir / f".model{TEMPORARY_SUFFIX}"
     with disk_errors(output_dir):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            if weights is None and not policy.has_adapter:
-                policy.causal_lm.to(DTYPES[config.model.dtype])
             save_weights(policy, temporary, weights)
-            if weights is not None and not policy.has_adapter:
-                # Written by the dtype of the sharded parameters, which is not what was gathered.
-                policy.config.dtype = DTYPES[config.model.dtype]
+            if not policy.has_adapter:
+                # Written by the dtype of the first parameter, which may be one that the model keeps in float32.
+                set_dtype(policy.config, DTYPES[stored_dtype(config)])
                 policy.config.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            (temporary / CARD_FILE).write_text(model_card(policy, config, metrics), encoding="utf-8")
+            copy_companions(config.model, temporary)
+            (temporary / CARD_FILE).write_text(card, encoding="utf-8")
             seal(temporary, editable=(CARD_FILE,))
             _move_in(temporary, output_dir)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         sync(output_dir)
+
+
+def stored_dtype(config: RunConfig) -> str:
+    """The dtype that most weights are stored in; all trained weights are float32."""
+    return "float32" if config.train.save_dtype == "auto" else config.train.save_dtype
 
 
 def _move_in(source: Path, target: Path) -> None:
@@ -113,7 +109,7 @@ def _move_in(source: Path, target: Path) -> None:
         os.replace(path, target / path.name)
 
 
-def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float]) -> str:
+def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float], rounding: str | None = None) -> str:
     """The model card: front matter for the Hub, then base model, data, method, results, versions, configuration."""
     model, data, loss = config.model, config.data, config.loss
     base = model.model_name_or_path
@@ -144,13 +140,13 @@ def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float]) 
 
 - **Method:** {trained}, loss `{loss.loss_name}`, beta {loss.beta:g}, {_reference_words(config)}
 - **Optimizer:** {_optimizer_words(config)}
-- **Stored as:** {"float32 adapter" if policy.has_adapter else model.dtype}
+- **Stored as:** {_storage_words(policy, config, rounding)}
 
 ## Results
 
 {f"| metric | value |{chr(10)}|---|---|{chr(10)}{rows}" if rows else "None were logged."}
 
-`eval_` values are of held-out pairs. Rewards are beta times the log-ratio of this model to the reference model.
+{_metric_words(rounding)}
 
 ## Versions
 
@@ -181,6 +177,17 @@ def _optimizer_words(config: RunConfig) -> str:
         f"{optim.optimizer}, learning rate {optim.learning_rate:g}, schedule `{optim.lr_scheduler_type}`, "
         f"{config.packing.pairs_per_step} preference pairs per step"
     )
+
+
+def _storage_words(policy: Policy, config: RunConfig, rounding: str | None) -> str:
+    kind = "adapter in " if policy.has_adapter else ""
+    return kind + (rounding or f"{stored_dtype(config)}, as trained")
+
+
+def _metric_words(rounding: str | None) -> str:
+    of = "" if rounding is None else " and of the weights as they are stored; `eval_as_trained/` is before rounding"
+    ratio = "Rewards are beta times the log-ratio of this model to the reference model."
+    return f"`eval_` values are of held-out pairs{of}. {ratio}"
 
 
 def _reference_words(config: RunConfig) -> str:

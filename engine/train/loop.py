@@ -41,6 +41,7 @@ from engine.train.metrics import (
 )
 from engine.train.objective import Scored
 from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
+from engine.train.rounding import round_and_measure
 from engine.train.setup import Setup, check_settings, prepare, write_data_file
 from engine.train.throughput import reset_peak_memory
 
@@ -163,6 +164,7 @@ class _Run:
         self.last_row: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.evaluated_at = 0
+        self.rounding: str | None = None
         self.meter = IntervalMeter(setup.device, peak_flops=setup.peak_flops)
         self.evidence: list[_Evidence] = []
         self.trackers: list[Tracker] = []
@@ -227,7 +229,9 @@ class _Run:
                     tracker.close()
             metrics = {**self.last_row, **scalar_metrics(self.evaluation)}
             distributed.announce("writes the model")
-            export_model(self.output_dir, self.policy, self.setup.tokenizer, self.config, metrics)
+            export_model(
+                self.output_dir, self.policy, self.setup.tokenizer, self.config, metrics, rounding=self.rounding
+            )
             if distributed.is_main():
                 checkpoints.remove_stopped(self.output_dir)
             log.info("model written to %s", self.output_dir)
@@ -337,17 +341,29 @@ class _Run:
             lookup=self.setup.references.lookup("eval"),
         )
         self.evaluated_at = self.done
-        row = {"step": self.done, "epoch": round(self.epoch, 6), **scalar_metrics(self.evaluation)}
-        self._track(row)
-        log.info("%s", evaluation_line(row))
+        self._track_evaluation()
         self.update.evaluated(self.evaluation["eval_loss"])
         self.meter.watch.start()
 
+    def _track_evaluation(self) -> None:
+        row = {"step": self.done, "epoch": round(self.epoch, 6), **scalar_metrics(self.evaluation)}
+        self._track(row)
+        log.info("%s", evaluation_line(row))
+
     def _final_evaluation(self) -> None:
-        if "eval" not in self.setup.datasets:
-            return
-        if self.evaluated_at != self.done:
+        """Evaluate the weights as they will be written, which may be rounded ones."""
+        held_out = "eval" in self.setup.datasets
+        if held_out and self.evaluated_at != self.done:
             self._evaluate()
+        cost = round_and_measure(self.setup, self.evaluation)
+        if cost is not None:
+            self.rounding = cost.text
+            log.warning("stored as %s", cost.text)
+        if not held_out:
+            return
+        if cost is not None:
+            self.evaluation = cost.values
+            self._track_evaluation()
         log.info("%s", format_evaluation(self.evaluation))
         if distributed.is_main():
             write_evaluation(self.output_dir, self.evaluation)

@@ -26,6 +26,8 @@ from engine.errors import UserError
 from engine.train.durable import disk_errors, write_atomically
 from engine.train.throughput import Stopwatch, peak_memory_gib
 
+AS_TRAINED = "eval_as_trained/"
+"""Prefix of the evaluation of weights before they were rounded to what is written."""
 PREFERENCE_NAMES = (
     "loss",
     "rewards/chosen",
@@ -260,6 +262,8 @@ def keep_rows_until(output_dir: Path, step: int, *, evaluated_at: int) -> None:
     path = output_dir / METRICS_FILE
     if path.exists():
         kept = [row for row in read_rows(path) if row["step"] <= (step if "loss" in row else evaluated_at)]
+        # That of rounded weights is made again, too: no checkpoint knows it.
+        kept = [row for row in kept if not any(name.startswith(AS_TRAINED) for name in row)]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 

@@ -30,6 +30,7 @@ from engine.model import (
     resolve_device,
     shard_policy,
 )
+from engine.model.companions import describe_trained, take_template
 from engine.model.quantization import check_quantization, num_weights
 from engine.packing import PlanSummary, check_fits, summarize_plan
 from engine.reference import weights_digest
@@ -98,6 +99,7 @@ def prepare(config: RunConfig, known: KnownRun | None = None) -> Setup:
     log.info("configuration, where it is not the default:\n%s", _indented(format_diff(config)))
     objective = Objective(config.loss)
     tokenizer = load_tokenizer(config.model)
+    take_template(tokenizer, config.data)
     datasets, lint = _load_data(config, tokenizer, objective)
     device = resolve_device()
     known = known or KnownRun()
@@ -117,6 +119,8 @@ def prepare(config: RunConfig, known: KnownRun | None = None) -> Setup:
     references = prepare_references(config, policy, objective, datasets, say=log.info)
     objective.live_reference = references.live
     base = weights_digest(policy)
+    # After the digest, which knows the model as it was.
+    describe_trained(policy.causal_lm, tokenizer)
     peak_flops = sum(distributed.gather(measure_matmul_rate(device, policy.compute_dtype)))
     feed = TrainingFeed(
         datasets["train"],
@@ -178,6 +182,7 @@ def describe_run(setup: Setup) -> str:
             f"{plan.steps_per_epoch:,} per epoch",
         ),
         ("reference", setup.references.source),
+        *_storage_rows(config),
         ("start-up check", _first_loss_words(setup)),
         ("matmul peak", f"{setup.peak_flops / 1e12:.3g} TFLOP/s here in {dtype}, what perf/mfu is a share of"),
     ]
@@ -199,6 +204,21 @@ def _loss_op(setup: Setup) -> str:
         op, choice = "linear_dpo_loss", chosen.linear_dpo_loss
     coupled = "; couples pairs: computed over whole steps, in two passes" if objective.couples_pairs else ""
     return f"{op}: {choice.impl} ({choice.reason}){coupled}"
+
+
+def rounding_words(config: RunConfig) -> str:
+    """How the final model is rounded."""
+    how = {"nearest": "to nearest", "stochastic": "up or down at random, without bias"}
+    return f"{config.train.save_dtype}, rounded {how[config.train.save_rounding]}"
+
+
+def _storage_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """Said before training, since what is rounded away then is gone."""
+    if config.train.save_dtype != "bfloat16":
+        return []
+    nearest = config.train.save_rounding == "nearest"
+    advice = "; small updates are lost, train.save_rounding stochastic keeps their sum" if nearest else ""
+    return [("stored as", rounding_words(config) + advice)]
 
 
 def _dropout_words(config: RunConfig, disabled: int) -> str:

@@ -15,6 +15,7 @@ from engine.config import build_config
 from engine.model import load_policy
 from engine.reference import weights_digest
 from engine.train.checkpoint import save_weights
+from tests.conformance.families import tiny_config, tiny_model
 from tests.engine.distributed.launch import run_jobs
 from tests.engine.distributed.worker import buffer_values
 
@@ -22,6 +23,8 @@ MIB = 2**20
 LAYERS = 12
 PER_LAYER = 4 * 768**2 + 3 * 768 * 3072
 LORA = {"r": 4, "use_dora": True}
+KEPT = ("deepseek_v3", "ernie4_5_moe")
+"""Families that keep buffers, or parameters of their routers, in float32."""
 
 
 def values(folder: Path, **model: Any) -> dict:
@@ -60,6 +63,9 @@ def models(tmp_path_factory, tiny_model_dir) -> dict[str, dict]:
     lora = values(folder, model_name_or_path=str(tiny_model_dir), dtype="bfloat16", lora=LORA)
     save_weights(load(lora), folder / "adapter")
     base = {"model_name_or_path": str(tiny_model_dir), "adapter_name_or_path": str(folder / "adapter")}
+    for name in KEPT:
+        tiny_model(tiny_config(name)).save_pretrained(folder / name)
+        found[name] = values(folder, model_name_or_path=str(folder / name), dtype="bfloat16", lora={"r": 4})
     return found | {"continued adapter": values(folder, dtype="bfloat16", **base)}
 
 
@@ -107,7 +113,8 @@ def test_rank_0_alone_holds_the_whole_model(spread):
 
 
 @pytest.mark.parametrize(
-    "name", ["tied", "tied by its config alone", "computed buffers", "stored buffers", "continued adapter", "large"]
+    "name",
+    ["tied", "tied by its config alone", "computed buffers", "stored buffers", "continued adapter", "large", *KEPT],
 )
 def test_every_process_has_the_bits_that_one_process_loads(name, spread, models):
     policy = load(models[name])

@@ -28,6 +28,7 @@ from engine.train.setup import prepare
 from tests.engine.conftest import preference_rows
 from tests.engine.distributed.launch import run_jobs
 from tests.engine.distributed.worker import run_job
+from tests.engine.exported import assert_written_is_measured
 
 RELATIVE = 1e-5
 PAIRS = 19
@@ -46,12 +47,14 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "rankings": {"loss": {"loss_type": "plackett_luce"}, "data": {"dataset_name": "RANKINGS"}},
     "live": {"reference": {"mode": "live"}, "optim": {"optimizer": "rmsprop", "learning_rate": 1e-4}},
+    "rounded": {"train": {"save_dtype": "bfloat16", "save_rounding": "stochastic"}, "optim": {"learning_rate": 1e-5}},
 }
-SHORT = {"continued", "aot", "sft mix", "rankings", "live"}
+SHORT = {"continued", "aot", "sft mix", "rankings", "live", "rounded"}
+EVALUATED = ("untied", "tied", "lora", "rounded")
 RESUMED = ("untied", "lora")
 WORLDS = {2: tuple(CASES), 3: ("untied", "tied", "lora", "aot")}
 """The cases that each number of processes runs."""
-RUNS = [(case, ranks) for ranks, cases in WORLDS.items() for case in cases]
+RUNS = [(case, ranks) for ranks, cases in WORLDS.items() for case in cases if case != "rounded"]
 
 
 class Lab:
@@ -93,7 +96,7 @@ class Lab:
         }
         changes = CASES[case]
         values["train"]["num_train_epochs"] = 1 if case in SHORT else 2
-        if "eval_steps" in changes.get("train", {}):
+        if case in EVALUATED:
             values["data"]["eval_dataset_name"] = str(self.folder / "eval.jsonl")
         for section, keys in changes.items():
             values.setdefault(section, {}).update(keys)
@@ -242,6 +245,22 @@ def test_references_are_those_of_one_process_to_the_bit(ranks, lab):
 def partition_keys(store: ReferenceStore, name: str) -> list[bytes]:
     shards = (store.path / name).glob("*" + SUFFIX)
     return [key for shard in shards for key in read_keys(shard).tolist()]
+
+
+@pytest.mark.parametrize("case", EVALUATED)
+def test_what_two_processes_measured_is_what_they_wrote(case, lab):
+    assert_written_is_measured(lab.run(case, "2"))
+
+
+def test_two_processes_round_as_one_does(lab):
+    """Up to weights that differ before they are rounded."""
+    found, wanted = (load_file(lab.run("rounded", run) / "model.safetensors") for run in ("2", "1"))
+    same = torch.cat([(found[name] == tensor).reshape(-1) for name, tensor in wanted.items()])
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert same.float().mean() > 0.99
+    for run in ("2", "1"):
+        evaluation = json.loads((lab.run("rounded", run) / "evaluation.json").read_text())
+        assert evaluation["eval_as_trained/loss"] != evaluation["eval_loss"]
 
 
 def test_what_two_processes_leave_is_a_model_that_loads(lab):

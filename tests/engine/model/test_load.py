@@ -7,12 +7,14 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from engine import hub
 from engine.config.schema import LoraConfig, ModelConfig
 from engine.errors import UserError
 from engine.model import check_packing, load_adapter, load_policy, load_tokenizer, sources
 from engine.model.load import disable_dropout
+from tests.conformance import families as conformance
 from tests.engine.model.families import tiny_model
 
 CPU = torch.device("cpu")
@@ -179,3 +181,21 @@ def test_a_connection_is_tried_once_and_not_past_a_proxy(monkeypatch):
     hub.unreachable.cache_clear()
     assert hub.unreachable("https://hub.test") is None
     hub.unreachable.cache_clear()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "glm4_moe", "beam", "flint", "gpt_oss"])
+@pytest.mark.parametrize("lora", [None, {"r": 4, "target_modules": "all-linear"}])
+def test_every_weight_has_the_dtype_that_transformers_loads(family, lora, tmp_path):
+    """A frozen base is held as ``from_pretrained(dtype=bfloat16)`` holds it, what is trained in float32."""
+    conformance.tiny_model(conformance.tiny_config(family)).save_pretrained(tmp_path)
+    model = ModelConfig(
+        model_name_or_path=str(tmp_path), dtype="bfloat16", lora=None if lora is None else LoraConfig(**lora)
+    )
+    dtype = torch.float32 if lora is None else torch.bfloat16
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).state_dict()
+    tensors = load_policy(model, device=CPU).causal_lm.state_dict().items()
+    found = {name.replace(".base_layer", ""): tensor for name, tensor in tensors if "lora_" not in name}
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == wanted[name].dtype, name
+        assert torch.equal(tensor, wanted[name]), name

@@ -73,8 +73,9 @@ def test_the_final_model_loads_elsewhere(make_config, tiny_model_dir, tmp_path):
         assert words in card
 
 
-def test_bfloat16_trains_and_is_stored_in_bfloat16(make_config, rows_of, tmp_path):
-    config = make_config(model={"dtype": "bfloat16"}, train={"num_train_epochs": 2, "save_steps": 4})
+def test_bfloat16_trains_and_is_stored_as_asked(make_config, rows_of, tmp_path):
+    train_options = {"num_train_epochs": 2, "save_steps": 4, "save_dtype": "bfloat16"}
+    config = make_config(model={"dtype": "bfloat16"}, train=train_options)
     train(config)
     rows = rows_of(config)
     assert rows[-1]["loss"] < rows[0]["loss"] == pytest.approx(math.log(2), abs=0.02)

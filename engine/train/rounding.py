@@ -1,0 +1,172 @@
+"""The dtype that a model is stored in, and what rounding to it costs.
+
+Training holds its weights in float32. Stored in bfloat16 they move to its nearest numbers, which lie farther apart than
+a run at a low learning rate moves them: most weights would be what they were before training. So rounding is only done
+where it is asked for (``train.save_dtype``), and then measured on the weights that are written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine import distributed
+from engine.config.schema import RunConfig
+from engine.data.groups import PreferenceDataset
+from engine.evaluate import evaluate_policy, scalar_metrics
+from engine.model import Policy
+from engine.model.load import DTYPES
+from engine.packing import Pack
+from engine.train.metrics import AS_TRAINED
+from engine.train.setup import Setup, rounding_words
+
+_SAMPLE_ROWS = 64
+_CHUNK = 1 << 22
+
+
+class RoundingCost(NamedTuple):
+    """What rounding changed."""
+
+    values: dict[str, float]
+    """The evaluation of the written weights, and below ``AS_TRAINED`` that of the trained ones."""
+    text: str
+    """One sentence of both."""
+
+
+def stored_dtypes(policy: Policy, config: RunConfig) -> dict[str, torch.dtype]:
+    """The dtype of every parameter and stored buffer that is written in another dtype than the one it has.
+
+    Of a full model these are the dtypes that ``from_pretrained(dtype=...)`` gives: what the model keeps in float32,
+    such as the correction biases of routers, stays so. Of adapters the trained ones are meant.
+    """
+    if config.train.save_dtype == "auto":
+        return {}
+    dtype = DTYPES[config.train.save_dtype]
+    tensors = policy.model.state_dict(keep_vars=True)
+    if policy.has_adapter:
+        wanted = {name: dtype for name, tensor in tensors.items() if tensor.requires_grad}
+    else:
+        wanted = dtypes_of(policy.causal_lm, dtype)
+    floating = {name for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return {name: found for name, found in wanted.items() if name in floating and tensors[name].dtype != found}
+
+
+def dtypes_of(causal_lm: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """By name: what ``from_pretrained(dtype=dtype)`` holds each parameter and stored buffer of a model in."""
+    with torch.device("meta"):
+        empty = type(causal_lm)._from_config(deepcopy(causal_lm.config), dtype=dtype)
+    kept = getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ()
+    # As transformers reads them: regular expressions in which a star stands for anything.
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in kept]
+    return {
+        name: torch.float32 if any(pattern.search(name) for pattern in patterns) else tensor.dtype
+        for name, tensor in empty.state_dict().items()
+    }
+
+
+def round_weights(policy: Policy, config: RunConfig) -> None:
+    """Give the weights the values that they are stored with; they keep their dtype, so the model goes on as before.
+
+    Every rank must call this. The same weights, seed and ``train.save_rounding`` give the same bits on any number of
+    processes and any device.
+    """
+    dtypes = stored_dtypes(policy, config)
+    done: set[int] = set()
+    for name, tensor in policy.model.state_dict(keep_vars=True).items():
+        if dtypes.get(name) != torch.bfloat16 or id(tensor) in done:
+            continue
+        done.add(id(tensor))
+        generator = None
+        if config.train.save_rounding == "stochastic":
+            seed = blake2b(f"{config.train.seed}/{name}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+        distributed.copy_full(tensor, rounded(distributed.full_tensor(tensor.detach()), generator))
+
+
+def rounded(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """``values`` in their own dtype, float32, rounded to numbers of bfloat16.
+
+    Args:
+        generator: of the CPU; each value then goes up or down with the probability that keeps its expectation, so that
+            a sum of many is kept. None rounds to nearest.
+    """
+    if generator is None:
+        return values.bfloat16().to(values.dtype)
+    flat = values.float().reshape(-1)
+    result = torch.empty_like(flat)
+    for start in range(0, flat.numel(), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        noise = torch.randint(0, 1 << 16, part.shape, generator=generator, dtype=torch.int32).to(part.device)
+        # The lower half of the bits is what bfloat16 lacks: it carries over as often as it is large.
+        carried = ((part.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+        finite = part.isfinite() & carried.isfinite()
+        result[start : start + _CHUNK] = torch.where(finite, carried, part.bfloat16().float())
+    return result.reshape(values.shape).to(values.dtype)
+
+
+def round_and_measure(setup: Setup, evaluation: Mapping[str, float]) -> RoundingCost | None:
+    """Round weights as ``train.save_dtype`` asks, and evaluate them before and after; None where nothing is rounded.
+
+    Without evaluation data, some training rows stand in for it: the numbers then only say what rounding costs.
+
+    Args:
+        evaluation: that of the trained weights; empty without evaluation data.
+    """
+    config, policy = setup.config, setup.policy
+    if torch.bfloat16 not in stored_dtypes(policy, config).values():
+        return None
+    name, dataset, lookup = _measured_rows(setup)
+
+    def measure(stoppable: bool) -> dict[str, float]:
+        return evaluate_policy(policy, dataset, setup.objective, config, lookup=lookup, stoppable=stoppable)
+
+    before = dict(evaluation) or measure(stoppable=True)
+    round_weights(policy, config)
+    # No checkpoint can be written of what was rounded: from here on the model is finished.
+    after = measure(stoppable=False)
+    trained = {AS_TRAINED + k.removeprefix("eval_"): v for k, v in scalar_metrics(before).items()}
+    what = f"{int(after['eval_num_pairs']):,} {name}"
+    return RoundingCost({**after, **trained}, f"{rounding_words(config)}: {_both(before, after)} on {what}")
+
+
+def _both(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    names = {"margin": "eval_rewards/margins", "accuracy": "eval_rewards/accuracies", "loss": "eval_loss"}
+    numbers = (f"{word} {before[name]:.6g} as trained and {after[name]:.6g} as written" for word, name in names.items())
+    return ", ".join(numbers)
+
+
+def _measured_rows(setup: Setup) -> tuple[str, PreferenceDataset, Callable[[Pack], np.ndarray] | None]:
+    """The evaluation data, or evenly spaced training rows: in words, the rows, and their references."""
+    if "eval" in setup.datasets:
+        return "held-out pairs", setup.datasets["eval"], setup.references.lookup("eval")
+    dataset, stored = setup.datasets["train"], setup.references.lookup("train")
+    places = np.unique(np.linspace(0, len(dataset) - 1, _SAMPLE_ROWS).astype(int)).tolist()
+    sample = PreferenceDataset(dataset[i] for i in places)
+    lookup = None if stored is None else (lambda pack: stored(tuple(places[i] for i in pack)))
+    return "pairs of the training data", sample, lookup
+
+
+def gather_weights(policy: Policy, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The whole state of a model, or of its trained adapter, in the dtypes that it is stored in.
+
+    It is gathered in the CPU's memory of rank 0, a tensor at a time; the others get empty tensors. Every rank must call
+    this. Tied weights are one tensor.
+    """
+    weights: dict[str, Tensor] = {}
+    seen: dict[int, Tensor] = {}
+    for name, tensor in policy.model.state_dict(keep_vars=True).items():
+        if policy.has_adapter and not tensor.requires_grad:
+            continue
+        if id(tensor) not in seen:
+            full = distributed.full_tensor(tensor.detach())
+            kept = full if distributed.is_main() else full.new_zeros(0)
+            seen[id(tensor)] = kept.to("cpu", dtypes.get(name), copy=True)
+        weights[name] = seen[id(tensor)]
+    return weights
