@@ -49,9 +49,10 @@ bench: $(VENV)/.installed
 conformance: $(VENV)/.installed
 	$(BIN)/python -m tests.conformance $(CONFORMANCE_ARGS)
 
-# Runs on a CUDA machine with the system's torch, triton, transformers and pytest; nothing is installed.
+# Runs on a CUDA machine with the system's torch, triton and transformers; nothing is installed.
+# GPU_ARGS="--out DIR --seconds 300 --sections cuda,head" narrows it; a further run replaces what it runs.
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

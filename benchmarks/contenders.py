@@ -21,21 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu_table import first_line
 from benchmarks.inputs import HeadInputs
+from benchmarks.tasks import FROZEN, GRADIENTS, LOGPS, LOSS
 from dpo_kernels import linear_dpo_loss, linear_logps, preference_loss
 
 BETA = 0.1
 FILTER_MASS = 1e-3
 """Budget of the filtered contender."""
-
-LOSS = "loss"
-"""DPO loss, gradients of hidden states and weight."""
-FROZEN = "loss, frozen head"
-"""DPO loss, gradient of hidden states."""
-LOGPS = "log-probs"
-"""Per token, no gradients."""
-GRADIENTS = "log-probs and gradients"
-"""Per token, with an upstream gradient of its own for each; gradients of hidden states and weight."""
 
 
 class UnavailableError(Exception):
@@ -309,8 +302,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """The first line that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

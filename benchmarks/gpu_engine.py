@@ -1,111 +1,180 @@
-"""The engine on a CUDA machine: its attention backends against each other, and a short training run.
+"""The engine on a CUDA machine: its attention backends, and one training step in each of its ways.
 
-Legend: N completion tokens, V vocabulary.
+Every model is built here, of random weights: nothing is read from disk but a config.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 import tempfile
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.contenders import first_line
-from benchmarks.recorder import Recorder, SkippedError
+from benchmarks.gpu_cuda import no_wait
+from benchmarks.gpu_table import Check, Context, SkippedError
 
-PAIRS_PER_STEP = 64
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    # Weights large enough that attention is no plain average.
+    "initializer_range": 0.08,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
+GROUPED = {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **SIZES},
+    "qwen3, head dim 128, heads 8:1": {"model_type": "qwen3", **GROUPED, "head_dim": 128},
+    "mistral, window": {"model_type": "mistral", **SIZES, "sliding_window": 5},
+    "gemma2, softcap, head dim 256": {"model_type": "gemma2", **SIZES, "head_dim": 256, "sliding_window": 5},
+}
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    **SIZES,
+    "head_dim": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is trained, where it is not the default."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    responses: int = 2
+    pairs: tuple[tuple[int, int], ...] | None = None
+    checkpointing: bool = False
+    offload: bool = False
+    family: str = "qwen3, head dim 128, heads 8:1"
+    dtype: str = "bfloat16"
+
+
+WAYS = {
+    "full": Way(),
+    "full, float32": Way(dtype="float32"),
+    "LoRA": Way(model={"lora": {"r": 4}}),
+    "gradient checkpointing": Way(checkpointing=True),
+    "activation offload": Way(offload=True),
+    "mixture of experts": Way(family="qwen3_moe"),
+    "K = 3, plackett_luce": Way(loss={"loss_type": "plackett_luce"}, responses=3),
+    "scored, pairs of one prompt": Way(responses=3, pairs=((0, 1), (0, 2), (1, 2))),
+    "loss by lengths": Way(loss={"loss_type": ("ipo", "sft")}),
+    "pairs coupled": Way(loss={"loss_type": "aot"}),
+    "no reference": Way(loss={"loss_type": "simpo"}),
+    "LoRA, loss by lengths": Way(model={"lora": {"r": 4}}, loss={"loss_type": "simpo"}),
+}
+
+
+def backends() -> list[str]:
+    """Every attention backend that a configuration may name."""
+    from engine.config.schema import ModelConfig
+
+    return [name for name in get_args(get_type_hints(ModelConfig)["attention"]) if name != "auto"]
+
+
+def attention_checks(context: Context) -> Iterator[Check]:
+    for family, config in FAMILIES.items():
+        for backend in backends():
+            yield Check(f"{backend}: {family}", partial(_attention, context, config, backend))
+
+
+def step_checks(context: Context) -> Iterator[Check]:
+    for name, way in WAYS.items():
+        yield Check(name, partial(_train_steps, context, way))
+
+
+def build_policy(context: Context, config: dict[str, Any], dtype: str, *, checkpointing: bool = False, **model: Any):
+    """A policy of random weights on the device, the same for the same config.
+
+    Raises:
+        SkippedError: it cannot run here, with the engine's own reason.
+    """
+    from transformers import AutoConfig
+
+    from engine.config.load import build_config
+    from engine.errors import UserError
+    from engine.model import load_policy
+
+    with tempfile.TemporaryDirectory() as folder:
+        values = dict(config)
+        AutoConfig.for_model(values.pop("model_type"), **values).save_pretrained(folder)
+        section = {"model_name_or_path": folder, "dtype": dtype, **model}
+        settings = build_config({"model": section, "data": {"dataset_name": "unused"}}, "benchmark").model
+        torch.manual_seed(0)
+        try:
+            with context.device:
+                policy = load_policy(settings, device=context.device, gradient_checkpointing=checkpointing, empty=True)
+        except UserError as reason:
+            raise SkippedError(str(reason)) from reason
+    return policy.train()
+
+
+def random_groups(
+    count: int, *, prompt: tuple[int, int], response: tuple[int, int], responses: int, vocab: int, pairs: Any = None
+):
+    """Groups with prompts and responses of uneven lengths, drawn from ranges; ``responses`` of 0 is one to three."""
+    from engine.data.groups import PreferenceGroup
+
+    generator = np.random.default_rng(0)
+
+    def draw(bounds: tuple[int, int]) -> np.ndarray:
+        return generator.integers(2, vocab, int(generator.integers(*bounds)), dtype=np.int32)
+
+    return [
+        PreferenceGroup(i, draw(prompt), tuple(draw(response) for _ in range(responses or 1 + i % 3)), pairs=pairs)
+        for i in range(count)
+    ]
 
 
 class Scores(NamedTuple):
     """Of one backend: log-probs [N], and the gradient of their mean with respect to all weights, flat."""
 
-    logps: torch.Tensor
-    gradient: torch.Tensor
+    logps: Tensor
+    gradient: Tensor
 
 
-def attention(record: Recorder) -> None:
-    """Every backend on the same packs in the compute dtype, against SDPA per segment in float32.
-
-    A backend is right when its error is at most twice that of SDPA per segment in the same dtype.
-    """
-    from engine.errors import UserError
-    from engine.model.attention import choose_backend
-
-    rows: list[dict[str, Any]] = []
-    batch = _packed_groups(tiny=record.dry_run).to(record.device)
-    for family in ("llama", "mistral"):
-        exact = _score(family, "sdpa", batch, record, torch.float32)
-        plain = _distance(_score(family, "sdpa", batch, record, record.dtype), exact)
-        for backend in ("flash", "varlen", "sdpa"):
-            row: dict[str, Any] = {"model": family, "backend": backend, "dtype": record.dtype_name}
-            try:
-                choose_backend(backend, record.device, record.dtype)
-            except UserError as reason:
-                rows.append({**row, "note": str(reason)})
-                continue
-            scores = _score(family, backend, batch, record, record.dtype)
-            again = _score(family, backend, batch, record, record.dtype)
-            error = _distance(scores, exact)
-            row |= {"logp error, nats": error[0], "gradient error": error[1]}
-            row["ok"] = all(e <= 2 * p + 1e-5 for e, p in zip(error, plain, strict=True))
-            row["same bits twice"] = all(torch.equal(a, b) for a, b in zip(scores, again, strict=True))
-            rows.append(row)
-            record["rows"] = rows
-    record["rows"] = rows
-
-
-def _packed_groups(*, tiny: bool):
-    """Groups of one to three responses with shared prompts, of uneven length."""
-    from engine.data.groups import PreferenceGroup
+def _attention(context: Context, config: dict[str, Any], backend: str) -> dict[str, Any]:
+    """A backend is right when its error against segments one by one in float32 is at most twice that of these in the
+    compute dtype."""
     from engine.packing import build_batch
 
-    generator = np.random.default_rng(0)
-    scale = 1 if tiny else 40
-
-    def draw(low: int, high: int) -> np.ndarray:
-        return generator.integers(0, 512, scale * int(generator.integers(low, high)), dtype=np.int32)
-
-    groups = [PreferenceGroup(i, draw(2, 9), tuple(draw(1, 7) for _ in range(1 + i % 3))) for i in range(6)]
-    return build_batch(groups)
-
-
-def _small_model(family: str, window: int):
-    """Grouped-query heads; the second family with a sliding window shorter than its sequences."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
-    sizes: dict[str, Any] = {
-        "vocab_size": 512,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        # Weights large enough that attention is no plain average.
-        "initializer_range": 0.08,
-    }
-    torch.manual_seed(0)
-    if family == "mistral":
-        return MistralForCausalLM(MistralConfig(**sizes, sliding_window=window))
-    return LlamaForCausalLM(LlamaConfig(**sizes))
+    scale = 1 if context.dry_run else 40
+    config = {**config, **({"sliding_window": 5 * scale} if "sliding_window" in config else {})}
+    groups = random_groups(6, prompt=(2 * scale, 9 * scale), response=(scale, 7 * scale), responses=0, vocab=512)
+    batch = build_batch(groups).to(context.device)
+    policy = build_policy(context, config, context.dtype_name, attention=backend)
+    found, again = _score(policy, batch), _score(policy, batch)
+    exact = _score(build_policy(context, config, "float32", attention="sdpa"), batch)
+    plain = _score(build_policy(context, config, context.dtype_name, attention="sdpa"), batch)
+    errors, allowed = _distance(found, exact), _distance(plain, exact)
+    same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    close = all(e <= 2 * p + 1e-5 for e, p in zip(errors, allowed, strict=True))
+    columns = {"logp error, nats": errors[0], "gradient error": errors[1], "of sdpa": list(allowed)}
+    return {"ok": close and same, **columns, "same bits twice": same, "note": policy.backend.reason}
 
 
-def _score(family: str, backend: str, batch, record: Recorder, dtype: torch.dtype) -> Scores:
-    from engine.model.attention import Backend, register_backends
-    from engine.model.policy import Policy
-
-    register_backends()
-    chosen = Backend(backend, "requested")
-    model = _small_model(family, 5 if record.dry_run else 100).to(record.device)
-    model.set_attn_implementation(chosen.implementation)
-    policy = Policy(model, backend=chosen, compute_dtype=dtype)
+def _score(policy: Any, batch: Any) -> Scores:
+    policy.zero_grad(set_to_none=True)
     logps = policy.logps(batch)
     logps.mean().backward()
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return Scores(logps.detach(), gradient)
+    return Scores(logps.detach(), _gradient(policy))
+
+
+def _gradient(policy: Any) -> Tensor:
+    return torch.cat([p.grad.flatten().float() for p in policy.parameters() if p.grad is not None])
 
 
 def _distance(scores: Scores, exact: Scores) -> tuple[float, float]:
@@ -114,68 +183,51 @@ def _distance(scores: Scores, exact: Scores) -> tuple[float, float]:
     return logps, ((scores.gradient - exact.gradient).norm() / exact.gradient.norm()).item()
 
 
-def training(record: Recorder) -> None:
-    """``dpo train`` on a generated model and generated pairs: tokens per second, and where the loss went."""
-    try:
-        from engine.config.load import build_config
-        from engine.train.loop import train
-    except ImportError as error:
-        raise SkippedError(f"the engine does not import here: {first_line(error)}") from error
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        record["model"] = _save_job(folder, tiny=record.dry_run)
-        pairs_per_step = 4 if record.dry_run else PAIRS_PER_STEP
-        config = build_config(
-            {
-                "model": {"model_name_or_path": str(folder / "model"), "dtype": record.dtype_name},
-                "data": {"dataset_name": str(folder / "pairs.jsonl"), "max_length": 1024},
-                "packing": {"pairs_per_step": pairs_per_step, "tokens_per_pack": 16384},
-                "optim": {"learning_rate": 1e-5},
-                "reference": {"store": str(folder / "store")},
-                "train": {"output_dir": str(folder / "run"), "logging_steps": 1, "report_to": []},
-            },
-            "benchmark",
-        )
-        result = train(config)
-        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    # Compilation of the first steps' kernels is not training.
-    steady = rows[len(rows) // 3 :]
-    record["steps"] = result.steps
-    record["rows"] = rows
-    for name in ("perf/tokens_per_second", "perf/pairs_per_second", "perf/mfu", "perf/shared_fraction"):
-        record[name] = statistics.median(row[name] for row in steady)
-    record["perf/peak_memory_gib"] = rows[-1]["perf/peak_memory_gib"]
-    record["first and last loss"] = [rows[0]["loss"], rows[-1]["loss"]]
+def _train_steps(context: Context, way: Way) -> dict[str, Any]:
+    """Loss and gradient against float32 with segments one by one, bits of two passes, and steps that never wait."""
+    from engine.config.schema import LossConfig, OptimConfig
+    from engine.forecast.memory import step_of
+    from engine.packing import build_batch
+    from engine.train.objective import Objective
+    from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
 
+    scale = 1 if context.dry_run else 20
+    dtype = "float32" if context.dry_run else way.dtype
+    family = EXPERTS if way.family == "qwen3_moe" else FAMILIES[way.family]
+    sizes: dict[str, Any] = {"prompt": (3 * scale, 9 * scale), "response": (2 * scale, 7 * scale), "vocab": 512}
+    groups = random_groups(4, **sizes, responses=way.responses, pairs=way.pairs)
+    policy = build_policy(context, family, dtype, checkpointing=way.checkpointing, **way.model)
+    policy.activation_offload = way.offload
+    objective = Objective(LossConfig(**way.loss))
+    step = step_of(build_batch(groups), objective, context.device)
 
-def _save_job(folder: Path, *, tiny: bool) -> str:
-    """Write a model with tokenizer and a file of pairs; returns the model in words."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    def run(model: Any) -> tuple[float, Tensor]:
+        model.zero_grad(set_to_none=True)
+        loss = objective.backward(model, step).losses.double().mean().item()
+        return loss, _gradient(model)
 
-    from benchmarks.end_to_end import generated_rows, save_model
+    (loss, gradient), (_, again) = run(policy), run(policy)
+    exact_loss, exact = run(build_policy(context, family, "float32", **{**way.model, "attention": "sdpa"}))
+    error = ((gradient - exact).norm() / exact.norm()).item()
+    same = torch.equal(gradient, again)
 
-    rows = generated_rows(24 if tiny else 20 * PAIRS_PER_STEP)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    save_model(folder / "model", [row["prompt"] + row["chosen"] for row in rows[:256]])
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    if not tiny:
-        sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 12}
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            **sizes,
-            vocab_size=len(tokenizer),
-            num_key_value_heads=sizes["num_attention_heads"] // 2,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    model.save_pretrained(folder / "model")
-    return f"random Llama, {model.num_parameters() / 1e6:.0f} M parameters, vocabulary {len(tokenizer)}"
+    optim = OptimConfig(learning_rate=1e-4)
+    optimizer, _ = build_optimizer(policy.model, optim)
+    update = GuardedUpdate(optimizer, build_schedule(optimizer, optim, total_steps=10), max_grad_norm=1.0)
+    policy.zero_grad(set_to_none=True)
+    losses = []
+
+    def train() -> None:
+        scored = objective.backward(policy, step)
+        losses.append(scored.losses.mean())
+        update.step(losses[-1])
+
+    train()
+    with no_wait(context):
+        for _ in range(3):
+            train()
+    ok = same and update.ok() and losses[-1].item() < losses[0].item()
+    ok = ok and error < 0.05 and abs(loss - exact_loss) <= 0.02 * abs(exact_loss) + 1e-3
+    columns = {"loss": loss, "loss in float32": exact_loss, "gradient error": error, "same bits twice": same}
+    columns["loss after 3 steps"] = losses[-1].item()
+    return {"ok": ok, **columns, "note": policy.backend.name}

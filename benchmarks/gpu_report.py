@@ -1,20 +1,26 @@
-"""What ``benchmarks.gpu`` writes and prints: JSON, a Markdown page, a figure, and targets beside what was measured."""
+"""What ``benchmarks.gpu`` writes of its journal: JSON, a Markdown page, a figure, and targets beside what was measured.
+
+Nothing here imports torch, and every part of the page is made for a journal that ends anywhere.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.contenders import FROZEN, GRADIENTS, LOGPS, LOSS
-from benchmarks.measure import COLUMNS, LEGEND
-from benchmarks.results import RESULTS, device_name, markdown_table
+from benchmarks.gpu_journal import RUNNING, Found, Journal, Row, replace_file
+from benchmarks.gpu_table import Section
+from benchmarks.results import markdown_table
+from benchmarks.tasks import FROZEN, GRADIENTS, LEGEND, LOGPS, LOSS
 
-Row = dict[str, Any]
 OUR_LOSS, OUR_LOGPS = "ours: linear_dpo_loss", "ours: linear_logps"
+BAD = ("failed", "error", "died", "timed out", RUNNING)
+LEADING = ("check", "status", "value", "bound")
+TRAILING = ("seconds", "error", "where", "note")
+HIDDEN = ("key", "number", "shard", "began", "limit", "times_ms", "ours")
 
 
 class Target(NamedTuple):
@@ -45,144 +51,142 @@ TARGETS = (
     Target("gradients of 3G, error over torch's", 2.0, LOSS, OUR_LOSS, _gradient_multiple),
     Target("gradients of 4G, error over torch's", 2.0, GRADIENTS, OUR_LOGPS, _gradient_multiple),
 )
-TARGET_COLUMNS = ("target", "goal", "measured", "bare products, ms", "verdict")
+TARGET_COLUMNS = ("target", "goal", "measured", "bare products, ms", "over these", "verdict")
 
 
 def compare_targets(rows: Sequence[Row], *, dry_run: bool) -> list[Row]:
     """One line per target, whether it was measured or not."""
-    found = {(row["task"], row["contender"]): row for row in rows if row.get("inputs") == "real"}
+    found = {(row.get("task"), row.get("contender")): row for row in rows if row.get("inputs") == "real"}
     lines = []
     for target in TARGETS:
         line: Row = {"target": target.name, "goal": target.goal, "measured": "", "verdict": "not measured"}
         ours, naive = (found.get((target.task, name), {}) for name in (target.contender, "naive logits"))
         try:
-            line["measured"] = target.read(ours, naive)
-        except (KeyError, ValueError):
-            lines.append(line)
-            continue
-        if target.name.endswith("ms"):
-            line["bare products, ms"] = ours["ms"] / ours["x own floor"]
-        line["verdict"] = "met" if line["measured"] <= target.goal else "missed"
-        if dry_run:
+            value = target.read(ours, naive)
+            line["verdict"] = "met" if value <= target.goal else "missed"
+            line["measured"] = value
+            if target.name.endswith("ms"):
+                line |= {"bare products, ms": ours["ms"] / ours["x own floor"], "over these": ours["x own floor"]}
+        except (KeyError, ValueError, TypeError, ZeroDivisionError):
+            line |= {"measured": "", "verdict": "not measured"}
+        if dry_run and line["verdict"] != "not measured":
             line["verdict"] = "dry run"
         lines.append(line)
     return lines
 
 
-def failures(found: dict[str, Row]) -> list[str]:
-    """Every section, check and backend that failed, in words."""
-    lines = [f"{name}: {values['status']}" for name, values in found.items() if values["status"].startswith("failed")]
-    checks = found.get("checks", {})
-    for row in checks.get("rows", []):
-        if not row["ok"]:
-            what = row.get("error") or f"{row['value']:.4g}, at most {row['bound']:.4g} allowed"
-            lines.append(f"check {row['check']}: {what}")
-    for row in found.get("attention", {}).get("rows", []):
-        if row.get("ok") is False:
-            lines.append(f"attention backend {row['backend']} ({row['model']}): not equal to SDPA per segment")
+def failures(found: Mapping[str, Found]) -> list[str]:
+    """Every row that is not right and every section that did not end, in words."""
+    lines = []
+    for name, section in found.items():
+        for row in section.rows:
+            if row["status"] in BAD:
+                what = row.get("error") or _value(row)
+                where = f" ({row['where']})" if row.get("where") else ""
+                lines.append(f"{name}: {row['key']}: {row['status']}: {what}{where}")
+        if section.missing():
+            lines.append(
+                f"{name}: {len(section.missing())} checks were not reached: {', '.join(section.missing()[:8])}"
+            )
+        if section.status == "unfinished" or section.status.startswith(("skipped", "nothing")):
+            lines.append(f"{name}: {section.status}")
     return lines
 
 
-def publish(found: dict[str, Row], work: Path, output: Path | None, *, dry_run: bool) -> int:
-    """Write everything to ``output`` (the device's folder by default, nowhere in a dry run) and print the targets."""
-    head = found.get("head", {})
-    targets = compare_targets(head.get("rows", []), dry_run=dry_run)
+def _value(row: Row) -> str:
+    if "bound" in row and "value" in row:
+        return f"{row['value']}, at most {row['bound']} allowed"
+    return "; ".join(f"{k} {v}" for k, v in row.items() if k not in (*HIDDEN, "check", "status"))[:300]
+
+
+def publish(folder: Path, sections: Mapping[str, Section], *, dry_run: bool) -> None:
+    """Write gpu.json and gpu.md anew from the journal."""
+    found = Journal(folder / "gpu.jsonl").read()
+    targets, failed = compare_targets(_rows(found, "head"), dry_run=dry_run), failures(found)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "targets": targets,
+        "failures": failed,
+        "sections": {
+            name: {"status": s.status, "seconds": s.seconds, **s.facts, "not reached": s.missing(), "rows": s.rows}
+            for name, s in found.items()
+        },
+    }
+    replace_file(folder / "gpu.json", json.dumps(result, indent=1) + "\n")
+    replace_file(folder / "gpu.md", page(found, sections, targets, failed))
+
+
+def _rows(found: Mapping[str, Found], name: str) -> list[Row]:
+    return found[name].rows if name in found else []
+
+
+def summary(found: Mapping[str, Found], *, dry_run: bool) -> str:
+    """What is printed last: the targets and the failures."""
     failed = failures(found)
-    log = "\n".join(f"==== {name}: {values['status']}\n{values.pop('log', '')}" for name, values in found.items())
-    result = {"date": datetime.date.today().isoformat(), "targets": targets, "failures": failed, **found}
-    (work / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    (work / "gpu.md").write_text(page(found, targets, failed))
-    (work / "gpu.log").write_text(log)
-    _draw(head, work)
-    folder = output or (None if dry_run else RESULTS / device_name())
-    if folder is not None:
-        shutil.copytree(work, folder, dirs_exist_ok=True)
-    print("\n" + markdown_table(targets, TARGET_COLUMNS))
-    for line in failed:
-        print(line)
-    print(f"{len(failed)} failures" + ("" if folder is None else f"; results are in {folder}"))
-    return 1 if failed else 0
+    table = markdown_table(compare_targets(_rows(found, "head"), dry_run=dry_run), TARGET_COLUMNS)
+    return "\n".join([table, *failed, f"{len(failed)} failures"])
 
 
-def _draw(head: Row, work: Path) -> None:
-    charted = [row for row in head.get("rows", []) if row["inputs"] == "real"]
-    if not charted:
+def draw(folder: Path, found: Mapping[str, Found]) -> None:
+    """The figure of the race on real hidden states, where it was run and matplotlib is there."""
+    charted = [row for row in _rows(found, "head") if row.get("inputs") == "real" and row.get("contender")]
+    if not any("ms" in row for row in charted):
         return
+    facts = found["head"].facts
     try:
         from benchmarks.figures import draw_table
 
         draw_table(
             charted,
-            work / "head.png",
+            folder / "head.png",
             title="A language-model head under preference training",
-            subtitle=f"{head.get('settings', '')}; {head.get('real inputs', '').split(';')[0]}; {device_name()}",
+            subtitle=f"{facts.get('settings', '')}; {str(facts.get('real inputs', '')).split(';')[0]}",
         )
-    except ImportError as error:
-        print(f"no figure: {error}")
+    except Exception as error:
+        print(f"no figure: {type(error).__name__}: {error}")
 
 
-def page(found: dict[str, Row], targets: Sequence[Row], failed: Sequence[str]) -> str:
+def page(
+    found: Mapping[str, Found], sections: Mapping[str, Section], targets: Sequence[Row], failed: Sequence[str]
+) -> str:
     """The Markdown page."""
-    environment, checks, head = (found.get(name, {}) for name in ("environment", "checks", "head"))
-    parts = [f"# {environment.get('device', 'benchmarks.gpu')}\n", _header(environment)]
+    facts = found["environment"].facts if "environment" in found else {}
+    parts = [f"# {facts.get('device', 'benchmarks.gpu')}\n", _header(facts)]
     parts += ["## Targets\n", markdown_table(targets, TARGET_COLUMNS)]
     parts += ["## Failures\n", "".join(f"- {line}\n" for line in failed) or "None.\n"]
-    passed = sum(row["ok"] for row in checks.get("rows", []))
-    parts += ["## Checks\n", f"{passed} of {checks.get('expected', 0)} passed.\n", _worst_checks(checks)]
-    inputs = "".join(
-        f"- {name}: {head[name]}\n" for name in ("settings", "real inputs", "random inputs") if name in head
-    )
-    parts += ["## The head\n", inputs, LEGEND + "\n", _table(head, ("inputs", *COLUMNS))]
-    parts += ["## Other shapes, random inputs\n", _table(found.get("shapes", {}), ("shape", *COLUMNS[:8]))]
-    columns: tuple[str, ...] = (
-        "model",
-        "backend",
-        "dtype",
-        "logp error, nats",
-        "gradient error",
-        "same bits twice",
-        "ok",
-        "note",
-    )
-    parts += [
-        "## Attention backends, against SDPA per segment in float32\n",
-        _table(found.get("attention", {}), columns),
-    ]
-    parts += ["## Training\n", _training(found.get("training", {}))]
-    columns = ("task", "contender", "kernel", "ms per run")
-    parts += ["## Kernels with the most time (profile.txt has more)\n", _table(found.get("profile", {}), columns)]
-    sections = [{"section": name, **values} for name, values in found.items()]
-    parts += ["## Sections\n", markdown_table(sections, ("section", "status", "seconds"))]
+    ended = [{"section": n, "status": s.status, "seconds": s.seconds, "rows": len(s.by_key)} for n, s in found.items()]
+    parts += ["## Sections\n", markdown_table(ended, ("section", "status", "seconds", "rows"))]
+    for name, section in found.items():
+        title = sections[name].title if name in sections else name
+        parts.append(f"## {title}\n")
+        if name != "environment":
+            parts.append("".join(f"- {fact}: {value}\n" for fact, value in section.facts.items()))
+        parts += [LEGEND + "\n"] if name in ("head", "shapes") else []
+        parts.append(_table(section))
     return "\n".join(parts)
 
 
-def _header(environment: Row) -> str:
-    lines = [f"- {name} {version}\n" for name, version in environment.get("versions", {}).items()]
-    if "bandwidth_tb_per_s" in environment:
-        lines.append(f"- copies move {environment['bandwidth_tb_per_s']:.2f} TB/s, bytes read and written\n")
-    return "".join(lines) + f"\n```\n{environment.get('describe', '')}\n```\n"
+def _header(facts: Row) -> str:
+    lines = [f"- {name} {version}\n" for name, version in dict(facts.get("versions", {})).items()]
+    return "".join(lines) + f"\n```\n{facts.get('describe', '')}\n```\n"
 
 
-def _table(section: Row, columns: Sequence[str]) -> str:
-    rows = section.get("rows", [])
-    return markdown_table(rows, columns) if rows else f"Nothing: {section.get('status', 'not run')}.\n"
+def _table(section: Found) -> str:
+    """All rows: checks first, then what contenders and kernels gave, each with the columns that its kind has."""
+    checks = [row for row in section.rows if row["key"] == row["check"]]
+    parts = [row for row in section.rows if row["key"] != row["check"]]
+    return "\n".join(_some(rows) for rows in (checks, parts) if rows) or f"Nothing: {section.status}.\n"
 
 
-def _worst_checks(checks: Row) -> str:
-    """Of each kind of check, the one nearest to its bound."""
-    worst: dict[str, Row] = {}
-    for row in checks.get("rows", []):
-        kind = " ".join(row["check"].split()[:2])
-        share = row.get("value", float("inf")) / row["bound"] if row["bound"] else float(not row["ok"])
-        if kind not in worst or share > worst[kind]["share of bound"]:
-            worst[kind] = {"kind": kind, "worst": row["check"], **row, "share of bound": share}
-    return markdown_table(list(worst.values()), ("kind", "worst", "value", "bound", "ok")) if worst else ""
+def _some(rows: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = [name for name in LEADING if name in names]
+    columns += [name for name in names if name not in (*LEADING, *TRAILING, *HIDDEN)]
+    columns += [name for name in TRAILING if name in names]
+    return markdown_table([{k: _cell(v) for k, v in row.items()} for row in rows], columns)
 
 
-def _training(training: Row) -> str:
-    if "rows" not in training:
-        return f"Nothing: {training.get('status', 'not run')}.\n"
-    names = [name for name in training if name.startswith("perf/")]
-    lines = [f"- {training['model']}, {training['steps']} steps\n", *(f"- {n}: {training[n]:.4g}\n" for n in names)]
-    first, last = training["first and last loss"]
-    return "".join(lines) + f"- loss {first:.4f} at the first step, {last:.4f} at the last\n"
+def _cell(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in value)
+    return value.replace("|", "/").replace("\n", " ") if isinstance(value, str) else value

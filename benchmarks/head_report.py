@@ -13,9 +13,10 @@ import torch
 from benchmarks.contenders import Contender, versions
 from benchmarks.figures import draw_table
 from benchmarks.inputs import make_inputs, softmax_shape
-from benchmarks.measure import COLUMNS, LEGEND, Race
+from benchmarks.measure import Race
 from benchmarks.results import RESULTS, device_name, write_result
 from benchmarks.shapes import CPU_BENCHMARK
+from benchmarks.tasks import COLUMNS, LEGEND
 
 THREADS = 2
 RESPONSE_LENGTH = 128

@@ -99,11 +99,13 @@ def fit(states: States, shape: HeadShape, generator: torch.Generator) -> States:
     about a third of what the model's own tokens do. What is larger than the shape is cut off.
     """
     N, D, V = shape
-    hidden, weight, labels = states.hidden[:N, :D], states.weight[:V, :D], states.labels[:N] % V
+    # Where the generator draws, the rest is computed.
+    hidden, weight, labels = (t.to(generator.device) for t in states[:3])
+    hidden, weight, labels = hidden[:N, :D], weight[:V, :D], labels[:N] % V
     v, d = weight.shape
     if v < V:
-        drawn = weight[torch.randint(v, (V - v,), generator=generator)]
-        drawn = drawn + 0.3 * weight.std() * torch.randn(drawn.shape, generator=generator)
+        drawn = weight[_integers(v, V - v, generator)]
+        drawn = drawn + 0.3 * weight.std() * _normal(*drawn.shape, generator)
         mean = hidden.mean(dim=0)
         lowered = math.log((V - v) / v) + 1.0
         weight = torch.cat([weight, drawn - lowered * mean / mean.square().sum()])

@@ -15,38 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import (
-    GRADIENTS,
-    LOGPS,
-    LOSS,
-    Contender,
-    Outcome,
-    Task,
-    UnavailableError,
-    dpo_loss,
-    first_line,
-)
+from benchmarks.contenders import Contender, Outcome, Task, UnavailableError, dpo_loss
+from benchmarks.gpu_table import first_line
 from benchmarks.inputs import HeadInputs
-
-COLUMNS = (
-    "task",
-    "contender",
-    "G",
-    "ms",
-    "x own floor",
-    "x 3G floor",
-    "extra MiB",
-    "token error",
-    "response error",
-    "dX error",
-    "dW error",
-    "note",
-)
-LEGEND = (
-    "G: stated work, in products of 2 N D V operations. Floors: bare products of the same run. Extra memory: peak of "
-    "torch's allocator beyond inputs and results. Errors against float64 of the same inputs: largest difference of a "
-    "log-prob, per token and summed per response, in nats; gradients as |difference| / |gradient|."
-)
+from benchmarks.tasks import GRADIENTS, LOGPS, LOSS
 
 
 class Reference(NamedTuple):
@@ -183,7 +155,7 @@ def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 @dataclass
-class _Entry:
+class Entry:
     """One contender in a race."""
 
     contender: Contender
@@ -229,20 +201,25 @@ class Race:
         self.products = BareProducts(inputs)
         task = make_task(next(iter(entrants)), inputs)
         self.tasks = {name: task._replace(name=name) for name in entrants}
-        self.entries = {name: [_Entry(contender) for contender in found] for name, found in entrants.items()}
+        self.entries = {name: [Entry(contender) for contender in found] for name, found in entrants.items()}
         self._rounds = 0
+        self._references: dict[str, dict[bool, Reference]] = {}
 
     def warm_up(self) -> None:
-        """Run everyone once: memory, errors, and whatever happens on a first call."""
-        for name, entries in self.entries.items():
-            references: dict[bool, Reference] = {}
-            for entry in entries:
-                self._first_run(self.tasks[name], entry, references)
+        """Run everyone once: memory, errors, and whatever happens on a first call.
+
+        A peer that fails becomes a row that says so; of ours, the first failure is raised when all have had their turn.
+        """
+        failed = [self.first_run(name, entry) for name, entries in self.entries.items() for entry in entries]
         for run in self.products.runs.values():
             run()
+        for error in filter(None, failed):
+            raise error
 
-    def _first_run(self, task: Task, entry: _Entry, references: dict[bool, Reference]) -> None:
-        contender = entry.contender
+    def first_run(self, name: str, entry: Entry) -> Exception | None:
+        """Run one entry of a task for the first time; returns the failure of one of ours."""
+        task, contender = self.tasks[name], entry.contender
+        references = self._references.setdefault(name, {})
         try:
             run = contender.prepare(task)
             # Compilation and the libraries' workspaces take memory of their own: only a second run is looked at.
@@ -251,17 +228,16 @@ class Race:
             outcome, entry.extra_bytes = peak_extra_bytes(run, self.device)
         except UnavailableError as reason:
             entry.obstacle = str(reason)
-            return
+            return None
         except Exception as error:
             entry.obstacle = f"failed: {type(error).__name__}: {first_line(error)}"
-            if contender.ours:
-                raise
-            return
+            return error if contender.ours else None
         if contender.has_reference not in references:
             references[contender.has_reference] = float64_reference(task, has_reference=contender.has_reference)
         entry.errors = errors(outcome, references[contender.has_reference], self.inputs.length)
         entry.remark = contender.measure(task) if contender.measure else ""
         entry.run = run
+        return None
 
     def round(self) -> None:
         """Time everyone once more, bare products among them."""
@@ -279,7 +255,7 @@ class Race:
         for name, entries in self.entries.items():
             products = {e.contender.products for e in entries if e.contender.ours}
             rows += [self._floor_row(name, count) for count in sorted(products)]
-            rows += [self._row(name, entry) for entry in entries]
+            rows += [self.row(name, entry) for entry in entries]
         return rows
 
     def _floor_row(self, task: str, products: int) -> dict[str, Any]:
@@ -287,7 +263,7 @@ class Race:
         row = {"task": task, "contender": f"bare products: {products}", "G": products, "ms": ms, "x own floor": 1.0}
         return {**row, "x 3G floor": ms / self.products.floor(3), "extra MiB": 0.0, "note": "the floor"}
 
-    def _row(self, task: str, entry: _Entry) -> dict[str, Any]:
+    def row(self, task: str, entry: Entry) -> dict[str, Any]:
         contender = entry.contender
         row: dict[str, Any] = {"task": task, "contender": contender.name, "G": contender.products}
         if not entry.times:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu``: the whole script on the CPU, and what it makes of failures."""
+"""``python -m benchmarks.gpu``: the whole script on the CPU, and the report that it writes."""
 
 from __future__ import annotations
 
@@ -7,62 +7,98 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from benchmarks import gpu
-from benchmarks.gpu_report import TARGETS, compare_targets, failures, page, publish
+from benchmarks.gpu_cuda import find_sanitizer, read_sanitizer
+from benchmarks.gpu_journal import Found, Journal
+from benchmarks.gpu_report import TARGETS, compare_targets, failures, page
+from benchmarks.gpu_sections import SECTIONS
+from benchmarks.inputs import make_inputs
+from benchmarks.shapes import HeadShape
 
 ROOT = Path(__file__).resolve().parents[2]
+LACKING = ("datasets", "tyro", "trl", "liger_kernel", "cut_cross_entropy", "flash_attn", "bitsandbytes")
+"""What a machine with torch, triton and transformers need not have."""
+
+
+def run(folder: Path, *options: str, table: str | None = None, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """From a folder that is not the checkout; what gpu.json says."""
+    block = f"import sys\nsys.modules.update(dict.fromkeys({without!r}))\n"
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(block)
+    paths = os.pathsep.join([str(folder / "site"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.gpu", *options, "--out", str(folder / "results")]
+    command += ["--table", table] if table else []
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    result = json.loads((folder / "results" / "gpu.json").read_text())
+    assert result["failures"] == [], done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 failures" in done.stdout
+    return result
+
+
+def check_whole(result: dict[str, Any], folder: Path) -> None:
+    """Every section ran, every check passed, and everything that is to be written is."""
+    assert set(result["sections"]) == set(SECTIONS)
+    for name, section in result["sections"].items():
+        assert section["status"] == "ok", name
+        assert section["not reached"] == []
+        assert len(section["rows"]) > 0, name
+    head = result["sections"]["head"]["rows"]
+    measured = {(row["inputs"], row["contender"]) for row in head if row.get("ms")}
+    assert {("real", "ours: linear_dpo_loss"), ("real", "ours: linear_logps"), ("real", "naive logits")} <= measured
+    trained = {row["key"]: row for row in result["sections"]["training"]["rows"]}
+    assert trained["dpo train"]["steps"] == 6
+    assert trained["steps: full, auto"]["tokens per second"] > 0
+    assert {line["verdict"] for line in result["targets"]} == {"dry run"}
+    for name in ("gpu.md", "gpu.log", "gpu.jsonl", "profile.txt"):
+        assert (folder / "results" / name).stat().st_size > 0
+    page = (folder / "results" / "gpu.md").read_text()
+    assert all(target.name in page for target in TARGETS)
 
 
 def test_dry_run(tmp_path: Path) -> None:
-    """From a plain checkout, in a folder that is not it: every section runs, every check passes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--output", str(tmp_path / "results")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "results" / "gpu.json").read_text())
-    assert [result[name]["status"] for name in gpu.SECTIONS] == ["ok"] * len(gpu.SECTIONS)
-    assert result["failures"] == []
-    checks = result["checks"]
-    assert len(checks["rows"]) == checks["expected"] > 20
-    assert all(row["ok"] for row in checks["rows"])
-    measured = {(row["inputs"], row["contender"]) for row in result["head"]["rows"] if "ms" in row}
-    assert {("real", "ours: linear_dpo_loss"), ("random", "ours: linear_logps")} <= measured
-    assert result["training"]["steps"] == 6
-    assert result["training"]["perf/tokens_per_second"] > 0
-    for name in ("gpu.md", "gpu.log", "head.png", "profile.txt"):
-        assert (tmp_path / "results" / name).stat().st_size > 0
-    for target in TARGETS:
-        assert target.name in done.stdout
-    assert {line["verdict"] for line in result["targets"]} == {"dry run"}
+    """Every check's code, on tiny sizes, with nothing but what such a machine has."""
+    check_whole(run(tmp_path, "--dry-run", "--one-process", without=LACKING), tmp_path)
+
+
+@pytest.mark.slow
+def test_dry_run_in_processes(tmp_path: Path) -> None:
+    """As on a card: a process for each shard of each section; with the peers that are installed."""
+    check_whole(run(tmp_path, "--dry-run"), tmp_path)
+    assert (tmp_path / "results" / "head.png").stat().st_size > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A section that fails is reported and recorded, and the exit code is 1."""
-    assert gpu.main(["--section", "environment", "--output", str(tmp_path)]) == 1
-    printed = capsys.readouterr().out
-    assert "environment: failed: torch sees no CUDA device; --dry-run runs the same on the CPU" in printed
-    assert "not measured" in printed
-    assert json.loads((tmp_path / "gpu.json").read_text())["environment"]["status"].startswith("failed")
+def test_what_runs_on_cuda_alone(tmp_path: Path) -> None:
+    """Streams, graphs, events and memory figures, called as torch's own take it; what they give is the card's part."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--one-process", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += ["--table", "tests.benchmarks.cuda_stand_ins"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    found = Journal(tmp_path / "gpu.jsonl").read()
+    wrong = {row["key"]: row for section in found.values() for row in section.rows if row["status"] != "ok"}
+    # A stand-in replays no graph and runs no kernel that the profiler sees.
+    of_a_card = ("graph capture", "what nvidia-smi says", "log-probs and gradients: ours")
+    assert [key for key in wrong if not key.startswith(of_a_card)] == [], done.stdout + done.stderr
+    assert {row["status"].partition(":")[0] for row in wrong.values()} <= {"failed", "skipped"}, wrong
+    assert len(found["cuda"].rows) == 4
+    assert all(section.missing() == [] for section in found.values())
 
 
-def test_a_hang_keeps_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A section past its time is stopped; its rows so far stay."""
-    record = tmp_path / "head.json"
-    record.write_text(json.dumps({"rows": [1, 2]}))
-
-    def hang(command, **kwargs):
-        raise subprocess.TimeoutExpired(command, kwargs["timeout"], output=b"so far", stderr=b"")
-
-    monkeypatch.setattr(gpu.subprocess, "run", hang)
-    found = gpu._run_section("head", tmp_path, tmp_path, 3.0, dry_run=True)
-    assert found["status"] == "failed: not done after 3 s"
-    assert found["rows"] == [1, 2]
-    assert found["log"] == "so far"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device(tmp_path: Path) -> None:
+    """A row that says so, and exit code 1."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--sections", "sizes", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "torch sees no CUDA device; --dry-run runs the same on the CPU" in done.stdout
 
 
 def our_rows(ms: float) -> list[dict]:
@@ -84,38 +120,96 @@ def test_targets_line_by_line() -> None:
     assert lines["gradients of 3G, error over torch's"]["measured"] == pytest.approx(3.0)
     assert lines["gradients of 3G, error over torch's"]["verdict"] == "missed"
     assert all(line["verdict"] == "not measured" for line in compare_targets([], dry_run=False))
+    broken = [{**row, "ms": "nan", "dX error": 0.0} for row in our_rows(30.0)]
+    assert {line["verdict"] for line in compare_targets(broken, dry_run=True)} == {"dry run", "not measured"}
 
 
-def test_every_failure_is_named(tmp_path: Path) -> None:
-    found = {
-        "checks": {
-            "status": "ok",
-            "seconds": 1.0,
-            "expected": 3,
-            "rows": [
-                {"number": 0, "check": "kernel a x", "ok": True, "value": 1.0, "bound": 2.0},
-                {"number": 1, "check": "kernel b x", "ok": False, "value": 3.0, "bound": 2.0},
-                {"number": 2, "check": "kernel c x", "ok": False, "error": "RuntimeError: no", "bound": 0.0},
-            ],
-        },
-        "attention": {
-            "status": "ok",
-            "seconds": 1.0,
-            "rows": [{"model": "llama", "backend": "varlen", "ok": False}, {"model": "llama", "backend": "flash"}],
-        },
-        "training": {"status": "skipped: no engine", "seconds": 1.0},
-        "profile": {"status": "failed: not done after 60 s", "seconds": 60.0},
-    }
-    lines = failures(found)
-    assert lines == [
-        "profile: failed: not done after 60 s",
-        "check kernel b x: 3, at most 2 allowed",
-        "check kernel c x: RuntimeError: no",
-        "attention backend varlen (llama): not equal to SDPA per segment",
-    ]
-    text = page(found, compare_targets([], dry_run=False), lines)
-    assert "1 of 3 passed" in text
-    assert "Nothing: skipped: no engine." in text
-    (tmp_path / "work").mkdir()
-    assert publish(found, tmp_path / "work", tmp_path / "out", dry_run=True) == 1
-    assert (tmp_path / "out" / "gpu.md").is_file()
+def test_a_page_of_any_journal(tmp_path: Path) -> None:
+    """At whatever line a journal ends, there is a page, and failures name what is open."""
+    journal = Journal(tmp_path / "whole.jsonl")
+    journal.append("start", "head")
+    journal.append("plan", "head", names=["a", "b"])
+    journal.append("fact", "head", name="settings", value="N=1")
+    journal.append("row", "head", key="a", check="a", number=0, status="running", began=1.0, limit=9.0)
+    journal.append(
+        "row", "head", key="a | ours", check="a", status="ok", ms=float("inf"), times_ms=[1.0], note="x|y\nz"
+    )
+    journal.append("row", "head", key="a", check="a", number=0, status="ok", value=1.0, seconds=2.0)
+    journal.append("end", "head", status="ok", seconds=3.0)
+    text = journal.path.read_bytes()
+    part = Journal(tmp_path / "part.jsonl")
+    for stop in range(0, len(text), 7):
+        part.path.write_bytes(text[:stop])
+        found = part.read()
+        assert page(found, SECTIONS, compare_targets([], dry_run=False), failures(found)).startswith("# ")
+    assert failures({}) == []
+    assert failures(journal.read()) == ["head: 1 checks were not reached: b"]
+    journal.append("start", "head")
+    assert failures(journal.read()) == ["head: unfinished"]
+
+
+def test_rows_of_a_failed_check_say_why() -> None:
+    found = Found(status="1 of 1 rows failed")
+    found.by_key["k"] = {"key": "k", "check": "k", "status": "failed", "value": 3.0, "bound": 2.0}
+    assert failures({"kernels": found}) == ["kernels: k: failed: 3.0, at most 2.0 allowed"]
+
+
+class DrawsWhereToldMode(TorchFunctionMode):
+    """A generator of another device than the result's is an error on a GPU: whoever draws must name the device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is not None and func.__name__ in ("randn", "rand", "randint", "randperm"):
+            assert "device" in kwargs, f"{func.__name__} with a generator draws on the CPU, whatever the generator's"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["real", "random"])
+def test_inputs_are_drawn_where_the_generator_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import inputs
+
+    small = inputs.States(torch.randn(64, 8), torch.randn(40, 8), torch.randint(40, (64,)), "tiny")
+    monkeypatch.setattr(inputs, "model_states", lambda count: small)
+    with DrawsWhereToldMode():
+        make_inputs(kind, HeadShape(64, 16, 100), length=8)
+
+
+SANITIZER_CLEAN = "========= COMPUTE-SANITIZER\nthe case is done\n========= ERROR SUMMARY: 0 errors\n"
+SANITIZER_BAD = """========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 4 bytes
+=========     at linear_stats_fwd_kernel+0x1c40
+=========     Access to 0x7f is out of bounds
+========= Program hit CUDA_ERROR_LAUNCH_FAILED (error 719) due to "unspecified launch failure"
+the case is done
+========= ERROR SUMMARY: 3 errors
+"""
+SANITIZER_RACE = (
+    "========= COMPUTE-SANITIZER\nthe case is done\n"
+    "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "ok"),
+    [
+        (SANITIZER_CLEAN, True),
+        (SANITIZER_BAD, False),
+        (SANITIZER_RACE, False),
+        ("the case is done\n", False),
+        ("RuntimeError: no device", False),
+        ("", False),
+    ],
+)
+def test_the_sanitizers_verdict(text: str, ok: bool) -> None:
+    """A run without a summary is no clean run."""
+    assert read_sanitizer(text, 1).get("ok") is ok
+
+
+def test_the_sanitizer_is_found_where_toolkits_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    binary = tmp_path / "cuda" / "bin" / "compute-sanitizer"
+    binary.parent.mkdir(parents=True)
+    binary.write_text("#!/bin/sh\n")
+    binary.chmod(0o755)
+    assert find_sanitizer() == str(binary)
