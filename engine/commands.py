@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.data.groups import PreferenceDataset
     from engine.model import Policy
     from engine.reference import ReferenceStore
+    from engine.reference.keys import ModelIdentity
 
 VERIFIED_ROWS = 256
 """Rows that ``dpo precompute --import-columns`` recomputes."""
@@ -97,20 +98,20 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
 
 
 def _precompute(config: RunConfig, options: Namespace) -> int:
-    from engine.reference import ReferenceStore, default_store_path, model_digest
+    from engine.reference import ReferenceStore, default_store_path, identify
 
     datasets = _datasets(config)
     if options.import_columns:
         _verify_columns(config, datasets)
         return 0
     reference = _reference_policy(config, datasets)
-    digest = model_digest(reference)
+    identity = identify(reference)
     store = ReferenceStore(config.reference.store or default_store_path())
     for name, dataset in datasets.items():
-        _fill(config, reference, digest, store, name, dataset)
+        _fill(config, reference, identity, store, name, dataset)
     distributed.say(f"stored in {store.path}")
     if options.export is not None and distributed.is_main():
-        _export(config, options.export, datasets["train"], store, digest)
+        _export(config, options.export, datasets["train"], store, identity.digest)
     return 0
 
 
@@ -203,7 +204,12 @@ def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset])
 
 
 def _fill(
-    config: RunConfig, reference: Policy, digest: str, store: ReferenceStore, name: str, dataset: PreferenceDataset
+    config: RunConfig,
+    reference: Policy,
+    identity: ModelIdentity,
+    store: ReferenceStore,
+    name: str,
+    dataset: PreferenceDataset,
 ) -> None:
     from engine.reference import import_columns, precompute
 
@@ -218,7 +224,7 @@ def _fill(
         store,
         tokens_per_pack=config.packing.tokens_per_pack,
         share_prompts=config.packing.share_prompts,
-        digest=digest,
+        identity=identity,
     )
     distributed.say(f"{name}: {result}")
 

@@ -1,7 +1,7 @@
 """Reference log-probs: computed once per response, stored by content, found again by every later run."""
 
 from engine.reference.columns import export_columns, import_columns
-from engine.reference.keys import dataset_keys, model_digest, response_key, weights_digest
+from engine.reference.keys import dataset_keys, identify, model_digest, response_key, weights_digest
 from engine.reference.lookup import default_store_path, load_ref_logps, load_ref_sums
 from engine.reference.precompute import PrecomputeReport, precompute
 from engine.reference.store import ReferenceStore
@@ -13,6 +13,7 @@ __all__ = [
     "dataset_keys",
     "default_store_path",
     "export_columns",
+    "identify",
     "import_columns",
     "load_ref_logps",
     "load_ref_sums",

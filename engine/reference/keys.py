@@ -1,7 +1,9 @@
-"""What a stored log-prob depends on, as a key: the reference model and how it computes, the tokens, and the boundary.
+"""What a stored log-prob depends on, as a key: the reference model and what computes it, the tokens, and the boundary.
 
-Nothing else is in the key. Learning rate, beta, loss, output folder, packing and prompt sharing change no log-prob, so
-they never cause a second pass.
+Nothing else is in the key. What computes a log-prob is dtype, kind of device, precision of products, attention backend,
+implementation of the head, and torch and transformers up to their minor versions: these change numbers, by a model's
+code or by more than packs do. Learning rate, beta, loss, output folder, packing and prompt sharing change no log-prob,
+so they never cause a second pass.
 """
 
 from __future__ import annotations
@@ -12,17 +14,23 @@ import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from dpo_kernels.dispatch import choose
 from engine import distributed
 from engine.data.groups import PreferenceDataset
 
 if TYPE_CHECKING:
     from engine.model.policy import Policy
 
+KEY_SCHEMA = 2
+"""Raised when keys get other contents: a new version then does not find what an older one has stored."""
+_ATTENTION_PACKAGES = {"flash": "flash-attn", "flash3": "flash-attn-3"}
+"""The other backends are part of torch."""
 _CHUNK_BYTES = 64 << 20
 # Facts about a config's origin or about generation; everything else may change what the model computes.
 _IGNORED_CONFIG = frozenset({
@@ -36,11 +44,41 @@ _IGNORED_ADAPTER_CONFIG = frozenset({
 })  # fmt: skip
 
 
+class ModelIdentity(NamedTuple):
+    """The function that a policy is in reference mode."""
+
+    weights: str
+    """``weights_digest`` of the policy."""
+    profile: dict[str, str]
+    """What computes with them, by name."""
+
+    @property
+    def digest(self) -> str:
+        """A name for all of it: 32 hexadecimal digits."""
+        return self._digest(json.dumps({"schema": KEY_SCHEMA, **self.profile}, sort_keys=True))
+
+    @property
+    def first_digest(self) -> str:
+        """The name under the first schema of keys, which held dtype and attention backend alone."""
+        return self._digest(f"{self.profile['dtype']}/{self.profile['attention'].partition(' ')[0]}")
+
+    def _digest(self, profile: str) -> str:
+        hasher = blake2b(digest_size=16)
+        _feed(hasher, "profile", profile)
+        _feed(hasher, "weights", self.weights)
+        return hasher.hexdigest()
+
+
 def model_digest(policy: Policy) -> str:
-    """A name for the function that ``policy`` is in reference mode: 32 hexadecimal digits.
+    """``identify(policy).digest``."""
+    return identify(policy).digest
+
+
+def identify(policy: Policy) -> ModelIdentity:
+    """What ``policy`` is in reference mode.
 
     It covers the names, dtypes, shapes and bytes of the weights (tied ones are read once), the architecture's config,
-    the compute dtype and the attention backend. Adapters that are trained are left out, so a LoRA run and a full run
+    and what computes: see the top of this file. Adapters that are trained are left out, so a LoRA run and a full run
     of the same weights, held in the same dtype, share their references.
 
     Weights are read in chunks of 64 MiB, several at a time, wherever they are; nothing else is copied. Sharded ones are
@@ -50,14 +88,34 @@ def model_digest(policy: Policy) -> str:
         policy: the model, before its first optimizer step. A frozen adapter that is part of its reference is covered,
             weights and config.
     """
-    hasher = blake2b(digest_size=16)
-    _feed(hasher, "profile", f"{str(policy.compute_dtype).removeprefix('torch.')}/{policy.backend.name}")
-    _feed(hasher, "weights", weights_digest(policy))
-    return hasher.hexdigest()
+    return ModelIdentity(weights_digest(policy), _profile(policy))
+
+
+def _profile(policy: Policy) -> dict[str, str]:
+    device, dtype, name = policy.device, policy.compute_dtype, policy.backend.name
+    package = _ATTENTION_PACKAGES.get(name)
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        # Of 32-bit products: the user may allow TF32.
+        "matmul": torch.get_float32_matmul_precision(),
+        "attention": name if package is None else f"{name} {_minor_version(package)}",
+        "head": choose("linear_logps", "auto", device, dtype).impl,
+        "torch": _minor_version("torch"),
+        "transformers": _minor_version("transformers"),
+    }
+
+
+def _minor_version(package: str) -> str:
+    """Such as 2.13; fixes, and the build for a device, change no number."""
+    try:
+        return ".".join(metadata.version(package).split("+")[0].split(".")[:2])
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def weights_digest(policy: Policy) -> str:
-    """What ``model_digest`` covers without the compute dtype and the attention backend: 32 hexadecimal digits."""
+    """Weights and config, which are part of ``identify``: 32 hexadecimal digits."""
     hasher = blake2b(digest_size=16)
     _feed(hasher, "config", _as_json(policy.config, _IGNORED_CONFIG))
     if (reference_adapter := policy.reference_adapter) is not None:

@@ -62,6 +62,6 @@ def _require_all(dataset: PreferenceDataset, keys: list[tuple[bytes, ...]], foun
         others = f" and {len(absent) - 1} more rows" if len(absent) > 1 else ""
         raise UserError(
             f"no reference log-probs for row {dataset[absent[0]].row}{others} (of {len(dataset)}) in {store.path} with "
-            "this model, dtype and attention backend: run `dpo precompute` with the same run file, or set "
-            "reference.mode to auto"
+            "this model, dtype, device, attention backend and versions of torch and transformers: run `dpo precompute` "
+            "with the same run file, or set reference.mode to auto"
         )

@@ -17,7 +17,8 @@ from engine import distributed, stop
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError, out_of_memory
 from engine.packing import PackedBatch, build_batch, check_fits, group_costs, group_sizes, pack_groups
-from engine.reference.keys import dataset_keys, model_digest
+from engine.reference.keys import ModelIdentity, dataset_keys, identify
+from engine.reference.provenance import note_profile, why_absent
 from engine.reference.store import TOKENS_PER_SHARD, ReferenceStore
 from engine.shared_folders import check_shared
 
@@ -74,7 +75,7 @@ def precompute(
     *,
     tokens_per_pack: int,
     share_prompts: bool = True,
-    digest: str | None = None,
+    identity: ModelIdentity | None = None,
     progress: bool = True,
     flush_seconds: float = FLUSH_SECONDS,
 ) -> PrecomputeReport:
@@ -92,7 +93,7 @@ def precompute(
         store: where values are looked up and added.
         tokens_per_pack: most tokens in one forward pass.
         share_prompts: lay each prompt out once for all its responses.
-        digest: ``model_digest(policy)``, when it is known already.
+        identity: ``identify(policy)``, when it is known already.
         progress: show a progress bar.
         flush_seconds: how often what is computed becomes durable.
 
@@ -102,7 +103,8 @@ def precompute(
         Stopped: on all ranks, when any process was asked to end; what is computed is stored.
     """
     check_fits(dataset, tokens_per_pack=tokens_per_pack, share_prompts=share_prompts)
-    keys = dataset_keys(dataset, digest or model_digest(policy))
+    identity = identity or identify(policy)
+    keys = dataset_keys(dataset, identity.digest)
     flat = [key for group in keys for key in group]
     # Asked once: the others must not see what a faster process has added since.
     absent = set(distributed.broadcast(store.missing(flat) if distributed.is_main() else []))
@@ -110,6 +112,8 @@ def precompute(
     start = time.perf_counter()
     tokens = 0
     if absent:
+        if distributed.is_main():
+            _explain_absence(store, identity)
         # Inside, since what a killed writer leaves there goes.
         check_shared(store.folder(flat[0]), f"reference.store={store.path}")
         packs = _plan(dataset, keys, absent, tokens_per_pack, share_prompts)
@@ -128,6 +132,13 @@ def precompute(
                 f"out of {memory} with packs of {tokens_per_pack} tokens: lower packing.tokens_per_pack"
             ) from error
     return PrecomputeReport(computed_rows, len(dataset) - computed_rows, time.perf_counter() - start, tokens)
+
+
+def _explain_absence(store: ReferenceStore, identity: ModelIdentity) -> None:
+    why = why_absent(store, identity)
+    if why is not None:
+        log.info("reference log-probs: %s", why)
+    note_profile(store, identity)
 
 
 def _plan(

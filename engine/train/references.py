@@ -21,12 +21,13 @@ from engine.packing import Pack, PackedBatch, build_batch
 from engine.reference import (
     ReferenceStore,
     default_store_path,
+    identify,
     import_columns,
     load_ref_sums,
-    model_digest,
     precompute,
     verify_rows,
 )
+from engine.reference.provenance import why_absent
 from engine.train.objective import Objective
 
 PER_TOKEN = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -131,7 +132,7 @@ def _stored_tables(
     say: Callable[[str], None],
     progress: bool,
 ) -> dict[str, ReferenceTable]:
-    digest = model_digest(reference)
+    identity = identify(reference)
     tables = {}
     for name, dataset in datasets.items():
         if config.reference.mode == "auto":
@@ -141,11 +142,13 @@ def _stored_tables(
                 store,
                 tokens_per_pack=config.packing.tokens_per_pack,
                 share_prompts=config.packing.share_prompts,
-                digest=digest,
+                identity=identity,
                 progress=progress,
             )
             say(f"reference log-probs ({name}): {report}")
-        sums = load_ref_sums(dataset, store, digest) if distributed.is_main() else []
+        elif distributed.is_main() and (why := why_absent(store, identity)) is not None:
+            say(f"reference log-probs: {why}")
+        sums = load_ref_sums(dataset, store, identity.digest) if distributed.is_main() else []
         tables[name] = ReferenceTable(distributed.broadcast(sums))
         verify_rows(reference, dataset, tables[name].sums, share_prompts=config.packing.share_prompts)
     return tables

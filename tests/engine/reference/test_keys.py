@@ -23,6 +23,7 @@ class Scored:
     def __init__(self, model, dtype=torch.float32, backend: str = "sdpa", reference_adapter: str | None = None):
         self.model = model
         self.compute_dtype = dtype
+        self.device = torch.device("cpu")
         self.reference_adapter = reference_adapter
         self.backend = type("Backend", (), {"name": backend})
 
@@ -92,6 +93,32 @@ def test_the_digest_follows_weights_config_dtype_and_attention():
         model_digest(Scored(llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5}))),
     ]
     assert len({base, *others}) == 7
+
+
+def test_the_digest_follows_what_computes_and_nothing_finer(monkeypatch):
+    versions = {"torch": "2.13.0+cpu", "transformers": "5.23.0", "flash-attn": "2.8.3"}
+    monkeypatch.setattr(keys.metadata, "version", versions.__getitem__)
+    scored = Scored(llama(), backend="flash")
+    base = keys.identify(scored)
+    versions |= {"torch": "2.13.1+cu130", "transformers": "5.23.4", "flash-attn": "2.8.3.post1", "numpy": "3"}
+    assert keys.identify(scored) == base
+    found = {base.digest}
+    for package, version in (("torch", "2.14.0"), ("transformers", "5.24.0"), ("flash-attn", "2.9.0")):
+        with monkeypatch.context() as context:
+            context.setitem(versions, package, version)
+            found.add(keys.identify(scored).digest)
+    with monkeypatch.context() as context:
+        context.setattr(keys, "choose", lambda op, impl, device, dtype: type("Choice", (), {"impl": "triton"}))
+        found.add(keys.identify(scored).digest)
+    with monkeypatch.context() as context:
+        context.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+        found.add(keys.identify(scored).digest)
+    with monkeypatch.context() as context:
+        context.setattr(scored, "device", torch.device("cuda", 1))
+        found.add(keys.identify(scored).digest)
+        context.setattr(scored, "device", torch.device("cuda", 0))
+        found.add(keys.identify(scored).digest)
+    assert len(found) == 7
 
 
 def test_the_digest_survives_saving_loading_and_harmless_config(tmp_path):
