@@ -10,6 +10,7 @@ a buffer, so that a block stays in cache from its first read to its last write.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -135,9 +136,30 @@ def spread_rows(rows: Tensor, kept: Tensor | None, num_rows: int) -> Tensor:
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """``values`` on ``device``, without waiting for it: what lies on the host goes through page-locked memory, which
     torch keeps until the copy is done, or for as long as a CUDA graph that holds the copy."""
-    if device.type == "cuda" and values.device.type == "cpu":
-        values = values.pin_memory()
+    if device.type == "cuda" and values.device.type == "cpu" and not values.is_pinned():
+        # Not pin_memory(), which fake tensors lack.
+        values = torch.empty_like(values, pin_memory=True).copy_(values)
     return values.to(device, non_blocking=True)
+
+
+@contextmanager
+def exact_products(device_type: str) -> Iterator[None]:
+    """Inside, matrix products are what their callers say: no autocast, no partial sums that cuBLAS rounds to 16 bits
+    (its way with few rows and a long sum, such as that over the vocabulary), and no TunableOp, which refuses float32
+    results of 16-bit operands."""
+    with ExitStack() as undo:
+        undo.enter_context(torch.autocast(device_type, enabled=False))
+        if device_type == "cuda":
+            settings = torch.backends.cuda.matmul
+            for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
+                # Without split sums there is nothing to round.
+                if getattr(settings, name) and getattr(settings, f"{name}_split_k", True):
+                    undo.callback(setattr, settings, name, True)
+                    setattr(settings, name, False)
+            if torch.cuda.tunable.is_enabled():
+                undo.callback(torch.cuda.tunable.enable, True)
+                torch.cuda.tunable.enable(False)
+        yield
 
 
 def sum_responses(values_N: Tensor, lengths_S: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -365,6 +365,8 @@ def pretended_cuda() -> Iterator[PretendedCuda]:
         mock.patch("torch.cuda.get_rng_state", side_effect=lambda device: torch.get_rng_state()),
         mock.patch("torch.cuda.set_rng_state", side_effect=lambda state, device: torch.set_rng_state(state)),
         mock.patch("torch.cuda.synchronize", side_effect=lambda device=None: device_mode.finish()),
+        mock.patch("torch.cuda.device", return_value=nullcontext()),
+        mock.patch("torch.cuda.tunable.is_enabled", return_value=False),
         mock.patch("torch.cuda.max_memory_allocated", return_value=0),
         mock.patch("torch.cuda.reset_peak_memory_stats"),
         mock.patch("torch.autocast", Autocast),

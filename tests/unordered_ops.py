@@ -34,7 +34,7 @@ ALWAYS = (
 )
 """Beginnings of names."""
 FLOATS = ("bincount", "cumprod", "cumsum", "histc", "logcumsumexp")
-BY_INDEX = {"index_add": 2, "index_copy": 2, "index_fill": 2, "put": 1, "scatter": 2, "scatter_add": 2}
+BY_INDEX = {"index_add": 2, "index_copy": 2, "put": 1, "scatter": 2, "scatter_add": 2}
 BY_INDEX["scatter_reduce"] = 2
 
 

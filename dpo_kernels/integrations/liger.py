@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_kernels.chunks import to_device
 from dpo_kernels.integrations.versions import require_series
 from dpo_kernels.linear_dpo.api import linear_dpo_loss
 from dpo_kernels.linear_dpo.ops import response_sums
@@ -170,7 +171,7 @@ class FusedLinearDPOLoss(nn.Module):
         )
         if not self.average_log_prob:
             return logps_S
-        return logps_S / cu_responses.diff().clamp(min=1).to(logps_S.device)
+        return logps_S / to_device(cu_responses.diff().clamp(min=1), logps_S.device)
 
     def _summed_loss(self, hidden_ND, weight, labels_N, cu_responses, ref_logps_S, bias):
         # The mean of the loss "sft" over pairs is the mean token loss of all chosen tokens.
@@ -197,7 +198,7 @@ class FusedLinearDPOLoss(nn.Module):
         out = preference_loss(
             chosen, rejected, ref_logps_S[0::2], ref_logps_S[1::2], loss_type=self.loss_type, **self._options()
         )
-        lengths_P = cu_responses.diff()[0::2].to(chosen.device)
+        lengths_P = to_device(cu_responses.diff()[0::2], chosen.device)
         nll = self._nll(chosen * lengths_P, cu_responses)
         loss = out.loss.mean() + self.alpha * nll if self.compute_nll_loss else out.loss.mean()
         rewards = (out.chosen_rewards, out.rejected_rewards)

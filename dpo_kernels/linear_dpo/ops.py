@@ -33,7 +33,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from dpo_kernels.chunks import accumulation_dtype, early_gradient_dtype, sum_responses, to_device
+from dpo_kernels.chunks import accumulation_dtype, early_gradient_dtype, exact_products, sum_responses, to_device
 from dpo_kernels.dispatch import implementation
 from dpo_kernels.linear_logps.ops import check_labels, empty_gradients, refuse_double_backward, unit_stride
 from dpo_kernels.losses import LossMix, LossOptions, Pairs, resolve_loss
@@ -211,7 +211,7 @@ def linear_dpo_op(
         weights_P / max(1, num_pairs) if mean else weights_P,
         to_device(cu_responses.to(torch.int64), hidden.device),
     )
-    with torch.autocast(hidden.device.type, enabled=False):
+    with exact_products(hidden.device.type):
         if hidden.shape[0] == 0:
             logps = hidden.new_zeros(2 * num_pairs, dtype=dtype)
             losses, _ = score_pairs(logps, 0)

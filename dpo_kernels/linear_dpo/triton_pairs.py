@@ -63,6 +63,8 @@ def forward(
     options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     call = _Call(hidden_TD, weight_VD, labels_T, options, ignore_index, _pair_terms(score_pairs))
     max_rows, chunks, sum_dtype = _plan(hidden_TD, weight_VD, cu_responses, options, need_weight=need_weight)
+    # One buffer for all chunks: buffers of many sizes would leave holes in the allocator's memory.
+    call.exps = empty_exps(hidden_TD[: _rows_held(chunks, cu_responses, max_rows)], weight_VD.shape[0])
     call.want_gradients(need_hidden, need_weight, need_bias, sum_dtype)
     losses, sums = [], []
     for chunk in chunks:
@@ -107,12 +109,17 @@ def _plan(
     return max_rows, chunks, dtype if in_place else torch.float32
 
 
+def _rows_held(chunks: list[Chunk], cu_responses: list[int], max_rows: int) -> int:
+    """Most rows whose exponentials are held at a time."""
+    ends = cu_responses[::2]
+    return max(max_rows if c.split else ends[c.first_pair + c.num_pairs] - ends[c.first_pair] for c in chunks)
+
+
 def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[int], need_weight: bool) -> int:
     """Most bytes that ``forward`` holds beyond its inputs and results, but for statistics of rows."""
     options = HeadOptions()
     max_rows, chunks, sum_dtype = _plan(hidden_TD, weight_VD, cu_responses, options, need_weight=need_weight)
-    ends = cu_responses[::2]
-    rows = max(max_rows if c.split else ends[c.first_pair + c.num_pairs] - ends[c.first_pair] for c in chunks)
+    rows = _rows_held(chunks, cu_responses, max_rows)
     padded_rows, padded_V = (-(-size // MAX_BLOCK) * MAX_BLOCK for size in (rows, weight_VD.shape[0]))
     size = padded_rows * padded_V * hidden_TD.element_size()
     sums = int(sum_dtype != early_gradient_dtype(hidden_TD.dtype)) + 2 * any(chunk.split for chunk in chunks)
@@ -261,10 +268,6 @@ class _Call:
     def _stats(self, rows: slice) -> list[LinearStats]:
         """Log-probs of some rows, STATS_ROWS at a time; their exponentials stay in the buffer."""
         hidden_nD, labels_n = self.hidden_TD[rows], self.labels_T[rows]
-        if self.exps.shape[0] < hidden_nD.shape[0]:
-            # The old buffer is given back before the new one is asked for.
-            self.exps = self.exps.new_empty(0, 0)
-            self.exps = empty_exps(hidden_nD, self.weight_VD.shape[0])
         return [
             linear_stats(
                 hidden_nD[block],

@@ -47,7 +47,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.chunks import accumulation_dtype
+from dpo_kernels.chunks import accumulation_dtype, exact_products
 from dpo_kernels.dispatch import implementation
 from dpo_kernels.linear_logps.tile_filter import (
     FILTER_STATS,
@@ -140,7 +140,7 @@ def linear_logps_op(
         lse, dx = logps.new_zeros(0, dtype=torch.float64), hidden.new_zeros(0, D)
         return logps, lse, dx, logps.new_zeros(len(names), 0), *no_tiles
     labels = labels.to(torch.int64).contiguous()
-    with torch.autocast(hidden.device.type, enabled=False):
+    with exact_products(hidden.device.type):
         logps, lse, dx, stats_KT, mass_TC = module.forward(
             unit_stride(hidden),
             unit_stride(weight),
@@ -234,7 +234,7 @@ def _run_backward(
             torch.zeros_like(t, memory_format=torch.contiguous_format) if need else None for t, need in wanted
         )
         return dX, dW, db
-    with torch.autocast(hidden.device.type, enabled=False):
+    with exact_products(hidden.device.type):
         return implementation("linear_logps", impl, hidden, filtered=kept is not None).backward(
             grad_logps.contiguous(),
             unit_stride(hidden),

@@ -132,6 +132,7 @@ def _load(
         reference_adapter=FROZEN if model.adapter_name_or_path else None,
     )
     policy.disabled_dropouts = disabled
+    policy.recomputes = gradient_checkpointing
     assert policy.head is not None
     return policy
 

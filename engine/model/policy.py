@@ -42,6 +42,8 @@ class Policy(nn.Module):
         """Whether activations wait for the backward pass in host memory."""
         self.disabled_dropouts = 0
         """How many dropout probabilities of the model were set to 0."""
+        self.recomputes = False
+        """Whether backward runs the layers once more instead of keeping what they made (gradient checkpointing)."""
         self.sharded = False
         """Whether the parameters are spread over processes: see ``engine.model.shard``."""
 
@@ -71,8 +73,10 @@ class Policy(nn.Module):
         """The context in which forward computes."""
         if self.compute_dtype == torch.float32:
             return nullcontext()
-        # The cache would keep a whole sharded model, cast, until the end of the forward.
-        return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=not self.sharded)
+        # Autocast's cache holds every weight, cast, until the forward ends. That is for nothing unless backward needs
+        # all of them anyway.
+        kept = torch.is_grad_enabled() and not (self.sharded or self.recomputes)
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=kept)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Final hidden states of all packed tokens, [T, D]."""

@@ -157,7 +157,8 @@ class GuardedUpdate:
 
     A loss or gradient that is not finite never reaches the weights. On the CPU the check is immediate. On a CUDA device
     the fused optimizer takes the verdict as a tensor and skips the update, and so does every later step, so that
-    ``ok()`` may be asked at the next logging interval without a synchronisation in every step.
+    ``ok()`` may be asked at the next logging interval without a synchronisation in every step. RMSprop and the
+    optimizers of bitsandbytes take no such tensor: with them the host waits once a step.
     """
 
     def __init__(

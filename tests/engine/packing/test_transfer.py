@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo_kernels.chunks import to_device
 from engine.data.groups import PreferenceGroup
 from engine.packing import build_batch
 from engine.packing.transfer import gather, send
@@ -74,6 +78,13 @@ def test_one_copy_takes_a_gathered_pack_to_the_device():
     assert moved.batch.cu_responses_S1.device == CPU
     assert [t.shape for t in tensors(moved)] == [t.shape for t in tensors(built)]
     assert built.to(CPU) is built
+
+
+def test_a_tensor_without_data_goes_to_a_gpu():
+    """As in a forecast of memory."""
+    device = torch.device("cuda", 0)
+    with patch("torch.cuda._lazy_init"), FakeTensorMode(allow_non_fake_inputs=True):
+        assert to_device(torch.arange(3), device).device == device
 
 
 @pytest.mark.cuda
