@@ -26,7 +26,8 @@ KERNEL_LOSSES = (*MARGIN_LOSSES, *REWARD_LOSSES, *PER_TOKEN_LOSSES)
 @triton.jit
 def _logistic(margin, smoothing):
     """Smoothed -log sigmoid(margin), and its derivative."""
-    loss = (1.0 - smoothing) * softplus(-margin) + smoothing * softplus(margin)
+    # An infinite margin times a smoothing of 0 would be nan.
+    loss = (1.0 - smoothing) * softplus(-margin) + tl.where(smoothing > 0.0, smoothing * softplus(margin), 0.0)
     return loss, smoothing * tl.sigmoid(margin) - (1.0 - smoothing) * tl.sigmoid(-margin)
 
 
@@ -138,7 +139,7 @@ def _per_token_loss(
         tl.static_assert(LOSS == "sft")
         loss = -chosen / mean_length
         chosen_slope = -1.0 / mean_length
-        rejected_slope = 0.0 * rejected
+        rejected_slope = 0.0
     return loss, chosen_slope, rejected_slope
 
 

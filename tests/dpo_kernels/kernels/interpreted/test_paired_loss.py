@@ -84,6 +84,23 @@ def test_saturated_margins(name, offset):
     compare(Batch(names=name, offset=offset))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", KERNEL_LOSSES)
+def test_numbers_that_are_not_finite(name, smoothing, value):
+    """Loss and slopes are nan, or infinite, where the table's are: from log-probs, references and weights of pairs."""
+    places = [("logps_N", [0]), ("logps_N", [2]), ("logps_N", [0, 2]), ("ref_S", [0]), ("ref_S", [1])]
+    # sft knows nothing of the rejected response, whose slope here is 0 times the weight.
+    if value != value and name != "sft":
+        places.append(("scale_P", [0]))
+    for field, where in places:
+        batch = Batch((2, 2, 1, 1), names=name, options=LossOptions(beta=0.3, label_smoothing=smoothing))
+        getattr(batch, field)[where] = value
+        got, expected = batch.launch(), batch.expected(torch.float32)
+        for found, other in ((got.losses_P, expected[0]), (got.slopes_S, expected[3])):
+            torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ["sigmoid", "exo_pair", "simpo", "cpo"])
 def test_without_smoothing(name):
     compare(Batch(names=name, options=LossOptions()))
