@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_journal import NO_TIME, RUNNING, Journal
-from benchmarks.gpu_table import Check, Context, Section, SkippedError, first_line
+from benchmarks.gpu_table import Check, Context, Section, SkippedError, first_line, place
 
-ROOT = Path(__file__).resolve().parents[1]
 DEVICE_LOST = 70
 """Exit code of a process that CUDA refuses any further work."""
 LEAST_SECONDS = 3.0
@@ -47,8 +46,8 @@ def main(arguments: list[str]) -> int:
         shard=int(shard),
     )
     sections: dict[str, Section] = importlib.import_module(table).SECTIONS
-    for place, name in enumerate(names):
-        run_section(context, name, sections[name], int(first) if place == 0 else 0, int(shards))
+    for number, name in enumerate(names):
+        run_section(context, name, sections[name], int(first) if number == 0 else 0, int(shards))
     return 0
 
 
@@ -108,16 +107,9 @@ def verdict(check: Check, result: Any) -> dict[str, Any]:
 
 
 def error_columns(error: BaseException) -> dict[str, Any]:
-    """Type, first line, and where: the innermost frame of this repository, then the innermost of all."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
-    places = [f"{Path(f.filename).name}:{f.lineno} in {f.name}" for f in (*own[-1:], *frames[-1:])]
+    """Type, first line, and where; the whole of it is printed."""
     traceback.print_exception(error)
-    return {
-        "status": "error",
-        "error": f"{type(error).__name__}: {first_line(error)}",
-        "where": " > ".join(dict.fromkeys(places)),
-    }
+    return {"status": "error", "error": f"{type(error).__name__}: {first_line(error)}", "where": place(error)}
 
 
 def _device_is_lost() -> bool:

@@ -151,18 +151,26 @@ def race(
                 found.first_run(task, entry)
             _write(context, found.row(task, entry) if entry.run is None else {"contender": contender.name}, labels)
             context.free_memory()
+    ours = [e for entries in found.entries.values() for e in entries if e.contender.ours]
+    return {"ok": all(e.run is not None for e in ours), "rounds": _rounds(context, found, labels, rounds)}
+
+
+def _rounds(context: Context, found: Race, labels: dict[str, str], rounds: int) -> int:
+    """Time everyone again and again; what was measured is written even when somebody fails in a later round."""
     for run in found.products.runs.values():
         run()
     done = 0
-    for done in range(1, 1 + (2 if context.dry_run else rounds)):
-        found.round()
-        if done == 2:
+    try:
+        while done < (2 if context.dry_run else rounds) and (done < 2 or context.seconds_left() > LAST_SECONDS):
+            found.round()
+            done += 1
+            if done == 2:
+                _write_all(context, found, labels)
+    finally:
+        if done:
             _write_all(context, found, labels)
-        if done > 2 and context.seconds_left() < LAST_SECONDS:
-            break
-    _write_all(context, found, labels)
-    ours = [e for entries in found.entries.values() for e in entries if e.contender.ours]
-    return {"ok": all(e.run is not None for e in ours), "rounds": done, **_clocks(context)}
+            context.row("the machine", **labels, **_clocks(context))
+    return done
 
 
 def _clocks(context: Context) -> dict[str, Any]:
@@ -185,7 +193,7 @@ def _write_all(context: Context, found: Race, labels: dict[str, str]) -> None:
 def _write(context: Context, row: dict[str, Any], labels: dict[str, str]) -> None:
     note = str(row.get("note", ""))
     status = "error" if note.startswith("not run: failed") else "skipped: absent" if "not run" in note else "ok"
-    context.row(row["contender"], **labels, **{**row, "status": status})
+    context.row(row["contender"], **{**labels, "status": status, **row})
 
 
 def profile_checks(context: Context) -> Iterator[Check]:

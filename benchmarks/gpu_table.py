@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_journal import RUNNING, Journal
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class SkippedError(Exception):
@@ -120,3 +123,11 @@ class Context:
 def first_line(error: BaseException) -> str:
     """The first line that says something."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def place(error: BaseException) -> str:
+    """The innermost frame of this repository in which it was raised, then the innermost of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
+    places = [f"{Path(f.filename).name}:{f.lineno} in {f.name}" for f in (*own[-1:], *frames[-1:])]
+    return " > ".join(dict.fromkeys(places))

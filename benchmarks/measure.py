@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import Contender, Outcome, Task, UnavailableError, dpo_loss
-from benchmarks.gpu_table import first_line
+from benchmarks.gpu_table import first_line, place
 from benchmarks.inputs import HeadInputs
 from benchmarks.tasks import GRADIENTS, LOGPS, LOSS
 
@@ -164,6 +164,8 @@ class Entry:
     errors: Errors | None = None
     times: list[float] = field(default_factory=list)
     obstacle: str | None = None
+    where: str = ""
+    """Where it failed."""
     remark: str = ""
 
 
@@ -231,6 +233,7 @@ class Race:
             return None
         except Exception as error:
             entry.obstacle = f"failed: {type(error).__name__}: {first_line(error)}"
+            entry.where = place(error)
             return error if contender.ours else None
         if contender.has_reference not in references:
             references[contender.has_reference] = float64_reference(task, has_reference=contender.has_reference)
@@ -267,7 +270,7 @@ class Race:
         contender = entry.contender
         row: dict[str, Any] = {"task": task, "contender": contender.name, "G": contender.products}
         if not entry.times:
-            return {**row, "note": f"not run: {entry.obstacle}"}
+            return {**row, "note": f"not run: {entry.obstacle}"} | ({"where": entry.where} if entry.where else {})
         assert entry.errors is not None
         ms = statistics.median(entry.times)
         row |= {
