@@ -155,10 +155,10 @@ def _attention(context: Context, config: dict[str, Any], backend: str) -> dict[s
     config = {**config, **({"sliding_window": 5 * scale} if "sliding_window" in config else {})}
     groups = random_groups(6, prompt=(2 * scale, 9 * scale), response=(scale, 7 * scale), responses=0, vocab=512)
     batch = build_batch(groups).to(context.device)
-    policy = build_policy(context, config, context.dtype_name, attention=backend)
+    policy = build_policy(context, config, "bfloat16", attention=backend)
     found, again = _score(policy, batch), _score(policy, batch)
     exact = _score(build_policy(context, config, "float32", attention="sdpa"), batch)
-    plain = _score(build_policy(context, config, context.dtype_name, attention="sdpa"), batch)
+    plain = _score(build_policy(context, config, "bfloat16", attention="sdpa"), batch)
     errors, allowed = _distance(found, exact), _distance(plain, exact)
     same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     close = all(e <= 2 * p + 1e-5 for e, p in zip(errors, allowed, strict=True))
@@ -192,11 +192,11 @@ def _train_steps(context: Context, way: Way) -> dict[str, Any]:
     from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
 
     scale = 1 if context.dry_run else 20
-    dtype = "float32" if context.dry_run else way.dtype
     family = EXPERTS if way.family == "qwen3_moe" else FAMILIES[way.family]
     sizes: dict[str, Any] = {"prompt": (3 * scale, 9 * scale), "response": (2 * scale, 7 * scale), "vocab": 512}
     groups = random_groups(4, **sizes, responses=way.responses, pairs=way.pairs)
-    policy = build_policy(context, family, dtype, checkpointing=way.checkpointing, **way.model)
+    policy = build_policy(context, family, way.dtype, checkpointing=way.checkpointing, **way.model)
+    plain_attention = {**way.model, "attention": "sdpa"}
     policy.activation_offload = way.offload
     objective = Objective(LossConfig(**way.loss))
     step = step_of(build_batch(groups), objective, context.device)
@@ -207,8 +207,9 @@ def _train_steps(context: Context, way: Way) -> dict[str, Any]:
         return loss, _gradient(model)
 
     (loss, gradient), (_, again) = run(policy), run(policy)
-    exact_loss, exact = run(build_policy(context, family, "float32", **{**way.model, "attention": "sdpa"}))
-    error = ((gradient - exact).norm() / exact.norm()).item()
+    exact_loss, exact = run(_like(policy, build_policy(context, family, "float32", **plain_attention)))
+    plain_loss, plain = run(_like(policy, build_policy(context, family, way.dtype, **plain_attention)))
+    error, allowed = (((g - exact).norm() / exact.norm()).item() for g in (gradient, plain))
     same = torch.equal(gradient, again)
 
     optim = OptimConfig(learning_rate=1e-4)
@@ -226,8 +227,15 @@ def _train_steps(context: Context, way: Way) -> dict[str, Any]:
     with no_wait(context):
         for _ in range(3):
             train()
-    ok = same and update.ok() and losses[-1].item() < losses[0].item()
-    ok = ok and error < 0.05 and abs(loss - exact_loss) <= 0.02 * abs(exact_loss) + 1e-3
-    columns = {"loss": loss, "loss in float32": exact_loss, "gradient error": error, "same bits twice": same}
-    columns["loss after 3 steps"] = losses[-1].item()
+    ok = same and update.ok() and losses[-1].item() < losses[0].item() and error <= 2 * allowed + 1e-4
+    # A loss is right by chance in places: rounding alone may move it by this share.
+    ok = ok and abs(loss - exact_loss) <= 2 * abs(plain_loss - exact_loss) + 0.01 * abs(exact_loss)
+    columns = {"loss": loss, "loss in float32": exact_loss, "gradient error": error, "of sdpa": allowed}
+    columns |= {"same bits twice": same, "loss after 3 steps": losses[-1].item()}
     return {"ok": ok, **columns, "note": policy.backend.name}
+
+
+def _like(policy: Any, other: Any) -> Any:
+    """``other`` with the weights of ``policy``: drawn in another dtype they are others."""
+    other.load_state_dict(policy.state_dict())
+    return other

@@ -62,7 +62,7 @@ class _Steps:
 
         layers = DRY_LAYERS if context.dry_run else LAYERS
         prompt, response, count = (5, 4, 2) if context.dry_run else (384, 320, 16)
-        self.policy = build_policy(context, layers, context.dtype_name, **options)
+        self.policy = build_policy(context, layers, "bfloat16", **options)
         self.objective = Objective(LossConfig())
         sizes: dict[str, Any] = {"prompt": (prompt, prompt + 1), "response": (response, response + 1)}
         self.batch = build_batch(random_groups(count, **sizes, responses=2, vocab=layers["vocab_size"]))
