@@ -37,6 +37,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3, head dim 128, heads 8:1": {"model_type": "qwen3", **GROUPED, "head_dim": 128},
     "mistral, window": {"model_type": "mistral", **SIZES, "sliding_window": 5},
     "gemma2, softcap, head dim 256": {"model_type": "gemma2", **SIZES, "head_dim": 256, "sliding_window": 5},
+    "gpt-oss, sinks": {
+        "model_type": "gpt_oss",
+        **SIZES,
+        "head_dim": 64,
+        # All of the experts, always: which ones a token takes must not hang on rounding.
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+    },
 }
 EXPERTS = {
     "model_type": "qwen3_moe",
