@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load, load_file, save, save_file
 
 from engine.config import load_config
 from engine.errors import UserError
-from engine.train.checkpoint import complete_checkpoints
+from engine.train.checkpoint import complete_checkpoints, read_state
 from engine.train.durable import only_writer
 from engine.train.loop import _find_start, train
 from engine.train.metrics import JsonlTracker
@@ -221,6 +223,59 @@ def test_a_byte_flipped_anywhere_in_a_checkpoint_is_named(unfinished):
             assert f"delete {folder} and continue from {run / 'checkpoint-2'} with --resume" in str(error.value)
             assert "\n" not in str(error.value)
         path.write_bytes(good)
+    assert find_start(config, run) == 4
+
+
+def altered(document: Any) -> Iterator[Any]:
+    """``document`` with one field after another dropped, and one after another changed; of a list the first item."""
+    if isinstance(document, dict):
+        for key, item in document.items():
+            yield {k: v for k, v in document.items() if k != key}
+            yield from ({**document, key: changed} for changed in altered(item))
+    elif isinstance(document, list) and document:
+        yield document[1:]
+        yield from ([changed, *document[1:]] for changed in altered(document[0]))
+    else:
+        yield document + 1 if isinstance(document, int | float) else f"{document}x"
+
+
+def altered_tensors(content: bytes) -> Iterator[bytes]:
+    """A safetensors file with one tensor after another dropped, and one number of each changed."""
+    tensors = load(content)
+    for name, tensor in tensors.items():
+        yield save({k: v for k, v in tensors.items() if k != name}, metadata={"format": "pt"})
+        changed = tensor.clone()
+        changed.view(-1)[-1:].view(torch.uint8)[0] ^= 1
+        yield save({**tensors, name: changed}, metadata={"format": "pt"})
+
+
+def test_every_field_of_a_checkpoint_is_checked(unfinished):
+    """Every value of state, settings, tokenizer, weights, optimizer and generators in turn: named, or a manifest that
+    still tells of what is read."""
+    run, config = unfinished
+    folder = run / "checkpoint-4"
+    whole, messages = read_state(folder), set()
+    for path in sorted(folder.iterdir()):
+        good = path.read_bytes()
+        if path.suffix == ".safetensors":
+            variants = altered_tensors(good)
+        elif path.suffix == ".json" and path.name != "tokenizer.json":
+            variants = (json.dumps(d, indent=1).encode() for d in altered(json.loads(good)))
+        else:
+            variants = iter([good + b" ", good[1:]])
+        for damaged in variants:
+            path.write_bytes(damaged)
+            try:
+                state = read_state(folder)
+            except UserError as error:
+                messages.add(str(error))
+            else:
+                assert path.name == "manifest.json", f"{path.name}: {damaged[:200]!r}"
+                assert state == whole
+        path.write_bytes(good)
+    remedy = f"; delete {folder} and continue from {run / 'checkpoint-2'} with --resume"
+    assert all(message.startswith(str(folder)) and message.endswith(remedy) for message in messages)
+    assert len(messages) > len(list(folder.iterdir()))
     assert find_start(config, run) == 4
 
 
