@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-long check-install kill lint format bench conformance gpu clean
+.PHONY: demo test test-long check-install test-versions kill lint format bench conformance gpu clean
 
 # constraints.txt pins the versions that the tests pass with; torch comes first, so that a build that is there is kept.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,6 +26,11 @@ test-long: $(VENV)/.installed
 # Resolves every extra and constraints.txt on plain PyPI, in dry run, whatever this machine's pip is set to.
 check-install: $(VENV)/.installed
 	$(BIN)/python -m tests.install
+
+# The suite on the oldest, pinned and newest versions, 7 GB each in .venvs/; writes docs/versions.md.
+# VERSIONS_ARGS="newest" runs one set.
+test-versions: $(VENV)/.installed
+	$(BIN)/python -m tests.install.versions $(VERSIONS_ARGS)
 
 # A hundred runs, killed at random moments and resumed; KILL_ARGS="--seed 7" repeats one.
 kill: $(VENV)/.installed
@@ -55,4 +60,4 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venvs build dist *.egg-info
