@@ -25,6 +25,8 @@ _PROCESSOR_FILES = (
     "audio_tokenizer_config.json",
     "chat_template.json",
 )
+_HUB_TROUBLES = ("missing_entries", "connection_errors", "gated_repo")
+_CONFIG_FILE = "config.json"
 _TEMPLATE_FILE = "chat_template.jinja"
 
 log = logging.getLogger(__name__)
@@ -133,27 +135,27 @@ def copy_companions(model: ModelConfig, folder: Path) -> None:
     old = {"chat_template.json"} if (folder / _TEMPLATE_FILE).exists() else set()
     names = [name for name in _PROCESSOR_FILES if name not in old]
     source = Path(model.model_name_or_path).expanduser()
-    found = [source / name for name in names] if source.is_dir() else _from_hub(model, names)
+    # The config, which the model has written, says where on this machine the others are.
+    wanted = [_CONFIG_FILE, *names]
+    found = [source / name for name in wanted] if source.is_dir() else _from_hub(model, wanted)
     if model.trust_remote_code:
         found += [path for parent in {path.parent for path in found} for path in parent.glob("*.py")]
     for path in found:
-        if path.is_file() and not (folder / path.name).exists():
+        if path.name != _CONFIG_FILE and path.is_file() and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
 
 
 def _from_hub(model: ModelConfig, names: list[str]) -> list[Path]:
-    """Those of the files that the Hub, or its cache, has."""
+    """Those of the files that the Hub, or without a connection its cache, has."""
     from transformers.utils import cached_file
 
     name = model.model_name_or_path
+    # A run is not lost for what is missing here and can be copied by hand.
+    quiet = dict.fromkeys((f"_raise_exceptions_for_{kind}" for kind in _HUB_TROUBLES), False)
     try:
         options = hub_options(name, "model.model_name_or_path=")
-        found = [
-            cached_file(name, file, revision=model.revision, _raise_exceptions_for_missing_entries=False, **options)
-            for file in ("config.json", *names)
-        ]
+        found = [cached_file(name, file, revision=model.revision, **quiet, **options) for file in names]
     except (OSError, ValueError, UserError) as error:
-        # At the end of a run: what is missing can be copied by hand, the run is not lost for it.
         log.warning("processors of %s, if it has any, are not written: %s", name, first_line(error))
         return []
     return [Path(path) for path in found if path is not None]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from engine.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from engine.model import load_policy, load_tokenizer
-from engine.model.companions import describe_trained
+from engine.model.companions import copy_companions, describe_trained
 from engine.train.export import export_model
 from engine.train.loop import train
 from tests.conformance.families import tiny_config, tiny_model
@@ -123,6 +123,25 @@ def test_the_files_of_a_processor_come_along(base, tmp_path):
         assert (tmp_path / "run" / name).read_bytes() == (base / name).read_bytes()
     assert not (tmp_path / "run" / "chat_template.json").exists()
     assert (tmp_path / "run" / "chat_template.jinja").exists()
+
+
+def test_the_files_of_a_processor_on_the_hub_come_from_its_cache(tiny_model_dir, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub" / "models--org--seeing" / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_model_dir, snapshot)
+    edit(snapshot / "preprocessor_config.json", image_seq_length=16)
+    (snapshot / "modeling_mine.py").write_text("ONE = 1\n")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for trusted, names in (
+        (False, {"preprocessor_config.json"}),
+        (True, {"preprocessor_config.json", "modeling_mine.py"}),
+    ):
+        folder = tmp_path / str(trusted)
+        folder.mkdir()
+        copy_companions(ModelConfig(model_name_or_path="org/seeing", trust_remote_code=trusted), folder)
+        assert {path.name for path in folder.iterdir()} == names
 
 
 def test_a_composite_model_names_one_dtype_in_all_its_configs(tiny_tokenizer, tmp_path):

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from engine import stop
 from engine.evaluate import evaluate
+from engine.report.page import _evaluation
+from engine.report.records import read_run
 from engine.train.loop import train
 from engine.train.metrics import AS_TRAINED
 from engine.train.rounding import dtypes_of, round_weights, rounded
@@ -132,6 +134,8 @@ def test_rounding_is_measured_and_told(run_of, tmp_path, caplog):
     assert f"| `{margin}` | {written[margin]:.6g} |" in card
     assert f"| `{AS_TRAINED}rewards/margins` | {trained:.6g} |" in card
     assert "as written" not in (tmp_path / "exact" / "README.md").read_text()
+    table = _evaluation(read_run(run))
+    assert "as_trained/rewards/margins" in [row["name"] for row in table["rows"]]
 
 
 def test_without_evaluation_data_rounding_is_measured_on_training_rows(run_of, tmp_path, caplog):
