@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 EXPERTS = "dpo_grouped_mm"
@@ -54,3 +55,5 @@ def grouped_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 def register_experts() -> None:
     """Make it known to transformers. Idempotent."""
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS, grouped_experts)
+    # Experts of 8 bits are looked up elsewhere; they have grouped products of their own, which cast what they need.
+    ALL_FP8_EXPERTS_FUNCTIONS.register(EXPERTS, ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"])

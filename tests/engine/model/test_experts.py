@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from engine.model.experts import EXPERTS, grouped_experts, register_experts
 from tests.conformance.families import model_types, tiny_config, tiny_model
@@ -118,6 +119,13 @@ def test_the_same_bits_as_a_model_of_that_dtype(family):
     for want, same, got in zip(exact, theirs, ours, strict=True):
         assert torch.equal(got, same)
         assert (got - want).norm() <= 0.02 * want.norm()
+
+
+def test_experts_of_8_bits_keep_their_own_products():
+    register_experts()
+    found = ALL_FP8_EXPERTS_FUNCTIONS.get_interface(EXPERTS, None)
+    assert found is ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"] is not grouped_experts
+    assert ALL_EXPERTS_FUNCTIONS.get_interface(EXPERTS, None) is grouped_experts
 
 
 def test_without_autocast_nothing_is_cast():
