@@ -39,11 +39,18 @@ def _load(op: str, impl: str) -> ModuleType:
 
 
 def why_not(
-    op: str, impl: str, device: torch.device, dtype: torch.dtype, stats: Sequence[str] = (), filtered: bool = False
+    op: str,
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    stats: Sequence[str] = (),
+    filtered: bool = False,
+    losses: Sequence[str] = (),
 ) -> str | None:
-    """Why ``impl`` of ``op`` cannot run on such tensors, give such statistics of tokens or filter a backward, or None.
+    """Why ``impl`` of ``op`` cannot run on such tensors, or None.
 
-    Depends on the arguments, this install and the chip alone.
+    ``stats`` of tokens and a ``filtered`` backward are asked of ``linear_logps``, ``losses`` of ``linear_dpo``. Depends
+    on the arguments, this install and the chip alone.
     """
     if impl == "native":
         return "the native extension is not built"
@@ -55,9 +62,10 @@ def why_not(
         return "triton is not installed"
     if importlib.util.find_spec(f"dpo_kernels.{op}.{MODULES[op]['triton']}") is None:
         return f"this build has no Triton kernels for {op}"
-    missing = [name for name in stats if name not in _load(op, "triton").STATS]
-    if missing:
-        return f"no kernel computes the statistics {', '.join(missing)}"
+    for kind, attribute, names in (("statistics", "STATS", stats), ("losses", "LOSSES", losses)):
+        missing = [name for name in names if name not in getattr(_load(op, "triton"), attribute)]
+        if missing:
+            return f"no kernel computes the {kind} {', '.join(missing)}"
     return _load(op, "triton").why_not(device, dtype)
 
 
@@ -68,8 +76,9 @@ def choose(
     dtype: torch.dtype,
     stats: Sequence[str] = (),
     filtered: bool = False,
+    losses: Sequence[str] = (),
 ) -> Choice:
-    """Resolve a requested ``impl`` for tensors, and for statistics of tokens or a filter asked of ``linear_logps``.
+    """Resolve a requested ``impl`` for tensors, and for what is asked of the op, as in ``why_not``.
 
     Raises:
         ValueError: an unknown name.
@@ -78,13 +87,13 @@ def choose(
     check_impl(impl)
     device = torch.device(device)
     if impl != "auto":
-        obstacle = why_not(op, impl, device, dtype, stats, filtered)
+        obstacle = why_not(op, impl, device, dtype, stats, filtered, losses)
         if obstacle:
             raise RuntimeError(f"{op} impl={impl!r} cannot run on {device.type} {dtype}: {obstacle}")
         return Choice(impl, "requested")
     if device.type == "cpu":
         return Choice("torch", "cpu tensors: row and vocabulary chunks in torch")
-    obstacle = why_not(op, "triton", device, dtype, stats, filtered)
+    obstacle = why_not(op, "triton", device, dtype, stats, filtered, losses)
     if obstacle is None:
         return Choice("triton", f"{device.type} tensors and Triton kernels")
     if filtered and (refusal := why_not(op, "torch", device, dtype, stats, filtered)):
@@ -98,10 +107,15 @@ def check_impl(impl: str) -> None:
 
 
 def implementation(
-    op: str, impl: str, tensor: torch.Tensor, stats: Sequence[str] = (), filtered: bool = False
+    op: str,
+    impl: str,
+    tensor: torch.Tensor,
+    stats: Sequence[str] = (),
+    filtered: bool = False,
+    losses: Sequence[str] = (),
 ) -> ModuleType:
     """The module that runs ``op`` for a tensor like ``tensor``."""
-    return _load(op, choose(op, impl, tensor.device, tensor.dtype, stats, filtered).impl)
+    return _load(op, choose(op, impl, tensor.device, tensor.dtype, stats, filtered, losses).impl)
 
 
 class Description(NamedTuple):

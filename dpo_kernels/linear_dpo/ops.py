@@ -12,6 +12,8 @@ device, same bits when run twice).
 
 ``why_not(device, dtype) -> str | None``
     (Triton only.) As in ``dpo_kernels.linear_logps.ops``.
+``LOSSES``
+    (Triton only.) Names of the losses that it computes; ``torch`` and ``reference`` compute the whole table.
 ``forward(hidden_TD, weight_VD, labels_T, cu_responses, score_pairs, bias_V, softcap, logit_scale, temperature,
 ignore_index, need_hidden, need_weight, need_bias) -> (losses_P, logps_S, dX_TD | None, dW_VD | None, db_V | None)``
     ``cu_responses`` is a list of S + 1 Python ints, S > 0: offsets of the responses in the rows, from 0 to T, not
@@ -196,14 +198,15 @@ def linear_dpo_op(
 
     ``weight_grad`` is for backward, which adds dW to it.
     """
-    module = implementation("linear_dpo", impl, hidden)
+    mix = resolve_loss(loss_type.split(","), loss_weights)
+    module = implementation("linear_dpo", impl, hidden, losses=[loss.name for loss in mix.types])
     check_labels(labels, weight.shape[0], ignore_index)
     offsets = check_responses(cu_responses, hidden.shape[0])
     num_pairs = len(offsets) // 2
     dtype = accumulation_dtype(hidden.dtype)
     weights_P = hidden.new_ones(num_pairs, dtype=dtype) if pair_weights is None else pair_weights
     score_pairs = _Scorer(
-        resolve_loss(loss_type.split(","), loss_weights),
+        mix,
         LossOptions(*loss_options),
         ref_logps,
         lengths,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dpo_kernels.chunks import Chunk, early_gradient_dtype, even_slices, plan_chunks
 from dpo_kernels.kernels.launch import MAX_BLOCK, HeadOptions, TileLaunch, obstacle
-from dpo_kernels.kernels.paired_loss import PairTerms, launch_pairs
+from dpo_kernels.kernels.paired_loss import KERNEL_LOSSES, PairTerms, launch_pairs
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
 from dpo_kernels.kernels.tile_logps import LinearStats, empty_exps, linear_stats, partial_width
@@ -37,6 +37,10 @@ ROW_BYTES = 64
 IN_PLACE_CHUNKS = 4
 """Four roundings to bfloat16 have 1.4 to 1.6 times the error of one (shares that add up, shares that are independent),
 which is small beside the error that gradients have from bfloat16 operands."""
+
+
+LOSSES = KERNEL_LOSSES
+"""Losses of pairs that the kernels compute."""
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

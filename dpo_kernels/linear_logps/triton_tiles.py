@@ -20,7 +20,7 @@ from dpo_kernels.kernels.frozen_head import frozen_head
 from dpo_kernels.kernels.launch import HeadOptions, obstacle
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.slice_grad import slice_grad
-from dpo_kernels.kernels.tile_logps import linear_stats
+from dpo_kernels.kernels.tile_logps import PARTIAL_BYTES, linear_stats
 from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
 from dpo_kernels.linear_logps.tile_filter import COLUMNS, Kept
 
@@ -185,8 +185,12 @@ def _add_kept_products(
 
 
 def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, need_dx: bool) -> int:
-    """Most bytes that ``forward`` holds beyond its inputs and results, but for partial sums of tiles."""
-    return _slice_bytes(hidden_TD, weight_VD) + hidden_TD.numel() * 4 if need_dx else 0
+    """Most bytes that ``forward`` holds beyond its inputs and results, without statistics of tokens."""
+    T, V = hidden_TD.shape[0], weight_VD.shape[0]
+    columns = min(V, slice_columns(hidden_TD)) if need_dx else V
+    # A shift and a sum for 64 columns, or for more where tiles are wider.
+    partials = min(PARTIAL_BYTES, T * -(-columns // 64) * 8)
+    return partials + (_slice_bytes(hidden_TD, weight_VD) + hidden_TD.numel() * 4 if need_dx else 0)
 
 
 def backward_workspace(hidden_TD: Tensor, weight_VD: Tensor) -> int:

@@ -180,7 +180,8 @@ class _HeadWorkspace:
         given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
         hidden, weight = given["hidden"], given["weight"]
         paired = is_op(func, "linear_dpo")
-        module = implementation("linear_dpo" if paired else "linear_logps", given["impl"], hidden)
+        losses = given["loss_type"].split(",") if paired else ()
+        module = implementation("linear_dpo" if paired else "linear_logps", given["impl"], hidden, losses=losses)
         if paired:
             return module.forward_workspace(hidden, weight, self.cu_responses, given["need_weight"])
         if is_op(func, "linear_logps"):

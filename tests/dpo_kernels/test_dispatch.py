@@ -84,6 +84,24 @@ def test_an_explicit_request_reaches_the_op() -> None:
         linear_dpo_loss(hidden, weight.requires_grad_(), labels, torch.tensor([0, 2, 4]), torch.zeros(2), impl="native")
 
 
+def test_a_loss_without_a_kernel_goes_to_torch_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    module = dispatch._load("linear_dpo", "triton")
+    monkeypatch.setattr(module, "why_not", lambda *args: None)
+    asked = ("linear_dpo", "cuda", torch.bfloat16)
+    assert dispatch.choose(asked[0], "auto", *asked[1:], losses=["sigmoid", "sft"]).impl == "triton"
+    choice = dispatch.choose(asked[0], "auto", *asked[1:], losses=["sigmoid", "of tomorrow"])
+    assert choice == ("torch", "no Triton kernels: no kernel computes the losses of tomorrow")
+    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run .* no kernel computes the losses of tomorrow"):
+        dispatch.choose(asked[0], "triton", *asked[1:], losses=["of tomorrow"])
+    # What the op asks with: the names of the call's losses.
+    monkeypatch.setattr(module, "LOSSES", ("ipo",))
+    hidden, weight = torch.randn(4, 3), torch.randn(7, 3, requires_grad=True)
+    labels, cu = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, 4])
+    with pytest.raises(RuntimeError, match="no kernel computes the losses sigmoid"):
+        linear_dpo_loss(hidden, weight, labels, cu, torch.zeros(2), impl="triton")
+
+
 @pytest.mark.parametrize("op", dispatch.MODULES)
 def test_auto_takes_triton_on_cuda_only_where_it_can(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "why_not", lambda *args: None)

@@ -113,10 +113,13 @@ def test_workspace_of_the_head(dtype, pairs, length, monkeypatch):
     labels = torch.randint(V, (len(hidden),))
     offsets = list(range(0, len(hidden) + 1, length))
     options = (None, None, 1.0, 1.0, -100)
+
+    def score_pairs(sums, first):
+        return sums[0::2], sums
+
+    score_pairs.cu_S1 = torch.tensor(offsets)
     with LiveStorage(CPU, lambda func, args: 0) as count:
-        dpo_chunks.forward(
-            hidden, weight, labels, offsets, lambda sums, first: (sums[0::2], sums), *options, True, True, False
-        )
+        dpo_chunks.forward(hidden, weight, labels, offsets, score_pairs, *options, True, True, False)
     stated = dpo_chunks.forward_workspace(hidden, weight, offsets, need_weight=True)
     results = (hidden.numel() + weight.numel()) * dtype.itemsize
     assert count.peak == pytest.approx(stated + results, abs=3 * 2**20)
