@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,3 +198,16 @@ def test_time_that_is_over_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_unknown_sections_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([*OPTIONS, "--sections", "later,none"]) == 2
     assert "error: no section none; there are raising, " in capsys.readouterr().err
+
+
+def test_what_supervises_imports_no_torch() -> None:
+    """An import that fails or hangs must not take the report with it."""
+    code = "import sys, benchmarks.gpu, benchmarks.gpu_sections; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_hands_options_on() -> None:
+    command = ["make", "-n", "gpu", "PYTHON=python3", "GPU_ARGS=--sections cuda,head --seconds 300"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "python3 -m benchmarks.gpu --sections cuda,head --seconds 300\n"

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks import gpu
 from benchmarks.contenders import Contender, Outcome, Task, UnavailableError, contenders
 from benchmarks.gpu_journal import Journal
-from benchmarks.gpu_numbers import race
+from benchmarks.gpu_numbers import SMI_FIELDS, _nvidia_smi, race
 from benchmarks.gpu_table import Context
 from benchmarks.inputs import make_inputs
+from benchmarks.results import RESULTS
 from benchmarks.shapes import HeadShape
 from benchmarks.tasks import LOGPS
 
@@ -86,3 +88,32 @@ def test_a_late_failure_leaves_what_was_measured(tmp_path: Path) -> None:
 def test_rows_say_what_they_are_of(tmp_path: Path, what: str) -> None:
     _, rows = run_race(tmp_path)
     assert rows["naive logits"][what] == {"status": "ok", "task": LOGPS, "inputs": "random"}[what]
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An nvidia-smi that answers each field of a query by what an H100 says, or by the field's name."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        "#!/bin/sh\nfor a; do case $a in --query-gpu=*) fields=${a#--query-gpu=};; esac; done\n"
+        "echo $fields | sed 's/name/NVIDIA H100 80GB HBM3/; s/,/, /g'\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+
+@pytest.mark.usefixtures("smi")
+def test_results_go_to_the_devices_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    assert gpu.default_folder(tmp_path, dry_run=False) == RESULTS / "nvidia-h100-80gb-hbm3"
+    assert gpu.default_folder(tmp_path, dry_run=True) == tmp_path / "results"
+    monkeypatch.setenv("OUT", str(tmp_path / "elsewhere"))
+    assert gpu.default_folder(tmp_path, dry_run=False) == tmp_path / "elsewhere"
+
+
+@pytest.mark.usefixtures("smi")
+def test_every_field_of_nvidia_smi_has_its_value() -> None:
+    found = _nvidia_smi()
+    assert list(found) == SMI_FIELDS.split(",")
+    assert found["name"] == "NVIDIA H100 80GB HBM3"
+    assert all(found[field] == field for field in SMI_FIELDS.split(",")[1:])
