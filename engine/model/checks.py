@@ -21,6 +21,7 @@ from engine import distributed
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import BackendError, UserError, out_of_memory
 from engine.model.diagnosis import first_difference
+from engine.model.layers import largest
 from engine.model.policy import Policy
 from engine.packing.layout import PackedBatch, build_batch
 
@@ -228,8 +229,7 @@ def _unchanged(policy: Policy, before: torch.Tensor, after: torch.Tensor) -> boo
 def has_experts(config) -> bool:
     """Whether a transformers config is of a mixture of experts."""
     text = config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return any((getattr(text, name, None) or 0) > 1 for name in names)
+    return largest(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") > 1
 
 
 def _inequality(policy: Policy, groups, packed: torch.Tensor) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from engine.model import Policy
+from engine.model.layers import largest, layer_configs
 from engine.model.quantization import num_weights
 
 _STATUS = Path("/proc/self/status")
@@ -34,7 +35,7 @@ class FlopModel:
     head_weights: int
     head_trained: bool
     attention_width: int
-    """Layers * query heads * head dimension."""
+    """Query heads * head dimension, summed over layers."""
 
     @classmethod
     def of(cls, policy: Policy) -> FlopModel:
@@ -49,9 +50,12 @@ class FlopModel:
             size = num_weights(p) * (active if "expert" in name and "shared" not in name else 1.0)
             body += size
             trained += size if p.requires_grad else 0.0
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        return cls(body, trained, head.numel(), head.requires_grad, config.num_hidden_layers * heads * head_dim)
+        width = sum(
+            layer.num_attention_heads
+            * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+            for layer in layer_configs(config)
+        )
+        return cls(body, trained, head.numel(), head.requires_grad, width)
 
     def step(self, packed_tokens: int, completion_tokens: int, visible_pairs: int) -> float:
         """FLOP of one optimizer step, forward and backward.
@@ -65,9 +69,8 @@ class FlopModel:
 
 
 def _active_share(config) -> float:
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((count for name in names if (count := getattr(config, name, 0))), 0)
-    picked = getattr(config, "num_experts_per_tok", None)
+    experts = largest(config, "num_local_experts", "num_experts", "n_routed_experts")
+    picked = largest(config, "num_experts_per_tok")
     return picked / experts if experts and picked else 1.0
 
 

@@ -24,6 +24,7 @@ from engine.errors import BackendError, UserError
 from engine.model.attention.choice import KERNELS, implementation_name
 from engine.model.attention.segments import open_attention, sdpa_attention
 from engine.model.attention.sinks import attend_with_sinks
+from engine.model.layers import layer_configs
 from engine.model.sources import first_line
 from engine.packing.layout import AttentionPlan
 
@@ -82,12 +83,12 @@ def packed_attention(
         raise UserError(f"{type(module).__name__} does not pass keyword arguments of the model to its attention")
     attention_plan.readers.add(type(module).__name__)
     _check_unused(module, unused)
-    kind, config = _layer_kind(module)
+    kind = _layer_kind(module)
     if kind == "sliding_attention" and sliding_window is None:
         # Qwen 2 MoE tells its mask of the window, but not its attention
-        sliding_window = config.sliding_window
+        sliding_window = _of_layer(module, "sliding_window")
     # Llama 4: a layer does not look beyond its chunk
-    chunk = config.attention_chunk_size if kind == "chunked_attention" else None
+    chunk = _of_layer(module, "attention_chunk_size") if kind == "chunked_attention" else None
     scores = _Scores(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
@@ -189,11 +190,16 @@ def _check_unused(module: torch.nn.Module, arguments: dict[str, Any]) -> None:
             raise UserError(f"{type(module).__name__} gives its attention `{name}`, which packs do not support")
 
 
-def _layer_kind(module: torch.nn.Module) -> tuple[str | None, Any]:
-    """What the config calls the attention of this layer, if it tells layers apart, and the config."""
-    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
-    kinds = getattr(config, "layer_types", None)
-    return (kinds[layer] if kinds is not None and layer is not None else None), config
+def _layer_kind(module: torch.nn.Module) -> str | None:
+    """What the config calls the attention of this layer, if it tells layers apart."""
+    kinds, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    return None if kinds is None or layer is None else kinds[layer]
+
+
+def _of_layer(module: torch.nn.Module, name: str) -> Any:
+    """An attribute of the config of this layer."""
+    config: Any = module.config
+    return getattr(layer_configs(config)[module.layer_idx], name)  # type: ignore[index]
 
 
 def _equal_widths(*tensors: torch.Tensor) -> list[torch.Tensor]:

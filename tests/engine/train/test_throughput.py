@@ -12,8 +12,12 @@ from engine.config.schema import LoraConfig, ModelConfig
 from engine.data.groups import PreferenceGroup
 from engine.data.lengths import GroupLengths
 from engine.model import load_policy
+from engine.model.checks import has_experts
 from engine.packing import build_batch
 from engine.train.throughput import FlopModel, Stopwatch, measure_matmul_rate, peak_memory_gib
+from tests.conformance.families import tiny_config
+from tests.conformance.families import tiny_model as model_of
+from tests.engine.model.test_attention import make_policy
 
 CPU = torch.device("cpu")
 
@@ -44,6 +48,14 @@ def test_flop_model_counts_the_matrix_products_that_torch_counts(tiny_model_dir,
     # The first layer's input needs no gradient without LoRA, which the model counts all the same.
     assert sum(by_op.values()) == pytest.approx(expected, rel=0.12)
     assert sum(by_op.values()) <= expected * 1.001
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text", "qwen2_moe", "llama4_text"])
+def test_attention_width_is_that_of_the_layers(family):
+    policy = make_policy(model_of(tiny_config(family)))
+    width = sum(m.out_features for n, m in policy.causal_lm.named_modules() if n.endswith("q_proj"))
+    assert FlopModel.of(policy).attention_width == width
+    assert has_experts(policy.config) == (family in ("qwen2_moe", "llama4_text"))
 
 
 def test_measures_are_plausible():
