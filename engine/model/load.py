@@ -204,6 +204,9 @@ def _from_config(
         text = config.get_text_config()
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
+        if shared := getattr(text, "num_kv_shared_layers", None):
+            # the last layers use the keys of earlier ones (Gemma 3n)
+            text.num_kv_shared_layers = max(0, layers - (text.num_hidden_layers - shared))
         text.num_hidden_layers = layers
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **kwargs).eval()
 

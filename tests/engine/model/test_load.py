@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.model import check_packing, load_adapter, load_policy, load_tokenizer, sources
 from engine.model.load import disable_dropout
 from tests.conformance import families as conformance
+from tests.conformance.families import tiny_config
 from tests.engine.model.families import tiny_model
 
 CPU = torch.device("cpu")
@@ -199,3 +200,12 @@ def test_every_weight_has_the_dtype_that_transformers_loads(family, lora, tmp_pa
     for name, tensor in found.items():
         assert tensor.dtype == wanted[name].dtype, name
         assert torch.equal(tensor, wanted[name]), name
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_the_first_layers_of_a_model_whose_last_share_keys(tmp_path, family):
+    tiny_config(family).save_pretrained(tmp_path)
+    model = ModelConfig(model_name_or_path=str(tmp_path), dtype="float32")
+    for layers in (1, 2):
+        policy = load_policy(model, device=CPU, empty=True, layers=layers)
+        assert len(policy.causal_lm.model.layers) == layers
