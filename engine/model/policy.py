@@ -110,9 +110,9 @@ class Policy(nn.Module):
         """Call ``objective`` with the head. A head that is a unit of its own is gathered around this."""
         return objective(hidden_ND, self.head)
 
-    def plain_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[B, T, V]: the model's own forward on plain sequences, for comparison."""
-        with self.autocast():
+    def plain_logits(self, input_ids: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
+        """[B, T, V]: the model's own forward on plain sequences, for comparison; ``exact`` without autocast."""
+        with nullcontext() if exact else self.autocast():
             return self.causal_lm(input_ids=input_ids, use_cache=False).logits
 
     def logps(self, batch: PackedBatch) -> torch.Tensor:

@@ -232,6 +232,32 @@ def test_a_backend_that_fails_is_blamed_and_not_the_family(kernels, monkeypatch)
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("weights", [torch.float32, BF16])
+@pytest.mark.parametrize("factor", [1.0, 64.0])
+def test_large_scores_are_no_fault(kernels, factor, weights):
+    """A flash kernel keeps scores in float32, eager attention rounds them: with large ones they differ, both right."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= factor
+    policy = policy_on(Backend("flash", "test"), model.to(weights))
+    check_packing(policy)
+    assert {p.dtype for p in model.parameters()} == {weights}
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_large_scores_hide_no_fault(kernels, monkeypatch):
+    model = tiny_model("mistral")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 16
+    attend = choice.KERNELS["flash"].attend
+    wide = choice.KERNELS["flash"]._replace(
+        attend=lambda *args, window, **options: attend(*args, window=None, **options)
+    )
+    monkeypatch.setitem(choice.KERNELS, "flash", wide)
+    with pytest.raises(UserError, match="different log-probs on packs"):
+        check_packing(policy_on(Backend("flash", "test"), model))
+
+
 def test_missing_plan_is_named():
     model = tiny_model("llama")
     query = torch.zeros(1, 4, 3, 8)

@@ -15,7 +15,6 @@ from engine.errors import UserError
 from engine.model import check_packing, load_adapter, load_policy, load_tokenizer, sources
 from engine.model.load import disable_dropout
 from tests.conformance import families as conformance
-from tests.conformance.families import tiny_config
 from tests.engine.model.families import tiny_model
 
 CPU = torch.device("cpu")
@@ -204,7 +203,7 @@ def test_every_weight_has_the_dtype_that_transformers_loads(family, lora, tmp_pa
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_the_first_layers_of_a_model_whose_last_share_keys(tmp_path, family):
-    tiny_config(family).save_pretrained(tmp_path)
+    conformance.tiny_config(family).save_pretrained(tmp_path)
     model = ModelConfig(model_name_or_path=str(tmp_path), dtype="float32")
     for layers in (1, 2):
         policy = load_policy(model, device=CPU, empty=True, layers=layers)
