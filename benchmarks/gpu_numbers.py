@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Contender, contenders, versions
-from benchmarks.gpu_table import Check, Context, SkippedError
+from benchmarks.gpu_table import Check, Context, SkippedError, first_line
 from benchmarks.inputs import HeadInputs, make_inputs, softmax_shape
 from benchmarks.measure import Race, make_task, milliseconds
 from benchmarks.shapes import GPU_BENCHMARK, HeadShape
@@ -169,16 +169,19 @@ def _rounds(context: Context, found: Race, labels: dict[str, str], rounds: int) 
     finally:
         if done:
             _write_all(context, found, labels)
-            context.row("the machine", **labels, **_clocks(context))
+            if not context.dry_run and shutil.which("nvidia-smi"):
+                context.row("the machine", **labels, note=_clocks())
     return done
 
 
-def _clocks(context: Context) -> dict[str, Any]:
-    """What the device runs at just after the work, where nvidia-smi tells."""
-    if context.dry_run or shutil.which("nvidia-smi") is None:
-        return {}
-    found = _nvidia_smi()
-    return {name: found.get(name, "") for name in ("clocks.sm", "power.draw", "temperature.gpu")}
+def _clocks() -> str:
+    """What the device runs at just after the work."""
+    try:
+        found = _nvidia_smi()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi: {first_line(error)}"
+    names = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+    return ", ".join(f"{name} {found.get(name, 'not told')}" for name in names)
 
 
 def _takes_part(context: Context, contender: Contender) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import gpu
 from benchmarks.contenders import Contender, Outcome, Task, UnavailableError, contenders
 from benchmarks.gpu_journal import Journal
-from benchmarks.gpu_numbers import SMI_FIELDS, _nvidia_smi, race
+from benchmarks.gpu_numbers import SMI_FIELDS, _clocks, _nvidia_smi, race
 from benchmarks.gpu_table import Context
 from benchmarks.inputs import make_inputs
 from benchmarks.results import RESULTS
@@ -117,3 +117,4 @@ def test_every_field_of_nvidia_smi_has_its_value() -> None:
     assert list(found) == SMI_FIELDS.split(",")
     assert found["name"] == "NVIDIA H100 80GB HBM3"
     assert all(found[field] == field for field in SMI_FIELDS.split(",")[1:])
+    assert "power.draw power.draw" in _clocks()
