@@ -52,10 +52,12 @@ def run(python: Path, *arguments: str, variables: Mapping[str, str] | None = Non
     Raises:
         ResolutionError: it failed.
     """
-    command = [str(python), "-m", "pip", arguments[0], "--quiet", *arguments[1:]]
+    command = [str(python), "-m", "pip", *arguments]
     done = subprocess.run(command, env=environment() | dict(variables or {}), capture_output=True, text=True)
     if done.returncode:
-        raise ResolutionError(done.stderr.strip() or done.stdout.strip())
+        # What asks for which version is information to pip, and no error.
+        _, found, cause = done.stdout.partition("The conflict is caused by:")
+        raise ResolutionError(f"{done.stderr.strip()}\n{found}{cause.partition('To fix this')[0].rstrip()}".strip())
     return done.stdout
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
-SECONDS = 300
+SECONDS = 900
+"""A guard against processes that hang, far above what a busy machine takes."""
 
 
 class Ended(NamedTuple):
