@@ -20,8 +20,10 @@ from engine.forecast.resident import resident_bytes
 from engine.packing import plan_first_epoch
 
 GIB = 2**30
-_ROOM = 0.95
-"""Share of a device that a forecast may fill: the rest is for gaps between blocks and for libraries."""
+_GAPS = 0.05
+"""Of what is allocated: room between blocks, which segments that grow leave few of."""
+_LIBRARIES, _NCCL = 0.7 * GIB, 0.8 * GIB
+"""CUDA context with its kernels and cuBLAS workspace; buffers of NCCL, with several processes."""
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,14 @@ def of_each_process(memory: Memory) -> int:
     """Peak bytes of one of the processes of this run: what they share is divided."""
     shared = memory.weights + memory.gradients + memory.optimizer
     return memory.peak - shared + shared // distributed.size()
+
+
+def needed(memory: Memory, device: torch.device) -> int:
+    """Bytes that a process takes of its device, of which torch's allocator counts ``of_each_process``."""
+    peak = of_each_process(memory)
+    if device.type != "cuda":
+        return peak
+    return int(peak * (1 + _GAPS) + _LIBRARIES + (_NCCL if distributed.size() > 1 else 0))
 
 
 def capacity(device: torch.device) -> int:
@@ -67,7 +77,7 @@ def figures(memory: Memory, device: torch.device) -> str:
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
     each = f" in each of {distributed.size()} processes" if distributed.size() > 1 else ""
     has = f"{'the device' if device.type == 'cuda' else 'this machine'} has {capacity(device) / GIB:.1f} GiB"
-    return f"forecast {of_each_process(memory) / GIB:.1f} GiB{each} ({listed}), {has}"
+    return f"forecast {needed(memory, device) / GIB:.1f} GiB{each} ({listed}), {has}"
 
 
 def remedies(config: RunConfig, *, trains: bool = True) -> str:
@@ -85,7 +95,7 @@ def remedies(config: RunConfig, *, trains: bool = True) -> str:
 
 def advise(config: RunConfig, memory: Memory, device: torch.device) -> None:
     """Say before the first step what a run needs, and what to do where the device has less."""
-    short = of_each_process(memory) > _ROOM * capacity(device)
+    short = needed(memory, device) > capacity(device)
     if short:
         log.info("memory: %s: it may not fit; %s", figures(memory, device), remedies(config))
     else:

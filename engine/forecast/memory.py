@@ -1,10 +1,11 @@
 """Peak memory of a training run, from shapes: its largest pack goes through the real code on tensors without data.
 
 The model is built from its config alone. Forward and backward of the pack that has the most tokens run on fake tensors
-under a count of live storages; the head's ops say what they hold inside. The optimizer's state is measured on a small
-layer. On a CUDA device the result is what ``torch.cuda.max_memory_allocated`` reports. On the CPU runs report resident
-memory: the C library is asked for the same blocks in the same order, since its heap also keeps what is free between
-live blocks, and the resident memory of a process that has imported and read everything is added.
+under a count of live storages; the head's ops say what they hold inside, attention's are known to. The optimizer's
+state is measured on a small layer. On a CUDA device the result is what ``torch.cuda.max_memory_allocated`` reports. On
+the CPU runs report resident memory: the C library is asked for the same blocks in the same order, since its heap also
+keeps what is free between live blocks, and the resident memory of a process that has imported and read everything is
+added.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from dpo_kernels.dispatch import implementation
 from engine.config.schema import OptimConfig, RunConfig
 from engine.data.groups import PreferenceDataset
+from engine.forecast.attention import backward_workspace
 from engine.forecast.heap import Heap
 from engine.forecast.live_storage import LiveStorage, is_op, storage_bytes
 from engine.model import Policy, load_policy
+from engine.model.attention import choose_backend
+from engine.model.load import DTYPES
 from engine.packing import PackedBatch, Step, build_batch, group_sizes
 from engine.train.feed import TrainingPack, TrainingStep
 from engine.train.metrics import StepWork
@@ -46,7 +50,7 @@ class Memory:
     activations: int
     """What the forward pass of the largest pack leaves for its backward pass."""
     workspace: int
-    """Most that an op of the head holds inside."""
+    """Most that an op of the head or of attention holds inside."""
     step_peak: int
     """Most that is alive at once in a step; not the sum of the parts, which have their peaks at different times."""
     process: int
@@ -78,7 +82,9 @@ def forecast_memory(
     batch = build_batch([dataset[i] for i in pack], share_prompts=config.packing.share_prompts)
     objective = Objective(config.loss)
     heap = Heap() if device.type == "cpu" and Heap.available() else None
-    count = LiveStorage(device, _HeadWorkspace(batch.cu_responses_S1.tolist()), heap)
+    count = LiveStorage(device, _Workspace(batch.cu_responses_S1.tolist()), heap)
+    # Chosen here for good: a kernel that is tried on tensors without data always works.
+    choose_backend(config.model.attention, device, DTYPES[config.model.dtype])
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy = _policy_without_data(config, device)
         trained = [p for p in policy.parameters() if p.requires_grad]
@@ -168,15 +174,15 @@ class _Activations:
         self.bytes = max(self.bytes, self._count.current - self._before)
 
 
-class _HeadWorkspace:
-    """Asks the head's implementations what they hold inside."""
+class _Workspace:
+    """Asks the head's implementations what they hold inside, and knows attention's."""
 
     def __init__(self, cu_responses: list[int]):
         self.cu_responses = cu_responses
 
     def __call__(self, func: Any, args: tuple[Any, ...]) -> int:
         if not is_op(func, "linear_dpo", "linear_logps", "linear_logps_backward", "linear_logps_backward_accumulate"):
-            return 0
+            return backward_workspace(func, args)
         given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
         hidden, weight = given["hidden"], given["weight"]
         paired = is_op(func, "linear_dpo")

@@ -7,6 +7,7 @@ import torch
 from engine.config.schema import RunConfig
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
+from engine.forecast.advice import needed
 from engine.forecast.duration import Duration, forecast_duration, reason_of
 from engine.forecast.memory import Memory, forecast_memory
 from engine.forecast.resident import resident_bytes
@@ -62,8 +63,11 @@ def _memory_lines(m: Memory, device: torch.device) -> list[Line]:
         ("  gradients", _size(m.gradients), ""),
         ("  optimizer state", _size(m.optimizer), ""),
         ("  activations", _size(m.activations), f"of the largest pack, {m.pack_tokens:,} tokens"),
-        ("  inside the head", _size(m.workspace), ""),
+        ("  inside an op", _size(m.workspace), "of the head or of attention"),
     ]
+    if device.type == "cuda":
+        note = "with the CUDA context, libraries and gaps between blocks: an allowance"
+        lines.insert(1, ("  on the device", _size(needed(m, device)), note))
     if m.process:
         lines.append(("  process", _size(m.process), "Python, libraries and data"))
     return lines

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from engine import cli
 from engine.config import to_yaml
@@ -13,6 +14,8 @@ from engine.config.schema import LoraConfig
 from engine.data import load_dataset_groups
 from engine.forecast import advice
 from engine.forecast.advice import GIB, advise, forecast_run
+from engine.forecast.memory import Memory
+from engine.packing import plan_first_epoch
 from engine.train import loop, setup
 from engine.train.optimizer import GuardedUpdate
 from engine.train.setup import prepare
@@ -93,12 +96,41 @@ def test_what_will_not_fit_is_said_before_it_is_tried(config, tiny_tokenizer, mo
     memory = forecast_run(config, dataset, CPU)
     with caplog.at_level("INFO", logger="engine"):
         advise(config, memory, CPU)
-        monkeypatch.setattr(advice, "capacity", lambda device: int(memory.peak * 1.01))
+        monkeypatch.setattr(advice, "capacity", lambda device: int(memory.peak * 0.99))
         advise(config, memory, CPU)
     fits, short = (record.message for record in caplog.records)
     assert fits.startswith(f"memory: forecast {memory.peak / GIB:.1f} GiB (weights ")
     assert "may not fit" not in fits
     assert short.endswith("it may not fit; " + advice.remedies(config))
+
+
+def test_a_cuda_device_gives_more_than_tensors_take(monkeypatch):
+    memory = Memory(
+        weights=GIB, gradients=GIB, optimizer=2 * GIB, activations=0, workspace=0, step_peak=10 * GIB, process=0,
+        pack_tokens=1,
+    )  # fmt: skip
+    assert advice.needed(memory, CPU) == 10 * GIB
+    assert advice.needed(memory, torch.device("cuda")) == int((10 * 1.05 + 0.7) * GIB)
+    monkeypatch.setattr(advice.distributed, "size", lambda: 4)
+    assert advice.needed(memory, torch.device("cuda")) == int((7 * 1.05 + 0.7 + 0.8) * GIB)
+
+
+def test_the_attention_backend_is_chosen_on_real_tensors(config, tiny_tokenizer, monkeypatch):
+    """Tried on tensors without data every kernel works, and what was found is kept for the run."""
+    from engine.forecast import memory
+    from engine.model.attention import choice
+
+    dataset = load_dataset_groups(config.data, tiny_tokenizer, split="train")[0]
+    fake = []
+    obstacle = choice._obstacle
+
+    def spy(*arguments):
+        fake.append(is_fake(torch.empty(1)))
+        return obstacle(*arguments)
+
+    monkeypatch.setattr(choice, "_obstacle", spy)
+    memory.forecast_memory(config, dataset, plan_first_epoch(dataset, config), device=CPU, resident=0)
+    assert fake[0] is False
 
 
 def test_a_forecast_leaves_random_numbers_and_results_alone(config, tiny_tokenizer, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def test_memory_by_part_and_time(config, dataset, monkeypatch):
         "gradients",
         "optimizer state",
         "activations",
-        "inside the head",
+        "inside an op",
         "process",
         "time",
     ]
