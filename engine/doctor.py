@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -22,6 +23,13 @@ LOGP_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3}
 """Largest error of one token's log-prob, in nats, against float64 on the same inputs."""
 GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest error of a gradient against float64, as a share of its norm."""
+
+ATTENTION_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+"""Largest error of attention's output against float64, as a share of its norm."""
+LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+"""Largest distance of the first loss from ln 2, where policy and reference are the same."""
+STEP_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Largest error of a model's gradient against its own forward in float32, as a share of its norm."""
 
 Rows = Iterator[tuple[str, str]]
 
@@ -137,6 +145,41 @@ def _self_test() -> Rows:
         yield from _self_test_dtype(device, dtype)
 
 
+def _attention_test() -> Rows:
+    """Every backend that would compute a layer here, against scores in the open in float64."""
+    import torch
+
+    from engine.model import choose_backend, resolve_device
+    from engine.model.selftest import attention_errors
+
+    device = resolve_device()
+    for dtype in (torch.float32, torch.bfloat16):
+        name, backend = str(dtype).removeprefix("torch."), choose_backend("auto", device, dtype)
+        for kernel in (backend.name, *backend.others):
+            errors = attention_errors(kernel, device, dtype)
+            row = f"{kernel} {name}"
+            yield _verdict(row, errors.output, ATTENTION_TOLERANCE[name], "of its norm")
+            yield _verdict(f"{row}, gradients", errors.gradient, GRADIENT_TOLERANCE[name], "of their norm")
+
+
+def _step_test() -> Rows:
+    """A step of a tiny model as a run would take it: float32 weights that compute in each dtype."""
+    import torch
+
+    from engine.model import choose_backend, resolve_device
+    from engine.model.selftest import training_step
+
+    device = resolve_device()
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        step = training_step(choose_backend("auto", device, dtype), device, dtype)
+        yield _verdict(f"first loss {name}", abs(step.loss - math.log(2)), LOSS_TOLERANCE[name], "from ln 2")
+        yield _verdict(f"gradient {name}", step.gradient_error, STEP_TOLERANCE[name], "of its norm")
+        if not step.loss_after < step.loss:
+            raise SelfTestError(f"loss {name}: {step.loss_after:.4f} after a step, {step.loss:.4f} before; must fall")
+        yield f"loss after a step {name}", f"ok: {step.loss_after:.4f}, from {step.loss:.4f}"
+
+
 def _self_test_dtype(device, dtype) -> Rows:
     """Log-probs and gradients of the ops that a run would use, against plain torch in float64 on the same inputs."""
     import torch
@@ -180,6 +223,8 @@ _SECTIONS: dict[str, Callable[[], Rows]] = {
     "versions": _versions,
     "machine": _machine,
     "what runs here": _choices,
-    "self-test": _self_test,
+    "self-test of the head": _self_test,
+    "self-test of attention": _attention_test,
+    "self-test of a training step": _step_test,
     "places": _places,
 }

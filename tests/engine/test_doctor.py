@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
+
+import pytest
 import torch
 
 import dpo_kernels
 from engine import doctor
+from engine.model import selftest
+from engine.model.attention import choice
+from tests.engine.model import stand_ins
 
 
 def test_a_healthy_machine():
@@ -16,6 +23,7 @@ def test_a_healthy_machine():
         f"torch         {torch.__version__}", "threads", "linear_dpo_loss float32", "linear_logps_filtered",
         "attention bfloat16",
         "log-probs float32", "weight gradient bfloat16", "offline", "reference store",
+        "sdpa bfloat16, gradients  ok", "loss after a step bfloat16  ok",
     ):  # fmt: skip
         assert part in text
     assert text.endswith("healthy")
@@ -29,6 +37,41 @@ def test_wrong_numbers_are_found(monkeypatch):
     assert "FAILED" in text
     assert "log-probs float32: error 1.00e-02" in text
     assert "reference store" in text
+
+
+def test_every_attention_kernel_that_runs_is_tested(monkeypatch):
+    stand_ins.install(monkeypatch)
+    monkeypatch.setattr(choice, "_capability", lambda device: (9, 0))
+    text, healthy = doctor.diagnose()
+    assert healthy, text
+    for name in ("flash3", "flash", "varlen", "sdpa"):
+        assert f"  {name} bfloat16, gradients" in text
+    assert "gradient bfloat16" in text
+    kernel = choice.KERNELS["varlen"]
+    monkeypatch.setitem(
+        choice.KERNELS, "varlen", kernel._replace(attend=lambda *args, **kwargs: 1.1 * kernel.attend(*args, **kwargs))
+    )
+    text, healthy = doctor.diagnose()
+    assert not healthy
+    assert "FAILED" in text
+    assert "varlen bfloat16: error 1.00e-01 of its norm, allowed 1e-02" in text
+    choice._probe.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"loss": 0.7}, r"first loss float32: error 6\.85e-03 from ln 2"),
+        ({"gradient_error": float("nan")}, "gradient float32: error nan of its norm"),
+        ({"loss_after": 0.7}, r"loss float32: 0\.7000 after a step, 0\.6931 before"),
+    ],
+)
+def test_a_wrong_step_is_found(monkeypatch, wrong, message):
+    step = selftest.Step(math.log(2), 1e-6, 0.5)._replace(**wrong)
+    monkeypatch.setattr(selftest, "training_step", lambda *args: step)
+    text, healthy = doctor.diagnose()
+    assert not healthy
+    assert re.search(message, text)
 
 
 def test_nan_is_wrong(monkeypatch):
