@@ -210,3 +210,8 @@ def test_the_first_layers_of_a_model_whose_last_share_keys(tmp_path, family):
     for layers in (1, 2):
         policy = load_policy(model, device=CPU, empty=True, layers=layers)
         assert len(policy.causal_lm.model.layers) == layers
+
+
+def test_a_model_that_ends_with_any_of_several_tokens_is_checked(tmp_path):
+    tiny_model("llama", eos_token_id=[2, 5]).save_pretrained(tmp_path)
+    check_packing(load_policy(ModelConfig(model_name_or_path=str(tmp_path)), device=CPU))
