@@ -23,6 +23,7 @@ from tests.conformance.families import tiny_model as model_of
 from tests.engine.model import stand_ins
 from tests.engine.model.families import tiny_model
 from tests.engine.model.test_attention import random_groups
+from tests.pretended_cuda import CUDA, pretended_cuda
 
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
@@ -110,6 +111,29 @@ def test_gradients_are_the_same_in_every_run(kernels, name, family):
         results.append([p.grad.clone() for p in policy.parameters()])
         assert not torch.are_deterministic_algorithms_enabled()
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("family", ["mistral", "youtu"])
+@pytest.mark.parametrize("name", ["flash3", "flash", "varlen"])
+def test_nothing_on_the_way_to_a_kernel_waits_for_the_device(monkeypatch, name, family):
+    called = []
+
+    def attend(query, key, value, plan, **options):
+        assert plan.cu_seqlens_q.device == plan.cu_seqlens_k.device == query.device == CUDA
+        assert type(plan.max_seqlen_q) is type(plan.max_seqlen_k) is int
+        called.append(len(query))
+        return query + key.sum(0).repeat_interleave(query.shape[1] // key.shape[1], 0) + value.mean()
+
+    kernel = choice.KERNELS[name]._replace(attend=attend)
+    monkeypatch.setitem(choice.KERNELS, name, kernel)
+    policy = policy_on(Backend(name, "test"), model_of(tiny_config(family)))
+    batch = build_batch(random_groups())
+    with pretended_cuda() as cuda:
+        with cuda.waiting():
+            cuda.take(policy)
+            batch = batch.to(CUDA)
+        policy.hidden_states(batch).sum().backward()
+    assert called
 
 
 def test_deterministic_algorithms_stay_as_the_user_set_them(kernels):
