@@ -238,7 +238,14 @@ def _verify_columns(config: RunConfig, datasets: dict[str, PreferenceDataset]) -
     reference = _reference_policy(config, datasets)
     for name, sums in found.items():
         count = min(len(datasets[name]), VERIFIED_ROWS)
-        verify_rows(reference, datasets[name], sums, count=count, share_prompts=config.packing.share_prompts)
+        verify_rows(
+            reference,
+            datasets[name],
+            sums,
+            count=count,
+            beta=config.loss.beta,
+            share_prompts=config.packing.share_prompts,
+        )
         distributed.say(f"{name}: the reference columns fit the model ({count:,} rows recomputed); training uses them")
 
 

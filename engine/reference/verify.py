@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from engine import distributed
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
-from engine.packing import build_batch
+from engine.packing import PackedBatch, build_batch
 from engine.reference.precompute import score, scoring
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of one token's log-prob, in nats, that another packing or backend may cause."""
 _SMALLEST_SHARE = 0.1
+REWARD = 0.01
+"""Largest difference of a response, in reward: beta times that of its log-prob. Twenty steps of training cause more."""
+_ROUNDINGS = 2.0
+"""Where a model rounds by more than that between layouts of the same rows, how many times as much may be."""
 
 
 def verify_rows(
@@ -28,6 +33,7 @@ def verify_rows(
     *,
     count: int = 4,
     atol: float | None = None,
+    beta: float = 0.1,
     share_prompts: bool = True,
 ) -> None:
     """Recompute a few rows with the live policy in reference mode and compare.
@@ -43,6 +49,8 @@ def verify_rows(
         atol: largest allowed difference of one token, in nats; by default ``TOLERANCE`` of the compute dtype. The mean
             over a response of n tokens, or for sums the difference divided by n, may be 1 / sqrt(n) of it, but always
             a tenth: rounding has both signs and averages out, a wrong model does not.
+        beta: of the loss. Every response may differ by ``REWARD`` at most; a model whose own rounding between two
+            layouts of these rows is larger, as in bfloat16 on some devices, by ``_ROUNDINGS`` times that.
 
     Raises:
         UserError: names the rows that differ, the largest difference, and what usually causes it.
@@ -50,22 +58,59 @@ def verify_rows(
     atol = TOLERANCE[policy.compute_dtype] if atol is None else atol
     chosen = _sample(dataset.lengths.packed(share_prompts=True).tolist(), count)
     batches = (build_batch([dataset[i]], share_prompts=share_prompts) for i in chosen)
-    wrong: list[tuple[int, float]] = []
     with scoring(policy):
-        for index, (batch, logps_N) in zip(chosen, score(policy, batches), strict=True):
-            live = np.split(logps_N, batch.cu_responses_S1[1:-1].tolist())
-            pairs = list(zip(live, ref_logps[index], strict=True))
-            # Written so that a comparison with NaN counts as different.
-            if not all(_agree(a, b, atol) for a, b in pairs):
-                wrong.append((dataset[index].row, max(_difference(a, b)[0] for a, b in pairs)))
+        live = [_parts(batch, logps_N) for batch, logps_N in score(policy, batches)]
+    pairs = [list(zip(parts, ref_logps[index], strict=True)) for index, parts in zip(chosen, live, strict=True)]
+    rewards = [max(beta * _sum_difference(a, b) for a, b in row) for row in pairs]
+    allowed = reward_bound(policy, dataset, chosen, max(rewards), beta=beta, share_prompts=share_prompts)
+    # Written so that a comparison with NaN counts as different.
+    wrong = [
+        i for i, row in enumerate(pairs) if not (all(_agree(a, b, atol) for a, b in row) and rewards[i] <= allowed)
+    ]
     if wrong:
-        rows = ", ".join(str(row) for row, _ in wrong)
+        rows = ", ".join(str(dataset[chosen[i]].row) for i in wrong)
+        worst = max(_difference(a, b)[0] for i in wrong for a, b in pairs[i])
         raise UserError(
             f"reference log-probs of row{'s' if len(wrong) > 1 else ''} {rows} differ from the model's by up to "
-            f"{max(d for _, d in wrong):.3g} nats per token (checked {len(chosen)} rows, allowed {atol:g}): they were "
+            f"{worst:.3g} nats per token (checked {len(chosen)} rows, allowed {atol:g}) and "
+            f"{max(rewards[i] for i in wrong):.3g} of reward at beta {beta:g} (allowed {allowed:.3g}): they were "
             "computed with other weights, another adapter, dtype, library version or attention backend; remove the "
             "reference columns if the data has them, else set reference.store to a new folder"
         )
+
+
+def reward_bound(
+    policy: Policy, dataset: PreferenceDataset, rows: Sequence[int], found: float, *, beta: float, share_prompts: bool
+) -> float:
+    """What a difference of rewards may be: ``REWARD``, and more only where the policy itself rounds by more.
+
+    Args:
+        rows: places in ``dataset`` of what was compared.
+        found: the largest difference; the same rows are computed in other layouts only if it is more than ``REWARD``.
+    """
+    # Asked of all: the forward passes of a sharded policy are joint.
+    if not any(distributed.gather(not found <= REWARD)):
+        return REWARD
+    layouts = [[([i], share_prompts) for i in rows], [([i, rows[0]], share_prompts) for i in rows]]
+    if share_prompts:
+        layouts.append([([i], False) for i in rows])
+    sums = []
+    with scoring(policy):
+        for layout in layouts:
+            batches = (build_batch([dataset[i] for i in members], share_prompts=share) for members, share in layout)
+            first = zip(rows, score(policy, batches), strict=True)
+            sums.append(
+                [
+                    float(part.sum(dtype=np.float64))
+                    for i, (batch, logps_N) in first
+                    for part in _parts(batch, logps_N)[: len(dataset[i].response_ids)]
+                ]
+            )
+    return max(REWARD, _ROUNDINGS * beta * float(np.ptp(np.array(sums), axis=0).max()))
+
+
+def _parts(batch: PackedBatch, logps_N: np.ndarray) -> list[np.ndarray]:
+    return np.split(logps_N, batch.cu_responses_S1[1:-1].tolist())
 
 
 def _sample(sizes: Sequence[int], count: int) -> list[int]:
@@ -77,6 +122,10 @@ def _sample(sizes: Sequence[int], count: int) -> list[int]:
 def _agree(live: np.ndarray, stored: np.ndarray | float, atol: float) -> bool:
     worst, mean = _difference(live, stored)
     return worst <= atol and mean <= atol * max(_SMALLEST_SHARE, len(live) ** -0.5)
+
+
+def _sum_difference(live: np.ndarray, stored: np.ndarray | float) -> float:
+    return abs(float(live.sum(dtype=np.float64)) - float(np.sum(stored, dtype=np.float64)))
 
 
 def _difference(live: np.ndarray, stored: np.ndarray | float) -> tuple[float, float]:

@@ -249,6 +249,8 @@ class _Run:
         """Write what a run folder starts with, and set the random generators."""
         if distributed.is_main():
             remove_leftovers(self.output_dir)
+            # A run that was killed may have left one too many, and no later checkpoint may be due.
+            checkpoints.prune_checkpoints(self.output_dir, self.config.train.save_total_limit)
             write_atomically(self.output_dir / CONFIG_FILE, to_yaml(self.config))
             write_data_file(self.setup, self.output_dir)
             keep_rows_until(self.output_dir, self.done, evaluated_at=self.evaluated_at)

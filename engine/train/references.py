@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from engine.reference import (
     verify_rows,
 )
 from engine.reference.provenance import why_absent
+from engine.reference.verify import reward_bound
 from engine.train.objective import Objective
 
 PER_TOKEN = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -109,10 +110,11 @@ def prepare_references(
     tables = {name: ReferenceTable(sums) for name, sums in columns.items() if sums is not None}
     own = config.reference.model_name_or_path is None
     reference = policy if own else load_reference(config, policy.device)
+    options: dict[str, Any] = {"beta": config.loss.beta, "share_prompts": config.packing.share_prompts}
     for name, dataset in datasets.items():
         check_dataset(reference, dataset)
         if name in tables:
-            verify_rows(reference, dataset, tables[name].sums, share_prompts=config.packing.share_prompts)
+            verify_rows(reference, dataset, tables[name].sums, **options)
     absent = {name: dataset for name, dataset in datasets.items() if name not in tables}
     sources = []
     if tables:
@@ -133,6 +135,7 @@ def _stored_tables(
     progress: bool,
 ) -> dict[str, ReferenceTable]:
     identity = identify(reference)
+    options: dict[str, Any] = {"beta": config.loss.beta, "share_prompts": config.packing.share_prompts}
     tables = {}
     for name, dataset in datasets.items():
         if config.reference.mode == "auto":
@@ -150,7 +153,7 @@ def _stored_tables(
             say(f"reference log-probs: {why}")
         sums = load_ref_sums(dataset, store, identity.digest) if distributed.is_main() else []
         tables[name] = ReferenceTable(distributed.broadcast(sums))
-        verify_rows(reference, dataset, tables[name].sums, share_prompts=config.packing.share_prompts)
+        verify_rows(reference, dataset, tables[name].sums, **options)
     return tables
 
 
@@ -221,8 +224,11 @@ def check_first_loss(
     margins = beta * (ratios_S[best] - ratios_S[best + 1])
     loss = -torch.nn.functional.logsigmoid(margins).mean().item()
     tokens = max(int(lengths[i][1:3].sum()) for i in shortest)
-    allowed = 1e-6 + beta * tokens * PER_TOKEN[policy.compute_dtype]
-    if not abs(loss - math.log(2)) <= allowed:
+    distance = abs(loss - math.log(2))
+    # The loss moves by half of a margin, so by no more than a reward.
+    bound = reward_bound(policy, dataset, shortest, distance, beta=beta, share_prompts=True)
+    allowed = min(1e-6 + beta * tokens * PER_TOKEN[policy.compute_dtype], bound)
+    if not distance <= allowed:
         raise UserError(
             f"start-up check: the sigmoid loss of rows {', '.join(str(r) for r in batch.rows)} is {loss:.6f} before "
             f"step 1, not ln 2 = {math.log(2):.6f} (allowed distance {allowed:.2g}): the policy is not the model that "

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config.schema import DataConfig, ModelConfig
+from engine.data import load_dataset_groups
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
-from engine.reference import verify_rows
+from engine.model import load_policy, load_tokenizer
+from engine.packing import build_batch
+from engine.reference import ReferenceStore, load_ref_sums, model_digest, precompute, verify_rows
 
 
 @pytest.fixture
@@ -69,3 +73,67 @@ def test_fewer_rows_than_asked_for(policy, make_groups):
     verify_rows(policy, PreferenceDataset(groups), [tuple(policy.expected(groups[0]))])
     with pytest.raises(UserError, match="of row 7 differ"):
         verify_rows(policy, PreferenceDataset(groups), [(0.0, 0.0)])
+
+
+@pytest.mark.parametrize(("beta", "refused"), [(0.1, True), (0.01, False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_response_may_differ_by_a_hundredth_of_reward(dtype, beta, refused, make_policy, dataset, stored):
+    """The difference is spread over the tokens, each of which passes in bfloat16."""
+    shifted = [tuple(v + np.float32(0.2 / len(v)) for v in group) for group in stored]
+    sums = [tuple(float(v.sum()) for v in group) for group in shifted]
+    for values in (shifted, sums):
+        options = {"beta": beta, "atol": 0.5}
+        if refused:
+            with pytest.raises(UserError, match=r"0\.02 of reward at beta 0\.1 \(allowed 0\.01\)"):
+                verify_rows(make_policy(dtype=dtype), dataset, values, **options)
+        else:
+            verify_rows(make_policy(dtype=dtype), dataset, values, **options)
+
+
+def test_what_a_model_itself_rounds_between_layouts_is_allowed(make_policy, dataset, stored):
+    """As kernels that are chosen by shape do in bfloat16: sums differ with what else is in a pack."""
+    policy = make_policy(dtype=torch.bfloat16)
+    exact = policy.logps
+
+    def rounded(batch):
+        counts = (batch.cu_responses_S1[1:] - batch.cu_responses_S1[:-1]).repeat_interleave(
+            batch.cu_responses_S1[1:] - batch.cu_responses_S1[:-1]
+        )
+        return exact(batch) + (0.15 / counts if len(batch.rows) > 1 else 0.0)
+
+    policy.logps = rounded
+    packed = [tuple(v + np.float32(0.15 / len(v)) for v in group) for group in stored]
+    verify_rows(policy, dataset, packed)
+    other = [tuple(v + np.float32(0.4 / len(v)) for v in group) for group in stored]
+    with pytest.raises(UserError, match=r"0\.04 of reward at beta 0\.1 \(allowed 0\.03\)"):
+        verify_rows(policy, dataset, other)
+
+
+@pytest.fixture(scope="module")
+def chat_model(shared_dir):
+    path = shared_dir / "models" / "tiny-chat-llama"
+    if not path.is_dir():
+        pytest.skip("needs the trained tiny model")
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_after_twenty_steps_is_another_and_packs_are_not(dtype, chat_model, shared_dir, tmp_path):
+    """Twenty steps of Adam at the default rate move each weight by about twenty times the rate, along its gradient."""
+    data = DataConfig(dataset_name=str(shared_dir / "data" / "dpo-en-demo.json"), max_length=256, max_rows=12)
+    model = ModelConfig(model_name_or_path=str(chat_model), dtype=dtype)
+    groups, _ = load_dataset_groups(data, load_tokenizer(model), split="train")
+    policy = load_policy(model, device=torch.device("cpu"))
+    store = ReferenceStore(tmp_path)
+    precompute(policy, groups, store, tokens_per_pack=1500, progress=False)
+    sums = load_ref_sums(groups, store, model_digest(policy))
+    verify_rows(policy, groups, sums)
+    verify_rows(policy, groups, sums, share_prompts=False)
+    batch = build_batch([groups[i] for i in range(4)])
+    parts = policy.logps(batch).tensor_split(batch.cu_responses_S1[1:-1].tolist())
+    sum(part.sum() * (-1) ** (1 + i) for i, part in enumerate(parts)).backward()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter -= 20 * 1e-6 * parameter.grad.sign()
+    with pytest.raises(UserError, match=r"of reward at beta 0\.1 \(allowed 0\.01\)"):
+        verify_rows(policy, groups, sums)

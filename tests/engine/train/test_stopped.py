@@ -107,6 +107,23 @@ def test_a_model_that_is_being_written_is_finished(run_file, whole, monkeypatch)
     compare(leavings(path.parent), whole)
 
 
+def test_a_checkpoint_that_a_killed_run_had_not_yet_deleted_goes(run_file, whole, monkeypatch):
+    path = run_file("stopped")
+    inner = loop.checkpoints.prune_checkpoints
+
+    def killed(output_dir, limit):
+        if newest_checkpoint(output_dir)[0] == 8:
+            raise KeyboardInterrupt
+        inner(output_dir, limit)
+
+    with monkeypatch.context() as context:
+        context.setattr(loop.checkpoints, "prune_checkpoints", lambda *a: newest_checkpoint(a[0]) and killed(*a))
+        assert cli.main(["train", str(path)]) == 130
+    assert sorted(p.name for p in (path.parent / "run").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    assert cli.main(["train", str(path), "--resume"]) == 0
+    compare(leavings(path.parent), whole)
+
+
 def test_a_pass_over_references_stores_what_it_has(run_file, tmp_path, monkeypatch, capsys):
     path, store = run_file("run"), tmp_path / "store"
     command = ["precompute", str(path), "--reference.store", str(store), "--packing.tokens_per_pack", "300"]
