@@ -125,13 +125,13 @@ import torch
 from engine.config.schema import DataConfig, ModelConfig
 from engine.data import load_dataset_groups
 from engine.model import load_policy, load_tokenizer
-from engine.reference import ReferenceStore, model_digest, precompute
+from engine.reference import ReferenceStore, identify, precompute
 
 torch.set_num_threads(1)
 model = ModelConfig(model_name_or_path=sys.argv[1], dtype="float32")
 dataset, _ = load_dataset_groups(DataConfig(dataset_name=sys.argv[2]), load_tokenizer(model), split="train")
 policy = load_policy(model, device=torch.device("cpu"))
-digest = model_digest(policy)
+identity = identify(policy)
 real = policy.logps
 
 def slowly(batch):
@@ -145,7 +145,7 @@ for line in sys.stdin:
     if child:
         print(child, flush=True)
         continue
-    options = {"tokens_per_pack": 256, "digest": digest, "progress": False, "flush_seconds": 0}
+    options = {"tokens_per_pack": 256, "identity": identity, "progress": False, "flush_seconds": 0}
     precompute(policy, dataset, ReferenceStore(line.strip()), **options)
     os._exit(0)
 """
