@@ -192,7 +192,7 @@ def _filter_launch(dtype: torch.dtype) -> Callable[[], Any]:
 def _softmax_grad_launch(dtype: torch.dtype) -> Callable[[], Any]:
     def launch() -> None:
         row, labels = _meta(N), _meta(N, dtype=torch.int64)
-        stats = tile_logps.LinearStats(row, _meta(N, dtype=torch.float64), _meta(-(-V // 128), N), 128)
+        stats = tile_logps.LinearStats(row, _meta(N, dtype=torch.float64), row, _meta(-(-V // 128), N), 128)
         softmax_grad.softmax_grad_(
             _meta(N, V, dtype=dtype), row, labels, stats, V=V, ignore_index=-100, options=HeadOptions(softcap=30.0)
         )

@@ -75,12 +75,13 @@ def rescale_rows_kernel(
             tl.store(row_ptrs[:, None] + dims[None, :], values * factor[:, None], mask=mask)
 
 
-@triton.jit(do_not_specialize=["labels_ptr", "logps_ptr", "lse_ptr", "row_shift_ptr", "N"])
+@triton.jit(do_not_specialize=["labels_ptr", "label_logit_ptr", "logps_ptr", "lse_ptr", "row_shift_ptr", "N"])
 def finish_dx_kernel(
     acc_ptr,
     weight_ptr,
     dx_ptr,
     labels_ptr,
+    label_logit_ptr,
     logps_ptr,
     lse_ptr,
     row_shift_ptr,
@@ -105,7 +106,7 @@ def finish_dx_kernel(
     logps = tl.load(logps_ptr + rows, mask=used, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=used, other=0.0)
     shift = tl.load(row_shift_ptr + rows, mask=used, other=0.0)
-    label_logit = (logps + lse).to(tl.float32)
+    label_logit = tl.load(label_logit_ptr + rows, mask=used, other=0.0)
     label_factor = one_minus_exp(logps) * logits_slope(label_logit, logit_scale, softcap, temperature, HAS_SOFTCAP)
     acc_factor = linear_slope(logit_scale, temperature) * tl.exp((shift - lse).to(tl.float32))
     # The log-prob of a label outside the vocabulary is NaN already; whichever row is read for it does not matter.
@@ -191,6 +192,7 @@ def frozen_head(
             weight_VD,
             dx_ND,
             labels_N,
+            state.label_logit_N,
             logps_N,
             lse_N,
             state.shift_N,

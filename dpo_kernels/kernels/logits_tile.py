@@ -130,6 +130,13 @@ def logits_slope(z, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr
 
 
 @triton.jit
+def cap_slope_of(biased, logit_scale, softcap):
+    """cap_slope from what final_logits is made of: 1 - tanh^2 keeps its digits where a cap saturates."""
+    decay = tl.exp(-2.0 * tl.abs(biased * (tl.cast(logit_scale, tl.float32) / tl.cast(softcap, tl.float32))))
+    return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+
+
+@triton.jit
 def linear_slope(logit_scale, temperature):
     """What logits_slope is without a softcap."""
     return tl.cast(logit_scale, tl.float32) / tl.cast(temperature, tl.float32)

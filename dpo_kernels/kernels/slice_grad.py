@@ -12,7 +12,14 @@ import triton.language as tl
 
 from dpo_kernels.kernels.filtered_products import TileLists
 from dpo_kernels.kernels.launch import HeadOptions, TileLaunch, on_device
-from dpo_kernels.kernels.logits_tile import bias_tile, final_logits, logits_slope, tile_position, tile_product
+from dpo_kernels.kernels.logits_tile import (
+    bias_tile,
+    cap_slope_of,
+    final_logits,
+    linear_slope,
+    tile_position,
+    tile_product,
+)
 from dpo_kernels.kernels.tile_config import TileConfig
 
 
@@ -117,7 +124,9 @@ def _write_gradient(
     local = labels - first_col
     owns_label = (local >= col_start) & (local < col_start + WIDTH)
     is_label = cols[None, :] == tl.where(owns_label, local, -1).to(tl.int32)[:, None]
-    slope = logits_slope(z, logit_scale, softcap, temperature, HAS_SOFTCAP)
+    slope = linear_slope(logit_scale, temperature)
+    if HAS_SOFTCAP:
+        slope = slope * cap_slope_of(biased, logit_scale, softcap)
     p = tl.exp((z - high[:, None]) - low[:, None])
     gradient = tl.where(is_label, 1.0 - p, -p) * slope * grad[:, None]
     # An ignored row is 0 even where its hidden state is not finite.

@@ -17,10 +17,13 @@ from dpo_kernels.kernels.logits_tile import linear_slope, logits_slope, one_minu
 from dpo_kernels.kernels.tile_logps import LinearStats
 
 
-@triton.jit(do_not_specialize=["grad_ptr", "logps_ptr", "lse_ptr", "labels_ptr", "tile_shift_ptr", "N"])
+@triton.jit(
+    do_not_specialize=["grad_ptr", "label_logit_ptr", "logps_ptr", "lse_ptr", "labels_ptr", "tile_shift_ptr", "N"]
+)
 def softmax_grad_kernel(
     exp_ptr,
     grad_ptr,
+    label_logit_ptr,
     logps_ptr,
     lse_ptr,
     labels_ptr,
@@ -46,7 +49,8 @@ def softmax_grad_kernel(
     grad = tl.load(grad_ptr + rows, mask=used, other=0.0)
     logps = tl.load(logps_ptr + rows, mask=used, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=used, other=0.0)
-    slope = logits_slope((logps + lse).to(tl.float32), logit_scale, softcap, temperature, HAS_SOFTCAP)
+    label_logit = tl.load(label_logit_ptr + rows, mask=used, other=0.0)
+    slope = logits_slope(label_logit, logit_scale, softcap, temperature, HAS_SOFTCAP)
     label_value = grad * one_minus_exp(logps) * slope
 
     mask = (used & row_mask)[:, None] & (tiles < num_tiles)[None, :]
@@ -86,6 +90,7 @@ def softmax_grad_(
         softmax_grad_kernel[(triton.cdiv(N, block_n), triton.cdiv(num_tiles, block_t))](
             exps,
             grad_N,
+            stats.label_logit_N,
             stats.logps_N,
             stats.lse_N,
             labels_N,

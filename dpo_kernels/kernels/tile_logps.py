@@ -21,6 +21,7 @@ from dpo_kernels.kernels.launch import COMPILATION, MAX_BLOCK, HeadOptions, Tile
 from dpo_kernels.kernels.logits_tile import (
     bias_tile,
     cap_slope,
+    cap_slope_of,
     final_logits,
     softplus,
     tile_position,
@@ -169,9 +170,11 @@ def _write_stats(
         write_partials(z, exps, shift, cols, label_cols, V, token_stats_ptr + partial, token_stats_stride, row_mask)
     if WRITE_EXP:
         if HAS_SOFTCAP:
-            # z recovered from its exponential: keeping both tiles would spill registers.
-            z = tl.where(exps > 0.0, shift[:, None] + tl.log(exps), 0.0)
-            exps *= cap_slope(z, softcap, temperature)
+            if TOKEN_STATS:
+                # Three tiles alive would take all registers; where an exponential is 0, z may be infinite.
+                exps *= cap_slope(tl.where(exps > 0.0, z, 0.0), softcap, temperature)
+            else:
+                exps *= cap_slope_of(biased, logit_scale, softcap)
         # The buffer is padded to whole tiles, so no mask.
         exp_ptrs = exp_ptr + rows.to(tl.int64)[:, None] * exp_stride + cols[None, :]
         tl.store(exp_ptrs, exps.to(exp_ptr.dtype.element_ty))
@@ -257,6 +260,8 @@ class LinearStats(NamedTuple):
     """fp32 log-prob of the label, 0 where ignored."""
     lse_N: torch.Tensor
     """fp64 log-sum-exp: near 1e4 fp32 is too coarse to give softmax = exp(z - lse) back."""
+    label_logit_N: torch.Tensor
+    """fp32 logit of the label; anything where it is ignored or no class."""
     tile_shift_TN: torch.Tensor
     """fp32 shift of each `width` columns: all of them with `exps`, else of the last slice."""
     width: int
@@ -485,7 +490,7 @@ def linear_stats(
     mass_NC = None
     if whole is not None and mass_columns is not None:
         mass_NC = tile_mass(whole[0], whole[1], lse_N, width=width, columns=mass_columns, V=V)
-    return LinearStats(logps_N, lse_N, stats.shift_TN, width, token_stats_KN, mass_NC)
+    return LinearStats(logps_N, lse_N, state.label_logit_N, stats.shift_TN, width, token_stats_KN, mass_NC)
 
 
 def stats_columns(N: int, width: int, *, token_stats: bool) -> int:

@@ -244,3 +244,14 @@ def test_frozen_head_two_runs_are_bitwise_equal():
     problem = Problem.make(20, 200, dtype=torch.bfloat16)
     first, second = frozen(problem, 64), frozen(problem, 64)
     assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
+
+
+@pytest.mark.parametrize("saturation", [2.0, 4.0, 6.0])
+def test_slopes_of_a_saturated_softcap(saturation):
+    """1 - tanh^2 near 1e-3: from the tanh, once rounded to a logit, it would have three times torch's error."""
+    cap = 5.0
+    problem = Problem.make(16, 512, 16, scale=cap * saturation / 4, softcap=cap, ignored=False)
+    upstream = torch.ones(16)
+    exact, found = problem.product_gradient(upstream), recomputed(problem, upstream)
+    rival = naive(problem, upstream)
+    assert (found - exact).norm() <= 2 * (rival - exact).norm()
