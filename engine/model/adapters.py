@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from torch import nn
 
+from engine.config.fields import nearest
 from engine.config.schema import LoraConfig
 from engine.errors import UserError
+from engine.model.layers import text_model
 from engine.model.sources import check_folder, first_line
 
 if TYPE_CHECKING:
@@ -40,9 +42,15 @@ def import_peft(key: str) -> Any:
 
 
 def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
-    """Wrap a model with fresh adapters in float32; the base is frozen."""
+    """Wrap a model with fresh adapters in float32; the base is frozen. Of composites the text model is adapted.
+
+    Raises:
+        UserError: target modules that the model does not have, or that cannot be adapted.
+    """
     peft = import_peft("model.lora")
     targets = lora.target_modules
+    if isinstance(targets, tuple):
+        _check_names(causal_lm, targets)
     try:
         adapted = peft.get_peft_model(
             causal_lm,
@@ -52,6 +60,7 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
                 lora_alpha=lora.alpha,
                 lora_dropout=lora.dropout,
                 target_modules=list(targets) if isinstance(targets, tuple) else targets,
+                exclude_modules=_outside_text(causal_lm),
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,
             ),
@@ -59,6 +68,29 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
     except ValueError as error:
         raise UserError(f"model.lora.target_modules={lora.target_modules}: {first_line(error)}") from error
     return _in_float32(adapted)
+
+
+def _outside_text(causal_lm: nn.Module) -> str | None:
+    """A pattern of the modules that no text reaches, such as a vision tower; None where there are none."""
+    text = text_model(causal_lm)
+    if text is causal_lm:
+        return None
+    prefix = next(name for name, module in causal_lm.named_modules() if module is text)
+    return rf"(?!{re.escape(prefix)}\.).*"
+
+
+def _check_names(causal_lm: nn.Module, targets: tuple[str, ...]) -> None:
+    """Raise a ``UserError`` for a name that no layer ends with; peft would adapt the others and say nothing."""
+    layers = dict(text_model(causal_lm).named_modules())
+    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in layers)]
+    if not missing:
+        return
+    known = {name.rpartition(".")[2] for name, module in layers.items() if not any(module.children())}
+    close = nearest(missing[0], sorted(known))
+    raise UserError(
+        f"model.lora.target_modules: no layer of {type(causal_lm).__name__} is called {', '.join(missing)}"
+        + (f"; did you mean {close}?" if close else f"; its layers are called {', '.join(sorted(known - {''}))}")
+    )
 
 
 def continue_adapter(causal_lm: nn.Module, source: str, *, empty: bool = False) -> nn.Module:

@@ -21,7 +21,7 @@ from engine import distributed
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import BackendError, UserError, out_of_memory
 from engine.model.diagnosis import first_difference
-from engine.model.layers import largest
+from engine.model.layers import largest, text_model
 from engine.model.policy import Policy
 from engine.model.precision import float32_weights
 from engine.packing.layout import PackedBatch, build_batch
@@ -209,7 +209,8 @@ def _length_limit(policy: Policy) -> tuple[int | None, str]:
     """The longest sequence that gives in any pack what it gives alone, and what happens beyond."""
     config: Any = policy.config.get_text_config()
     limits: list[tuple[int, str]] = []
-    for name, module in policy.causal_lm.named_modules():
+    # A vision tower has a table, too, of the patches of its images.
+    for name, module in text_model(policy.causal_lm).named_modules():
         if isinstance(module, nn.Embedding) and _POSITIONS.fullmatch(name.rpartition(".")[2]):
             size = min(module.num_embeddings, getattr(config, "max_position_embeddings", module.num_embeddings))
             limits.append((size, f"has {size:,} positions"))

@@ -1,8 +1,22 @@
-"""What a transformers config says of its layers, which may differ: Gemma 4 has two head dimensions."""
+"""Which layers of a model compute text, and what its config says of them; they may differ: Gemma 4 has two head
+dimensions.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import nn
+
+
+def text_model(causal_lm: Any) -> nn.Module:
+    """The part of a transformers model that computes text: all of it, but for composites of several models.
+
+    What composites have beside it, such as a vision tower and what projects its output, no text ever reaches.
+    """
+    if causal_lm.config.get_text_config() is causal_lm.config:
+        return causal_lm
+    return causal_lm.get_decoder()
 
 
 def layer_configs(config: Any) -> list[Any]:

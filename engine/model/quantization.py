@@ -11,6 +11,10 @@ from torch import nn
 from engine import distributed
 from engine.config.schema import ModelConfig, Quantization
 from engine.errors import UserError
+from engine.model.sources import hub_options
+
+_STORED_KEYS = ("quantization_config", "compression_config")
+"""Where configs say how weights are stored; the second is an older name."""
 
 
 def check_quantization(model: ModelConfig) -> None:
@@ -20,6 +24,43 @@ def check_quantization(model: ModelConfig) -> None:
             f"model.quantization={model.quantization} runs in one process: quantised weights cannot be sharded; set it "
             "to null, the weights are spread over the processes"
         )
+
+
+def check_trainable(model: ModelConfig) -> None:
+    """Raise a ``UserError`` when all weights of a checkpoint would be trained that is stored quantised.
+
+    Its config says so; no weight is read. A config that does not load is left to the loading of the model.
+    """
+    if model.trains_adapter:
+        return
+    kind = stored_quantization(model)
+    if kind is not None:
+        raise UserError(
+            f"model.model_name_or_path={model.model_name_or_path} is stored quantised ({kind}), and quantised weights "
+            "cannot be trained: train an adapter on it (set a key of model.lora), or give the checkpoint in bfloat16 "
+            "or float32"
+        )
+
+
+def stored_quantization(model: ModelConfig) -> str | None:
+    """How the weights of a checkpoint are quantised, in the words of its config, such as ``bitsandbytes, 4 bits``."""
+    from transformers import PreTrainedConfig
+
+    name = model.model_name_or_path
+    try:
+        # Of any architecture, also one whose code comes with the checkpoint.
+        options = hub_options(name, "model.model_name_or_path=")
+        values, _ = PreTrainedConfig.get_config_dict(name, revision=model.revision, **options)
+    except (OSError, ValueError):
+        return None
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    found = [part[key] for part in parts for key in _STORED_KEYS if part.get(key)]
+    if not found:
+        return None
+    settings = found[0]
+    method = settings.get("quant_method") or settings.get("quant_algo") or "by a method that it does not name"
+    bits = settings.get("bits") or next((b for b in (4, 8) if settings.get(f"load_in_{b}bit")), None)
+    return f"{method}, {bits} bits" if bits else str(method)
 
 
 def quantization_arguments(kind: Quantization, device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:

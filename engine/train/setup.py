@@ -31,7 +31,7 @@ from engine.model import (
     shard_policy,
 )
 from engine.model.companions import describe_trained, take_template
-from engine.model.quantization import check_quantization, num_weights
+from engine.model.quantization import check_quantization, check_trainable, num_weights
 from engine.packing import PlanSummary, check_fits, summarize_plan
 from engine.reference import weights_digest
 from engine.train.durable import write_atomically
@@ -96,6 +96,7 @@ def prepare(config: RunConfig, known: KnownRun | None = None) -> Setup:
         UserError: anything that the user can correct.
     """
     check_settings(config)
+    check_trainable(config.model)
     log.info("configuration, where it is not the default:\n%s", _indented(format_diff(config)))
     objective = Objective(config.loss)
     tokenizer = load_tokenizer(config.model)

@@ -20,6 +20,7 @@ from engine.model import Policy, check_packing, load_policy
 from engine.packing import build_batch
 from engine.reference import model_digest
 from engine.train.checkpoint import save_weights
+from tests.conformance.families import tiny_config, tiny_model
 
 peft = pytest.importorskip("peft")
 CPU = torch.device("cpu")
@@ -30,11 +31,11 @@ KINDS = {
 }
 
 
-def pack():
+def pack(tokens: int = 300):
     generator = np.random.default_rng(3)
 
     def draw(size: int) -> np.ndarray:
-        return generator.integers(0, 300, size, dtype=np.int32)
+        return generator.integers(0, tokens, size, dtype=np.int32)
 
     return build_batch([PreferenceGroup(i, draw(6 + i), (draw(5), draw(9))) for i in range(3)])
 
@@ -136,6 +137,41 @@ def test_stored_references_of_a_continued_adapter_are_its_own(base, trained, tmp
     later = model_digest(load_policy(replace(base, adapter_name_or_path=str(tmp_path / "later")), device=CPU))
     assert plain == fresh
     assert len({plain, continued, later}) == 3
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("q_proj", "v_prj"), r"no layer of LlamaForCausalLM is called v_prj; did you mean v_proj\?"),
+        (("qkv",), r"called qkv; its layers are called act_fn, down_proj, .*v_proj"),
+        (("self_attn.q_proj", "0.mlp.up_porj"), r"called 0\.mlp\.up_porj; did you mean up_proj\?"),
+    ],
+)
+def test_one_wrong_name_among_the_targets_is_an_error(targets, message, base):
+    with pytest.raises(UserError, match=r"^model\.lora\.target_modules: .*" + message):
+        load_policy(replace(base, lora=LoraConfig(target_modules=targets)), device=CPU)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "fc1"), ("q_proj",), r".*\.q_proj"])
+def test_of_a_composite_the_text_model_alone_is_adapted(targets, tmp_path):
+    model = tiny_model(tiny_config("gemma3"))
+    assert any("vision_tower" in name and name.endswith("q_proj") for name, _ in model.named_modules())
+    model.save_pretrained(tmp_path / "base")
+    base = ModelConfig(model_name_or_path=str(tmp_path / "base"), dtype="float32")
+    lora = replace(base, lora=LoraConfig(r=4, target_modules=targets))
+    if targets == ("q_proj", "fc1"):
+        with pytest.raises(UserError, match="no layer of Gemma3ForConditionalGeneration is called fc1"):
+            load_policy(lora, device=CPU)
+        return
+    policy = load_policy(lora, device=CPU)
+    adapted = [name for name, p in policy.causal_lm.named_parameters() if p.requires_grad]
+    assert adapted
+    assert all(name.startswith("model.language_model.layers.") for name in adapted)
+    disturb_(policy)
+    save_weights(policy, tmp_path / "saved")
+    again = load_policy(replace(base, adapter_name_or_path=str(tmp_path / "saved")), device=CPU)
+    with torch.no_grad():
+        assert torch.equal(again.eval().logps(pack(100)), policy.eval().logps(pack(100)))
 
 
 def test_adapters_that_cannot_go_on_are_named(base, trained, tmp_path):

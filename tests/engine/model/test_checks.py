@@ -79,3 +79,10 @@ def test_sequences_that_would_scale_the_positions_of_others_are_named(rope_type)
 
 def test_plain_rotary_positions_have_no_limit():
     check_dataset(make_policy(tiny_model("llama")), dataset(1000))
+
+
+def test_the_patches_of_a_vision_tower_are_no_limit_of_the_text():
+    model = model_of(tiny_config("gemma3"))
+    tables = [m.num_embeddings for n, m in model.named_modules() if n.endswith("position_embedding")]
+    assert tables
+    check_dataset(make_policy(model), dataset(2 * max(tables), 10))
