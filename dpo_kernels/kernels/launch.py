@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,9 +99,11 @@ class TileLaunch:
         assert D == 1 or hidden_ND.stride(1) == weight_VD.stride(1) == 1, "the kernels read rows of contiguous elements"
         aligned = tma_ready(hidden_ND) and tma_ready(weight_VD)
         arch = device_arch(hidden_ND.device)
-        self.config = config or tile_config(
-            kernel, arch=arch, dtype=hidden_ND.dtype, D=D, V=V, heavy=heavy, aligned=aligned
-        )
+        find = functools.partial(tile_config, kernel, arch=arch, dtype=hidden_ND.dtype, D=D, V=V, heavy=heavy)
+        self.config = config or find(aligned=aligned)
+        if config is None and not self.config.tma and D % 16:
+            # The mask of the last features makes pointers load elements one by one, as from rows that are not aligned.
+            self.config = find(aligned=False)
         self.num_programs = triton.cdiv(N, self.config.block_n) * triton.cdiv(V, self.config.block_v)
         self.strides = (hidden_ND.stride(0), weight_VD.stride(0))
         use_tma = self.config.tma and aligned
@@ -130,6 +133,13 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.type == "cuda":
         return torch.cuda.device(device)
     return contextlib.nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int | None:
+    """How many a GPU has; None where there is none to ask, as for tensors without memory."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo_kernels.kernels.filtered_products import TileLists, add_filtered_dx_, filtered_db, filtered_dw
 from dpo_kernels.kernels.frozen_head import frozen_head
-from dpo_kernels.kernels.launch import HeadOptions, obstacle
+from dpo_kernels.kernels.launch import HeadOptions, multiprocessors, obstacle
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.tile_logps import PARTIAL_BYTES, linear_stats
@@ -25,7 +25,7 @@ from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
 from dpo_kernels.linear_logps.tile_filter import COLUMNS, Kept
 
 SLICE_BYTES = 160 * 2**20
-"""Size of a slice: with fp32 dX beside it, 8192 rows of 4096 features stay within 300 MiB."""
+"""Largest size of a slice: with fp32 dX beside it, 8192 rows of 4096 features stay within 300 MiB."""
 MIN_SLICE = 4096
 """Narrower slices would spend more time on reading and writing dX than on products."""
 
@@ -209,4 +209,16 @@ def slice_columns(hidden_TD: Tensor, *, taken: int = 0, token_stats: bool = Fals
     """
     column_bytes = hidden_TD.element_size() + (4 * (2 + NUM_PARTIALS) / 64 if token_stats else 0)
     columns = int((SLICE_BYTES - taken) / (hidden_TD.shape[0] * column_bytes))
-    return max(MIN_SLICE, columns // 256 * 256)
+    return max(MIN_SLICE, full_waves(hidden_TD.shape[0], columns // 256, multiprocessors(hidden_TD.device)) * 256)
+
+
+def full_waves(rows: int, most: int, processors: int | None) -> int:
+    """Column tiles of a slice, at most ``most``: of the upper quarter, what leaves fewest multiprocessors idle.
+
+    Each takes a tile of 128 rows and 256 columns, or as much, at a time: 64 x 33 tiles are 16 waves of 132 exactly.
+    """
+    if processors is None or most < 4:
+        return most
+    row_tiles = -(-rows // 128)
+    widths = range(most, most - most // 4, -1)
+    return max(widths, key=lambda width: row_tiles * width / -(-row_tiles * width // processors))

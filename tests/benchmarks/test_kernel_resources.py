@@ -90,8 +90,8 @@ def test_what_the_table_promises(table):
 
 def test_a_row_is_the_worst_of_its_variants():
     found = [
-        Resources("k", "sm_90", 90, 0, 1024, 4, "wgmma.mma_async", ()),
-        Resources("k", "sm_90", 80, 8, 2048, 4, "wgmma.mma_async", ("(C7510) serialised",)),
+        Resources("k", "sm_90", 90, 0, 1024, 4, "wgmma.mma_async", (), ()),
+        Resources("k", "sm_90", 80, 8, 2048, 4, "wgmma.mma_async", ("(C7510) serialised",), ()),
     ]
     cells = dict(zip(COLUMNS, Row("sm_90", "k", "bfloat16", "64x64", found).cells(), strict=True))
     assert (cells["variants"], cells["registers"], cells["spilled"], cells["shared KiB"]) == ("2", "90", "8", "2.0")

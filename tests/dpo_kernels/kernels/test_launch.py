@@ -9,7 +9,10 @@ pytest.importorskip("triton")
 
 from dpo_kernels import dispatch
 from dpo_kernels.chunks import operand_dtype
+from dpo_kernels.kernels import launch
 from dpo_kernels.kernels.launch import obstacle
+from dpo_kernels.kernels.tile_config import tile_config
+from dpo_kernels.linear_logps.triton_tiles import full_waves
 
 
 @pytest.fixture
@@ -72,6 +75,29 @@ class OnCuda:
     """As much of a tensor as tells where it is."""
 
     device, dtype = torch.device("cuda"), torch.bfloat16
+
+
+@pytest.mark.parametrize(("arch", "D", "aligned"), [
+    ("sm_80", 4096, True), ("sm_80", 4112, True), ("sm_80", 4104, False), ("sm_80", 4095, False), ("sm_90", 4104, True),
+])  # fmt: skip
+def test_pointers_load_whole_vectors_of_multiples_of_16_alone(monkeypatch, arch, D, aligned):
+    """Under the mask that other D need, elements are loaded one by one; wide tiles would spill registers over it."""
+    monkeypatch.setattr(launch, "device_arch", lambda device: arch)
+    hidden, weight = (torch.empty(rows, D, dtype=torch.bfloat16, device="meta") for rows in (8, 512))
+    found = launch.TileLaunch("slice_grad", hidden, weight, heavy=False).config
+    expected = {"arch": arch, "dtype": torch.bfloat16, "D": D, "V": 512, "heavy": False, "aligned": aligned}
+    assert found == tile_config("slice_grad", **expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "processors", "expected"),
+    [(8192, 40, 132, 33), (8192, 40, None, 40), (4096, 80, 132, 66), (8192, 40, 148, 37), (100, 2, 132, 2)],
+)
+def test_slices_fill_waves(rows, most, processors, expected):
+    assert full_waves(rows, most, processors) == expected
+    if processors is not None and most >= 4:
+        tiles = -(-rows // 128) * expected
+        assert tiles / (-(-tiles // processors) * processors) > 0.97
 
 
 def test_a_machine_without_a_gpu_describes_one():
