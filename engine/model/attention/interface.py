@@ -109,7 +109,8 @@ def packed_attention(
 def _compute_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Tensors in the dtype in which autocast computes; without it, in that of the last one."""
     device_type = tensors[0].device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    # tensors without data have no autocast to ask for
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else tensors[-1].dtype
     return [x.to(dtype) for x in tensors]
 

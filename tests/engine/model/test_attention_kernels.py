@@ -282,6 +282,13 @@ def test_large_scores_hide_no_fault(kernels, monkeypatch):
         check_packing(policy_on(Backend("flash", "test"), model))
 
 
+def test_shapes_alone_go_through():
+    policy = policy_on(Backend("sdpa", "test"), tiny_model("llama")).to("meta")
+    policy.compute_dtype = torch.float32
+    batch = build_batch(random_groups()).to("meta")
+    assert policy.hidden_states(batch).shape == (batch.num_tokens, policy.config.hidden_size)
+
+
 def test_missing_plan_is_named():
     model = tiny_model("llama")
     query = torch.zeros(1, 4, 3, 8)
