@@ -14,7 +14,6 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from engine import distributed
-from engine.config.schema import RunConfig
 from engine.errors import UserError
 from engine.model import Policy
 from engine.model.adapters import ADAPTER_FILE, TRAINED
@@ -38,7 +36,6 @@ from engine.train.durable import (
     temporary_path,
     write_folder,
 )
-from engine.train.optimizer import METRIC_SCHEDULES
 from engine.train.optimizer_state import page_state, slots_of, state_tensors
 
 STATE_FILE = "trainer_state.json"
@@ -50,17 +47,6 @@ FORMAT = 2
 _STOPPED = "-stopped"
 _NAME = re.compile(rf"checkpoint-(\d+)({_STOPPED})?")
 _RUN_FILES = ("config.yaml", "metrics.jsonl", "config.json", "adapter_config.json")
-_FREE_KEYS = frozenset(
-    (
-        *("packing.tokens_per_pack", "packing.share_prompts", "model.attention", "model.trust_remote_code"),
-        *("data.strict", "data.eval_dataset_name", "data.eval_dataset_split", "reference.store", "reference.mode"),
-        *("train.output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.eval_steps"),
-        *("train.gradient_checkpointing", "train.activation_offload", "train.timeout_minutes", "train.report_to"),
-        *("train.save_dtype", "train.save_rounding"),
-    )
-)
-"""Keys that may change between a run and its resumption: they do not change what is learned."""
-_EVALUATION_KEYS = frozenset({"data.eval_dataset_name", "data.eval_dataset_split", "train.eval_steps"})
 
 
 def checkpoint_path(output_dir: Path, step: int, *, stopped: bool = False) -> Path:
@@ -122,33 +108,6 @@ def refuse_other_run(output_dir: Path) -> None:
             f"train.output_dir={output_dir} already holds a run ({held}): "
             "continue it with --resume, or choose another train.output_dir"
         )
-
-
-def config_values(config: RunConfig) -> dict[str, Any]:
-    """Every setting under its dotted name, as plain JSON values."""
-
-    def walk(prefix: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {k: v for name, item in value.items() for k, v in walk(f"{prefix}.{name}", item).items()}
-
-    plain = json.loads(json.dumps(asdict(config)))
-    return {k: v for section, value in plain.items() for k, v in walk(section, value).items()}
-
-
-def check_same_run(saved: dict[str, Any], config: RunConfig, where: Path) -> None:
-    """Raise a ``UserError`` that names the first setting that would change what is learned."""
-    now = config_values(config)
-    free = _FREE_KEYS
-    if config.optim.lr_scheduler_type in METRIC_SCHEDULES:
-        free = free - _EVALUATION_KEYS
-    for key in sorted((saved.keys() | now.keys()) - free):
-        before, after = saved.get(key), now.get(key)
-        if before != after:
-            raise UserError(
-                f"cannot resume {where}: {key} was {before!r} and is now {after!r}, which changes the training; "
-                f"set it back, or start a new run in another train.output_dir"
-            )
 
 
 def save_checkpoint(

@@ -69,6 +69,11 @@ class TrainingStep:
         return [row for b in batches for row, n in zip(b.rows, b.terms_per_group, strict=True) for _ in range(n)]
 
 
+def count_steps(groups: int, *, pairs_per_step: int, max_steps: int, epochs: float) -> int:
+    """Optimizer steps of a run on so many preference groups; ``max_steps`` decides when it is positive."""
+    return max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(groups / pairs_per_step))
+
+
 class TrainingFeed:
     """The steps of a run, built in the background while those before run.
 
@@ -97,8 +102,11 @@ class TrainingFeed:
         self.waited = 0.0
         """Seconds that ``steps`` waited for a step to be built. The first one has nothing to hide behind."""
         self.steps_per_epoch = math.ceil(len(dataset) / packing.pairs_per_step)
-        self.total_steps = (
-            train.max_steps if train.max_steps > 0 else math.ceil(train.num_train_epochs * self.steps_per_epoch)
+        self.total_steps = count_steps(
+            len(dataset),
+            pairs_per_step=packing.pairs_per_step,
+            max_steps=train.max_steps,
+            epochs=train.num_train_epochs,
         )
         self.lengths = dataset.lengths
         self._terms_G = dataset.terms
@@ -122,11 +130,6 @@ class TrainingFeed:
             ranks=distributed.size(),
             rank=distributed.rank(),
         )
-
-    @property
-    def digest(self) -> str:
-        """Of every token, row number and boundary: the data that the plan speaks of."""
-        return self.dataset.digest
 
     def steps(self, done: int) -> Iterator[TrainingStep]:
         """The steps after the first ``done``, on the device.

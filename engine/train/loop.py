@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from engine import distributed, stop
-from engine.config import load_config, to_yaml
+from engine.config import to_yaml
 from engine.config.schema import RunConfig
 from engine.data import check_files
 from engine.errors import Stopped, UserError
@@ -26,43 +26,28 @@ from engine.model.sources import check_folder
 from engine.shared_folders import check_shared
 from engine.train import checkpoint as checkpoints
 from engine.train import sharded
-from engine.train.durable import check_content, is_complete, remove_leftovers, run_folder, write_atomically
+from engine.train.durable import MANIFEST, remove_leftovers, run_folder, write_atomically
 from engine.train.export import export_model, package_versions
 from engine.train.feed import TrainingStep
 from engine.train.metrics import (
-    METRICS_FILE,
     IntervalMeter,
     Tracker,
     evaluation_line,
     keep_rows_until,
     log_line,
     open_trackers,
-    read_rows,
 )
 from engine.train.objective import Scored
-from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
+from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule, change_total
+from engine.train.resume import CONFIG_FILE, Start, TrainResult, config_values, digests, find_start
 from engine.train.rounding import round_and_measure
 from engine.train.setup import Setup, check_settings, prepare, write_data_file
 from engine.train.throughput import reset_peak_memory
 
-CONFIG_FILE = "config.yaml"
 GO_ON = "go on with --resume"
 _ROWS_NAMED = 8
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run ended with."""
-
-    output_dir: Path
-    steps: int
-    """Optimizer steps of the whole run, those before a resume included."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """The last row of training metrics, and the last evaluation's when there was one."""
-    resumed_from: int | None = None
-    """Step of the checkpoint that the run continued from."""
 
 
 class _Evidence(NamedTuple):
@@ -100,53 +85,18 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
             checkpoints.refuse_other_run(output_dir)
         # Held from here on: whether the folder is free must not change while model and data are loaded.
         with run_folder(output_dir) if main else nullcontext():
-            found = _find_start(config, output_dir, resume) if main else (None, None)
-            newest, finished = distributed.broadcast(found)
+            found = find_start(config, output_dir, resume) if main else (None, None)
+            start, finished = distributed.broadcast(found)
             check_shared(output_dir, f"train.output_dir={output_dir}")
             if finished is not None:
                 log.info("%s is finished: nothing is left to train", output_dir)
                 return finished
             known = KnownRun(trains=True)
             with memory_errors(config, known):
-                run = _Run(prepare(config, known), output_dir)
-                if newest is not None:
-                    run.restore(*newest)
+                run = _Run(prepare(config, known, start), output_dir)
+                if start is not None:
+                    run.restore(start)
                 return run.train()
-
-
-def _finished(output_dir: Path) -> TrainResult | None:
-    """The result of a run that has ended, from its metrics; None for another one."""
-    if not is_complete(output_dir):
-        return None
-    remove_leftovers(output_dir)
-    checkpoints.remove_stopped(output_dir)
-    check_content(output_dir, remedy="delete this file to have the model written again")
-    metrics: dict[str, float] = {}
-    for row in read_rows(output_dir / METRICS_FILE):
-        metrics |= row
-    return TrainResult(output_dir, int(metrics["step"]), metrics)
-
-
-def _find_start(
-    config: RunConfig, output_dir: Path, resume: bool
-) -> tuple[tuple[Path, dict[str, Any]] | None, TrainResult | None]:
-    """The checkpoint to continue from and its state (None at the start), and the result of a finished run."""
-    if not resume:
-        checkpoints.refuse_other_run(output_dir)
-        return None, None
-    newest = checkpoints.newest_checkpoint(output_dir)
-    if newest is not None:
-        _, path = newest
-        state = checkpoints.read_state(path)
-        checkpoints.check_same_run(state["config"], config, path)
-        return (path, state), _finished(output_dir)
-    if (output_dir / CONFIG_FILE).exists():
-        saved = checkpoints.config_values(load_config(output_dir / CONFIG_FILE))
-        checkpoints.check_same_run(saved, config, output_dir)
-    finished = _finished(output_dir)
-    if finished is None:
-        log.info("no complete checkpoint in %s: training starts at step 1", output_dir)
-    return None, finished
 
 
 class _Run:
@@ -177,20 +127,9 @@ class _Run:
         self.schedule = build_schedule(self.optimizer, optim, total_steps=self.feed.total_steps)
         self.update = GuardedUpdate(self.optimizer, self.schedule, max_grad_norm=optim.max_grad_norm)
 
-    def restore(self, path: Path, state: Mapping[str, Any]) -> None:
+    def restore(self, start: Start) -> None:
         """Continue from a checkpoint."""
-        if state["data"] != self.feed.digest:
-            raise UserError(
-                f"cannot resume {path}: the training data is not what it was (rows, tokenizer or chat template "
-                "changed); restore it, or start a new run in another train.output_dir"
-            )
-        model = self.config.model
-        if state["base"] != self.setup.base:
-            raise UserError(
-                f"cannot resume {path}: model.model_name_or_path={model.model_name_or_path} holds other weights than "
-                "when the run began; restore them, on the Hub by model.revision, or start a new run in another "
-                "train.output_dir"
-            )
+        path, state, model = start.path, start.state, self.config.model
         if checkpoints.is_sharded(state):
             sharded.load(path, self.policy)
         elif self.policy.has_adapter:
@@ -206,7 +145,7 @@ class _Run:
             self.policy.activation_offload = self.config.train.activation_offload
             self._build_update()
         checkpoints.load_optimizer(path, state, self.optimizer, self.names)
-        self.schedule.load_state_dict(state["schedule"])
+        self._restore_schedule(start)
         self.meter.load(state["meter"])
         self.done = self.saved = self.resumed_from = state["step"]
         self.epoch = state["epoch"]
@@ -214,6 +153,13 @@ class _Run:
         self.evaluated_at = state["evaluated_at"]
         self._random = (path, state)
         log.info("continuing after step %d of %s", self.done, path)
+
+    def _restore_schedule(self, start: Start) -> None:
+        """As it was; of another number of steps, where that would be."""
+        self.schedule.load_state_dict(start.state["schedule"])
+        before, total = start.total(len(self.setup.datasets["train"])), self.feed.total_steps
+        if total != before:
+            log.info("%s", change_total(self.schedule, self.config.optim, before=before, total=total))
 
     def train(self) -> TrainResult:
         # Until the model is written: with the last step done, that is the fastest way to lose nothing.
@@ -251,6 +197,8 @@ class _Run:
             remove_leftovers(self.output_dir)
             # A run that was killed may have left one too many, and no later checkpoint may be due.
             checkpoints.prune_checkpoints(self.output_dir, self.config.train.save_total_limit)
+            # A finished run that goes on is no longer finished.
+            (self.output_dir / MANIFEST).unlink(missing_ok=True)
             write_atomically(self.output_dir / CONFIG_FILE, to_yaml(self.config))
             write_data_file(self.setup, self.output_dir)
             keep_rows_until(self.output_dir, self.done, evaluated_at=self.evaluated_at)
@@ -315,10 +263,11 @@ class _Run:
         rows = sorted(set(culprits or chain.from_iterable(distributed.gather(bad.rows))))
         named = ", ".join(map(str, rows[:_ROWS_NAMED])) + (f" and {len(rows) - _ROWS_NAMED} more" if rows[8:] else "")
         saved = checkpoints.complete_checkpoints(self.output_dir)
+        wider = ", with model.dtype=float32, or" if self.config.model.dtype != "float32" else ", or"
         kept = f"the last checkpoint is {saved[-1][1]}" if saved else "no checkpoint was due yet"
         return (
             f"step {bad.step}: {what} not finite, rows {named}; the step was not applied and {kept}: "
-            "start a new run with a lower optim.learning_rate, without these rows, or with model.dtype=float32"
+            f"start a new run with a lower optim.learning_rate{wider} without these rows"
         )
 
     def _log(self, grad_norm: Tensor, learning_rate: float) -> None:
@@ -376,9 +325,10 @@ class _Run:
             tracker.flush()
         state = {
             "epoch": self.epoch,
-            "config": checkpoints.config_values(self.config),
-            "data": self.feed.digest,
+            "config": config_values(self.config),
+            **digests(self.setup.datasets),
             "base": self.setup.base,
+            "reference": self.setup.references.weights,
             "schedule": self.schedule.state_dict(),
             "meter": self.meter.state(),
             "last_row": self.last_row,

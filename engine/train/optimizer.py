@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import get_scheduler
 from transformers.optimization import GreedyLR
 from transformers.trainer_utils import SchedulerType
@@ -150,6 +150,38 @@ def build_schedule(
             f"optim.lr_scheduler_type {config.lr_scheduler_type!r} cannot be built: {error}; "
             "set its options in optim.lr_scheduler_kwargs"
         ) from error
+
+
+def change_total(schedule: LRScheduler | ReduceLROnPlateau, config: OptimConfig, *, before: int, total: int) -> str:
+    """Set the learning rate to where a schedule is that was built for another number of steps than so far.
+
+    From here on, every rate is the one of a run of ``total`` steps from its start.
+
+    Args:
+        schedule: with the state that it had in a run of ``before`` steps.
+
+    Returns:
+        What the learning rate does, in words.
+    """
+    what = f"the run goes on to step {total:,} instead of {before:,}"
+    if not isinstance(schedule, LambdaLR):
+        return f"{what}; {config.lr_scheduler_type} moves on the evaluation loss, whatever their number"
+    groups = schedule.optimizer.param_groups
+    old, done = float(groups[0]["lr"]), schedule.last_epoch
+    rates = [base * rate(done) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = list(rates)
+    if done >= total:
+        return f"{what}, which is done"
+    last = schedule.base_lrs[0] * schedule.lr_lambdas[0](total - 1)
+    name = config.lr_scheduler_type
+    if rates[0] == old:
+        return f"{what}; the learning rate of step {done + 1:,} is {old:.4g} as before, of the last one {last:.4g}"
+    return (
+        f"{what}, and from here on {name} is the schedule of {total:,} steps: the learning rate of step {done + 1:,} "
+        f"is {rates[0]:.4g} ({old:.4g} in {before:,} steps), of the last one {last:.4g}"
+    )
 
 
 class GuardedUpdate:

@@ -26,6 +26,7 @@ from engine.reference import (
     load_ref_sums,
     precompute,
     verify_rows,
+    weights_digest,
 )
 from engine.reference.provenance import why_absent
 from engine.reference.verify import reward_bound
@@ -61,6 +62,8 @@ class References:
     """By name of the dataset (``train``, ``eval``); empty unless stored."""
     live: Callable[[PackedBatch], Tensor] | None = None
     """fp32 [S] of a batch, without gradients."""
+    weights: str | None = None
+    """``weights_digest`` of a reference model that the configuration names."""
 
     def lookup(self, name: str) -> Callable[[Pack], np.ndarray] | None:
         return self.tables[name].lookup if name in self.tables else None
@@ -110,6 +113,7 @@ def prepare_references(
     tables = {name: ReferenceTable(sums) for name, sums in columns.items() if sums is not None}
     own = config.reference.model_name_or_path is None
     reference = policy if own else load_reference(config, policy.device)
+    weights = None if own else weights_digest(reference)
     options: dict[str, Any] = {"beta": config.loss.beta, "share_prompts": config.packing.share_prompts}
     for name, dataset in datasets.items():
         check_dataset(reference, dataset)
@@ -123,7 +127,7 @@ def prepare_references(
         store = ReferenceStore(config.reference.store or default_store_path())
         sources.append(f"store {store.path}")
         tables |= _stored_tables(config, reference, absent, store, say, progress)
-    return References("stored", ", ".join(sources), tables)
+    return References("stored", ", ".join(sources), tables, weights=weights)
 
 
 def _stored_tables(
@@ -189,7 +193,9 @@ def _live_references(config: RunConfig, policy: Policy, datasets: dict[str, Pref
     frozen.requires_grad_(False)
     frozen.eval()
     name = other or config.model.model_name_or_path
-    return References("live", f"live: a frozen second model, {name}", {}, live=lambda b: _live_sums(frozen, b))
+    weights = None if other is None else weights_digest(frozen)
+    live = References("live", f"live: a frozen second model, {name}", {}, live=lambda b: _live_sums(frozen, b))
+    return replace(live, weights=weights)
 
 
 def _live_sums(policy: Policy, batch: PackedBatch) -> Tensor:

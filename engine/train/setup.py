@@ -40,6 +40,7 @@ from engine.train.metrics import check_trackers
 from engine.train.objective import Objective
 from engine.train.optimizer import METRIC_SCHEDULES, check_optimizer, check_schedule_name
 from engine.train.references import References, check_first_loss, prepare_references, resolve_mode
+from engine.train.resume import Start, check_base, check_data, check_reference
 from engine.train.throughput import FlopModel, measure_matmul_rate
 
 DATA_FILE = "data.json"
@@ -86,11 +87,12 @@ def check_settings(config: RunConfig) -> None:
     resolve_mode(config, Objective(config.loss))
 
 
-def prepare(config: RunConfig, known: KnownRun | None = None) -> Setup:
+def prepare(config: RunConfig, known: KnownRun | None = None, start: Start | None = None) -> Setup:
     """Load tokenizer, data, model and references, check them, and print what will run.
 
     Args:
         known: is given what is known of the run's memory.
+        start: the checkpoint that the run goes on from, whose data and weights these must be.
 
     Raises:
         UserError: anything that the user can correct.
@@ -102,6 +104,8 @@ def prepare(config: RunConfig, known: KnownRun | None = None) -> Setup:
     tokenizer = load_tokenizer(config.model)
     take_template(tokenizer, config.data)
     datasets, lint = _load_data(config, tokenizer, objective)
+    if start is not None:
+        check_data(start, config, datasets)
     device = resolve_device()
     known = known or KnownRun()
     known.datasets, known.device = datasets, device
@@ -117,9 +121,13 @@ def prepare(config: RunConfig, known: KnownRun | None = None) -> Setup:
     check_packing(policy, share_prompts=config.packing.share_prompts)
     for dataset in datasets.values():
         check_dataset(policy, dataset)
+    base = weights_digest(policy)
+    if start is not None:
+        check_base(start, config, base)
     references = prepare_references(config, policy, objective, datasets, say=log.info)
     objective.live_reference = references.live
-    base = weights_digest(policy)
+    if start is not None:
+        check_reference(start, config, references.weights)
     # After the digest, which knows the model as it was.
     describe_trained(policy.causal_lm, tokenizer)
     peak_flops = sum(distributed.gather(measure_matmul_rate(device, policy.compute_dtype)))

@@ -95,15 +95,15 @@ def test_work_counts_tokens_as_they_are(share):
 
 
 def test_digest_follows_tokens_rows_and_boundaries():
-    base = feed(dataset()).digest
-    assert feed(dataset(), num_train_epochs=2).digest == base
-    assert feed(dataset(seed=1)).digest != base
-    assert feed(dataset(count=9)).digest != base
+    base = feed(dataset()).dataset.digest
+    assert feed(dataset(), num_train_epochs=2).dataset.digest == base
+    assert feed(dataset(seed=1)).dataset.digest != base
+    assert feed(dataset(count=9)).dataset.digest != base
     moved = [
         PreferenceGroup(g.row, g.prompt_ids[:-1], tuple(np.r_[g.prompt_ids[-1:], r] for r in g.response_ids))
         for g in dataset()
     ]
-    assert feed(PreferenceDataset(moved)).digest != base
+    assert feed(PreferenceDataset(moved)).dataset.digest != base
 
 
 def test_an_error_in_the_background_reaches_the_caller():

@@ -23,8 +23,9 @@ from engine.config import load_config
 from engine.errors import UserError
 from engine.train.checkpoint import complete_checkpoints, read_state
 from engine.train.durable import only_writer
-from engine.train.loop import _find_start, train
+from engine.train.loop import train
 from engine.train.metrics import JsonlTracker
+from engine.train.resume import find_start
 from tests.engine.train.conftest import default_config
 
 PERF = "perf/"
@@ -39,10 +40,10 @@ def run_files(run: Path) -> dict[str, bytes]:
     return {**weights, "metrics": json.dumps(kept).encode()}
 
 
-def find_start(config, run: Path) -> int:
+def next_start(config, run: Path) -> int:
     """The step that a resume continues after, without the resume; 0 at the start."""
-    newest, _ = _find_start(config, run, True)
-    return newest[1]["step"] if newest else 0
+    start, _ = find_start(config, run, True)
+    return start.step if start else 0
 
 
 @contextmanager
@@ -156,19 +157,23 @@ def test_settings_that_change_nothing_learned_may_change(make_config, tmp_path):
     assert train(other, resume=True).resumed_from == 2
 
 
-def test_changed_data_is_refused(make_config, pairs_jsonl, tmp_path):
+def test_changed_data_is_refused_before_the_model_is_loaded(make_config, pairs_jsonl, tmp_path, monkeypatch):
     data = tmp_path / "pairs.jsonl"
     shutil.copy(pairs_jsonl, data)
     config = make_config(data={"dataset_name": str(data)}, train={"save_steps": 2})
     train(config)
     (tmp_path / "run" / "manifest.json").unlink()
     data.write_text(data.read_text().replace("yes", "sure", 1))
-    with pytest.raises(UserError, match=r"training data is not what it was"):
+    monkeypatch.setattr("engine.train.setup.load_policy", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"training data is not what it was \(rows, tokenizer or chat template changed"):
         train(config, resume=True)
+    shorter = make_config(data={"dataset_name": str(data), "max_length": 40}, train={"save_steps": 2})
+    with pytest.raises(UserError, match=r"not what it was \(data\.max_length was 160 and is now 40\)"):
+        train(shorter, resume=True)
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
-def test_a_changed_starting_model_is_refused(lora, make_config, tiny_model_dir, tmp_path):
+def test_a_changed_starting_model_is_refused(lora, make_config, tiny_model_dir, tmp_path, monkeypatch):
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir, base)
     config = make_config(model={"model_name_or_path": str(base), "lora": lora}, train={"save_steps": 2})
@@ -176,6 +181,7 @@ def test_a_changed_starting_model_is_refused(lora, make_config, tiny_model_dir, 
     (tmp_path / "run" / "manifest.json").unlink()
     weights = load_file(base / "model.safetensors")
     save_file({n: w + 0.01 for n, w in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr("engine.train.setup.prepare_references", lambda *a, **k: pytest.fail("references"))
     with pytest.raises(UserError, match=r"model_name_or_path=.*base holds other weights than when the run began"):
         train(config, resume=True)
 
@@ -216,14 +222,14 @@ def test_a_byte_flipped_anywhere_in_a_checkpoint_is_named(unfinished):
         for position in places(good):
             path.write_bytes(good[:position] + bytes([good[position] ^ 0x01]) + good[position + 1 :])
             with pytest.raises(UserError) as error:
-                find_start(config, run)
+                next_start(config, run)
             # A manifest that is damaged may blame the file that it speaks of.
             assert str(folder) in str(error.value), position
             assert path.name == "manifest.json" or str(path) in str(error.value), position
             assert f"delete {folder} and continue from {run / 'checkpoint-2'} with --resume" in str(error.value)
             assert "\n" not in str(error.value)
         path.write_bytes(good)
-    assert find_start(config, run) == 4
+    assert next_start(config, run) == 4
 
 
 def altered(document: Any) -> Iterator[Any]:
@@ -276,7 +282,7 @@ def test_every_field_of_a_checkpoint_is_checked(unfinished):
     remedy = f"; delete {folder} and continue from {run / 'checkpoint-2'} with --resume"
     assert all(message.startswith(str(folder)) and message.endswith(remedy) for message in messages)
     assert len(messages) > len(list(folder.iterdir()))
-    assert find_start(config, run) == 4
+    assert next_start(config, run) == 4
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
@@ -291,9 +297,9 @@ def test_a_checkpoint_file_that_is_not_whole_is_named(damage, unfinished):
         with pytest.raises(
             UserError, match=re.escape(str(path)) + r" (is damaged: it (has [\d,]+ bytes|is no)|is missin)"
         ):
-            find_start(config, run)
+            next_start(config, run)
         path.write_bytes(good)
-    assert find_start(config, run) == 4
+    assert next_start(config, run) == 4
 
 
 def test_what_belongs_to_another_checkpoint_is_named(unfinished):
@@ -302,17 +308,17 @@ def test_what_belongs_to_another_checkpoint_is_named(unfinished):
     good = (newer / "manifest.json").read_bytes()
     shutil.copy(older / "manifest.json", newer / "manifest.json")
     with pytest.raises(UserError, match=r"checkpoint-4/\S+ is damaged: .*; delete .*checkpoint-4 and continue from"):
-        find_start(config, run)
+        next_start(config, run)
     (newer / "manifest.json").write_bytes(good)
     for name in ("model.safetensors", "optimizer.safetensors", "trainer_state.json"):
         kept = (newer / name).read_bytes()
         shutil.copy(older / name, newer / name)
         with pytest.raises(UserError, match=rf"checkpoint-4/{name} is damaged"):
-            find_start(config, run)
+            next_start(config, run)
         (newer / name).write_bytes(kept)
     shutil.copytree(older, run / "checkpoint-6")
     with pytest.raises(UserError, match=r"checkpoint-6 holds the checkpoint of step 2: delete it"):
-        find_start(config, run)
+        next_start(config, run)
 
 
 def test_following_the_advice_continues_from_the_older_checkpoint(finished, unfinished):

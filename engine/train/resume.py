@@ -1,0 +1,247 @@
+"""Where a run goes on from, and what may differ from the run that began: all that does not change what is learned.
+
+Settings that lead to data and weights are judged by what they lead to, whose digests every checkpoint holds. Another
+number of steps goes on, with the schedule of that number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine.config import load_config
+from engine.config.schema import RunConfig
+from engine.data.groups import PreferenceDataset
+from engine.errors import UserError
+from engine.train import checkpoint as checkpoints
+from engine.train.durable import check_content, is_complete, remove_leftovers
+from engine.train.feed import count_steps
+from engine.train.metrics import METRICS_FILE, read_rows
+from engine.train.optimizer import METRIC_SCHEDULES
+
+CONFIG_FILE = "config.yaml"
+_FREE_KEYS = frozenset(
+    (
+        *("packing.tokens_per_pack", "packing.share_prompts", "model.attention", "model.trust_remote_code"),
+        *("data.strict", "data.eval_dataset_name", "data.eval_dataset_split", "reference.store", "reference.mode"),
+        *("train.output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.eval_steps"),
+        *("train.gradient_checkpointing", "train.activation_offload", "train.timeout_minutes", "train.report_to"),
+        *("train.save_dtype", "train.save_rounding"),
+    )
+)
+"""Keys that may change between a run and its resumption: they do not change what is learned."""
+_STEP_KEYS = ("train.max_steps", "train.num_train_epochs")
+_DATA_KEYS = frozenset(
+    (
+        *("data.dataset_name", "data.dataset_config", "data.dataset_train_split", "data.max_length", "data.format"),
+        *("data.truncation_mode", "data.scored_pairs", "data.min_score_gap", "data.chat_template", "data.max_rows"),
+        "model.tokenizer_name_or_path",
+    )
+)
+"""What leads to the training data: its digest decides."""
+_BASE_KEYS = frozenset({"model.model_name_or_path", "model.revision", "model.adapter_name_or_path"})
+"""What leads to the weights before step 1: their digest decides."""
+_REFERENCE_KEY = "reference.model_name_or_path"
+_NEW_RUN = "or start a new run in another train.output_dir"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with."""
+
+    output_dir: Path
+    steps: int
+    """Optimizer steps of the whole run, those before a resume included."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last row of training metrics, and the last evaluation's when there was one."""
+    resumed_from: int | None = None
+    """Step of the checkpoint that the run continued from."""
+
+
+class Start(NamedTuple):
+    """The checkpoint that a run goes on from."""
+
+    path: Path
+    state: dict[str, Any]
+    ended: int = 0
+    """Steps of the finished run that is extended."""
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    def total(self, groups: int) -> int:
+        """Steps of the run that wrote it, on data of so many groups."""
+        saved = self.state["config"]
+        return count_steps(
+            groups,
+            pairs_per_step=saved["packing.pairs_per_step"],
+            max_steps=saved["train.max_steps"],
+            epochs=saved["train.num_train_epochs"],
+        )
+
+
+def find_start(config: RunConfig, output_dir: Path, resume: bool) -> tuple[Start | None, TrainResult | None]:
+    """The checkpoint to continue from (None at the start), and the result of a run that has no step left to do.
+
+    Raises:
+        UserError: the folder holds a run that is not to be resumed, or another one, or a damaged checkpoint.
+    """
+    if not resume:
+        checkpoints.refuse_other_run(output_dir)
+        return None, None
+    start = None
+    written = output_dir / CONFIG_FILE
+    saved = config_values(load_config(written)) if written.exists() else None
+    newest = checkpoints.newest_checkpoint(output_dir)
+    if newest is not None:
+        start = Start(newest[1], checkpoints.read_state(newest[1]))
+        check_same_run(start.state["config"], config, start.path)
+    elif saved is not None:
+        check_same_run(saved, config, output_dir)
+    if not is_complete(output_dir):
+        if start is None:
+            log.info("no complete checkpoint in %s: training starts at step 1", output_dir)
+        return start, None
+    if saved is not None and _asks_for_other_steps(saved, config):
+        return _extended(start, config, output_dir), None
+    return start, _finished(output_dir)
+
+
+def _asks_for_other_steps(saved: Mapping[str, Any], config: RunConfig) -> bool:
+    now = config_values(config)
+    return any(saved[key] != now[key] for key in _STEP_KEYS)
+
+
+def _extended(start: Start | None, config: RunConfig, output_dir: Path) -> Start:
+    """The checkpoint that a finished run goes on from."""
+    steps = _last_metrics(output_dir)["step"]
+    if start is None:
+        key = "adapter_name_or_path" if config.model.trains_adapter else "model_name_or_path"
+        raise UserError(
+            f"cannot resume {output_dir}: it is finished after {steps} steps and holds no checkpoint, whose optimizer "
+            f"state further steps need: set {' and '.join(_STEP_KEYS)} back, or start a new run from its result with "
+            f"model.{key}={output_dir} and another train.output_dir"
+        )
+    return start._replace(ended=int(steps))
+
+
+def _finished(output_dir: Path) -> TrainResult:
+    """The result of a run that has ended, from its metrics."""
+    remove_leftovers(output_dir)
+    checkpoints.remove_stopped(output_dir)
+    check_content(output_dir, remedy="delete this file to have the model written again")
+    metrics = _last_metrics(output_dir)
+    return TrainResult(output_dir, int(metrics["step"]), metrics)
+
+
+def _last_metrics(output_dir: Path) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for row in read_rows(output_dir / METRICS_FILE):
+        metrics |= row
+    return metrics
+
+
+def config_values(config: RunConfig) -> dict[str, Any]:
+    """Every setting under its dotted name, as plain JSON values."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for name, item in value.items() for k, v in walk(f"{prefix}.{name}", item).items()}
+
+    plain = json.loads(json.dumps(asdict(config)))
+    return {k: v for section, value in plain.items() for k, v in walk(section, value).items()}
+
+
+def check_same_run(saved: Mapping[str, Any], config: RunConfig, where: Path) -> None:
+    """Raise a ``UserError`` that names the first setting that would change what is learned.
+
+    What leads to data, weights and a reference model is left to ``check_data``, ``check_base`` and ``check_reference``.
+    """
+    now = config_values(config)
+    free = {*_FREE_KEYS, *_STEP_KEYS, *_DATA_KEYS, *_BASE_KEYS, _REFERENCE_KEY}
+    if config.optim.lr_scheduler_type in METRIC_SCHEDULES:
+        free.remove("train.eval_steps")
+    for key in sorted((saved.keys() | now.keys()) - free):
+        before, after = saved.get(key), now.get(key)
+        if before != after:
+            raise UserError(
+                f"cannot resume {where}: {key} was {before!r} and is now {after!r}, which changes the training; "
+                f"set it back, {_NEW_RUN}"
+            )
+
+
+def digests(datasets: Mapping[str, PreferenceDataset]) -> dict[str, Any]:
+    """What a checkpoint knows its data by."""
+    return {"data": datasets["train"].digest, "eval_data": datasets["eval"].digest if "eval" in datasets else None}
+
+
+def check_data(start: Start, config: RunConfig, datasets: Mapping[str, PreferenceDataset]) -> None:
+    """Raise a ``UserError`` when the data is not what a run began with, or fewer steps are asked for than are done."""
+    now = digests(datasets)
+    if start.state["data"] != now["data"]:
+        changed = _changes(start, config, _DATA_KEYS) or "rows, tokenizer or chat template changed"
+        raise UserError(
+            f"cannot resume {start.path}: the training data is not what it was ({changed}); restore it, {_NEW_RUN}"
+        )
+    moves = config.optim.lr_scheduler_type in METRIC_SCHEDULES
+    if moves and start.state.get("eval_data", now["eval_data"]) != now["eval_data"]:
+        raise UserError(
+            f"cannot resume {start.path}: the evaluation data is not what it was, and optim.lr_scheduler_type "
+            f"{config.optim.lr_scheduler_type} moves on it; restore it, {_NEW_RUN}"
+        )
+    train = config.train
+    groups, pairs = len(datasets["train"]), config.packing.pairs_per_step
+    total = count_steps(groups, pairs_per_step=pairs, max_steps=train.max_steps, epochs=train.num_train_epochs)
+    done = max(start.step, start.ended)
+    if total < done:
+        key = "max_steps" if train.max_steps > 0 else "num_train_epochs"
+        raise UserError(
+            f"cannot resume {start.path}: {done} steps are done, and train.{key}={getattr(train, key):g} asks for "
+            f"{total}; ask for as many or more, {_NEW_RUN}"
+        )
+
+
+def check_base(start: Start, config: RunConfig, base: str) -> None:
+    """Raise a ``UserError`` when training would start from other weights than when the run began.
+
+    Args:
+        base: ``weights_digest`` of the model before step 1.
+    """
+    if start.state["base"] != base:
+        changed = _changes(start, config, _BASE_KEYS)
+        raise UserError(
+            f"cannot resume {start.path}: model.model_name_or_path={config.model.model_name_or_path} holds other "
+            f"weights than when the run began{f' ({changed})' if changed else ''}; restore them, on the Hub by "
+            f"model.revision, {_NEW_RUN}"
+        )
+
+
+def check_reference(start: Start, config: RunConfig, digest: str | None) -> None:
+    """Raise a ``UserError`` when the reference model that is named holds other weights than when the run began.
+
+    Args:
+        digest: ``weights_digest`` of it; None when none is named.
+    """
+    changed = _changes(start, config, {_REFERENCE_KEY})
+    # Older checkpoints hold no digest of it: there the name decides.
+    same = start.state["reference"] == digest if "reference" in start.state else not changed
+    if not same:
+        raise UserError(
+            f"cannot resume {start.path}: the reference model holds other weights than when the run began"
+            f"{f' ({changed})' if changed else ''}; restore them, {_NEW_RUN}"
+        )
+
+
+def _changes(start: Start, config: RunConfig, keys: frozenset[str] | set[str]) -> str:
+    """Those of the keys that have changed, in words."""
+    before, now = start.state["config"], config_values(config)
+    changed = [key for key in sorted(keys) if before.get(key) != now[key]]
+    return ", ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed)

@@ -1,0 +1,104 @@
+"""A run goes on at other paths, and for more steps; not with other data, weights or settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from engine.errors import UserError
+from engine.train.loop import train
+from tests.engine.train.test_resume import interrupted_after, run_files
+
+
+def test_what_has_moved_resumes_to_the_same_bits(make_config, tiny_model_dir, pairs_jsonl, tmp_path, monkeypatch):
+    """Folders and files at other paths, relative or through a link, are the same weights and tokens."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "reference", "tokenizer"):
+        shutil.copytree(tiny_model_dir, tmp_path / name)
+    shutil.copy(pairs_jsonl, "pairs.jsonl")
+
+    def config(place: str, run: str):
+        return make_config(
+            model={"model_name_or_path": f"{place}model", "tokenizer_name_or_path": f"{place}tokenizer"},
+            data={"dataset_name": f"{place}pairs.jsonl", "eval_dataset_name": f"{place}pairs.jsonl"}
+            | {"eval_dataset_split": "train"},
+            optim={"lr_scheduler_type": "reduce_lr_on_plateau"},
+            reference={"model_name_or_path": f"{place}reference"},
+            train={"output_dir": run, "save_steps": 2, "eval_steps": 2},
+        )
+
+    train(config("./", "whole"))
+    with interrupted_after(monkeypatch, rows=4), pytest.raises(KeyboardInterrupt):
+        train(config("./", "stopped"))
+    (tmp_path / "moved").mkdir()
+    for name in ("model", "reference", "tokenizer", "pairs.jsonl"):
+        os.rename(name, f"moved/{name}")
+    os.symlink("moved", "link")
+    os.rename("stopped", "moved/stopped")
+    assert train(config(f"{tmp_path}/link/", "moved/stopped"), resume=True).resumed_from == 2
+    assert run_files(tmp_path / "moved" / "stopped") == run_files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("mode", ["auto", "live"])
+def test_a_changed_reference_model_is_refused(mode, make_config, tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "reference")
+    reference = {"mode": mode, "model_name_or_path": str(tmp_path / "reference")}
+    config = make_config(reference=reference, train={"save_steps": 2})
+    train(config)
+    (tmp_path / "run" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"reference model holds other weights .*\(reference\.model_name_or_path was "):
+        train(make_config(reference={"mode": mode}, train={"save_steps": 2}), resume=True)
+    weights = load_file(tmp_path / "reference" / "model.safetensors")
+    weights = {name: weight + 0.01 for name, weight in weights.items()}
+    save_file(weights, tmp_path / "reference" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"the reference model holds other weights than when the run began; restore"):
+        train(config, resume=True)
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
+@pytest.mark.parametrize("more", [{"num_train_epochs": 2}, {"max_steps": 8}], ids=["epochs", "steps"])
+def test_more_steps_extend_a_run_to_the_bits_of_one_that_had_them(finished, more, make_config, tmp_path, monkeypatch):
+    """With a schedule that does not depend on their number; killed once on the way."""
+    settings = {"optim": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}}
+    train(make_config(**settings, train={"save_steps": 2, **more, "output_dir": str(tmp_path / "whole")}))
+    once = make_config(**settings, train={"save_steps": 2})
+    if finished:
+        train(once)
+    else:
+        with interrupted_after(monkeypatch, rows=3), pytest.raises(KeyboardInterrupt):
+            train(once)
+    extended = make_config(**settings, train={"save_steps": 2, **more})
+    with interrupted_after(monkeypatch, rows=3), pytest.raises(KeyboardInterrupt):
+        train(extended, resume=True)
+    result = train(extended, resume=True)
+    assert (result.steps, result.resumed_from) == (8, 6 if finished else 4)
+    assert run_files(tmp_path / "run") == run_files(tmp_path / "whole")
+    assert train(extended, resume=True).resumed_from is None
+    with pytest.raises(UserError, match=r"8 steps are done, and train\.num_train_epochs=1 asks for 4; ask for as many"):
+        train(once, resume=True)
+
+
+def test_an_extended_run_follows_the_schedule_of_all_its_steps(make_config, tmp_path, caplog):
+    """From the checkpoint on, and says so: training would otherwise go on from a rate of 0."""
+    run = tmp_path / "run"
+    train(make_config(train={"save_steps": 2}))
+    config = make_config(train={"save_steps": 2, "max_steps": 6}, optim={"learning_rate": 2e-3})
+    with caplog.at_level("INFO"):
+        assert train(config, resume=True).resumed_from == 4
+    rates = [json.loads(line)["learning_rate"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rates[:4] == [2e-3 * (4 - step) / 4 for step in range(4)]
+    assert rates[4:] == pytest.approx([2e-3 * (6 - step) / 6 for step in (4, 5)], rel=1e-12)
+    said = (
+        "linear is the schedule of 6 steps: the learning rate of step 5 is 0.0006667 (0 in 4 steps), of the last one 0."
+    )
+    assert f"the run goes on to step 6 instead of 4, and from here on {said}" in caplog.text
+
+
+def test_a_finished_run_without_a_checkpoint_cannot_go_on(make_config):
+    train(make_config())
+    with pytest.raises(UserError, match=r"finished after 4 steps and holds no checkpoint, .*model.model_name_or_path="):
+        train(make_config(train={"max_steps": 5}), resume=True)
