@@ -189,17 +189,24 @@ def _datasets(config: RunConfig) -> dict[str, PreferenceDataset]:
 def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> Policy:
     """The reference exactly as training loads it, so that both find the same rows of the store."""
     from engine.model import check_dataset, check_packing, load_policy, resolve_device, shard_policy
-    from engine.train.references import reference_model
+    from engine.reference import check_fresh, score_fresh
+    from engine.train.references import load_reference
 
     if REFERENCE_FREE_LOSSES.issuperset(config.loss.loss_types):
         raise UserError(f"loss.loss_type {config.loss.loss_name} needs no reference; there is nothing to compute")
-    own = config.reference.model_name_or_path is None
     device = resolve_device()
-    policy = shard_policy(load_policy(config.model if own else reference_model(config), device=device), device)
+    own = config.reference.model_name_or_path is None
+    fresh = score_fresh(config.model, datasets["train"], device) if own else None
+    policy = (
+        shard_policy(load_policy(config.model, device=device), device)
+        if own
+        else load_reference(config, device, datasets["train"])
+    )
     distributed.say(f"attention: {policy.backend.name} ({policy.backend.reason})")
     check_packing(policy, share_prompts=config.packing.share_prompts)
     for dataset in datasets.values():
         check_dataset(policy, dataset)
+    check_fresh(policy, fresh)
     return policy
 
 

@@ -34,7 +34,7 @@ from engine.model import (
     resolve_device,
     shard_policy,
 )
-from engine.model.adapters import ADAPTER_FILE
+from engine.model.adapter_forms import changes_base, is_adapter
 from engine.model.load import shapes_alone
 from engine.model.quantization import check_quantization
 from engine.packing import Pack, build_batch, check_fits, group_costs, group_sizes, pack_groups
@@ -82,12 +82,16 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     _check_fits(dataset, config)
     device = resolve_device()
     policy = load_policy(config.model, device=device)
-    is_adapter = model_path is not None and (Path(model_path) / ADAPTER_FILE).exists()
-    if model_path is not None and is_adapter:
+    adapter = model_path if model_path is not None and is_adapter(Path(model_path)) else None
+    alone = adapter is not None and _changes_base(config.model, adapter)
+    if adapter is not None and not alone:
         # Before the layers are sharded that it is in.
-        put_adapter(policy, model_path)
-    policy = shard_policy(policy, device)
-    trained = policy if model_path is None or is_adapter else load_trained(config.model, model_path, device)
+        put_adapter(policy, adapter)
+    trained = policy = shard_policy(policy, device)
+    if adapter is not None and alone:
+        trained = _load_alone(config.model, adapter, device)
+    elif model_path is not None and adapter is None:
+        trained = load_trained(config.model, model_path, device)
     check_packing(policy, share_prompts=config.packing.share_prompts)
     check_dataset(policy, dataset)
     check_dataset(trained, dataset)
@@ -113,6 +117,18 @@ def put_adapter(base: Policy, model_path: str) -> None:
             load_adapter(base, Path(model_path))
     except UserError as error:
         raise UserError(f"--model {model_path}: {error}") from error
+
+
+def _changes_base(model: ModelConfig, adapter: str) -> bool:
+    """Whether ``adapter`` and the reference cannot share one base, since one of them has changed it."""
+    own = model.adapter_name_or_path
+    return changes_base(adapter) or (own is not None and changes_base(own))
+
+
+def _load_alone(model: ModelConfig, adapter: str, device: torch.device) -> Policy:
+    base = load_policy(replace(model, lora=None, adapter_name_or_path=None), device=device)
+    put_adapter(base, adapter)
+    return shard_policy(base, device)
 
 
 def load_trained(model: ModelConfig, model_path: str, device: torch.device) -> Policy:

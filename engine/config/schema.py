@@ -81,7 +81,8 @@ class ModelConfig:
         _require(self.adapter_name_or_path != "", "model.adapter_name_or_path must not be empty; leave it out for none")
         _require(
             self.lora is None or self.adapter_name_or_path is None,
-            "model.adapter_name_or_path is trained with its own rank and scale: set model.lora to null",
+            "model.adapter_name_or_path is trained with its own rank and scale: set model.lora to null; for a fresh "
+            "adapter on top of it, first merge it into its base with peft's merge_and_unload",
         )
 
     @property

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+import torch
 from torch import nn
 
 from engine.config.fields import nearest
 from engine.config.schema import LoraConfig
 from engine.errors import UserError
+from engine.model.adapter_forms import READ_ERRORS, check_form, stored_names
 from engine.model.layers import text_model
 from engine.model.sources import check_folder, first_line
 
 if TYPE_CHECKING:
     from engine.model.policy import Policy
 
-ADAPTER_FILE = "adapter_model.safetensors"
 TRAINED = "default"
 """peft's name of the adapter that is trained."""
 FROZEN = "reference"
@@ -110,26 +112,44 @@ def continue_adapter(causal_lm: nn.Module, source: str, *, empty: bool = False) 
     check_folder(source, "model.adapter_name_or_path=")
     name = type(causal_lm).__name__
     try:
-        _check_kind(peft, source)
-        with warnings.catch_warnings():
-            # peft loads what fits and warns of the rest, which is an error below
-            warnings.simplefilter("ignore")
-            read = _from_config if empty else peft.PeftModel.from_pretrained
+        check_form(peft, source)
+        read = _from_config if empty else peft.PeftModel.from_pretrained
+        with quiet_loading():
             model = read(causal_lm, source, TRAINED, is_trainable=True)
-        if Path(source).is_dir():
-            _check_layers(peft, model, Path(source), TRAINED)
-        _refuse_saved_modules(model, what)
-        config = deepcopy(model.peft_config[TRAINED])
-        config.lora_dropout, config.inference_mode = 0.0, True
-        model.add_adapter(FROZEN, config)
-        if not empty:
-            weights = peft.get_peft_model_state_dict(model, adapter_name=TRAINED)
-            peft.set_peft_model_state_dict(model, weights, adapter_name=FROZEN)
-    except (RuntimeError, ValueError, TypeError, OSError, KeyError) as error:
+        _check_layers(peft, model, source, TRAINED)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        _add_frozen_copy(peft, model, filled=not empty)
+    except ImportError as error:
+        raise UserError(f"{what}: {first_line(error)}") from error
+    except READ_ERRORS as error:
         raise UserError(f"{what} does not fit {name}: {first_line(error)}") from error
     for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(TRAINED in parameter_name.split("."))
+        parameter.requires_grad_(parameter_name in trained)
     return _in_float32(model)
+
+
+def _add_frozen_copy(peft: Any, model: Any, *, filled: bool) -> None:
+    config = deepcopy(model.peft_config[TRAINED])
+    config.lora_dropout, config.inference_mode = 0.0, True
+    # A start such as PiSSA's would take its part out of the base a second time.
+    config.init_lora_weights = False
+    model.add_adapter(FROZEN, config)
+    if filled:
+        weights = peft.get_peft_model_state_dict(model, adapter_name=TRAINED)
+        peft.set_peft_model_state_dict(model, weights, adapter_name=FROZEN)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """While peft loads an adapter: it warns of what does not fit, which is an error here, and draws random numbers.
+
+    They are the same each time, since the starts of some adapters depend on them (PiSSA by ``svd_lowrank``).
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        yield
 
 
 def _from_config(causal_lm: nn.Module, source: str, adapter: str, *, is_trainable: bool) -> Any:
@@ -138,6 +158,8 @@ def _from_config(causal_lm: nn.Module, source: str, adapter: str, *, is_trainabl
 
     config = peft.PeftConfig.from_pretrained(source)
     config.inference_mode = not is_trainable
+    # A start that computes with the base weights needs their values.
+    config.init_lora_weights = True
     return peft.PeftModelForCausalLM(causal_lm, config, adapter)
 
 
@@ -153,39 +175,24 @@ def load_adapter(policy: Policy, path: Path) -> None:
     model: Any = policy.model
     name = type(policy.causal_lm).__name__
     try:
-        _check_kind(peft, str(path))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        check_form(peft, str(path))
+        with quiet_loading():
             if policy.has_adapter:
                 model.load_adapter(str(path), _LOADED)
                 model.set_adapter(_LOADED)
             else:
                 policy.model = model = peft.PeftModel.from_pretrained(model, str(path), _LOADED)
-        _check_layers(peft, model, path, _LOADED)
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        _check_layers(peft, model, str(path), _LOADED)
+    except ImportError as error:
+        raise UserError(f"the adapter {path}: {first_line(error)}") from error
+    except READ_ERRORS as error:
         raise UserError(f"the adapter {path} does not fit {name}: {first_line(error)}") from error
 
 
-def _check_kind(peft: Any, source: str) -> None:
-    config = peft.PeftConfig.from_pretrained(source)
-    if config.peft_type != peft.PeftType.LORA:
-        raise UserError(f"{source} is an adapter of kind {config.peft_type}: only LORA is supported")
-
-
-def _check_layers(peft: Any, model: Any, path: Path, adapter: str) -> None:
-    with safe_open(path / ADAPTER_FILE, "pt") as file:
-        stored = set(file.keys())
-    if stored != set(peft.get_peft_model_state_dict(model, adapter_name=adapter)):
+def _check_layers(peft: Any, model: Any, source: str, adapter: str) -> None:
+    stored = stored_names(source)
+    if stored is not None and stored != set(peft.get_peft_model_state_dict(model, adapter_name=adapter)):
         raise ValueError("it belongs to other layers")
-
-
-def _refuse_saved_modules(model: Any, what: str) -> None:
-    saved = model.peft_config[TRAINED].modules_to_save
-    if saved:
-        raise UserError(
-            f"{what} has trained copies of {', '.join(saved)} (modules_to_save), which are not supported: merge it "
-            "into its base with peft's merge_and_unload and train on that"
-        )
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """Reference log-probs: computed once per response, stored by content, found again by every later run."""
 
 from engine.reference.columns import export_columns, import_columns
+from engine.reference.fresh import FreshScores, check_fresh, score_fresh
 from engine.reference.keys import dataset_keys, identify, model_digest, response_key, weights_digest
 from engine.reference.lookup import default_store_path, load_ref_logps, load_ref_sums
 from engine.reference.precompute import PrecomputeReport, precompute
@@ -8,8 +9,10 @@ from engine.reference.store import ReferenceStore
 from engine.reference.verify import verify_rows
 
 __all__ = [
+    "FreshScores",
     "PrecomputeReport",
     "ReferenceStore",
+    "check_fresh",
     "dataset_keys",
     "default_store_path",
     "export_columns",
@@ -20,6 +23,7 @@ __all__ = [
     "model_digest",
     "precompute",
     "response_key",
+    "score_fresh",
     "verify_rows",
     "weights_digest",
 ]

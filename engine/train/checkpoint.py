@@ -26,7 +26,8 @@ from transformers.utils import logging as transformers_logging
 from engine import distributed
 from engine.errors import UserError
 from engine.model import Policy
-from engine.model.adapters import ADAPTER_FILE, TRAINED
+from engine.model.adapter_forms import ADAPTER_FILE
+from engine.model.adapters import TRAINED
 from engine.train import sharded
 from engine.train.durable import (
     check_content,

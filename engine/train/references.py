@@ -17,14 +17,17 @@ from engine.config.schema import ModelConfig, RunConfig
 from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
 from engine.model import Policy, check_dataset, load_policy, shard_policy
+from engine.model.adapter_forms import base_of_adapter
 from engine.packing import Pack, PackedBatch, build_batch
 from engine.reference import (
     ReferenceStore,
+    check_fresh,
     default_store_path,
     identify,
     import_columns,
     load_ref_sums,
     precompute,
+    score_fresh,
     verify_rows,
     weights_digest,
 )
@@ -112,7 +115,7 @@ def prepare_references(
     columns = {name: import_columns(dataset) for name, dataset in datasets.items()}
     tables = {name: ReferenceTable(sums) for name, sums in columns.items() if sums is not None}
     own = config.reference.model_name_or_path is None
-    reference = policy if own else load_reference(config, policy.device)
+    reference = policy if own else load_reference(config, policy.device, next(iter(datasets.values())))
     weights = None if own else weights_digest(reference)
     options: dict[str, Any] = {"beta": config.loss.beta, "share_prompts": config.packing.share_prompts}
     for name, dataset in datasets.items():
@@ -164,12 +167,18 @@ def _stored_tables(
 def reference_model(config: RunConfig) -> ModelConfig:
     """The reference model's configuration: the model before training, unless another is named.
 
-    A fresh adapter is no part of the reference, a trained one that goes on is.
+    A fresh adapter is no part of the reference, a trained one that goes on is. An adapter that is named is meant on the
+    base that it names itself.
     """
     name = config.reference.model_name_or_path
     if name is None:
         return replace(config.model, lora=None)
-    return replace(full_model(config.model), model_name_or_path=name, revision=None)
+    full = replace(full_model(config.model), model_name_or_path=name, revision=None)
+    found = base_of_adapter(name)
+    if found is None:
+        return full
+    base, revision = found
+    return replace(full, model_name_or_path=base, revision=revision, adapter_name_or_path=name)
 
 
 def full_model(model: ModelConfig) -> ModelConfig:
@@ -177,9 +186,27 @@ def full_model(model: ModelConfig) -> ModelConfig:
     return replace(model, lora=None, adapter_name_or_path=None, quantization=None)
 
 
-def load_reference(config: RunConfig, device: torch.device) -> Policy:
-    """The reference model beside the trained one, sharded as that is."""
-    return shard_policy(load_policy(reference_model(config), device=device), device)
+def load_reference(config: RunConfig, device: torch.device, dataset: PreferenceDataset) -> Policy:
+    """The reference model beside the trained one, sharded as that is.
+
+    Args:
+        dataset: a few rows of it show whether an adapter was loaded rightly.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    model, name = reference_model(config), config.reference.model_name_or_path
+    try:
+        fresh = score_fresh(model, dataset, device)
+        policy = shard_policy(load_policy(model, device=device), device)
+        check_fresh(policy, fresh)
+    except UserError as error:
+        own, key = f"model.model_name_or_path={name}", f"reference.model_name_or_path={name}"
+        text = str(error)
+        if name is None or key in text:
+            raise
+        raise UserError(text.replace(own, key) if own in text else f"{key}: {text}") from error
+    return policy
 
 
 def _live_references(config: RunConfig, policy: Policy, datasets: dict[str, PreferenceDataset]) -> References:
@@ -187,7 +214,7 @@ def _live_references(config: RunConfig, policy: Policy, datasets: dict[str, Pref
     if policy.has_adapter and other is None:
         how = "its adapters off" if policy.reference_adapter is None else "the frozen copy of its adapter"
         return References("live", f"live: the model with {how}", {}, live=lambda b: _live_sums(policy, b))
-    frozen = load_reference(config, policy.device)
+    frozen = load_reference(config, policy.device, next(iter(datasets.values())))
     for dataset in datasets.values():
         check_dataset(frozen, dataset)
     frozen.requires_grad_(False)

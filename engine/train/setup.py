@@ -33,7 +33,7 @@ from engine.model import (
 from engine.model.companions import describe_trained, take_template
 from engine.model.quantization import check_quantization, check_trainable, num_weights
 from engine.packing import PlanSummary, check_fits, summarize_plan
-from engine.reference import weights_digest
+from engine.reference import check_fresh, score_fresh, weights_digest
 from engine.train.durable import write_atomically
 from engine.train.feed import TrainingFeed
 from engine.train.metrics import check_trackers
@@ -113,6 +113,7 @@ def prepare(config: RunConfig, known: KnownRun | None = None, start: Start | Non
         known.memory = forecast_run(config, datasets["train"], device)
         if known.memory is not None:
             advise(config, known.memory, device)
+    fresh = score_fresh(config.model, datasets["train"], device)
     # Before the model: adapters start from random numbers.
     set_seed(config.train.seed)
     policy = load_policy(config.model, device=device, gradient_checkpointing=config.train.gradient_checkpointing)
@@ -124,6 +125,7 @@ def prepare(config: RunConfig, known: KnownRun | None = None, start: Start | Non
     base = weights_digest(policy)
     if start is not None:
         check_base(start, config, base)
+    check_fresh(policy, fresh)
     references = prepare_references(config, policy, objective, datasets, say=log.info)
     objective.live_reference = references.live
     if start is not None:

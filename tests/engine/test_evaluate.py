@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 
 from dpo_kernels import preference_loss
 from engine.config import build_config
@@ -14,7 +14,10 @@ from engine.data import load_dataset_groups
 from engine.errors import UserError
 from engine.evaluate import evaluate, format_evaluation
 from engine.model import load_tokenizer
+from engine.model.adapters import quiet_loading
 from engine.train.loop import train
+
+peft = pytest.importorskip("peft")
 
 
 @pytest.fixture
@@ -32,8 +35,11 @@ def config(tmp_path, tiny_model_dir, pairs_jsonl):
     )
 
 
-def one_by_one(path, dataset) -> torch.Tensor:
+def one_by_one(path, dataset, adapter=None) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    if adapter is not None:
+        with quiet_loading():
+            model = peft.PeftModel.from_pretrained(model, adapter)
     sums = []
     with torch.no_grad():
         for group in dataset:
@@ -102,6 +108,32 @@ def test_evaluation_after_training_is_the_evaluation_of_the_folder(lora, config,
             changed = replace(config, model=replace(config.model, lora=other))
             again = evaluate(changed, str(tmp_path / "run"))
             assert again["eval_loss"] == pytest.approx(values["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", True])
+def test_an_adapter_is_compared_with_its_base_whatever_it_starts_from(start, config, tiny_model_dir, tmp_path):
+    set_seed(0)
+    with quiet_loading():
+        adapted = peft.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+            peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=start),
+        )
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapter = str(tmp_path / "adapter")
+    adapted.save_pretrained(adapter)
+    dataset, _ = load_dataset_groups(config.data, load_tokenizer(config.model), split="eval")
+    base, logps = one_by_one(tiny_model_dir, dataset), one_by_one(tiny_model_dir, dataset, adapter)
+    rewards = 0.1 * (logps - base)
+    assert rewards.abs().max() > 0.1
+    values = evaluate(config, adapter)
+    assert values["eval_rewards/chosen"] == pytest.approx(rewards[0::2].mean().item(), rel=1e-4, abs=1e-4)
+    assert values["eval_rewards/rejected"] == pytest.approx(rewards[1::2].mean().item(), rel=1e-4, abs=1e-4)
+    # Of a run that goes on from it the adapter is the reference.
+    values = evaluate(replace(config, model=replace(config.model, adapter_name_or_path=adapter)), adapter)
+    assert values["eval_logps/chosen"] == pytest.approx(logps[0::2].mean().item(), rel=1e-4, abs=1e-4)
+    assert values["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["simpo", "aot"])

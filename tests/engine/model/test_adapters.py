@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
+import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +20,9 @@ from dpo_kernels import linear_dpo_loss
 from engine.config.schema import LoraConfig, ModelConfig
 from engine.data.groups import PreferenceGroup
 from engine.errors import UserError
-from engine.model import Policy, check_packing, load_policy
+from engine.model import Policy, check_packing, load_adapter, load_policy
+from engine.model.adapter_forms import changes_base, is_adapter
+from engine.model.adapters import quiet_loading
 from engine.packing import build_batch
 from engine.reference import model_digest
 from engine.train.checkpoint import save_weights
@@ -109,6 +115,115 @@ def test_a_continued_adapter_and_its_reference_are_the_trained_one(base, trained
     torch.testing.assert_close(reference, want, rtol=0, atol=1e-4)
     assert (moved - want).abs().max() > 1e-2
     assert torch.equal(policy.eval().logps(batch).detach(), moved)
+
+
+@pytest.fixture
+def started(base, tmp_path):
+    """``started(init)``: the folder of an adapter that starts in one of peft's ways, and has been trained."""
+
+    def make(init: str, **options) -> Path:
+        model = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, dtype=torch.float32)
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init, **options
+        )
+        with quiet_loading():
+            model = peft.get_peft_model(model, config)
+        disturb_(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save_pretrained(tmp_path / init)
+        return tmp_path / init
+
+    return make
+
+
+STARTS = ("pissa", "pissa_niter_2", "olora", "gaussian", "orthogonal", "eva", "mica")
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_an_adapter_with_a_start_of_its_own_goes_on_as_peft_loads_it(start, base, started, tmp_path):
+    folder = started(start)
+    policy = load_policy(replace(base, adapter_name_or_path=str(folder)), device=CPU)
+    check_packing(policy)
+    model = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, dtype=torch.float32)
+    batch = pack()
+    with torch.no_grad():
+        unadapted = plain_logps(model, batch)
+        with quiet_loading():
+            model = peft.PeftModel.from_pretrained(model, folder).eval()
+        want = plain_logps(model, batch)
+        with model.disable_adapter():
+            changed = not torch.allclose(plain_logps(model, batch), unadapted, rtol=0, atol=1e-3)
+        assert changes_base(str(folder)) == changed
+        torch.testing.assert_close(policy.eval().logps(batch), want, rtol=0, atol=1e-4)
+        with policy.reference_mode():
+            torch.testing.assert_close(policy.logps(batch), want, rtol=0, atol=1e-4)
+    # What is trained further and saved is read by peft as it is here.
+    disturb_(policy, 0.05)
+    save_weights(policy, tmp_path / "again")
+    other = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, dtype=torch.float32)
+    with torch.no_grad(), quiet_loading():
+        other = peft.PeftModel.from_pretrained(other, tmp_path / "again").eval()
+        torch.testing.assert_close(policy.logps(batch), plain_logps(other, batch), rtol=0, atol=1e-4)
+    assert model_digest(policy) == model_digest(
+        load_policy(replace(base, adapter_name_or_path=str(folder)), device=CPU)
+    )
+
+
+def test_every_start_that_peft_knows_is_tried_or_refused():
+    """A start that changes the base and is taken for one that does not would give a wrong reference."""
+    (hint,) = [f.type for f in dataclasses.fields(peft.LoraConfig) if f.name == "init_lora_weights"]
+    named = set(re.findall(r"'(\w+)[^']*'", str(hint)))
+    assert {"pissa", "olora"} <= {name.removesuffix("_niter_") for name in named}
+    assert named - {"loftq", "corda"} <= {"pissa_niter_", *STARTS}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modules_to_save": ["norm"]}, r"has trained copies of norm \(modules_to_save\), .* merge_and_unload"),
+        ({"bias": "all"}, r"has trained biases \(bias: all\)"),
+        ({"trainable_token_indices": [3]}, r"has trained embeddings of single tokens"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, r"repeats layers of its base"),
+        ({"kasa_config": {"beta": 1e-4}}, r"cuts parts of its base off \(kasa_config\)"),
+        ({"monteclora_config": {"num_samples": 2}}, r"draws random weights"),
+        ({"alora_invocation_tokens": [3, 4]}, r"is switched on by tokens of the text .* train a plain LoRA adapter"),
+        ({"init_lora_weights": "corda"}, r"init_lora_weights: corda\): save it as a plain adapter"),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+            r"on a GPU|.scipy. is not installed",
+        ),
+    ],
+)
+def test_adapters_that_are_more_than_their_layers_give_one_true_line(options, message, base, trained):
+    path = trained / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+    with pytest.raises(UserError, match=message):
+        load_policy(replace(base, adapter_name_or_path=str(trained)), device=CPU)
+    with pytest.raises(UserError, match=message):
+        load_adapter(load_policy(base, device=CPU), trained)
+
+
+def test_an_adapter_with_embeddings_of_added_tokens_gives_one_true_line(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, dtype=torch.float32)
+    model.resize_token_embeddings(416)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "added", save_embedding_layers=True)
+    with pytest.raises(UserError, match=r"added stores embed_tokens, lm_head beside its layers, as after tokens were"):
+        load_policy(replace(base, adapter_name_or_path=str(tmp_path / "added")), device=CPU)
+
+
+def test_an_adapter_in_a_pickled_file_is_the_same_adapter(base, trained):
+    config = replace(base, adapter_name_or_path=str(trained))
+    before = model_digest(load_policy(config, device=CPU))
+    torch.save(load_file(trained / "adapter_model.safetensors"), trained / "adapter_model.bin")
+    (trained / "adapter_model.safetensors").unlink()
+    assert is_adapter(trained)
+    assert model_digest(load_policy(config, device=CPU)) == before
+    load_adapter(load_policy(base, device=CPU), trained)
+    (trained / "adapter_model.bin").write_bytes(pickle.dumps(print))
+    with pytest.raises(UserError, match="does not fit LlamaForCausalLM"):
+        load_policy(config, device=CPU)
 
 
 def test_only_the_continued_copy_is_trained_and_saved(base, trained, tmp_path):

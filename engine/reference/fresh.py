@@ -1,0 +1,155 @@
+"""Is a reference with an adapter what transformers and peft alone make of the same files?
+
+Every other start-up check compares what this package has loaded with itself. This one loads the adapter and its base a
+second time, plainly, scores a few rows one response at a time, and frees it before the model that trains is loaded.
+"""
+
+from __future__ import annotations
+
+import gc
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from engine import distributed
+from engine.config.schema import ModelConfig
+from engine.data.groups import PreferenceDataset, PreferenceGroup
+from engine.errors import UserError
+from engine.packing import build_batch
+from engine.reference.verify import TOLERANCE
+
+if TYPE_CHECKING:
+    from engine.model.policy import Policy
+
+_ROWS = 2
+_SMALLEST_SHARE = 0.1
+
+
+class FreshScores(NamedTuple):
+    """What a plain load gives."""
+
+    groups: list[PreferenceGroup]
+    """The shortest rows, two responses each."""
+    sums_S: np.ndarray | None
+    """float64 [S]: log-prob of every response; None where there is nothing to compare."""
+    trouble: str | None = None
+    """Why it does not load."""
+
+
+def score_fresh(model: ModelConfig, dataset: PreferenceDataset, device: torch.device) -> FreshScores | None:
+    """Scores of a few rows by an adapter on its base, from transformers and peft alone; None without an adapter.
+
+    To be called before the model is loaded that is compared with it: nothing of it stays in memory. Of several
+    processes rank 0 does it, on the CPU, where it is to hold the whole model anyway.
+    """
+    if model.adapter_name_or_path is None:
+        return None
+    shortest = np.argsort(dataset.lengths.packed(share_prompts=True), kind="stable")[:_ROWS].tolist()
+    rows = [dataset[i] for i in shortest]
+    groups = [replace(group, response_ids=group.response_ids[:2], pairs=None) for group in rows]
+    found = FreshScores(groups, None)
+    distributed.announce("scores rows with a plain load of the adapter")
+    if distributed.is_main():
+        found = _score(model, groups, device if distributed.size() == 1 else torch.device("cpu"))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return distributed.broadcast(found)
+
+
+def check_fresh(policy: Policy, scores: FreshScores | None) -> None:
+    """Compare a policy, and its reference, with what ``score_fresh`` found of the same adapter.
+
+    Args:
+        policy: before its first optimizer step.
+
+    Raises:
+        UserError: they differ by more than rounding explains.
+    """
+    if scores is None:
+        return
+    name = "the adapter on its base"
+    if scores.trouble is not None:
+        raise UserError(f"start-up check: transformers and peft alone do not load {name}: {scores.trouble}")
+    if scores.sums_S is None:
+        return
+    batch = build_batch(scores.groups).to(policy.device)
+    lengths = batch.lengths_S.cpu().numpy()
+    training = policy.training
+    policy.eval()
+    try:
+        for words, mode in (("the model", nullcontext()), ("its reference", policy.reference_mode())):
+            with torch.no_grad(), mode:
+                logps_N = policy.logps(batch).double().cpu().numpy()
+            sums_S = np.add.reduceat(logps_N, batch.cu_responses_S1[:-1].tolist())
+            distance_S = np.abs(sums_S - scores.sums_S) / lengths
+            allowed_S = TOLERANCE[policy.compute_dtype] * np.maximum(_SMALLEST_SHARE, lengths**-0.5)
+            # Written so that a comparison with NaN counts as different.
+            if not (distance_S <= allowed_S).all():
+                worst = int(np.argmax(distance_S))
+                raise UserError(
+                    f"start-up check: {words} gives a response of row {_row(scores.groups, worst)} the log-prob "
+                    f"{sums_S[worst]:.2f}, and transformers and peft alone, on a fresh load of {name}, give "
+                    f"{scores.sums_S[worst]:.2f}: the adapter is of a form that is not loaded rightly here; merge it "
+                    "into its base with peft's merge_and_unload and train on that"
+                )
+    finally:
+        policy.train(training)
+
+
+def _row(groups: list[PreferenceGroup], response: int) -> int:
+    return [group.row for group in groups for _ in group.response_ids][response]
+
+
+def _score(model: ModelConfig, groups: list[PreferenceGroup], device: torch.device) -> FreshScores:
+    from engine.model.adapter_forms import READ_ERRORS
+    from engine.model.sources import first_line
+
+    try:
+        loaded = _load(model, device)
+    except (*READ_ERRORS, UserError) as error:
+        return FreshScores(groups, None, first_line(error))
+    size = loaded.get_input_embeddings().weight.shape[0]
+    sequences = [(g.prompt_ids, r) for g in groups for r in g.response_ids]
+    if max(int(ids.max()) for pair in sequences for ids in pair) >= size:
+        # A later check names the row.
+        return FreshScores(groups, None)
+    with torch.no_grad():
+        return FreshScores(groups, np.array([_sum(loaded, p, r, device) for p, r in sequences]))
+
+
+def _sum(loaded: Any, prompt: np.ndarray, response: np.ndarray, device: torch.device) -> float:
+    ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64)).to(device)
+    logits = loaded(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(-1, ids[len(prompt) :, None]).sum().item()
+
+
+def _load(model: ModelConfig, device: torch.device) -> Any:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from engine.model.adapters import quiet_loading
+    from engine.model.load import DTYPES
+    from engine.model.quantization import quantization_arguments, use_one_product
+    from engine.model.sources import hide_weight_bars, hub_options
+
+    assert model.adapter_name_or_path is not None
+    dtype = DTYPES[model.dtype]
+    options = hub_options(model.model_name_or_path, "model.model_name_or_path=")
+    if model.quantization:
+        options |= quantization_arguments(model.quantization, device, dtype)
+    hide_weight_bars()
+    base = AutoModelForCausalLM.from_pretrained(
+        model.model_name_or_path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype=dtype,
+        **options,
+    )
+    use_one_product(base)
+    with quiet_loading():
+        loaded = peft.PeftModel.from_pretrained(base, model.adapter_name_or_path)
+    return loaded.to(device).eval()
