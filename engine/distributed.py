@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -43,6 +43,7 @@ class _Group:
         """How long one process waits for another."""
         self.announced: set[str] = set()
         self.left_out = False
+        self.ear: Ear | None = None
 
 
 _group = _Group()
@@ -111,7 +112,7 @@ def process_group() -> Iterator[None]:
     import torch.distributed as dist
 
     store = _join()
-    ear = Ear(store)
+    ear = _group.ear = Ear(store)
     try:
         with ear:
             _group.places = gather(f"process {os.getpid()} on {socket.gethostname()}")
@@ -126,6 +127,18 @@ def process_group() -> Iterator[None]:
     # Sharded modules hold the groups in cycles. Freed when the interpreter ends, their threads abort the process.
     gc.collect()
     dist.destroy_process_group()
+
+
+def take_leave(code: int, speak: Callable[[], None]) -> None:
+    """Let the other processes end with the exit code ``code`` as soon as this one does, whose main thread is stuck.
+
+    Args:
+        speak: says why; called unless another process has ended first.
+    """
+    if size() == 1 or _group.ear is None:
+        speak()
+    else:
+        _group.ear.claim(code, speak)
 
 
 def leave(code: int) -> NoReturn:

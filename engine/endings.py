@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -86,6 +86,18 @@ class Ear(threading.Thread):
                     _answer(self._store)
                     return
 
+    def claim(self, code: int, speak: Callable[[], None]) -> None:
+        """Take leave beside the main thread, which does not return: the others then end with the exit code ``code``.
+
+        Args:
+            speak: called when this process is the first that ends, to say why.
+        """
+        self._stopped.set()
+        self.join()
+        if _claim_failure(self._store, code):
+            speak()
+        _await_others(self._store, counted=self.heard)
+
     def __enter__(self) -> None:
         self.start()
 
@@ -129,17 +141,22 @@ def _roll_call(store: Store) -> list[int]:
 
 
 def _take_leave(store: Store, *, counted: bool) -> None:
-    """Close the connections, so that the others fail, too; the host of the store stays until they have looked.
-
-    Args:
-        counted: whether this process has said that it looked.
-    """
+    """Close the connections, so that the others fail, too; the host of the store stays until they have looked."""
     import torch.distributed as dist
 
     if not dist.get_backend().endswith("nccl"):
         # With nccl in flight this could wait for ever; the end of the process closes those.
         with suppress(RuntimeError):
             dist.destroy_process_group()
+    _await_others(store, counted=counted)
+
+
+def _await_others(store: Store, *, counted: bool) -> None:
+    """Say that this process has looked; the host of the store waits until all have.
+
+    Args:
+        counted: whether this process has said so before.
+    """
     hosts = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     deadline = time.monotonic() + _FAREWELL_SECONDS
     with suppress(RuntimeError):

@@ -95,7 +95,8 @@ def _listen(source: int) -> None:
 
 def _acknowledge(number: int, source: int) -> None:
     if _state.promise:
-        _tell(f"{signal.Signals(number).name}: {_state.promise}; a second signal ends at once")
+        if distributed.is_main():
+            _tell(f"{signal.Signals(number).name}: {_state.promise}; a second signal ends at once")
         return
     deadline = time.monotonic() + _STUCK_SECONDS
     while not _state.request and time.monotonic() < deadline:
@@ -104,14 +105,13 @@ def _acknowledge(number: int, source: int) -> None:
             return
     if not _state.request and not _state.promise:
         end = Stopped(number)
-        _tell(str(end))
+        distributed.take_leave(end.exit_code, lambda: _tell(str(end)))
         os._exit(end.exit_code)
 
 
 def _tell(line: str) -> None:
-    if distributed.is_main():
-        # Not through Python's streams: the main thread may be in the middle of a line.
-        os.write(2, f"{line}\n".encode())
+    # Not through Python's streams: the main thread may be in the middle of a line.
+    os.write(2, f"{line}\n".encode())
 
 
 @contextmanager

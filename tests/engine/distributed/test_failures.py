@@ -104,6 +104,30 @@ distributed.leave(cli.main([]))
     assert "continue with --resume" in line
 
 
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_request_to_one_process_that_waits_for_another_ends_all_with_one_line(asked):
+    """As when the machine of one is taken back while the other reads the model: nothing is there to be saved."""
+    code = f"""
+import os, threading, time
+from engine import cli, distributed, stop
+def work(arguments):
+    distributed.barrier()
+    if distributed.rank() == {asked}:
+        threading.Timer(0.2, os.kill, (os.getpid(), 15)).start()
+    else:
+        until = time.monotonic() + 30
+        while not distributed._group.ear.heard and time.monotonic() < until:
+            time.sleep(0.05)
+    distributed.barrier()
+cli._run, stop._STUCK_SECONDS = work, 0.5
+distributed.leave(cli.main(["train"]))
+"""
+    ended = launch([["-c", code]] * 2)
+    assert [process.code for process in ended] == [75, 75]
+    assert ended[asked].err == "stopped by SIGTERM: run the same command again to go on\n"
+    assert ended[1 - asked].err == ""
+
+
 def test_a_connection_lost_in_the_start_up_check_is_no_fault_of_the_model(tiny_model_dir, monkeypatch):
     policy = load_policy(ModelConfig(model_name_or_path=str(tiny_model_dir)), device=torch.device("cpu"))
 
