@@ -277,10 +277,8 @@ def _exact_logps(policy: Policy, sequences: list[tuple[np.ndarray, np.ndarray]])
     try:
         with float32_weights(policy.causal_lm):
             return torch.cat([_plain_logps(policy, p, r, exact=True) for p, r in sequences])
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        if distributed.lost_connection(error):
+        if distributed.lost_connection(error) or out_of_memory(error) is not None:
             raise
         return None
 

@@ -124,4 +124,5 @@ def _gradient(model: nn.Module) -> torch.Tensor:
 
 
 def _share(got: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((got.double() - exact.double()).norm() / exact.double().norm())
+    got, exact = got.detach().double(), exact.detach().double()
+    return float((got - exact).norm() / exact.norm())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, out_of_memory
 from engine.model.attention import kernels, sinks
 from engine.model.sources import first_line
 from engine.packing.layout import Segment, plan_attention
@@ -116,11 +116,11 @@ def _probe(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type == "cuda":
             # what fails on the device is known only then
             torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError:
-        raise
     except (ImportError, OSError) as error:
         return f"is installed but does not import: {first_line(error)}"
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as error:
+        if out_of_memory(error) is not None:
+            raise
         return f"fails here: {type(error).__name__}: {first_line(error)}"
     return None
 

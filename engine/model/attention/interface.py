@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from engine import distributed
-from engine.errors import BackendError, UserError
+from engine.errors import BackendError, UserError, out_of_memory
 from engine.model.attention.choice import KERNELS, implementation_name
 from engine.model.attention.segments import open_attention, sdpa_attention
 from engine.model.attention.sinks import attend_with_sinks
@@ -174,9 +174,9 @@ def _run_kernel(
             output = attend_with_sinks(kernel.sinks, *inputs, scores.sinks, plan, **options)
         else:
             output = kernel.attend(*inputs, plan, **options, softcap=scores.softcap)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, TypeError, ValueError, ImportError, AttributeError, AssertionError) as error:
+        if out_of_memory(error) is not None:
+            raise
         raise BackendError(
             f"attention backend {name} fails in {type(module).__name__}: {type(error).__name__}: {first_line(error)}; "
             f"set model.attention to another of {', '.join([*KERNELS, 'sdpa'])}, and see `dpo doctor`"

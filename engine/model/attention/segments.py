@@ -65,9 +65,9 @@ def open_attention(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         mask = _causal_mask(q.shape[2], k.shape[2], q.device, window=window)
-        scores = scores.masked_fill(~mask, float("-inf")).float()
+        scores = scores.masked_fill(~mask, float("-inf")).to(torch.promote_types(q.dtype, torch.float32))
         if sinks is not None:
-            sink = sinks.float().reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)
+            sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)
             return torch.cat([scores, sink], dim=3).softmax(dim=3)[..., :-1].to(v.dtype) @ v
         return scores.softmax(dim=3).to(v.dtype) @ v
 

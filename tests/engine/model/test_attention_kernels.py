@@ -256,6 +256,20 @@ def test_a_backend_that_fails_is_blamed_and_not_the_family(kernels, monkeypatch)
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
+)
+def test_a_full_device_is_no_fault_of_a_backend(kernels, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", full)
+    with pytest.raises(type(error), match="out of memory"):
+        choose_backend("flash", CPU, BF16)
+    with pytest.raises(type(error), match="out of memory"):
+        check_packing(policy_on(Backend("flash", "test"), tiny_model("llama")))
+
+
 @pytest.mark.parametrize("weights", [torch.float32, BF16])
 @pytest.mark.parametrize("factor", [1.0, 64.0])
 def test_large_scores_are_no_fault(kernels, factor, weights):

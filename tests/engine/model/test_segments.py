@@ -45,9 +45,8 @@ def test_blocks_change_nothing(monkeypatch, window, softcap, sinks):
     whole, whole_grads, _ = attend(window=window, softcap=softcap, sinks=sinks)
     monkeypatch.setattr(segments, "OPEN_SCORES", H * 90 * 8)
     blocks, block_grads, size = attend(window=window, softcap=softcap, sinks=sinks)
-    # the softmax is in float32 in both
-    torch.testing.assert_close(blocks, whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(blocks, whole, atol=1e-13, rtol=1e-13)
     for got, want in zip(block_grads, whole_grads, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
     # no more than the output has; all scores of the first segment are H * 90 * 90
     assert size == blocks.numel()
