@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,12 +40,14 @@ from engine.model.load import shapes_alone
 from engine.model.quantization import check_quantization
 from engine.packing import Pack, build_batch, check_fits, group_costs, group_sizes, pack_groups
 from engine.train.durable import CONTINUE, write_atomically
-from engine.train.metrics import METRICS_FILE, PREFERENCE_NAMES
+from engine.train.metrics import AS_TRAINED, METRICS_FILE, PREFERENCE_NAMES
 from engine.train.objective import Objective
 from engine.train.references import full_model, prepare_references
 
 EVALUATION_FILE = "evaluation.json"
 BY_LENGTH = "eval_accuracies_by_length/"
+_SAME_ROWS = 1e-2
+"""Relative difference of mean log-probs and losses that another dtype or layout may cause on the same rows."""
 _RERUN = "its numbers are above; free space or make the folder writable to have them kept, and evaluate again"
 
 log = logging.getLogger(__name__)
@@ -102,7 +105,7 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     values = evaluate_policy(trained, dataset, objective, config, lookup=references.lookup("eval"), progress=True)
     log.info(format_evaluation(values))
     if distributed.is_main() and model_path is not None and (Path(model_path) / METRICS_FILE).exists():
-        write_evaluation(Path(model_path), values, advice=_RERUN)
+        write_evaluation(Path(model_path), values | _as_trained(Path(model_path), values), advice=_RERUN)
     return values
 
 
@@ -272,6 +275,22 @@ def scalar_metrics(values: dict[str, float]) -> dict[str, float]:
 def write_evaluation(run_dir: Path, values: dict[str, float], *, advice: str = CONTINUE) -> None:
     """Write ``evaluation.json`` of a run folder; ``advice`` is for a disk that does not take it."""
     write_atomically(run_dir / EVALUATION_FILE, json.dumps(values, indent=1) + "\n", advice=advice)
+
+
+def _as_trained(run_dir: Path, values: dict[str, float]) -> dict[str, float]:
+    """What ``evaluation.json`` of a run whose model was rounded says of it before: it cannot be measured again.
+
+    Args:
+        values: a new evaluation. Nothing is kept when it is of other rows, as the log-probs of the same weights tell.
+    """
+    path = run_dir / EVALUATION_FILE
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text(encoding="utf-8"))
+    same = ("eval_num_pairs", "eval_logps/chosen", "eval_logps/rejected", "eval_loss")
+    if not all(math.isclose(before.get(name, math.nan), values[name], rel_tol=_SAME_ROWS) for name in same):
+        return {}
+    return {name: value for name, value in before.items() if name.startswith(AS_TRAINED)}
 
 
 def format_evaluation(values: dict[str, float]) -> str:

@@ -295,11 +295,16 @@ class TrainConfig:
     """Keep activations in host memory until the backward pass; gradient_checkpointing leaves few to move."""
     timeout_minutes: float = 60
     """How long one of several processes waits for another, such as for the first one to read a model or write one."""
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Trackers beside metrics.jsonl, which is always written; [] is none. wandb reads its environment variables."""
+    report_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = ("tensorboard",)
+    """Trackers beside metrics.jsonl, which is always written; none or [] is no other. wandb reads its environment
+    variables."""
 
     def __post_init__(self) -> None:
         _require(self.output_dir != "", "train.output_dir must not be empty")
+        if self.report_to == ("none",):
+            # one spelling for no tracker
+            object.__setattr__(self, "report_to", ())
+        _require("none" not in self.report_to, "train.report_to none stands alone: leave it or the others out")
         _require(self.logging_steps > 0, f"train.logging_steps must be positive, got {self.logging_steps}")
         _require(self.save_steps > 0, f"train.save_steps must be positive, got {self.save_steps}")
         _require(self.num_train_epochs > 0, f"train.num_train_epochs must be positive, got {self.num_train_epochs}")

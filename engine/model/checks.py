@@ -66,9 +66,26 @@ def check_packing(policy: Policy, *, share_prompts: bool = True, seed: int = 0) 
                 return
             if share_prompts and _difference(policy, False, seed) is None:
                 raise UserError(f"{reason}; without shared prompts it is equal: set packing.share_prompts to false")
+            if _equal_in_float32(policy, share_prompts, seed):
+                raise UserError(f"{reason}; in float32 it is equal: set model.dtype to float32")
             raise UserError(f"{reason}; {_ADVICE}")
     finally:
         policy.train(training)
+
+
+def _equal_in_float32(policy: Policy, share_prompts: bool, seed: int) -> bool:
+    """Whether only half precision is at fault, such as code of a model that mixes dtypes under autocast."""
+    half = policy.compute_dtype
+    # Sharded weights are cast where they are gathered.
+    if half == torch.float32 or policy.sharded or any(p.dtype == half for p in policy.parameters()):
+        return False
+    policy.compute_dtype = torch.float32
+    try:
+        return _difference(policy, share_prompts, seed) is None
+    except BackendError:
+        return False
+    finally:
+        policy.compute_dtype = half
 
 
 def _difference(policy: Policy, share_prompts: bool, seed: int) -> str | None:

@@ -19,7 +19,7 @@ from engine.model.attention import Backend, choose_backend, register_backends
 from engine.model.experts import EXPERTS, register_experts
 from engine.model.policy import Policy
 from engine.model.quantization import check_quantization, quantization_arguments, use_one_product
-from engine.model.sources import check_folder, first_line, hide_weight_bars, hub_options, not_found
+from engine.model.sources import check_folder, first_line, hide_weight_bars, hub_options, needs_own_code, not_found
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Attributes that functional dropout, layer drop and router noise read, beside the `p` of dropout modules.
@@ -49,6 +49,8 @@ def load_tokenizer(model: ModelConfig):
                 source, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
             )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if (own_code := needs_own_code(f"model.{field}={source}", error)) is not None:
+            raise own_code from error
         if not Path(source).is_dir():
             raise not_found(f"model.{field}={source}", error) from error
         raise UserError(
@@ -169,6 +171,8 @@ def _read_causal_lm(model: ModelConfig, device: torch.device, backend: Backend, 
                 f"{source} cannot run on packs: its model does not use transformers' AttentionInterface; "
                 "choose a family that docs/conformance.md lists as equal"
             ) from error
+        if (own_code := needs_own_code(source, error)) is not None:
+            raise own_code from error
         if not Path(model.model_name_or_path).is_dir():
             raise not_found(source, error) from error
         raise UserError(f"{source} does not load as a causal language model: {first_line(error)}") from error

@@ -18,11 +18,18 @@ _STORED_KEYS = ("quantization_config", "compression_config")
 
 
 def check_quantization(model: ModelConfig) -> None:
-    """Raise a ``UserError`` when several processes would train or score on a quantised base."""
-    if model.quantization and distributed.size() > 1:
+    """Raise a ``UserError`` when a base cannot be quantised: several processes, or a package is missing."""
+    if not model.quantization:
+        return
+    if distributed.size() > 1:
         raise UserError(
             f"model.quantization={model.quantization} runs in one process: quantised weights cannot be sharded; set it "
             "to null, the weights are spread over the processes"
+        )
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"model.quantization={model.quantization} needs {' and '.join(missing)}: pip install dpo-kernels[qlora]"
         )
 
 
@@ -67,15 +74,9 @@ def quantization_arguments(kind: Quantization, device: torch.device, compute_dty
     """Arguments of ``from_pretrained`` that quantise every linear layer but the head while the weights are read.
 
     The scales are quantised, too, as in the QLoRA paper (arXiv 2305.14314).
-
-    Raises:
-        UserError: a package is missing.
     """
     from transformers import BitsAndBytesConfig
 
-    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"model.quantization={kind} needs {' and '.join(missing)}: pip install dpo-kernels[qlora]")
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,

@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
 from engine.files import expanded
 from engine.hub import unreachable
 
+STATE_FILE = "trainer_state.json"
+SHARDS = "shards"
+"""Folder of a checkpoint that several processes wrote."""
+
 log = logging.getLogger(__name__)
 
 
 def check_folder(source: str, option: str) -> None:
-    """Raise a ``UserError`` unless a path that looks local is a folder; transformers would look for it on the Hub.
+    """Raise a ``UserError`` unless a path that looks local is a folder with a model; transformers would look for
+    others on the Hub.
 
     Args:
         option: what the user wrote before ``source``, such as ``--model ``.
     """
     path = expanded(source)
     if path.is_dir():
+        _refuse_shards(path, f"{option}{source}")
         return
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"{option}{source} is not a folder: give a model folder or a Hub id such as org/name")
+
+
+def _refuse_shards(folder: Path, what: str) -> None:
+    """Raise a ``UserError`` that says how a checkpoint of several processes becomes a model."""
+    state = folder / STATE_FILE
+    if not (folder / SHARDS).is_dir() or not state.is_file() or (folder / "config.json").exists():
+        return
+    step = json.loads(state.read_text(encoding="utf-8"))["step"]
+    raise UserError(
+        f"{what} is a checkpoint in the shards of several processes, not a model: copy it into a new folder NEW, and "
+        f"`dpo train` with its configuration and --resume --train.max_steps {step} --train.output_dir NEW writes the "
+        "model there, in one process or several"
+    )
+
+
+def needs_own_code(what: str, error: BaseException) -> UserError | None:
+    """For a source whose Python code transformers would have to run, and does not without being told to."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return UserError(
+        f"{what} comes with Python code of its own, which is not run unasked: read it, and set "
+        "model.trust_remote_code to true to run it"
+    )
 
 
 def hub_options(source: str, option: str) -> dict[str, Any]:

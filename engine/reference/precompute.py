@@ -231,7 +231,7 @@ def _run(
         try:
             for members, (batch, logps_N), counts in zip(own, score(policy, batches), counted, strict=True):
                 if counts:
-                    buffer.add(_split(members, batch, logps_N))
+                    buffer.add(_split(members, batch, logps_N, policy.compute_dtype))
                     tokens += batch.num_tokens
                     bar.update(len(members))
                 stop.check()
@@ -275,14 +275,16 @@ def _groups(dataset: PreferenceDataset, members: list[_Work]) -> list[Preference
     return [replace(g, response_ids=tuple(g.response_ids[k] for k in responses), pairs=None) for g, responses in groups]
 
 
-def _split(members: list[_Work], batch: PackedBatch, logps_N: np.ndarray) -> dict[bytes, np.ndarray]:
+def _split(
+    members: list[_Work], batch: PackedBatch, logps_N: np.ndarray, dtype: torch.dtype
+) -> dict[bytes, np.ndarray]:
     """The log-probs of a pack by key."""
     owners = [(row, key) for row, w in zip(batch.rows, members, strict=True) for key in w.keys]
     parts = np.split(logps_N, batch.cu_responses_S1[1:-1].tolist())
     for (row, _), part in zip(owners, parts, strict=True):
         if not np.isfinite(part).all():
+            wider = "" if dtype == torch.float32 else ", or use model.dtype=float32"
             raise UserError(
-                f"row {row}: the reference model gives a log-prob that is not finite; check the model's weights, "
-                "or use model.dtype=float32"
+                f"row {row}: the reference model gives a log-prob that is not finite; check the model's weights{wider}"
             )
     return {key: part for (_, key), part in zip(owners, parts, strict=True)}

@@ -28,6 +28,7 @@ from engine.errors import UserError
 from engine.model import Policy
 from engine.model.adapter_forms import ADAPTER_FILE
 from engine.model.adapters import TRAINED
+from engine.model.sources import STATE_FILE
 from engine.train import sharded
 from engine.train.durable import (
     check_content,
@@ -39,7 +40,6 @@ from engine.train.durable import (
 )
 from engine.train.optimizer_state import page_state, slots_of, state_tensors
 
-STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random_state.safetensors"
 RANK_RANDOM_FILE = "random_state.{rank:05d}.safetensors"

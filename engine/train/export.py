@@ -27,7 +27,8 @@ from engine.model.companions import copy_companions, set_dtype
 from engine.model.load import DTYPES
 from engine.train.checkpoint import save_weights
 from engine.train.durable import MANIFEST, TEMPORARY_SUFFIX, disk_errors, seal
-from engine.train.rounding import gather_weights, stored_dtypes
+from engine.train.rounding import gather_weights
+from engine.train.storage import stored_dtypes
 
 CARD_FILE = "README.md"
 _PACKAGES = ("dpo-kernels", "torch", "transformers", "peft", "datasets")

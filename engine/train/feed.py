@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine import distributed, stop
-from engine.config.schema import PackingConfig, TrainConfig
+from engine.config.schema import PackingConfig, RunConfig, TrainConfig
 from engine.data.groups import PreferenceDataset
 from engine.packing import Pack, PackedBatch, Step, build_batch, plan_epoch
 from engine.packing.transfer import gather, send
@@ -72,6 +72,17 @@ class TrainingStep:
 def count_steps(groups: int, *, pairs_per_step: int, max_steps: int, epochs: float) -> int:
     """Optimizer steps of a run on so many preference groups; ``max_steps`` decides when it is positive."""
     return max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(groups / pairs_per_step))
+
+
+def total_steps(config: RunConfig, groups: int) -> int:
+    """Optimizer steps of the run of ``config`` on so many preference groups."""
+    train = config.train
+    return count_steps(
+        groups,
+        pairs_per_step=config.packing.pairs_per_step,
+        max_steps=train.max_steps,
+        epochs=train.num_train_epochs,
+    )
 
 
 class TrainingFeed:

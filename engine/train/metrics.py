@@ -12,7 +12,8 @@ import importlib.util
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -211,7 +212,7 @@ class WandbTracker:
 
         path = output_dir / WANDB_FILE
         run_id = path.read_text(encoding="utf-8").strip() if path.exists() else None
-        try:
+        with _wandb_errors(wandb):
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "dpo-kernels"),
                 name=os.environ.get("WANDB_NAME", output_dir.resolve().name),
@@ -220,10 +221,6 @@ class WandbTracker:
                 dir=str(output_dir),
                 config=yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8")),
             )
-        except wandb.Error as error:
-            raise UserError(
-                f"train.report_to wandb: {str(error).rstrip('.')}; log in with `wandb login`, or set WANDB_MODE=offline"
-            ) from error
         write_atomically(path, self._run.id + "\n")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -238,9 +235,32 @@ class WandbTracker:
 
 
 def check_trackers(report_to: Sequence[str]) -> None:
-    """Raise a ``UserError`` when a tracker is not installed, before anything is computed."""
-    if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
-        raise UserError("train.report_to wandb needs wandb: pip install wandb, or take it out of train.report_to")
+    """Raise a ``UserError`` when a tracker is not installed or has no login, before anything is computed."""
+    for name in report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"train.report_to {name} needs {name}: pip install {name}, or take it out of train.report_to"
+            )
+    if (
+        "wandb" in report_to
+        and distributed.is_main()
+        and os.environ.get("WANDB_MODE", "online") in ("online", "shared")
+    ):
+        import wandb
+
+        with _wandb_errors(wandb):
+            # As its init does later: from the environment, a file, or the terminal.
+            wandb.login(verify=False)
+
+
+@contextmanager
+def _wandb_errors(wandb: Any) -> Iterator[None]:
+    try:
+        yield
+    except wandb.Error as error:
+        raise UserError(
+            f"train.report_to wandb: {str(error).rstrip('.')}; log in with `wandb login`, or set WANDB_MODE=offline"
+        ) from error
 
 
 def open_trackers(output_dir: Path, report_to: Sequence[str], *, first_step: int) -> list[Tracker]:

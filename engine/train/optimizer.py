@@ -7,15 +7,19 @@ same learning rate at every step and decay the same parameters.
 from __future__ import annotations
 
 import difflib
+import inspect
+import logging
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from transformers import get_scheduler
-from transformers.optimization import GreedyLR
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.trainer_utils import SchedulerType
 
 from engine import distributed
@@ -33,6 +37,9 @@ _BITSANDBYTES = {
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
 _FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+_SET_HERE = ("self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs")
+
+log = logging.getLogger(__name__)
 
 
 def decayed_names(model: nn.Module) -> set[str]:
@@ -128,6 +135,63 @@ def check_schedule_name(name: str) -> None:
     )
 
 
+def check_schedule(config: OptimConfig, *, total_steps: int = 1000) -> None:
+    """Try a schedule over a run of so many steps, without a model.
+
+    Raises:
+        UserError: an unknown name, options that the schedule lacks or does not know, or rates that are no numbers.
+    """
+    check_schedule_name(config.lr_scheduler_type)
+    name, given = config.lr_scheduler_type, config.lr_scheduler_kwargs or {}
+    known = _schedule_options(name)
+    unknown = next((option for option in given if option not in known), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, known, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        has = f"its options are {', '.join(known)}" if known else "it has none"
+        raise UserError(f"optim.lr_scheduler_kwargs: {name} has no option {unknown!r}{meant} ({has})")
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    schedule = build_schedule(stand_in, config, total_steps=total_steps)
+    if not isinstance(schedule, LambdaLR):
+        return
+    warmup = config.num_warmup_steps(total_steps)
+    for step in sorted({0, min(warmup, total_steps - 1), total_steps // 2, total_steps - 1}):
+        with _schedule_errors(name):
+            rate = schedule.base_lrs[0] * schedule.lr_lambdas[0](step)
+            if not (math.isfinite(rate) and rate >= 0):
+                raise ValueError(f"the learning rate of step {step + 1:,} of {total_steps:,} would be {rate:.4g}")
+
+
+def warn_of_long_warmup(config: OptimConfig, *, total_steps: int) -> None:
+    """Say that a warm-up does not end within the run."""
+    warmup = config.num_warmup_steps(total_steps)
+    if warmup >= total_steps and config.lr_scheduler_type not in ("constant", *METRIC_SCHEDULES):
+        log.warning(
+            "optim.warmup_steps is %d and the run has %d steps: the learning rate never reaches optim.learning_rate",
+            *(warmup, total_steps),
+        )
+
+
+def _schedule_options(name: str) -> list[str]:
+    """What ``optim.lr_scheduler_kwargs`` may name; transformers drops what constant schedules are given."""
+    if name in ("constant", "constant_with_warmup"):
+        return []
+    classes: dict[str, Any] = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
+    built_by: Any = classes.get(name) or TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    return [option for option in inspect.signature(built_by).parameters if option not in _SET_HERE]
+
+
+@contextmanager
+def _schedule_errors(name: str) -> Iterator[None]:
+    """What a schedule raises for options that do not fit, as a ``UserError``."""
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"optim.lr_scheduler_type {name!r} cannot be built: {error}; set its options in optim.lr_scheduler_kwargs"
+        ) from error
+
+
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, *, total_steps: int
 ) -> LRScheduler | ReduceLROnPlateau:
@@ -137,7 +201,7 @@ def build_schedule(
         UserError: an unknown name, or options that the schedule lacks or does not know.
     """
     check_schedule_name(config.lr_scheduler_type)
-    try:
+    with _schedule_errors(config.lr_scheduler_type):
         return get_scheduler(
             config.lr_scheduler_type,
             optimizer,
@@ -145,11 +209,6 @@ def build_schedule(
             num_training_steps=total_steps,
             scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),
         )
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"optim.lr_scheduler_type {config.lr_scheduler_type!r} cannot be built: {error}; "
-            "set its options in optim.lr_scheduler_kwargs"
-        ) from error
 
 
 def change_total(schedule: LRScheduler | ReduceLROnPlateau, config: OptimConfig, *, before: int, total: int) -> str:

@@ -19,7 +19,7 @@ from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
 from engine.train import checkpoint as checkpoints
 from engine.train.durable import check_content, is_complete, remove_leftovers
-from engine.train.feed import count_steps
+from engine.train.feed import count_steps, total_steps
 from engine.train.metrics import METRICS_FILE, read_rows
 from engine.train.optimizer import METRIC_SCHEDULES
 
@@ -198,8 +198,7 @@ def check_data(start: Start, config: RunConfig, datasets: Mapping[str, Preferenc
             f"{config.optim.lr_scheduler_type} moves on it; restore it, {_NEW_RUN}"
         )
     train = config.train
-    groups, pairs = len(datasets["train"]), config.packing.pairs_per_step
-    total = count_steps(groups, pairs_per_step=pairs, max_steps=train.max_steps, epochs=train.num_train_epochs)
+    total = total_steps(config, len(datasets["train"]))
     done = max(start.step, start.ended)
     if total < done:
         key = "max_steps" if train.max_steps > 0 else "num_train_epochs"

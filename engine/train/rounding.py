@@ -7,11 +7,9 @@ where it is asked for (``train.save_dtype``), and then measured on the weights t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +20,10 @@ from engine.config.schema import RunConfig
 from engine.data.groups import PreferenceDataset
 from engine.evaluate import evaluate_policy, scalar_metrics
 from engine.model import Policy
-from engine.model.load import DTYPES
 from engine.packing import Pack
 from engine.train.metrics import AS_TRAINED
 from engine.train.setup import Setup, rounding_words
+from engine.train.storage import stored_dtypes
 
 _SAMPLE_ROWS = 64
 _CHUNK = 1 << 22
@@ -38,37 +36,6 @@ class RoundingCost(NamedTuple):
     """The evaluation of the written weights, and below ``AS_TRAINED`` that of the trained ones."""
     text: str
     """One sentence of both."""
-
-
-def stored_dtypes(policy: Policy, config: RunConfig) -> dict[str, torch.dtype]:
-    """The dtype of every parameter and stored buffer that is written in another dtype than the one it has.
-
-    Of a full model these are the dtypes that ``from_pretrained(dtype=...)`` gives: what the model keeps in float32,
-    such as the correction biases of routers, stays so. Of adapters the trained ones are meant.
-    """
-    if config.train.save_dtype == "auto":
-        return {}
-    dtype = DTYPES[config.train.save_dtype]
-    tensors = policy.model.state_dict(keep_vars=True)
-    if policy.has_adapter:
-        wanted = {name: dtype for name, tensor in tensors.items() if tensor.requires_grad}
-    else:
-        wanted = dtypes_of(policy.causal_lm, dtype)
-    floating = {name for name, tensor in tensors.items() if tensor.is_floating_point()}
-    return {name: found for name, found in wanted.items() if name in floating and tensors[name].dtype != found}
-
-
-def dtypes_of(causal_lm: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """By name: what ``from_pretrained(dtype=dtype)`` holds each parameter and stored buffer of a model in."""
-    with torch.device("meta"):
-        empty = type(causal_lm)._from_config(deepcopy(causal_lm.config), dtype=dtype)
-    kept = getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ()
-    # As transformers reads them: regular expressions in which a star stands for anything.
-    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in kept]
-    return {
-        name: torch.float32 if any(pattern.search(name) for pattern in patterns) else tensor.dtype
-        for name, tensor in empty.state_dict().items()
-    }
 
 
 def round_weights(policy: Policy, config: RunConfig) -> None:

@@ -35,12 +35,13 @@ from engine.model.quantization import check_quantization, check_trainable, num_w
 from engine.packing import PlanSummary, check_fits, summarize_plan
 from engine.reference import check_fresh, score_fresh, weights_digest
 from engine.train.durable import write_atomically
-from engine.train.feed import TrainingFeed
+from engine.train.feed import TrainingFeed, total_steps
 from engine.train.metrics import check_trackers
 from engine.train.objective import Objective
-from engine.train.optimizer import METRIC_SCHEDULES, check_optimizer, check_schedule_name
+from engine.train.optimizer import METRIC_SCHEDULES, check_optimizer, check_schedule, warn_of_long_warmup
 from engine.train.references import References, check_first_loss, prepare_references, resolve_mode
 from engine.train.resume import Start, check_base, check_data, check_reference
+from engine.train.storage import check_disk
 from engine.train.throughput import FlopModel, measure_matmul_rate
 
 DATA_FILE = "data.json"
@@ -78,7 +79,7 @@ def check_settings(config: RunConfig) -> None:
     Raises:
         UserError: settings that cannot run, or that do not fit each other.
     """
-    check_schedule_name(config.optim.lr_scheduler_type)
+    check_schedule(config.optim)
     check_optimizer(config.optim.optimizer)
     check_quantization(config.model)
     check_trackers(config.train.report_to)
@@ -104,6 +105,9 @@ def prepare(config: RunConfig, known: KnownRun | None = None, start: Start | Non
     tokenizer = load_tokenizer(config.model)
     take_template(tokenizer, config.data)
     datasets, lint = _load_data(config, tokenizer, objective)
+    total = total_steps(config, len(datasets["train"]))
+    check_schedule(config.optim, total_steps=total)
+    warn_of_long_warmup(config.optim, total_steps=total)
     if start is not None:
         check_data(start, config, datasets)
     device = resolve_device()
@@ -119,6 +123,7 @@ def prepare(config: RunConfig, known: KnownRun | None = None, start: Start | Non
     policy = load_policy(config.model, device=device, gradient_checkpointing=config.train.gradient_checkpointing)
     policy = shard_policy(policy, device)
     policy.activation_offload = config.train.activation_offload
+    check_disk(policy, config, done=start.step if start else 0, total=total)
     check_packing(policy, share_prompts=config.packing.share_prompts)
     for dataset in datasets.values():
         check_dataset(policy, dataset)

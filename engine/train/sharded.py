@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from engine import distributed
 from engine.model import Policy
+from engine.model.sources import SHARDS
 
-FOLDER = "shards"
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 
 
@@ -31,7 +31,7 @@ def save(folder: Path, policy: Policy, optimizer_tensors: Mapping[str, Tensor]) 
         optimizer_tensors: by ``<slot>/<parameter>``.
     """
     state = _model_tensors(policy) | {_OPTIMIZER + name: tensor for name, tensor in optimizer_tensors.items()}
-    writer = dcp.HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
     with _own_errors():
         dcp.save(state, storage_writer=writer)
 
@@ -69,7 +69,7 @@ def _load(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def _reader(path: Path) -> dcp.HuggingFaceStorageReader:
-    return dcp.HuggingFaceStorageReader(str(path / FOLDER))
+    return dcp.HuggingFaceStorageReader(str(path / SHARDS))
 
 
 @contextmanager

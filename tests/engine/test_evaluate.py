@@ -153,3 +153,28 @@ def test_no_evaluation_data_is_an_error(config):
 def test_a_missing_model_is_an_error(config, tmp_path):
     with pytest.raises(UserError, match=r"^--model .*nowhere is not a folder"):
         evaluate(config, str(tmp_path / "nowhere"))
+
+
+def test_what_was_measured_before_rounding_goes_with_other_rows(config, tmp_path):
+    config = replace(config, train=replace(config.train, save_dtype="bfloat16"))
+    train(config)
+    path = tmp_path / "run" / "evaluation.json"
+    kept = {k: v for k, v in json.loads(path.read_text()).items() if k.startswith("eval_as_trained/")}
+    assert kept
+    evaluate(config, str(tmp_path / "run"))
+    assert kept.items() <= json.loads(path.read_text()).items()
+    evaluate(replace(config, data=replace(config.data, max_rows=5)), str(tmp_path / "run"))
+    assert not any(name.startswith("eval_as_trained/") for name in json.loads(path.read_text()))
+
+
+def test_a_checkpoint_in_shards_says_how_it_becomes_a_model(config, tmp_path):
+    folder = tmp_path / "checkpoint-7"
+    (folder / "shards").mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"step": 7}')
+    message = (
+        r"^--model .*checkpoint-7 is a checkpoint in the shards .* --resume --train\.max_steps 7 --train\.output_dir"
+    )
+    with pytest.raises(UserError, match=message):
+        evaluate(config, str(folder))
+    with pytest.raises(UserError, match=r"^model\.model_name_or_path=.*checkpoint-7 is a checkpoint in the shards"):
+        evaluate(replace(config, model=replace(config.model, model_name_or_path=str(folder))))

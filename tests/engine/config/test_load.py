@@ -75,6 +75,11 @@ def test_a_lone_item_is_a_list(load):
     assert load(BASE + "train: {report_to: []}\n").train.report_to == ()
 
 
+@pytest.mark.parametrize("spelling", ["none", "[none]", "[]", "null"])
+def test_no_tracker_is_spelt_as_the_trainer_spells_it(load, spelling):
+    assert load(BASE + f"train: {{report_to: {spelling}}}\n").train.report_to == ()
+
+
 def test_paths_are_left_as_they_are(load):
     config = load("model: {model_name_or_path: ./m}\ndata: {dataset_name: ../d.jsonl}\n")
     assert (config.model.model_name_or_path, config.data.dataset_name) == ("./m", "../d.jsonl")
@@ -97,7 +102,8 @@ def test_paths_are_left_as_they_are(load):
         (BASE + "packing: {shuffle: 1}\n", ["packing.shuffle", "true or false", "the integer 1"]),
         (BASE + "loss: {loss_type: sigmod}\n", ["loss.loss_type", "one of sigmoid", "did you mean sigmoid?"]),
         (BASE + "loss: {loss_type: dpo}\n", ["loss.loss_type", "did you mean sigmoid?"]),
-        (BASE + "train: {report_to: [wandbb]}\n", ["train.report_to", "a list (one of tensorboard, wandb)"]),
+        (BASE + "train: {report_to: [wandbb]}\n", ["train.report_to", "a list (one of tensorboard, wandb, none)"]),
+        (BASE + "train: {report_to: [none, wandb]}\n", ["train.report_to none stands alone"]),
         (BASE + "loss: 3\n", ["line 3: loss", "expected a mapping", "the integer 3"]),
         ("model: {model_name_or_path: 12}\ndata: {dataset_name: d}\n", ["expected a string", "put it in quotes"]),
         ("model: {model_name_or_path: m}\n", ["data.dataset_name is missing", "--data.dataset_name VALUE"]),

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.model.sources import SHARDS
 from engine.reference.shards import TEMPORARY_AGE_SECONDS, read_keys, read_values
 from engine.train.checkpoint import STATE_FILE, complete_checkpoints
 from engine.train.durable import MANIFEST, check_content
-from engine.train.sharded import FOLDER
 
 METRICS = "metrics.jsonl"
 PERF = "perf/"
@@ -58,7 +58,7 @@ def leavings(place: Path) -> dict[str, Any]:
             found[name] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
         elif path.name == STATE_FILE:
             found[name] = _timeless(json.loads(_placeless(path, place)))
-        elif path.parent.name == FOLDER:
+        elif path.parent.name == SHARDS:
             found[name] = _shards(path)
         elif path.name != MANIFEST and not name.startswith("tensorboard/"):
             # A manifest is checked against the files; it has checksums of files that name the folder.

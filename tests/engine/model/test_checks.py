@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError
@@ -53,6 +54,16 @@ def test_sharing_alone_at_fault_is_said(monkeypatch):
     with pytest.raises(UserError, match=r"^it differs; .* set packing\.share_prompts to false$"):
         check_packing(policy)
     check_packing(policy, share_prompts=False)
+
+
+def test_a_family_that_half_precision_alone_breaks_is_told_so():
+    """It adds values of one dtype to another under autocast; in float32 it is equal."""
+    model = model_of(tiny_config("dbrx"))
+    with pytest.raises(
+        UserError, match=r"cannot run on packs: .*; in float32 it is equal: set model\.dtype to float32$"
+    ):
+        check_packing(make_policy(model, torch.bfloat16))
+    check_packing(make_policy(model))
 
 
 def test_sequences_beyond_learned_positions_are_named():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -26,6 +27,21 @@ NOISE = {
     "starcoder2": {"residual_dropout": 0.3, "embedding_dropout": 0.3},
     "mixtral": {"router_jitter_noise": 0.3},
 }
+
+
+def test_code_of_a_model_names_the_key_that_runs_it(tmp_path, tiny_model_dir):
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel", "AutoTokenizer": ["own.Tok", None]}
+    shutil.copytree(tiny_model_dir, tmp_path, dirs_exist_ok=True)
+    for name in ("config.json", "tokenizer_config.json"):
+        values = json.loads((tmp_path / name).read_text())
+        values |= {"auto_map": own, "model_type": "own", "tokenizer_class": "Tok"}
+        (tmp_path / name).write_text(json.dumps(values))
+    (tmp_path / "own.py").write_text("raise AssertionError('it was run')\n")
+    model = ModelConfig(model_name_or_path=str(tmp_path))
+    message = r"^model\.model_name_or_path=.* comes with Python code .* set model\.trust_remote_code to true"
+    for load in (lambda: load_policy(model, device=CPU), lambda: load_tokenizer(model)):
+        with pytest.raises(UserError, match=message):
+            load()
 
 
 def saved(folder, family, **overrides) -> ModelConfig:

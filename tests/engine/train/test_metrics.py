@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -148,16 +149,24 @@ def test_wandb_continues_its_run_after_a_resume(tmp_path, monkeypatch):
 
 def test_a_tracker_that_is_not_installed_is_a_user_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"report_to wandb needs wandb: pip install wandb"):
-        check_trackers(("wandb",))
-    check_trackers(("tensorboard",))
+    for name in ("wandb", "tensorboard"):
+        with pytest.raises(UserError, match=rf"report_to {name} needs {name}: pip install {name}"):
+            check_trackers((name,))
+    check_trackers(())
 
 
-def test_wandb_without_a_login_is_a_user_error(tmp_path, monkeypatch):
-    def init(**options):
+@pytest.mark.parametrize("mode", [None, "online", "offline", "disabled"])
+def test_wandb_without_a_login_is_a_user_error(mode, tmp_path, monkeypatch):
+    def refuse(**options):
         raise RuntimeError("api_key not configured")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
+    wandb = SimpleNamespace(init=refuse, login=refuse, Error=RuntimeError, __spec__=object())
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if mode:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    with nullcontext() if mode in ("offline", "disabled") else pytest.raises(UserError, match="wandb login"):
+        check_trackers(("wandb",))
     (tmp_path / "config.yaml").write_text("{}\n")
     with pytest.raises(UserError, match="WANDB_MODE=offline"):
         open_trackers(tmp_path, ("wandb",), first_step=1)

@@ -102,3 +102,13 @@ def test_a_finished_run_without_a_checkpoint_cannot_go_on(make_config):
     train(make_config())
     with pytest.raises(UserError, match=r"finished after 4 steps and holds no checkpoint, .*model.model_name_or_path="):
         train(make_config(train={"max_steps": 5}), resume=True)
+
+
+def test_a_checkpoint_alone_becomes_a_model(make_config, tmp_path):
+    train(make_config(train={"save_steps": 2}))
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "new" / "checkpoint-2")
+    result = train(make_config(train={"max_steps": 2, "output_dir": str(tmp_path / "new")}), resume=True)
+    assert (result.steps, result.resumed_from) == (2, 2)
+    weights, expected = (load_file(tmp_path / p / "model.safetensors") for p in ("new", "run/checkpoint-2"))
+    assert weights.keys() == expected.keys()
+    assert all(weights[name].equal(tensor) for name, tensor in expected.items())

@@ -17,7 +17,8 @@ from engine.report.page import _evaluation
 from engine.report.records import read_run
 from engine.train.loop import train
 from engine.train.metrics import AS_TRAINED
-from engine.train.rounding import dtypes_of, round_weights, rounded
+from engine.train.rounding import round_weights, rounded
+from engine.train.storage import dtypes_of
 from tests.conformance.families import tiny_config, tiny_model
 from tests.engine.conftest import preference_rows
 from tests.engine.exported import assert_written_is_measured
@@ -104,6 +105,8 @@ def test_the_model_that_was_measured_is_the_model_that_is_written(name, run_of, 
     written = json.loads((run / "evaluation.json").read_text())
     again = evaluate(config, str(run))
     assert {key: value for key, value in written.items() if not key.startswith(AS_TRAINED)} == again
+    # What was measured before rounding cannot be measured again.
+    assert json.loads((run / "evaluation.json").read_text()) == written
     dtypes = {tensor.dtype for file in run.glob("*.safetensors") for tensor in load_file(file).values()}
     kept = {torch.float32} if "experts" in name or "rounded" not in name else set()
     assert dtypes == kept | ({torch.bfloat16} if "rounded" in name else set())

@@ -63,6 +63,24 @@ def test_measures_are_plausible():
     assert 0.01 < peak_memory_gib(CPU) < 1000
 
 
+@pytest.mark.parametrize("slow", ["mm", "linear", "bfloat16"])
+def test_the_peak_is_that_of_the_fastest_product_of_a_run(slow, monkeypatch):
+    """What the CPU computes in bfloat16 may be slow by one call and not another, and slower than float32."""
+    clock = [0.0]
+
+    def timed(call, name):
+        def run(a, b):
+            clock[0] += 2.0 if slow in (name, str(a.dtype).removeprefix("torch.")) else 0.125
+            return call(a, b)
+
+        return run
+
+    monkeypatch.setattr("engine.train.throughput.time.perf_counter", lambda: clock[0])
+    for owner, name in ((torch, "mm"), (torch.nn.functional, "linear")):
+        monkeypatch.setattr(owner, name, timed(getattr(owner, name), name))
+    assert measure_matmul_rate(CPU, torch.bfloat16) == 2.0 * 1024**3 / 0.125
+
+
 def test_peak_memory_is_that_of_the_process_alone():
     """Not that of the one which started it."""
     held = np.ones(2**30, dtype=np.uint8)

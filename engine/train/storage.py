@@ -1,0 +1,129 @@
+"""What a run writes: the dtypes of its model, the bytes of model and checkpoints, and whether the disk has room."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from engine import distributed
+from engine.config.schema import RunConfig
+from engine.errors import UserError
+from engine.model import Policy
+from engine.model.load import DTYPES
+
+_STATE_BYTES = {"adamw": 8, "rmsprop": 4, "adamw_8bit": 2, "paged_adamw": 8, "paged_adamw_8bit": 2}
+"""Of the optimizer's state, for each trained weight."""
+
+log = logging.getLogger(__name__)
+
+
+class DiskNeed(NamedTuple):
+    """Bytes that a run will write, apart from logs and tokenizers."""
+
+    model: int
+    checkpoint: int
+    """One of them."""
+    due: int
+    """Checkpoints until the end."""
+    kept: int
+    """The most of them that are there at a time, that which is being written included."""
+
+    @property
+    def once(self) -> int:
+        """Without this much a run cannot end."""
+        return self.model + (self.checkpoint if self.due else 0)
+
+    @property
+    def most(self) -> int:
+        return max(self.model + min(self.due, self.kept) * self.checkpoint, self.once)
+
+
+def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> DiskNeed:
+    """What the steps from ``done`` to ``total`` of a run will write.
+
+    Args:
+        policy: before or after it is sharded; tied weights count once.
+    """
+    dtypes = stored_dtypes(policy, config)
+    model = weights = state = 0
+    seen: set[int] = set()
+    for name, tensor in policy.model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen or (policy.has_adapter and not tensor.requires_grad):
+            continue
+        seen.add(id(tensor))
+        model += tensor.numel() * dtypes.get(name, tensor.dtype).itemsize
+        weights += tensor.numel() * tensor.dtype.itemsize
+        state += tensor.numel() * _STATE_BYTES[config.optim.optimizer] if tensor.requires_grad else 0
+    due = total // config.train.save_steps - done // config.train.save_steps
+    limit = config.train.save_total_limit
+    # The one that goes is there until the next one is durable.
+    return DiskNeed(model, weights + state, due, due if limit is None else min(due, limit + 1))
+
+
+def check_disk(policy: Policy, config: RunConfig, *, done: int, total: int) -> None:
+    """Say what a run will write and what is free, and warn when not all of it fits. All ranks must call it.
+
+    Raises:
+        UserError: the final model and one checkpoint do not fit.
+    """
+    need = disk_need(policy, config, done=done, total=total)
+    folder = Path(config.train.output_dir)
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = distributed.broadcast(shutil.disk_usage(existing).free)
+    parts = f"the model {_size(need.model)}"
+    if need.due:
+        parts += f", {need.due:,} checkpoints of {_size(need.checkpoint)}, of which up to {need.kept:,} are kept"
+    words = f"{_size(need.most)} ({parts}), and {_size(free)} are free in train.output_dir={folder}"
+    if need.once <= free and need.most <= free:
+        log.info("disk space: this run writes up to %s", words)
+        return
+    advice = ["free space", "choose another train.output_dir"]
+    if config.train.save_dtype != "bfloat16":
+        advice.append("store half as much with train.save_dtype bfloat16")
+    if need.due:
+        advice.append("keep fewer checkpoints with train.save_total_limit, or write fewer with train.save_steps")
+    if need.once <= free:
+        log.warning("disk space: this run writes up to %s: the disk fills on the way; %s", words, ", or ".join(advice))
+        return
+    raise UserError(f"this run writes at least {_size(need.once)}, up to {words}: {', or '.join(advice)}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def stored_dtypes(policy: Policy, config: RunConfig) -> dict[str, torch.dtype]:
+    """The dtype of every parameter and stored buffer that is written in another dtype than the one it has.
+
+    Of a full model these are the dtypes that ``from_pretrained(dtype=...)`` gives: what the model keeps in float32,
+    such as the correction biases of routers, stays so. Of adapters the trained ones are meant.
+    """
+    if config.train.save_dtype == "auto":
+        return {}
+    dtype = DTYPES[config.train.save_dtype]
+    tensors = policy.model.state_dict(keep_vars=True)
+    if policy.has_adapter:
+        wanted = {name: dtype for name, tensor in tensors.items() if tensor.requires_grad}
+    else:
+        wanted = dtypes_of(policy.causal_lm, dtype)
+    floating = {name for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return {name: found for name, found in wanted.items() if name in floating and tensors[name].dtype != found}
+
+
+def dtypes_of(causal_lm: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """By name: what ``from_pretrained(dtype=dtype)`` holds each parameter and stored buffer of a model in."""
+    with torch.device("meta"):
+        empty = type(causal_lm)._from_config(deepcopy(causal_lm.config), dtype=dtype)
+    kept = getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ()
+    # As transformers reads them: regular expressions in which a star stands for anything.
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in kept]
+    return {
+        name: torch.float32 if any(pattern.search(name) for pattern in patterns) else tensor.dtype
+        for name, tensor in empty.state_dict().items()
+    }
