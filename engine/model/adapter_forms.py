@@ -73,29 +73,33 @@ def base_of_adapter(source: str) -> tuple[str, str | None] | None:
     return str(base), config.get("revision")
 
 
-def check_form(peft: Any, source: str) -> None:
-    """Raise a ``UserError`` for an adapter that is no low-rank one, or that is more than its layers."""
+def check_form(peft: Any, source: str, what: str) -> None:
+    """Raise a ``UserError`` for an adapter that is no low-rank one, or that is more than its layers.
+
+    Args:
+        what: the adapter, in words.
+    """
     config = peft.PeftConfig.from_pretrained(source)
     if config.peft_type != peft.PeftType.LORA:
-        raise UserError(f"{source} is an adapter of kind {config.peft_type}: only LORA is supported")
+        raise UserError(f"{what} is an adapter of kind {config.peft_type}: only LORA is supported")
     for field, words in _UNSUPPORTED.items():
         if value := getattr(config, field, None):
             remedy = "train a plain LoRA adapter instead" if field in _NOT_MERGED else _MERGE
-            raise UserError(f"{source} {words.format(_listed(value))}, which is not supported: {remedy}")
+            raise UserError(f"{what} {words.format(_listed(value))}, which is not supported: {remedy}")
     if config.bias != "none":
-        raise UserError(f"{source} has trained biases (bias: {config.bias}), which are not supported: {_MERGE}")
+        raise UserError(f"{what} has trained biases (bias: {config.bias}), which are not supported: {_MERGE}")
     if config.init_lora_weights == "corda":
         raise UserError(
-            f"{source} starts from a part of its base that peft cannot find again from its folder alone "
+            f"{what} starts from a part of its base that peft cannot find again from its folder alone "
             "(init_lora_weights: corda): save it as a plain adapter, with path_initial_model_for_weight_conversion of "
             "peft's save_pretrained"
         )
     if config.init_lora_weights == "loftq" and not torch.cuda.is_available():
-        raise UserError(f"{source} starts from a quantised base (init_lora_weights: loftq), which peft makes on a GPU")
+        raise UserError(f"{what} starts from a quantised base (init_lora_weights: loftq), which peft makes on a GPU")
     if embeddings := [n for n in stored_names(source) or () if "lora_" not in n and ".base_layer." not in n]:
         named = ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in embeddings}))
         raise UserError(
-            f"{source} stores {named} beside its layers, as after tokens were added, which is not supported: resize "
+            f"{what} stores {named} beside its layers, as after tokens were added, which is not supported: resize "
             f"the embeddings of its base, then {_MERGE}"
         )
 

@@ -112,7 +112,7 @@ def continue_adapter(causal_lm: nn.Module, source: str, *, empty: bool = False) 
     check_folder(source, "model.adapter_name_or_path=")
     name = type(causal_lm).__name__
     try:
-        check_form(peft, source)
+        check_form(peft, source, what)
         read = _from_config if empty else peft.PeftModel.from_pretrained
         with quiet_loading():
             model = read(causal_lm, source, TRAINED, is_trainable=True)
@@ -175,7 +175,7 @@ def load_adapter(policy: Policy, path: Path) -> None:
     model: Any = policy.model
     name = type(policy.causal_lm).__name__
     try:
-        check_form(peft, str(path))
+        check_form(peft, str(path), f"the adapter {path}")
         with quiet_loading():
             if policy.has_adapter:
                 model.load_adapter(str(path), _LOADED)

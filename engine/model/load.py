@@ -14,6 +14,8 @@ from torch import nn
 from engine import distributed
 from engine.config.schema import ModelConfig
 from engine.errors import UserError
+from engine.files import expanded
+from engine.model.adapter_forms import base_of_adapter, is_adapter
 from engine.model.adapters import FROZEN, add_lora, continue_adapter
 from engine.model.attention import Backend, choose_backend, register_backends
 from engine.model.experts import EXPERTS, register_experts
@@ -42,6 +44,8 @@ def load_tokenizer(model: ModelConfig):
     source = model.tokenizer_name_or_path or model.model_name_or_path
     field = "tokenizer_name_or_path" if model.tokenizer_name_or_path else "model_name_or_path"
     check_folder(source, f"model.{field}=")
+    if field == "model_name_or_path" and is_adapter(expanded(source)) and base_of_adapter(source) is not None:
+        raise _not_a_model(f"model.{field}={source}")
     options = hub_options(source, f"model.{field}=")
     try:
         with distributed.local_main_first(source):
@@ -182,11 +186,15 @@ def _read_causal_lm(model: ModelConfig, device: torch.device, backend: Backend, 
             "not compute; set it to false in config.json"
         )
     if getattr(causal_lm, "_hf_peft_config_loaded", False):
-        raise UserError(
-            f"{source} is an adapter, not a model: give the base model here and the adapter in "
-            "model.adapter_name_or_path, or merge it into its base with peft's merge_and_unload"
-        )
+        raise _not_a_model(source)
     return causal_lm
+
+
+def _not_a_model(source: str) -> UserError:
+    return UserError(
+        f"{source} is an adapter, not a model: give the base model here and the adapter in "
+        "model.adapter_name_or_path, or merge it into its base with peft's merge_and_unload"
+    )
 
 
 def _from_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -201,11 +202,11 @@ def load_reference(config: RunConfig, device: torch.device, dataset: PreferenceD
         policy = shard_policy(load_policy(model, device=device), device)
         check_fresh(policy, fresh)
     except UserError as error:
-        own, key = f"model.model_name_or_path={name}", f"reference.model_name_or_path={name}"
-        text = str(error)
-        if name is None or key in text:
+        if name is None:
             raise
-        raise UserError(text.replace(own, key) if own in text else f"{key}: {text}") from error
+        key = f"reference.model_name_or_path={name}"
+        text = re.sub(rf"model\.(model|adapter)_name_or_path={re.escape(name)}(?!\S)", key, str(error))
+        raise UserError(text if key in text else f"{key}: {text}") from error
     return policy
 
 

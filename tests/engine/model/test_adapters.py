@@ -121,20 +121,43 @@ def test_a_continued_adapter_and_its_reference_are_the_trained_one(base, trained
 def started(base, tmp_path):
     """``started(init)``: the folder of an adapter that starts in one of peft's ways, and has been trained."""
 
-    def make(init: str, **options) -> Path:
+    def make(init: str | bool, **options) -> Path:
         model = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, dtype=torch.float32)
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init, **options
-        )
+        options = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **options}
+        config = peft.LoraConfig(init_lora_weights=init, **options)
         with quiet_loading():
             model = peft.get_peft_model(model, config)
         disturb_(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model.save_pretrained(tmp_path / init)
-        return tmp_path / init
+            model.save_pretrained(tmp_path / "started")
+        return tmp_path / "started"
 
     return make
+
+
+FORMS = {
+    "biases of its own": {"lora_bias": True, "target_modules": ["q_proj"]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "ranks by layer": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 7}},
+    "groups": {"use_qalora": True},
+    "magnitudes": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_of_another_form_goes_on_and_is_put_on_as_peft_loads_it(form, base, started):
+    folder = started(True, **FORMS[form])
+    batch, on_top = pack(), load_policy(base, device=CPU)
+    load_adapter(on_top, folder)
+    policy = load_policy(replace(base, adapter_name_or_path=str(folder)), device=CPU)
+    model = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, dtype=torch.float32)
+    with torch.no_grad():
+        want = plain_logps(peft.PeftModel.from_pretrained(model, folder).eval(), batch)
+        torch.testing.assert_close(policy.eval().logps(batch), want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(on_top.eval().logps(batch), want, rtol=0, atol=1e-4)
+        with policy.reference_mode():
+            torch.testing.assert_close(policy.logps(batch), want, rtol=0, atol=1e-4)
 
 
 STARTS = ("pissa", "pissa_niter_2", "olora", "gaussian", "orthogonal", "eva", "mica")

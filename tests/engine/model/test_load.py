@@ -145,10 +145,12 @@ def test_an_adapter_is_not_a_model(tmp_path):
     load_policy(ModelConfig(**(vars(base) | {"lora": LoraConfig(r=3)})), device=CPU).model.save_pretrained(
         tmp_path / "adapter"
     )
-    with pytest.raises(
-        UserError, match=r"adapter is an adapter, not a model: give the base model here and.*adapter_name_or_path"
-    ):
+    message = r"adapter is an adapter, not a model: give the base model here and.*adapter_name_or_path"
+    with pytest.raises(UserError, match=message):
         load_policy(ModelConfig(model_name_or_path=str(tmp_path / "adapter")), device=CPU)
+    # It has no tokenizer either, which is not what is wrong.
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path / "adapter")))
 
 
 def test_what_does_not_load_is_named(tiny_model_dir, tmp_path):
