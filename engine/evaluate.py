@@ -36,6 +36,7 @@ from engine.model import (
     shard_policy,
 )
 from engine.model.adapter_forms import changes_base, is_adapter
+from engine.model.adapters import import_peft
 from engine.model.load import shapes_alone
 from engine.model.quantization import check_quantization
 from engine.packing import Pack, build_batch, check_fits, group_costs, group_sizes, pack_groups
@@ -124,6 +125,7 @@ def put_adapter(base: Policy, model_path: str) -> None:
 
 def _changes_base(model: ModelConfig, adapter: str) -> bool:
     """Whether ``adapter`` and the reference cannot share one base, since one of them has changed it."""
+    import_peft(f"--model {adapter}")
     own = model.adapter_name_or_path
     return changes_base(adapter) or (own is not None and changes_base(own))
 

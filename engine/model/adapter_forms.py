@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from engine.errors import UserError
 from engine.files import expanded
+from engine.model.sources import first_line
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PICKLED_FILE = "adapter_model.bin"
 _CONFIG_FILE = "adapter_config.json"
 READ_ERRORS = (
-    RuntimeError, ValueError, TypeError, OSError, KeyError, AttributeError, ImportError, pickle.UnpicklingError
+    RuntimeError, ValueError, TypeError, OSError, KeyError, AttributeError, ImportError, pickle.UnpicklingError,
+    SafetensorError,
 )  # fmt: skip
 """What peft raises on an adapter that it cannot read, or that does not fit."""
 
@@ -53,7 +55,7 @@ def base_of_adapter(source: str) -> tuple[str, str | None] | None:
         source: a folder or a Hub id.
 
     Raises:
-        UserError: an adapter that names no base.
+        UserError: an adapter that names no base, or whose config is damaged.
     """
     from transformers.utils import find_adapter_config_file
 
@@ -66,7 +68,10 @@ def base_of_adapter(source: str) -> tuple[str, str | None] | None:
         return None
     if path is None:
         return None
-    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{source} is an adapter whose {_CONFIG_FILE} is damaged: {first_line(error)}") from error
     base = config.get("base_model_name_or_path")
     if not base:
         raise UserError(f"{source} is an adapter whose {_CONFIG_FILE} names no base_model_name_or_path: write it there")
@@ -109,11 +114,18 @@ def _listed(value: Any) -> str:
 
 
 def changes_base(source: str) -> bool:
-    """Whether the base of an adapter is another function while the adapter is loaded, even when it is off."""
+    """Whether the base of an adapter is another function while the adapter is loaded, even when it is off.
+
+    Raises:
+        UserError: the adapter cannot be read.
+    """
     import peft
 
-    start = getattr(peft.PeftConfig.from_pretrained(source), "init_lora_weights", True)
-    names = stored_names(source) or ()
+    try:
+        start = getattr(peft.PeftConfig.from_pretrained(source), "init_lora_weights", True)
+        names = stored_names(source) or ()
+    except READ_ERRORS as error:
+        raise UserError(f"the adapter {source} cannot be read: {first_line(error)}") from error
     return any(".base_layer." in n for n in names) or (isinstance(start, str) and start not in _STARTS_BESIDE_BASE)
 
 

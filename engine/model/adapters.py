@@ -15,7 +15,7 @@ from torch import nn
 
 from engine.config.fields import nearest
 from engine.config.schema import LoraConfig
-from engine.errors import UserError
+from engine.errors import UserError, out_of_memory
 from engine.model.adapter_forms import READ_ERRORS, check_form, stored_names
 from engine.model.layers import text_model
 from engine.model.sources import check_folder, first_line
@@ -122,6 +122,8 @@ def continue_adapter(causal_lm: nn.Module, source: str, *, empty: bool = False) 
     except ImportError as error:
         raise UserError(f"{what}: {first_line(error)}") from error
     except READ_ERRORS as error:
+        if out_of_memory(error) is not None:
+            raise
         raise UserError(f"{what} does not fit {name}: {first_line(error)}") from error
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter_name in trained)
@@ -186,6 +188,8 @@ def load_adapter(policy: Policy, path: Path) -> None:
     except ImportError as error:
         raise UserError(f"the adapter {path}: {first_line(error)}") from error
     except READ_ERRORS as error:
+        if out_of_memory(error) is not None:
+            raise
         raise UserError(f"the adapter {path} does not fit {name}: {first_line(error)}") from error
 
 

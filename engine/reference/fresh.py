@@ -17,7 +17,7 @@ import torch
 from engine import distributed
 from engine.config.schema import ModelConfig
 from engine.data.groups import PreferenceDataset, PreferenceGroup
-from engine.errors import UserError
+from engine.errors import UserError, out_of_memory
 from engine.packing import build_batch
 from engine.reference.verify import TOLERANCE
 
@@ -111,6 +111,8 @@ def _score(model: ModelConfig, groups: list[PreferenceGroup], device: torch.devi
     try:
         loaded = _load(model, device)
     except (*READ_ERRORS, UserError) as error:
+        if out_of_memory(error) is not None:
+            raise
         return FreshScores(groups, None, first_line(error))
     size = loaded.get_input_embeddings().weight.shape[0]
     sequences = [(g.prompt_ids, r) for g in groups for r in g.response_ids]
