@@ -288,7 +288,11 @@ def _as_trained(run_dir: Path, values: dict[str, float]) -> dict[str, float]:
     path = run_dir / EVALUATION_FILE
     if not path.exists():
         return {}
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        log.warning("%s was damaged (%s) and is written anew", path, error)
+        return {}
     same = ("eval_num_pairs", "eval_logps/chosen", "eval_logps/rejected", "eval_loss")
     if not all(math.isclose(before.get(name, math.nan), values[name], rel_tol=_SAME_ROWS) for name in same):
         return {}

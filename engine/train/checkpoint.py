@@ -97,6 +97,11 @@ def remove_stopped(output_dir: Path, *, kept: Path | None = None) -> None:
             remove_folder(path)
 
 
+def passing_checkpoints(output_dir: Path, limit: int | None) -> list[Path]:
+    """Those that do not stay: a run that goes on deletes them as soon as later ones are there."""
+    return [path for _, path in _checkpoints(output_dir) if limit is not None or _is_stopped(path)]
+
+
 def refuse_other_run(output_dir: Path) -> None:
     """Raise a ``UserError`` when ``output_dir`` already holds a run."""
     if output_dir.exists() and not output_dir.is_dir():

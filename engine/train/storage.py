@@ -16,6 +16,7 @@ from engine.config.schema import RunConfig
 from engine.errors import UserError
 from engine.model import Policy
 from engine.model.load import DTYPES
+from engine.train.checkpoint import passing_checkpoints
 
 _STATE_BYTES = {"adamw": 8, "rmsprop": 4, "adamw_8bit": 2, "paged_adamw": 8, "paged_adamw_8bit": 2}
 """Of the optimizer's state, for each trained weight."""
@@ -70,17 +71,20 @@ def check_disk(policy: Policy, config: RunConfig, *, done: int, total: int) -> N
     """Say what a run will write and what is free, and warn when not all of it fits. All ranks must call it.
 
     Raises:
-        UserError: the final model and one checkpoint do not fit.
+        UserError: the final model and one checkpoint do not fit, even where earlier checkpoints make room for them.
     """
     need = disk_need(policy, config, done=done, total=total)
     folder = Path(config.train.output_dir)
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = distributed.broadcast(shutil.disk_usage(existing).free)
+    # A run that goes on has written a part already, which makes room when its next checkpoint is there.
+    going = distributed.broadcast(_passing(folder, config) if need.due else 0)
+    ends = need.once <= free + going and (not need.due or need.checkpoint <= free)
     parts = f"the model {_size(need.model)}"
     if need.due:
         parts += f", {need.due:,} checkpoints of {_size(need.checkpoint)}, of which up to {need.kept:,} are kept"
     words = f"{_size(need.most)} ({parts}), and {_size(free)} are free in train.output_dir={folder}"
-    if need.once <= free and need.most <= free:
+    if ends and need.most <= free + going:
         log.info("disk space: this run writes up to %s", words)
         return
     advice = ["free space", "choose another train.output_dir"]
@@ -88,10 +92,16 @@ def check_disk(policy: Policy, config: RunConfig, *, done: int, total: int) -> N
         advice.append("store half as much with train.save_dtype bfloat16")
     if need.due:
         advice.append("keep fewer checkpoints with train.save_total_limit, or write fewer with train.save_steps")
-    if need.once <= free:
+    if ends:
         log.warning("disk space: this run writes up to %s: the disk fills on the way; %s", words, ", or ".join(advice))
         return
     raise UserError(f"this run writes at least {_size(need.once)}, up to {words}: {', or '.join(advice)}")
+
+
+def _passing(folder: Path, config: RunConfig) -> int:
+    """Bytes of the checkpoints that do not stay."""
+    paths = passing_checkpoints(folder, config.train.save_total_limit)
+    return sum(file.stat().st_size for path in paths for file in path.rglob("*") if file.is_file())
 
 
 def _size(count: int) -> str:

@@ -165,6 +165,9 @@ def test_what_was_measured_before_rounding_goes_with_other_rows(config, tmp_path
     assert kept.items() <= json.loads(path.read_text()).items()
     evaluate(replace(config, data=replace(config.data, max_rows=5)), str(tmp_path / "run"))
     assert not any(name.startswith("eval_as_trained/") for name in json.loads(path.read_text()))
+    path.write_text("{")
+    values = evaluate(config, str(tmp_path / "run"))
+    assert json.loads(path.read_text()) == values
 
 
 def test_a_checkpoint_in_shards_says_how_it_becomes_a_model(config, tmp_path):

@@ -74,3 +74,26 @@ def test_what_does_not_fit_is_refused_and_what_fits_in_part_is_said(policy, make
         UserError, match=r"this run writes at least .* are free in train\.output_dir=.*: free space, or"
     ):
         check_disk(policy, config, done=0, total=8)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("checkpoint-2-stopped", None), ("checkpoint-2", 1)])
+def test_a_run_that_goes_on_needs_no_room_for_what_it_has_written(
+    name, limit, policy, make_config, tmp_path, monkeypatch
+):
+    """A checkpoint goes when the next one is there, and the model takes its place."""
+    config = make_config(train={"save_steps": 2, "save_total_limit": limit})
+    need = disk_need(policy, config, done=6, total=8)
+    folder = tmp_path / "run" / name
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(need.checkpoint))
+    free = max(need.checkpoint, need.model)
+    monkeypatch.setattr("engine.train.storage.shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    check_disk(policy, config, done=6, total=8)
+    free = need.checkpoint - 1
+    with pytest.raises(UserError, match="this run writes at least"):
+        check_disk(policy, config, done=6, total=8)
+    folder.rename(folder.with_name("checkpoint-1"))
+    free = need.once - 1
+    if limit is None:
+        with pytest.raises(UserError, match="this run writes at least"):
+            check_disk(policy, config, done=6, total=8)
