@@ -109,19 +109,16 @@ def find_start(config: RunConfig, output_dir: Path, resume: bool) -> tuple[Start
         if start is None:
             log.info("no complete checkpoint in %s: training starts at step 1", output_dir)
         return start, None
-    if saved is not None and _asks_for_other_steps(saved, config):
-        return _extended(start, config, output_dir), None
-    return start, _finished(output_dir)
-
-
-def _asks_for_other_steps(saved: Mapping[str, Any], config: RunConfig) -> bool:
+    steps = int(_last_metrics(output_dir)["step"])
     now = config_values(config)
-    return any(saved[key] != now[key] for key in _STEP_KEYS)
+    same_keys = saved is None or all(saved[key] == now[key] for key in _STEP_KEYS)
+    if same_keys or config.train.max_steps == steps:
+        return start, _finished(output_dir)
+    return _extended(start, config, output_dir, steps), None
 
 
-def _extended(start: Start | None, config: RunConfig, output_dir: Path) -> Start:
-    """The checkpoint that a finished run goes on from."""
-    steps = _last_metrics(output_dir)["step"]
+def _extended(start: Start | None, config: RunConfig, output_dir: Path, steps: int) -> Start:
+    """The checkpoint that a run goes on from that is finished after so many steps."""
     if start is None:
         key = "adapter_name_or_path" if config.model.trains_adapter else "model_name_or_path"
         raise UserError(
@@ -129,7 +126,7 @@ def _extended(start: Start | None, config: RunConfig, output_dir: Path) -> Start
             f"state further steps need: set {' and '.join(_STEP_KEYS)} back, or start a new run from its result with "
             f"model.{key}={output_dir} and another train.output_dir"
         )
-    return start._replace(ended=int(steps))
+    return start._replace(ended=steps)
 
 
 def _finished(output_dir: Path) -> TrainResult:

@@ -43,6 +43,19 @@ def test_what_has_moved_resumes_to_the_same_bits(make_config, tiny_model_dir, pa
     assert run_files(tmp_path / "moved" / "stopped") == run_files(tmp_path / "whole")
 
 
+def test_an_adapter_that_has_moved_goes_on(make_config, tmp_path):
+    first = str(tmp_path / "first")
+    train(make_config(model={"lora": {"r": 2}}, train={"output_dir": first}))
+    train(make_config(model={"adapter_name_or_path": first}, train={"save_steps": 2}))
+    for path in (tmp_path / "run" / "manifest.json", tmp_path / "run" / "checkpoint-4"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    weights = run_files(tmp_path / "run")
+    moved = os.path.relpath(shutil.move(first, tmp_path / "moved"))
+    config = make_config(model={"adapter_name_or_path": moved}, train={"save_steps": 2})
+    assert train(config, resume=True).resumed_from == 2
+    assert run_files(tmp_path / "run") == weights
+
+
 @pytest.mark.parametrize("mode", ["auto", "live"])
 def test_a_changed_reference_model_is_refused(mode, make_config, tiny_model_dir, tmp_path):
     shutil.copytree(tiny_model_dir, tmp_path / "reference")
@@ -100,6 +113,7 @@ def test_an_extended_run_follows_the_schedule_of_all_its_steps(make_config, tmp_
 
 def test_a_finished_run_without_a_checkpoint_cannot_go_on(make_config):
     train(make_config())
+    assert train(make_config(train={"max_steps": 4}), resume=True).steps == 4
     with pytest.raises(UserError, match=r"finished after 4 steps and holds no checkpoint, .*model.model_name_or_path="):
         train(make_config(train={"max_steps": 5}), resume=True)
 
