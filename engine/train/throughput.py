@@ -17,6 +17,8 @@ from engine.model import Policy
 from engine.model.layers import largest, layer_configs
 from engine.model.quantization import num_weights
 
+_LEAST_ROUNDS = 3
+"""Tries of each product: the first one makes libraries prepare, others may lose the processor in between."""
 _STATUS = Path("/proc/self/status")
 
 
@@ -90,9 +92,10 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         a, b = (torch.ones(size, size, device=device, dtype=kind) for _ in range(2))
         calls = (torch.mm,) if device.type == "cuda" else (torch.mm, nn.functional.linear)
         tries += [(2.0 * size**3, partial(call, a, b)) for call in calls]
-    best = 0.0
+    best, rounds = 0.0, 0
     deadline = time.perf_counter() + 0.5
-    while best == 0.0 or time.perf_counter() < deadline:
+    while rounds < _LEAST_ROUNDS or time.perf_counter() < deadline:
+        rounds += 1
         for flop, multiply in tries:
             synchronize(device)
             start = time.perf_counter()
