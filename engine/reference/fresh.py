@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _ROWS = 2
 _SMALLEST_SHARE = 0.1
+_OWN_ERRORS = 2
+"""How many times the error of the plain model, in the same dtype, packs may have."""
 
 
 class FreshScores(NamedTuple):
@@ -34,7 +36,10 @@ class FreshScores(NamedTuple):
     groups: list[PreferenceGroup]
     """The shortest rows, two responses each."""
     sums_S: np.ndarray | None
-    """float64 [S]: log-prob of every response; None where there is nothing to compare."""
+    """float64 [S]: log-prob of every response, in float32 where the model runs so; None where there is nothing to
+    compare."""
+    errors_S: np.ndarray | None = None
+    """float64 [S]: how far the model is from that when it computes in its own dtype."""
     trouble: str | None = None
     """Why it does not load."""
 
@@ -74,7 +79,7 @@ def check_fresh(policy: Policy, scores: FreshScores | None) -> None:
     name = "the adapter on its base"
     if scores.trouble is not None:
         raise UserError(f"start-up check: transformers and peft alone do not load {name}: {scores.trouble}")
-    if scores.sums_S is None:
+    if scores.sums_S is None or scores.errors_S is None:
         return
     batch = build_batch(scores.groups).to(policy.device)
     lengths = batch.lengths_S.cpu().numpy()
@@ -86,7 +91,8 @@ def check_fresh(policy: Policy, scores: FreshScores | None) -> None:
                 logps_N = policy.logps(batch).double().cpu().numpy()
             sums_S = np.add.reduceat(logps_N, batch.cu_responses_S1[:-1].tolist())
             distance_S = np.abs(sums_S - scores.sums_S) / lengths
-            allowed_S = TOLERANCE[policy.compute_dtype] * np.maximum(_SMALLEST_SHARE, lengths**-0.5)
+            rounding_S = TOLERANCE[policy.compute_dtype] * np.maximum(_SMALLEST_SHARE, lengths**-0.5)
+            allowed_S = np.maximum(rounding_S, _OWN_ERRORS * scores.errors_S / lengths)
             # Written so that a comparison with NaN counts as different.
             if not (distance_S <= allowed_S).all():
                 worst = int(np.argmax(distance_S))
@@ -108,19 +114,39 @@ def _score(model: ModelConfig, groups: list[PreferenceGroup], device: torch.devi
     from engine.model.adapter_forms import READ_ERRORS
     from engine.model.sources import first_line
 
+    sequences = [(g.prompt_ids, r) for g in groups for r in g.response_ids]
     try:
         loaded = _load(model, device)
+        if max(int(ids.max()) for pair in sequences for ids in pair) >= loaded.get_input_embeddings().weight.shape[0]:
+            # A later check names the row.
+            return FreshScores(groups, None)
+        own_S = _sums(loaded, sequences, device)
+        exact_S = None if model.dtype == "float32" else _exact_sums(loaded, sequences, device)
     except (*READ_ERRORS, UserError) as error:
         if out_of_memory(error) is not None:
             raise
-        return FreshScores(groups, None, first_line(error))
-    size = loaded.get_input_embeddings().weight.shape[0]
-    sequences = [(g.prompt_ids, r) for g in groups for r in g.response_ids]
-    if max(int(ids.max()) for pair in sequences for ids in pair) >= size:
-        # A later check names the row.
-        return FreshScores(groups, None)
+        return FreshScores(groups, None, trouble=first_line(error))
+    if exact_S is None:
+        exact_S = own_S
+    return FreshScores(groups, exact_S, np.abs(own_S - exact_S))
+
+
+def _exact_sums(loaded: Any, sequences: list[tuple[np.ndarray, np.ndarray]], device: torch.device) -> np.ndarray | None:
+    """As ``_sums``, computed in float32; None where the model does not run so."""
+    from engine.model.precision import float32_weights
+
+    try:
+        with float32_weights(loaded):
+            return _sums(loaded, sequences, device)
+    except RuntimeError as error:
+        if out_of_memory(error) is not None:
+            raise
+        return None
+
+
+def _sums(loaded: Any, sequences: list[tuple[np.ndarray, np.ndarray]], device: torch.device) -> np.ndarray:
     with torch.no_grad():
-        return FreshScores(groups, np.array([_sum(loaded, p, r, device) for p, r in sequences]))
+        return np.array([_sum(loaded, prompt, response, device) for prompt, response in sequences])
 
 
 def _sum(loaded: Any, prompt: np.ndarray, response: np.ndarray, device: torch.device) -> float:

@@ -136,6 +136,12 @@ def test_an_adapter_is_compared_with_its_base_whatever_it_starts_from(start, con
     assert values["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
 
 
+def test_an_adapter_without_its_config_is_an_error(config, tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^the adapter .* cannot be read: "):
+        evaluate(config, str(tmp_path))
+
+
 @pytest.mark.parametrize("loss", ["simpo", "aot"])
 def test_losses_without_a_reference_and_of_whole_batches(loss, config):
     values = evaluate(replace(config, loss=replace(config.loss, loss_type=loss)))

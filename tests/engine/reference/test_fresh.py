@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,18 @@ def test_a_run_goes_on_from_an_adapter_that_took_a_part_out_of_its_base(dtype, a
     assert found == pytest.approx(first_row_by_peft(config, tiny_model_dir, adapter), abs=tolerance)
 
 
+def test_in_bfloat16_a_plain_load_is_scored_in_float32(adapter, make_config):
+    scores = []
+    for dtype in ("float32", "bfloat16"):
+        config = make_config(model={"adapter_name_or_path": adapter, "dtype": dtype})
+        dataset, _ = load_dataset_groups(config.data, load_tokenizer(config.model), split="train")
+        scores.append(score_fresh(config.model, dataset, CPU))
+    assert not scores[0].errors_S.any()
+    assert (scores[1].errors_S > 0).any()
+    # The weights are rounded, the sums are not.
+    assert scores[1].sums_S == pytest.approx(scores[0].sums_S, abs=1.0)
+
+
 @pytest.mark.parametrize("mode", ["auto", "live"])
 def test_a_copy_that_takes_a_part_out_of_the_base_again_stops_the_run(mode, adapter, make_config, monkeypatch):
     """What is loaded so agrees with itself in every other check."""
@@ -80,6 +93,20 @@ def test_a_copy_that_takes_a_part_out_of_the_base_again_stops_the_run(mode, adap
     monkeypatch.setattr(adapters, "_add_frozen_copy", add_again)
     config = make_config(model={"adapter_name_or_path": adapter}, reference={"mode": mode})
     with pytest.raises(UserError, match=r"start-up check: the model gives a response of row \d+ the log-prob -\d"):
+        prepare(config)
+
+
+def test_a_plain_load_that_fails_is_said_unless_ours_fails_too(adapter, make_config, monkeypatch):
+    config = make_config(model={"adapter_name_or_path": adapter})
+
+    def fail(*args):
+        raise ValueError("it is not to be")
+
+    monkeypatch.setattr("engine.reference.fresh._load", fail)
+    with pytest.raises(UserError, match=r"^start-up check: transformers and peft alone .*: it is not to be"):
+        prepare(config)
+    (Path(adapter) / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^model\.adapter_name_or_path=.* does not fit LlamaForCausalLM"):
         prepare(config)
 
 
