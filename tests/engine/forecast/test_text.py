@@ -42,6 +42,27 @@ def test_memory_by_part_and_time(config, dataset, monkeypatch):
     assert "of them reach the head; a prompt counts once a row" in lines[3]
 
 
+def test_peak_is_tensors_and_process(config, dataset, monkeypatch):
+    """``step_peak`` and what ``resident_bytes`` finds; the other parts are alive at other times."""
+    gib = 2**30
+    monkeypatch.setattr("engine.forecast.duration.measure_matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("engine.forecast.trial._measure", lambda config, batch, device, layers: (layers, 1e-9))
+    monkeypatch.setattr(text, "resident_bytes", lambda config, device: gib // 2)
+    forecast, tensors = text.forecast_memory, []
+
+    def observed(*args, **kwargs):
+        memory, flops = forecast(*args, **kwargs)
+        memory = replace(memory, step_peak=memory.step_peak + 3 * gib)
+        tensors.append(memory.step_peak)
+        return memory, flops
+
+    monkeypatch.setattr(text, "forecast_memory", observed)
+    lines = describe_forecast(dataset, config).splitlines()
+    found = {line[:24].strip(): line[24:].split()[0] for line in lines[-8:]}
+    assert found["peak memory"] == f"{tensors[0] / gib + 0.5:.2f}"
+    assert found["process"] == "0.50"
+
+
 def test_a_model_that_does_not_run_without_data_leaves_the_rest(config, dataset, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("it looks at values\nsecond line")
