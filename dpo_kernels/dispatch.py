@@ -49,8 +49,8 @@ def why_not(
 ) -> str | None:
     """Why ``impl`` of ``op`` cannot run on such tensors, or None.
 
-    ``stats`` of tokens and a ``filtered`` backward are asked of ``linear_logps``, ``losses`` of ``linear_dpo``. Depends
-    on the arguments, this install and the chip alone.
+    A ``filtered`` backward is asked of ``linear_logps``, ``losses`` of ``linear_dpo``, ``stats`` of tokens of both.
+    Depends on the arguments, this install and the chip alone.
     """
     if impl == "native":
         return "the native extension is not built"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_kernels.chunks import sum_responses, to_device
+from dpo_kernels.chunks import to_device
 from engine import distributed, stop
 from engine.config.schema import ModelConfig, RunConfig
 from engine.data import load_dataset_groups
@@ -41,7 +41,7 @@ from engine.model.load import shapes_alone
 from engine.model.quantization import check_quantization
 from engine.packing import Pack, build_batch, check_fits, group_costs, group_sizes, pack_groups
 from engine.train.durable import CONTINUE, write_atomically
-from engine.train.metrics import AS_TRAINED, METRICS_FILE, PREFERENCE_NAMES
+from engine.train.metrics import AS_TRAINED, METRICS_FILE, PREFERENCE_NAMES, TOKEN_NAMES
 from engine.train.objective import Objective
 from engine.train.references import full_model, prepare_references
 
@@ -59,6 +59,8 @@ class _Scores(NamedTuple):
 
     logps_S: Tensor
     ref_S: Tensor | None
+    sums_SK: Tensor
+    """Of the statistics of tokens that were asked for."""
 
 
 def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, float]:
@@ -99,7 +101,7 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     check_packing(policy, share_prompts=config.packing.share_prompts)
     check_dataset(policy, dataset)
     check_dataset(trained, dataset)
-    objective = Objective(config.loss)
+    objective = Objective(config.loss, token_metrics=config.train.token_metrics)
     objective.check_dataset(dataset)
     references = prepare_references(config, policy, objective, {"eval": dataset}, say=log.info)
     objective.live_reference = references.live
@@ -184,8 +186,9 @@ def evaluate_policy(
     lengths_S = torch.from_numpy(np.concatenate([n[1:] for n in lengths]))
     places_P2 = pair_places(dataset) if dataset.has_pairs.any() else None
     pairs_P2 = None if places_P2 is None else torch.from_numpy(places_P2)
-    scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group, pairs_P2)
-    values = dict(zip((f"eval_{n}" for n in PREFERENCE_NAMES), scored.means().tolist(), strict=True))
+    scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group, pairs_P2, sums_SK=scores.sums_SK)
+    names = PREFERENCE_NAMES + TOKEN_NAMES if objective.token_stats else PREFERENCE_NAMES
+    values = dict(zip((f"eval_{n}" for n in names), scored.means().tolist(), strict=True))
     summed, per_token = _ranking(scores.logps_S, lengths_S, per_group)
     values["eval_ranking_accuracy"] = summed.mean().item()
     values["eval_ranking_accuracy_per_token"] = per_token.mean().item()
@@ -222,15 +225,17 @@ def _score_all(
         pack = packs[cheapest if place is None else place]
         batch = build_batch([dataset[i] for i in pack], share_prompts=packing.share_prompts).to(policy.device)
         stored = None if lookup is None else to_device(torch.from_numpy(lookup(pack)), policy.device)
-        logps_S = sum_responses(policy.logps(batch), batch.lengths_S)
+        logps_S, sums_SK = objective.score_responses(policy, batch)
         ref_S = objective.reference(batch, stored)
         if place is not None:
             own.append(pack)
-            columns.append(torch.stack([logps_S, torch.zeros_like(logps_S) if ref_S is None else ref_S], 1))
-    rows_S2 = torch.cat([torch.zeros(0, 2), *(rows.cpu() for rows in columns)])
+            pair = torch.stack([logps_S, torch.zeros_like(logps_S) if ref_S is None else ref_S], 1)
+            columns.append(torch.cat([pair, sums_SK], 1))
+    rows_SC = torch.cat([torch.zeros(0, 2 + len(objective.token_stats)), *(rows.cpu() for rows in columns)])
     order = _response_order(dataset, [pack for packs in distributed.gather(own) for pack in packs])
-    logps_S, ref_S = torch.cat(distributed.concat_over_ranks(rows_S2))[order].unbind(1)
-    return _Scores(logps_S, ref_S if objective.needs_reference else None)
+    logps_S, ref_S, *sums = torch.cat(distributed.concat_over_ranks(rows_SC))[order].unbind(1)
+    sums_SK = torch.stack(sums, 1) if sums else logps_S.new_zeros(len(logps_S), 0)
+    return _Scores(logps_S, ref_S if objective.needs_reference else None, sums_SK)
 
 
 def _response_order(dataset: PreferenceDataset, packs: list[Pack]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from dpo_kernels.chunks import accumulation_dtype
 from dpo_kernels.dispatch import check_impl
 from dpo_kernels.linear_dpo.ops import linear_dpo_op, make_pairs, reduce_losses, response_sums
-from dpo_kernels.linear_logps.api import autocast_head, check_head, check_weight_grad, linear_logps
+from dpo_kernels.linear_logps.api import autocast_head, check_head, check_weight_grad, linear_logps, named_stats
+from dpo_kernels.linear_logps.stats import STATS, check_stats
 from dpo_kernels.losses import LossMix, LossOptions, check_options, resolve_loss, resolve_mean_length
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -30,6 +31,75 @@ class LinearDPOLoss(NamedTuple):
     """[P]"""
     rejected_rewards: Tensor
     """[P]"""
+
+
+class LinearDPOLossStats(NamedTuple):
+    """``LinearDPOLoss`` together with the statistics of tokens that were asked for."""
+
+    loss: Tensor
+    pair_losses: Tensor
+    logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    stats: dict[str, Tensor]
+    """name -> [T], detached."""
+
+
+@overload
+def linear_dpo_loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    cu_responses: Tensor,
+    ref_logps_S: Tensor | None,
+    *,
+    loss_type: str | Sequence[str] = ...,
+    loss_weights: Sequence[float] | None = ...,
+    beta: float = ...,
+    label_smoothing: float = ...,
+    discopop_tau: float = ...,
+    simpo_gamma: float = ...,
+    cpo_alpha: float = ...,
+    mean_chosen_length: float | None = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    pair_weights: Tensor | None = ...,
+    reduction: str = ...,
+    weight_grad: Tensor | None = ...,
+    impl: str = ...,
+) -> LinearDPOLoss: ...
+
+
+@overload
+def linear_dpo_loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    cu_responses: Tensor,
+    ref_logps_S: Tensor | None,
+    *,
+    stats: Sequence[str],
+    loss_type: str | Sequence[str] = ...,
+    loss_weights: Sequence[float] | None = ...,
+    beta: float = ...,
+    label_smoothing: float = ...,
+    discopop_tau: float = ...,
+    simpo_gamma: float = ...,
+    cpo_alpha: float = ...,
+    mean_chosen_length: float | None = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    temperature: float = ...,
+    ignore_index: int = ...,
+    pair_weights: Tensor | None = ...,
+    reduction: str = ...,
+    weight_grad: Tensor | None = ...,
+    impl: str = ...,
+) -> LinearDPOLossStats: ...
 
 
 def linear_dpo_loss(
@@ -55,8 +125,9 @@ def linear_dpo_loss(
     pair_weights: Tensor | None = None,
     reduction: str = "mean",
     weight_grad: Tensor | None = None,
+    stats: Sequence[str] | None = None,
     impl: str = "auto",
-) -> LinearDPOLoss:
+) -> LinearDPOLoss | LinearDPOLossStats:
     """Preference loss of pairs of responses, straight from hidden states. Rows are the completion tokens of all
     responses laid end to end, in order chosen_0, rejected_0, chosen_1, rejected_1, ...
 
@@ -81,10 +152,15 @@ def linear_dpo_loss(
         weight_grad: as in ``linear_logps``; but in 3 products, the gradient waits for the upstream factor in the dtype
             of a bfloat16 weight, so that this call's share is rounded to it before it is added: once, or by the Triton
             kernels once a chunk where up to four chunks are summed in place.
+        stats: names of statistics of each row's distribution, as in ``linear_logps``: "entropy", "is_top1",
+            "mean_logits", "log_sum_sq_probs". They come from the logits of the loss: no further product. In torch they
+            leave the bits of the loss and of its gradients as they are; the Triton kernels take other tile shapes with
+            them, so that both are the same to rounding.
         impl: as in ``linear_logps``.
 
     Returns:
-        ``LinearDPOLoss(loss, pair_losses, logps, chosen_rewards, rejected_rewards)``.
+        ``LinearDPOLoss(loss, pair_losses, logps, chosen_rewards, rejected_rewards)``. With ``stats``, even an empty
+        sequence of them, ``LinearDPOLossStats``: the same, and ``stats``, name -> [T], as ``linear_logps`` gives them.
 
     Under autocast the inputs are cast like those of a matrix product. Results and gradients have the same bits on every
     run on the same machine. There is no second derivative.
@@ -97,6 +173,7 @@ def linear_dpo_loss(
     mix = resolve_loss(loss_type, loss_weights)
     options = LossOptions(beta, label_smoothing, discopop_tau, simpo_gamma, cpo_alpha)
     check_options(options)
+    names = check_stats(stats or (), STATS)
     check_weight_grad(weight_grad, weight_VD)
     hidden_TD, weight_VD, bias = autocast_head(hidden_TD, weight_VD, bias)
     check_head(hidden_TD, weight_VD, labels_T, bias, softcap, logit_scale, temperature)
@@ -112,7 +189,7 @@ def linear_dpo_loss(
     if fused:
         if isinstance(mean_length, float | int):
             mean_length = hidden_TD.new_full((), mean_length, dtype=dtype)
-        loss, losses_P, logps_S, *_ = linear_dpo_op(
+        loss, losses_P, logps_S, *_, stats_KT = linear_dpo_op(
             hidden_TD,
             weight_VD,
             labels_T,
@@ -135,9 +212,11 @@ def linear_dpo_loss(
             weight_VD.requires_grad,
             bias is not None and bias.requires_grad,
             weight_grad,
+            ",".join(names),
         )
+        found = named_stats(names, stats_KT)
     else:
-        logps_T = linear_logps(
+        logps_T, found = linear_logps(
             hidden_TD,
             weight_VD,
             labels_T,
@@ -147,6 +226,7 @@ def linear_dpo_loss(
             temperature=temperature,
             ignore_index=ignore_index,
             weight_grad=weight_grad if torch.is_grad_enabled() else None,
+            stats=names,
             impl=impl,
         )
         logps_S = response_sums(logps_T, cu_responses)
@@ -157,7 +237,8 @@ def linear_dpo_loss(
             loss = reduce_losses(losses_P, pair_weights, reduction == "mean")
     logps_S = logps_S.detach()
     rewards = mix.rewards(make_pairs(logps_S, ref_logps_S, lengths_S, mean_length, options))
-    return LinearDPOLoss(loss, losses_P.detach(), logps_S, *rewards)
+    out = LinearDPOLoss(loss, losses_P.detach(), logps_S, *rewards)
+    return out if stats is None else LinearDPOLossStats(*out, found)
 
 
 def _check_pairs(

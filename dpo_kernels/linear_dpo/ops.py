@@ -14,8 +14,11 @@ device, same bits when run twice).
     (Triton only.) As in ``dpo_kernels.linear_logps.ops``.
 ``LOSSES``
     (Triton only.) Names of the losses that it computes; ``torch`` and ``reference`` compute the whole table.
+``STATS``
+    (Triton only.) As in ``dpo_kernels.linear_logps.ops``.
 ``forward(hidden_TD, weight_VD, labels_T, cu_responses, score_pairs, bias_V, softcap, logit_scale, temperature,
-ignore_index, need_hidden, need_weight, need_bias) -> (losses_P, logps_S, dX_TD | None, dW_VD | None, db_V | None)``
+ignore_index, need_hidden, need_weight, need_bias, stats) -> (losses_P, logps_S, dX_TD | None, dW_VD | None,
+db_V | None, stats_KT | None)``
     ``cu_responses`` is a list of S + 1 Python ints, S > 0: offsets of the responses in the rows, from 0 to T, not
     decreasing; responses may be empty. ``score_pairs(logps, first_pair) -> (losses, slopes)`` defines the loss: it
     takes the log-prob sums of consecutive whole pairs from ``first_pair`` on, [2 p] float32 (float64), on the device of
@@ -25,7 +28,8 @@ ignore_index, need_hidden, need_weight, need_bias) -> (losses_P, logps_S, dX_TD 
     lengths_S, mean_length, scale_P``; ``cu_S1`` is ``cu_responses`` on the device of hidden, int64. A row's gradient is
     then slope[response of the row] * d logps_t. Every pair must be scored exactly once. Ignored rows add 0 to their
     response and get gradient exactly 0. Gradients have the dtypes of hidden, weight and bias, but float32 for float16
-    (``early_gradient_dtype``); each is a tensor that nothing else refers to.
+    (``early_gradient_dtype``); each is a tensor that nothing else refers to. ``stats`` and stats_KT are as in
+    ``dpo_kernels.linear_logps.ops``.
 """
 
 from __future__ import annotations
@@ -37,7 +41,13 @@ from torch import Tensor
 
 from dpo_kernels.chunks import accumulation_dtype, early_gradient_dtype, exact_products, sum_responses, to_device
 from dpo_kernels.dispatch import implementation
-from dpo_kernels.linear_logps.ops import check_labels, empty_gradients, refuse_double_backward, unit_stride
+from dpo_kernels.linear_logps.ops import (
+    check_labels,
+    empty_gradients,
+    refuse_double_backward,
+    split_stats,
+    unit_stride,
+)
 from dpo_kernels.losses import LossMix, LossOptions, Pairs, resolve_loss
 
 
@@ -164,8 +174,8 @@ _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor cu_responses, Tensor? ref_logps, Tensor? lengths,"
     " Tensor? mean_length, Tensor? pair_weights, Tensor? bias, str loss_type, float[] loss_weights,"
     " float[] loss_options, bool mean, float? softcap, float logit_scale, float temperature, int ignore_index,"
-    " str impl, bool need_hidden, bool need_weight, bool need_bias, Tensor? weight_grad=None)"
-    " -> (Tensor loss, Tensor losses, Tensor logps, Tensor dX, Tensor dW, Tensor db)"
+    " str impl, bool need_hidden, bool need_weight, bool need_bias, Tensor? weight_grad=None,"
+    ' str stats="") -> (Tensor loss, Tensor losses, Tensor logps, Tensor dX, Tensor dW, Tensor db, Tensor stats)'
 )
 
 
@@ -193,13 +203,15 @@ def linear_dpo_op(
     need_weight,
     need_bias,
     weight_grad=None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    stats="",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients are those for an upstream gradient of 1; what is not needed is an empty vector.
 
-    ``weight_grad`` is for backward, which adds dW to it.
+    ``weight_grad`` is for backward, which adds dW to it. The last result is [K, T] for the K names in ``stats``, joined
+    by commas.
     """
-    mix = resolve_loss(loss_type.split(","), loss_weights)
-    module = implementation("linear_dpo", impl, hidden, losses=[loss.name for loss in mix.types])
+    mix, names = resolve_loss(loss_type.split(","), loss_weights), split_stats(stats)
+    module = implementation("linear_dpo", impl, hidden, names, losses=[loss.name for loss in mix.types])
     check_labels(labels, weight.shape[0], ignore_index)
     offsets = check_responses(cu_responses, hidden.shape[0])
     num_pairs = len(offsets) // 2
@@ -220,8 +232,9 @@ def linear_dpo_op(
             losses, _ = score_pairs(logps, 0)
             wanted = zip((hidden, weight, bias), (need_hidden, need_weight, need_bias), strict=True)
             gradients = [t.new_zeros(t.shape) if need else None for t, need in wanted]
+            stats_KT = None
         else:
-            losses, logps, *gradients = module.forward(
+            losses, logps, *gradients, stats_KT = module.forward(
                 unit_stride(hidden),
                 unit_stride(weight),
                 labels.to(torch.int64).contiguous(),
@@ -235,10 +248,13 @@ def linear_dpo_op(
                 need_hidden,
                 need_weight,
                 need_bias,
+                names,
             )
     loss = reduce_losses(losses, weights_P, mean)
     kept = early_gradient_dtype(hidden.dtype)
-    return loss, losses, logps, *(hidden.new_zeros(0, dtype=kept) if g is None else g.to(kept) for g in gradients)
+    dX, dW, db = (hidden.new_zeros(0, dtype=kept) if g is None else g.to(kept) for g in gradients)
+    stats_KT = logps.new_zeros(len(names), hidden.shape[0]) if stats_KT is None else stats_KT
+    return loss, losses, logps, dX, dW, db, stats_KT
 
 
 @linear_dpo_op.register_fake
@@ -248,16 +264,19 @@ def _(hidden, weight, labels, cu_responses, ref_logps, lengths, mean_length, pai
     # After loss_type, loss_weights, loss_options, mean, softcap, logit_scale, temperature, ignore_index and impl.
     needs = options[9:12]
     gradients = empty_gradients((hidden, weight, bias), needs, early_gradient_dtype(hidden.dtype))
-    return logps.new_empty(()), logps.new_empty(num_responses // 2), logps, *gradients
+    # Last, after the needs and weight_grad; left out where it has its default.
+    names = split_stats(options[13]) if len(options) > 13 else ()
+    stats = logps.new_empty(len(names), hidden.shape[0])
+    return logps.new_empty(()), logps.new_empty(num_responses // 2), logps, *gradients, stats
 
 
 def _setup_context(ctx, inputs, output):
     _, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
-    ctx.gradients = tuple(others[2:])
+    ctx.gradients = tuple(others[2:5])
     ctx.dtype = inputs[0].dtype
-    ctx.weight_grad = inputs[-1]
+    ctx.weight_grad = inputs[-2]
 
 
 def _backward(ctx, grad_loss, *unused):
@@ -269,7 +288,7 @@ def _backward(ctx, grad_loss, *unused):
     hand_over = type(grad_loss) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
     if hand_over:
         ctx.gradients = None
-    result = [None] * 22
+    result = [None] * 23
     if grad_loss is not None:
         for position, gradient in zip((0, 1, 8), gradients, strict=True):
             if position == 1 and ctx.weight_grad is not None:

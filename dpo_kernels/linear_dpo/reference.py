@@ -6,13 +6,13 @@ The gradient of the log-probs is autograd's; only the slopes of the loss come fr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.chunks import early_gradient_dtype
-from dpo_kernels.linear_logps.reference import gradients, leaf, logps
+from dpo_kernels.linear_logps.reference import gradients, leaf, logits, logps, token_stats
 
 
 def forward(
@@ -29,8 +29,13 @@ def forward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    stats: Sequence[str] = (),
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_dpo.ops``."""
+    stats_KT = None
+    if stats:
+        logits_TV = logits(hidden_TD, weight_VD, bias_V, softcap, logit_scale, temperature)
+        stats_KT = token_stats(logits_TV, labels_T, ignore_index, stats)
     # Leaving inference mode is what switches autograd back on inside an operator.
     with torch.inference_mode(False):
         dtype = early_gradient_dtype(hidden_TD.dtype)
@@ -40,4 +45,4 @@ def forward(
         bounds = itertools.pairwise(cu_responses)
         logps_S = torch.stack([logps_T[start:stop].double().sum().to(logps_T.dtype) for start, stop in bounds])
         losses_P, slopes_S = score_pairs(logps_S.detach(), 0)
-        return losses_P, logps_S.detach(), *gradients(logps_S, slopes_S, hidden, weight, bias)
+        return losses_P, logps_S.detach(), *gradients(logps_S, slopes_S, hidden, weight, bias), stats_KT

@@ -10,6 +10,7 @@ only after all of its rows: its responses gather dW unscaled in buffers of their
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from dpo_kernels.chunks import (
     sum_responses,
     weight_blocks,
 )
+from dpo_kernels.linear_logps.stats import RunningStats
 
 
 def forward(
@@ -51,7 +53,8 @@ def forward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    stats: Sequence[str] = (),
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_dpo.ops``."""
     T = hidden_TD.shape[0]
     ignored_T = ignored_rows(labels_T, ignore_index)
@@ -65,6 +68,8 @@ def forward(
         hidden_TD, labels_T, ignored_T, cu_S1.diff(), Head(weight_VD, bias_V, softcap, logit_scale, temperature)
     )
     call.want_gradients(need_hidden, need_weight, need_bias)
+    if stats:
+        call.stats = RunningStats(stats, hidden_TD)
     losses, sums = [], []
     chunks, max_rows = _chunks(cu_responses, weight_VD, call.dtype)
     for chunk in chunks:
@@ -81,6 +86,7 @@ def forward(
         None if dX_TD is None else spread_rows(dX_TD.to(gradient_dtype), kept, T),
         None if dW_VD is None else dW_VD.to(gradient_dtype),
         None if db_V is None else db_V.to(gradient_dtype),
+        call.token_stats(kept, T),
     )
 
 
@@ -95,7 +101,8 @@ def _chunks(cu_responses: list[int], weight_VD: Tensor, dtype: torch.dtype) -> t
 
 
 def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[int], need_weight: bool) -> int:
-    """Most bytes that ``forward`` holds beyond its inputs and results, from shapes and dtypes alone."""
+    """Most bytes that ``forward`` holds beyond its inputs and results, from shapes and dtypes alone; without statistics
+    of tokens, which take a second block of exponentials: cached rows on the CPU, a whole chunk of them on a GPU."""
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
     dtype, operand = accumulation_dtype(hidden_TD.dtype), operand_dtype(hidden_TD)
     chunks, max_rows = _chunks(cu_responses, weight_VD, dtype)
@@ -128,6 +135,8 @@ class _Call:
         self.dX_TD: Tensor | None = None
         self.dW_VD: Tensor | None = None
         self.db_V: Tensor | None = None
+        self.stats: RunningStats | None = None
+        self.total_T = hidden_TD.new_ones(hidden_TD.shape[0], dtype=self.dtype)
 
     def want_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
         self.dX_TD = (
@@ -197,10 +206,22 @@ class _Call:
             product_(z_nV[:, columns], x_nD, W_vD.T)
         logps_n = z_nV.new_empty(n)
         for block in row_blocks(z_nV):
-            logps_n[block] = _log_prob_gradient_(z_nV[block], labels_n[block], self.head)
+            block_T = slice(rows.start + block.start, rows.start + block.stop)
+            logps_n[block], self.total_T[block_T] = _log_prob_gradient_(
+                z_nV[block], labels_n[block], self.head, self.stats, block_T
+            )
         if self.ignored_T is not None:
             logps_n.masked_fill_(self.ignored_T[rows], 0)
         return z_nV, logps_n
+
+    def token_stats(self, kept: Tensor | None, num_rows: int) -> Tensor | None:
+        """[K, T] over all ``num_rows`` rows, of which ``kept`` were computed; None where none are asked for."""
+        if self.stats is None:
+            return None
+        stats_KT = self.stats.finish(self.total_T, self.labels_T, self.head.weight_VD.shape[0])
+        if self.ignored_T is not None:
+            stats_KT.masked_fill_(self.ignored_T, 0)
+        return torch.stack([spread_rows(values_T, kept, num_rows) for values_T in stats_KT])
 
     def _add_input(self, rows: slice, gradient_nV: Tensor, slope_n: Tensor) -> None:
         if self.dX_TD is None:
@@ -221,15 +242,23 @@ class _Call:
             db_V.addmv_(gradient_nV.T, slope_n)
 
 
-def _log_prob_gradient_(a_bV: Tensor, labels_b: Tensor, head: Head) -> Tensor:
-    """Log-probs of a few rows of x W^T, which turn into (onehot - softmax) times the softcap's factor."""
+def _log_prob_gradient_(
+    a_bV: Tensor, labels_b: Tensor, head: Head, stats: RunningStats | None, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """(log-probs, sums of exponentials) of a few ``rows`` of x W^T, which turn into (onehot - softmax) times the
+    softcap's factor; ``stats`` take in their logits."""
     factor = logits_(a_bV, head, slice(None), want_factor=True)
+    if stats is not None:
+        stats.fold_logits(a_bV, rows, 0)
     label_logit = a_bV.gather(1, labels_b.unsqueeze(1)).squeeze(1)
     largest = a_bV.amax(dim=1)
     a_bV.sub_(largest.unsqueeze(1)).exp_()
     total = a_bV.sum(dim=1)
+    if stats is not None:
+        nothing = torch.zeros_like(total)
+        stats.fold_exps(a_bV, rows, nothing, nothing)
     a_bV.mul_((-1 / total).unsqueeze(1))
     add_at_(a_bV, labels_b, torch.ones_like(total))
     if factor is not None:
         a_bV.mul_(factor)
-    return (label_logit - largest) - total.log()
+    return (label_logit - largest) - total.log(), total

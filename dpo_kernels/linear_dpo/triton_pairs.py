@@ -16,6 +16,7 @@ A pair of more rows than a chunk takes exponentials of its own size, and one tha
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from dpo_kernels.kernels.paired_loss import KERNEL_LOSSES, PairTerms, launch_pai
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
 from dpo_kernels.kernels.tile_logps import LinearStats, empty_exps, linear_stats, partial_width
+from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
 
 WORKSPACE_BYTES = 2**30
 """Exponentials and statistics of a chunk: large enough that adding a share of dW costs little beside the products."""
@@ -41,6 +43,8 @@ which is small beside the error that gradients have from bfloat16 operands."""
 
 LOSSES = KERNEL_LOSSES
 """Losses of pairs that the kernels compute."""
+STATS = TOKEN_STATS
+"""Token statistics that the kernels compute."""
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -62,11 +66,15 @@ def forward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    stats: Sequence[str] = (),
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See ``dpo_kernels.linear_dpo.ops``."""
     options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     call = _Call(hidden_TD, weight_VD, labels_T, options, ignore_index, _pair_terms(score_pairs))
-    max_rows, chunks, sum_dtype = _plan(hidden_TD, weight_VD, cu_responses, options, need_weight=need_weight)
+    call.token_stats = bool(stats)
+    max_rows, chunks, sum_dtype = _plan(
+        hidden_TD, weight_VD, cu_responses, options, need_weight=need_weight, token_stats=call.token_stats
+    )
     # One buffer for all chunks: buffers of many sizes would leave holes in the allocator's memory.
     call.exps = empty_exps(hidden_TD[: _rows_held(chunks, cu_responses, max_rows)], weight_VD.shape[0])
     call.want_gradients(need_hidden, need_weight, need_bias, sum_dtype)
@@ -79,35 +87,52 @@ def forward(
             chunk_losses, chunk_sums = call.whole_pairs(chunk, offsets)
         losses.append(chunk_losses)
         sums.append(chunk_sums)
-    return torch.cat(losses), torch.cat(sums), *call.gradients()
+    stats_KT = None
+    if stats:
+        # Chunks go through the rows in order, and so do the blocks of each.
+        found_KT = torch.cat(call.found_stats, dim=1)
+        stats_KT = torch.stack([found_KT[STATS.index(name)] for name in stats])
+    return torch.cat(losses), torch.cat(sums), *call.gradients(), stats_KT
 
 
-def chunk_rows(hidden_TD: Tensor, weight_VD: Tensor, *, heavy: bool, workspace: int = WORKSPACE_BYTES) -> int:
+def chunk_rows(
+    hidden_TD: Tensor, weight_VD: Tensor, *, heavy: bool, token_stats: bool = False, workspace: int = WORKSPACE_BYTES
+) -> int:
     """Most rows of a chunk, unless a single pair has more: those whose exponentials and statistics fit `workspace`."""
     V = weight_VD.shape[0]
     width = partial_width(TileLaunch("linear_exps", hidden_TD, weight_VD, heavy=heavy))
     # Of each row and tile a shift, which stays, and a sum, which the next rows' take the place of.
     partials = 4 * (-(-V // MAX_BLOCK) * MAX_BLOCK // width)
     row_bytes = -(-V // MAX_BLOCK) * MAX_BLOCK * hidden_TD.element_size() + partials + ROW_BYTES
-    rows = (workspace - STATS_ROWS * partials) // row_bytes
+    rows = (workspace - STATS_ROWS * partials * (1 + NUM_PARTIALS if token_stats else 1)) // row_bytes
     # Exponentials are padded to whole tiles of rows.
     return max(MAX_BLOCK, rows // MAX_BLOCK * MAX_BLOCK)
 
 
 def _plan(
-    hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[int], options: HeadOptions, *, need_weight: bool
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    cu_responses: list[int],
+    options: HeadOptions,
+    *,
+    need_weight: bool,
+    token_stats: bool = False,
 ) -> tuple[int, list[Chunk], torch.dtype]:
     """(most rows of a chunk, chunks, dtype in which dW is summed)."""
     # Splitting a pair costs two fp32 buffers of the size of dW: below their size its exponentials are the better deal.
     rows_of_pair = 8 * hidden_TD.shape[1] // hidden_TD.element_size()
-    heavy, dtype = options.softcap is not None, early_gradient_dtype(hidden_TD.dtype)
-    max_rows = chunk_rows(hidden_TD, weight_VD, heavy=heavy)
+    heavy, dtype = token_stats or options.softcap is not None, early_gradient_dtype(hidden_TD.dtype)
+
+    def rows_within(workspace: int) -> int:
+        return chunk_rows(hidden_TD, weight_VD, heavy=heavy, token_stats=token_stats, workspace=workspace)
+
+    max_rows = rows_within(WORKSPACE_BYTES)
     chunks = plan_chunks(cu_responses, max_rows, rows_of_pair)
     if not need_weight or dtype == torch.float32 or len(chunks) == 1:
         return max_rows, chunks, dtype
     sum_bytes = 4 * weight_VD.numel()
     if 2 * sum_bytes <= WORKSPACE_BYTES:
-        max_rows = chunk_rows(hidden_TD, weight_VD, heavy=heavy, workspace=WORKSPACE_BYTES - sum_bytes)
+        max_rows = rows_within(WORKSPACE_BYTES - sum_bytes)
         return max_rows, plan_chunks(cu_responses, max_rows, rows_of_pair), torch.float32
     in_place = len(chunks) <= IN_PLACE_CHUNKS and not any(chunk.split for chunk in chunks)
     return max_rows, chunks, dtype if in_place else torch.float32
@@ -173,6 +198,8 @@ class _Call:
         self.unit = hidden_TD.new_zeros((), dtype=torch.float32) if hidden_TD.dtype == torch.float16 else None
         self.gradient_dtype = early_gradient_dtype(hidden_TD.dtype)
         self.exps = hidden_TD.new_empty(0, 0)
+        self.token_stats = False
+        self.found_stats: list[Tensor] = []
         self.dX_TD: Tensor | None = None
         self.dW_VD: Tensor | None = None
         self.db_V: Tensor | None = None
@@ -272,7 +299,7 @@ class _Call:
     def _stats(self, rows: slice) -> list[LinearStats]:
         """Log-probs of some rows, STATS_ROWS at a time; their exponentials stay in the buffer."""
         hidden_nD, labels_n = self.hidden_TD[rows], self.labels_T[rows]
-        return [
+        stats = [
             linear_stats(
                 hidden_nD[block],
                 self.weight_VD,
@@ -280,9 +307,12 @@ class _Call:
                 options=self.options,
                 ignore_index=self.ignore_index,
                 exps=self.exps[block.start :],
+                token_stats=self.token_stats,
             )
             for block in _stats_blocks(hidden_nD.shape[0])
         ]
+        self.found_stats += [block.token_stats_KN for block in stats if block.token_stats_KN is not None]
+        return stats
 
     def _log_probs(self, stats: list[LinearStats]) -> Tensor:
         return torch.cat([self.hidden_TD.new_empty(0, dtype=torch.float32), *(block.logps_N for block in stats)])

@@ -209,5 +209,10 @@ def linear_logps(
     logps_T, _, _, stats_KT, _, _ = linear_logps_op(hidden_TD, weight_VD, labels_T, bias, *options, filter_mass)
     if stats is None:
         return logps_T
+    return TokenLogps(logps_T, named_stats(names, stats_KT))
+
+
+def named_stats(names: Sequence[str], stats_KT: Tensor) -> dict[str, Tensor]:
+    """name -> [T] from the rows of an op's result."""
     found = dict(zip(names, stats_KT.unbind(0), strict=True))
-    return TokenLogps(logps_T, {name: v.bool() if name == "is_top1" else v for name, v in found.items()})
+    return {name: values.bool() if name == "is_top1" else values for name, values in found.items()}

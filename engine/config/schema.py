@@ -287,6 +287,8 @@ class TrainConfig:
     """How weights become bfloat16; stochastic, up or down at random from train.seed, keeps the sum of small updates."""
     logging_steps: int = 10
     """Optimizer steps between lines of metrics.jsonl."""
+    token_metrics: bool = True
+    """Log logits/chosen, logits/rejected, entropy and mean_token_accuracy as TRL does: no product beside the loss's."""
     eval_steps: int | None = None
     """Optimizer steps between evaluations; null evaluates once, after training."""
     gradient_checkpointing: bool = False

@@ -76,7 +76,7 @@ class LiveStorage(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self._see(value)
         if is_op(func, "linear_dpo"):
-            self._given_up.update(gradient.untyped_storage()._cdata for gradient in out[3:])
+            self._given_up.update(gradient.untyped_storage()._cdata for gradient in out[3:6])
         held = self._workspace(func, args)
         self.largest_workspace = max(self.largest_workspace, held)
         self.peak = max(self.peak, self.current + held)

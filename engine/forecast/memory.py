@@ -80,7 +80,7 @@ def forecast_memory(
         raise ValueError("quantised weights are made while the model is loaded")
     pack = _largest_pack(dataset, steps, share_prompts=config.packing.share_prompts)
     batch = build_batch([dataset[i] for i in pack], share_prompts=config.packing.share_prompts)
-    objective = Objective(config.loss)
+    objective = Objective(config.loss, token_metrics=config.train.token_metrics)
     heap = Heap() if device.type == "cpu" and Heap.available() else None
     count = LiveStorage(device, _Workspace(batch.cu_responses_S1.tolist()), heap)
     # Chosen here for good: a kernel that is tried on tensors without data always works.

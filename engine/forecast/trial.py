@@ -103,7 +103,7 @@ def _measure(config: RunConfig, batch: PackedBatch, device: torch.device, layers
     """Seconds of forward and backward, and of the optimizer per trained weight."""
     with torch.device(device):
         policy = _policy(config, device, layers)
-    objective = Objective(config.loss)
+    objective = Objective(config.loss, token_metrics=config.train.token_metrics)
     optimizer, _ = build_optimizer(policy.model, config.optim)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     step = step_of(batch, objective, device)

@@ -1,7 +1,10 @@
 """Metrics of a training run: what is averaged, what is written, and where it goes.
 
 Names and averages are TRL's: every value is a mean over the pairs of a step, then over the steps of the logging
-interval; ``grad_norm`` (before clipping) and ``learning_rate`` are those of the last step. ``num_tokens`` counts prompt
+interval; ``grad_norm`` (before clipping) and ``learning_rate`` are those of the last step. ``TOKEN_NAMES`` are means
+over the completion tokens of a step instead: of the mean logit over the vocabulary, for chosen and for rejected
+responses; of the entropy, over both; of the hits of the largest logit, over the chosen ones. TRL takes them over a
+micro-batch, and their mean over micro-batches: the same without accumulation. ``num_tokens`` counts prompt
 and response of every sequence, so the prompt of a pair twice, however it was computed, and so does
 ``perf/tokens_per_second``; times ``1 - perf/shared_fraction`` it is the tokens that went through the model.
 """
@@ -38,6 +41,7 @@ PREFERENCE_NAMES = (
     "logps/chosen",
     "logps/rejected",
 )
+TOKEN_NAMES = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
 METRICS_FILE = "metrics.jsonl"
 WANDB_FILE = "wandb_run_id.txt"
 
@@ -72,7 +76,8 @@ class IntervalMeter:
 
     def _reset(self) -> None:
         self._sums = torch.zeros(len(PREFERENCE_NAMES), dtype=torch.float64, device=self.device)
-        self._steps = 0
+        self._token_sums = torch.zeros(len(TOKEN_NAMES), dtype=torch.float64, device=self.device)
+        self._steps = self._token_steps = 0
         self._work: list[StepWork] = []
         self._since = self.watch.total
 
@@ -80,16 +85,22 @@ class IntervalMeter:
         """Count one step.
 
         Args:
-            values: [7], the means of the step over all processes, in the order of ``PREFERENCE_NAMES``, on the device.
+            values: [7], the means of the step over all processes, in the order of ``PREFERENCE_NAMES``, on the device;
+                or [11], followed by those of ``TOKEN_NAMES``.
             work: of this process.
         """
-        self._sums += values
+        first = len(PREFERENCE_NAMES)
+        self._sums += values[:first]
+        if len(values) > first:
+            self._token_sums += values[first:]
+            self._token_steps += 1
         self._steps += 1
         self._work.append(work)
 
     def row(self, *, step: int, epoch: float, grad_norm: Tensor, learning_rate: float) -> dict[str, float]:
         """The metrics of the interval; the next one starts. Waits for the device."""
-        means = (self._sums / max(self._steps, 1)).tolist()
+        sums = torch.cat([self._sums, self._token_sums]).tolist()
+        means = [value / max(self._steps, 1) for value in sums[: len(PREFERENCE_NAMES)]]
         seconds = self.watch.seconds()
         elapsed = max(seconds - self._since, 1e-9)
         total = _total(self._work)
@@ -97,6 +108,9 @@ class IntervalMeter:
         row: dict[str, float] = {"step": step, "epoch": round(epoch, 6), "loss": means[0]}
         row |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
         row |= dict(zip(PREFERENCE_NAMES[1:], means[1:], strict=True))
+        if self._token_steps:
+            values = [value / self._token_steps for value in sums[len(PREFERENCE_NAMES) :]]
+            row |= dict(zip(TOKEN_NAMES, values, strict=True))
         row |= {
             "num_tokens": self.num_tokens,
             "perf/tokens_per_second": total.unshared_tokens / elapsed,
@@ -113,13 +127,18 @@ class IntervalMeter:
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs so that the next row is the same after a resume, apart from its speeds."""
         tokens = self.num_tokens + _total(self._work).unshared_tokens
-        return {"num_tokens": tokens, "steps": self._steps, "sums": self._sums.tolist()}
+        state = {"num_tokens": tokens, "steps": self._steps, "sums": self._sums.tolist()}
+        return state | {"token_steps": self._token_steps, "token_sums": self._token_sums.tolist()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self._reset()
         self.num_tokens = state["num_tokens"]
         self._steps = state["steps"]
         self._sums = torch.tensor(state["sums"], dtype=torch.float64, device=self.device)
+        # Earlier checkpoints have none.
+        self._token_steps = state.get("token_steps", 0)
+        sums = state.get("token_sums", [0.0] * len(TOKEN_NAMES))
+        self._token_sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
 
 
 def _total(work: Sequence[StepWork]) -> StepWork:

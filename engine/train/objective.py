@@ -18,14 +18,15 @@ Legend: N completion tokens, S responses, G groups (or pairs of groups), P pairs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_kernels import linear_dpo_loss, plackett_luce_loss, preference_loss
+from dpo_kernels import linear_dpo_loss, linear_logps, plackett_luce_loss, preference_loss
 from dpo_kernels.chunks import sum_responses, to_device
+from dpo_kernels.linear_logps.api import TokenLogps
 from dpo_kernels.losses import resolve_loss
 from engine import distributed
 from engine.config.schema import LossConfig
@@ -36,6 +37,10 @@ from engine.packing import PackedBatch
 from engine.train.feed import TrainingStep
 
 RANKING_LOSS = "plackett_luce"
+TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
+"""Statistics of tokens that metrics are made of."""
+TOKEN_COLUMNS = 6
+"""Mean logits of chosen tokens and of rejected ones, entropies of both, hits among chosen ones, and their numbers."""
 PAIR_LOSS = "sigmoid"
 """What ``RANKING_LOSS`` is for two responses."""
 
@@ -53,14 +58,18 @@ class Scored(NamedTuple):
     """[G]: share of the ordered pairs of responses whose rewards are in the right order; a tie is wrong."""
     chosen_logps: Tensor
     rejected_logps: Tensor
+    tokens: Tensor
+    """float64 [G, 6], sums over the tokens of a group that ``_token_means`` divides; [G, 0] when not asked for."""
 
     def means(self) -> Tensor:
-        """[7] in the order of ``engine.train.metrics.PREFERENCE_NAMES``."""
-        return self._columns().mean(1)
+        """[7] in the order of ``engine.train.metrics.PREFERENCE_NAMES``; with ``tokens`` [11], ``TOKEN_NAMES`` last."""
+        return torch.cat([self._columns().mean(1), _token_means(self.tokens.sum(0))])
 
     def step_means(self, num_groups: int) -> Tensor:
         """``means`` of a step of ``num_groups``, of which this holds what this process did; the same on every rank."""
-        return distributed.sum_over_ranks(self._columns().sum(1)) / num_groups
+        columns = self._columns()
+        sums = distributed.sum_over_ranks(torch.cat([columns.sum(1), self.tokens.sum(0)]))
+        return torch.cat([sums[: len(columns)] / num_groups, _token_means(sums[len(columns) :])])
 
     def _columns(self) -> Tensor:
         margins = self.chosen_rewards - self.rejected_rewards
@@ -73,10 +82,18 @@ class Objective:
 
     Args:
         live_reference: gives the reference log-probs (fp32 [S]) of a batch when they are not stored.
+        token_metrics: gather the statistics of tokens that ``engine.train.metrics.TOKEN_NAMES`` are made of.
     """
 
-    def __init__(self, config: LossConfig, *, live_reference: Callable[[PackedBatch], Tensor] | None = None):
+    def __init__(
+        self,
+        config: LossConfig,
+        *,
+        live_reference: Callable[[PackedBatch], Tensor] | None = None,
+        token_metrics: bool = False,
+    ):
         self.config = config
+        self.token_stats = TOKEN_STATS if token_metrics else ()
         self.live_reference = live_reference
         self.ranks = RANKING_LOSS in config.loss_types
         self.mix = None if self.ranks else resolve_loss(config.loss_types, config.loss_weights)
@@ -131,6 +148,19 @@ class Objective:
             return self.live_reference(batch)
         return stored_S
 
+    def score_responses(self, policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(fp32 [S], log-probs; [S, K], detached sums of the K statistics of tokens), in one product."""
+        out = policy(batch, lambda hidden, head: self._token_logps(hidden, head, batch))
+        return sum_responses(out.logps, batch.lengths_S), self._sums(out.stats, batch)
+
+    def _token_logps(self, hidden_ND: Tensor, head: Head, batch: PackedBatch) -> TokenLogps:
+        return linear_logps(hidden_ND, head.weight, batch.labels_N, stats=self.token_stats, **head.options)
+
+    def _sums(self, stats: Mapping[str, Tensor], batch: PackedBatch) -> Tensor:
+        """[S, K] over the tokens of each response."""
+        sums = [sum_responses(stats[name].float(), batch.lengths_S) for name in self.token_stats]
+        return torch.stack(sums, 1) if sums else torch.zeros(batch.num_responses, 0, device=batch.labels_N.device)
+
     def score(
         self,
         logps_S: Tensor,
@@ -139,6 +169,7 @@ class Objective:
         per_group: tuple[int, ...],
         pairs_P2: Tensor | None = None,
         *,
+        sums_SK: Tensor | None = None,
         mean_chosen_length: float | None = None,
     ) -> Scored:
         """Loss and rewards of whole groups from the log-probs of their responses; differentiable in ``logps_S``.
@@ -148,17 +179,19 @@ class Objective:
             lengths_S: completion tokens of each response.
             per_group: responses of each group.
             pairs_P2: (chosen, rejected) responses of each pair; None when groups are pairs or rankings.
+            sums_SK: of statistics of tokens, as ``score_responses`` gives them; None for none.
             mean_chosen_length: of the whole step, when this is a part of it.
         """
+        sums_SK = logps_S.new_zeros(len(logps_S), 0) if sums_SK is None else sums_SK
         if self.ranks:
             assert ref_S is not None
-            return self._score_rankings(logps_S, ref_S, per_group)
+            return self._score_rankings(logps_S, ref_S, lengths_S, per_group, sums_SK)
 
         def sides(values_S: Tensor | None) -> tuple[Any, Any]:
             if values_S is None:
                 return None, None
             if pairs_P2 is None:
-                return values_S[0::2], values_S[1::2]
+                return _sides(values_S)
             return values_S[pairs_P2[:, 0]], values_S[pairs_P2[:, 1]]
 
         (chosen, rejected), lengths = sides(logps_S), sides(lengths_S)
@@ -171,9 +204,18 @@ class Objective:
             mean_chosen_length=mean_chosen_length,
             **self._options(),
         )
-        return _scored_pairs(out.loss, out.chosen_rewards, out.rejected_rewards, chosen.detach(), rejected.detach())
+        tokens = _token_columns(sides(sums_SK), lengths)
+        logps = (chosen.detach(), rejected.detach())
+        return _scored_pairs(out.loss, out.chosen_rewards, out.rejected_rewards, *logps, tokens)
 
-    def _score_rankings(self, logps_S: Tensor, ref_S: Tensor, per_group: tuple[int, ...]) -> Scored:
+    def _score_rankings(
+        self,
+        logps_S: Tensor,
+        ref_S: Tensor,
+        lengths_S: Tensor,
+        per_group: tuple[int, ...],
+        sums_SK: Tensor,
+    ) -> Scored:
         starts = torch.tensor([0, *per_group]).cumsum(0)[:-1]
         parts: list[tuple[Tensor, Scored]] = []
         for k in sorted(set(per_group)):
@@ -185,7 +227,9 @@ class Objective:
             better, worse = torch.triu_indices(k, k, 1, device=rewards.device)
             right = (rewards[:, better] > rewards[:, worse]).float().mean(1)
             logps = logps_BK.detach()
-            parts.append((groups, Scored(out.loss, best, rest, right, logps[:, 0], logps[:, 1:].mean(1))))
+            best_and_rest = ((t[rows][:, 0], t[rows][:, 1:].sum(1)) for t in (sums_SK, lengths_S))
+            tokens = _token_columns(*best_and_rest)
+            parts.append((groups, Scored(out.loss, best, rest, right, logps[:, 0], logps[:, 1:].mean(1), tokens)))
         order = to_device(torch.cat([groups for groups, _ in parts]).argsort(), logps_S.device)
         return Scored(*(torch.cat(columns)[order] for columns in zip(*(s for _, s in parts), strict=True)))
 
@@ -200,7 +244,13 @@ class Objective:
         fused = not self.couples_pairs and all(k == 2 for p in step.packs for k in p.batch.responses_per_group)
         one_pass = self._backward_pairs if fused else self._backward_logps
         counted = [scored for pack, scored in zip(step.packs, one_pass(policy, step), strict=True) if pack.counts]
-        return _concatenated(counted) if counted else Scored(*torch.zeros(len(Scored._fields), 0, device=policy.device))
+        return _concatenated(counted) if counted else self._nothing(policy.device)
+
+    def _nothing(self, device: torch.device) -> Scored:
+        """No group at all."""
+        none = torch.zeros(0, device=device)
+        tokens = none.new_zeros(0, TOKEN_COLUMNS if self.token_stats else 0, dtype=torch.float64)
+        return Scored(none, none, none, none, none, none, tokens)
 
     def _backward_pairs(self, policy: Policy, step: TrainingStep) -> list[Scored]:
         options = self._options()
@@ -219,16 +269,16 @@ class Objective:
                     ref_S,
                     pair_weights=weights_P,
                     reduction="sum",
+                    stats=self.token_stats,
                     **head.options,
                     **options,
                 )
 
             out = policy(batch, objective)
             (out.loss / step.num_groups).backward()
-            logps = out.logps
-            parts.append(
-                _scored_pairs(out.pair_losses, out.chosen_rewards, out.rejected_rewards, logps[0::2], logps[1::2])
-            )
+            tokens = _token_columns(_sides(self._sums(out.stats, batch)), _sides(batch.lengths_S))
+            rewards = (out.chosen_rewards, out.rejected_rewards)
+            parts.append(_scored_pairs(out.pair_losses, *rewards, *_sides(out.logps), tokens))
         return parts
 
     def _mean_chosen_length(self, step: TrainingStep) -> float | None:
@@ -244,13 +294,14 @@ class Objective:
         for pack in step.packs:
             batch = pack.batch
             ref_S = self.reference(batch, pack.ref_logps_S)
-            logps_S = sum_responses(policy.logps(batch), batch.lengths_S)
+            logps_S, sums_SK = self.score_responses(policy, batch)
             scored = self.score(
                 logps_S,
                 ref_S,
                 batch.lengths_S,
                 batch.responses_per_group,
                 batch.pairs_P2,
+                sums_SK=sums_SK,
                 mean_chosen_length=mean_length,
             )
             (scored.losses.sum() * (pack.counts / step.num_groups)).backward()
@@ -262,7 +313,7 @@ class Objective:
         # Adapters may drop out; both passes must draw the same masks.
         generator = _fork_random_state(policy.device)
         with torch.no_grad():
-            sums = [sum_responses(policy.logps(p.batch), p.batch.lengths_S) for p in packs]
+            sums, token_sums = zip(*(self.score_responses(policy, p.batch) for p in packs), strict=True)
         _set_random_state(policy.device, generator)
         refs = [self.reference(p.batch, p.ref_logps_S) for p in packs]
         terms = zip(sums, refs, packs, strict=True)
@@ -280,7 +331,10 @@ class Objective:
             slopes = slopes_S[start:stop] if pack.counts else logps_S.new_zeros(pack.batch.num_responses)
             sum_responses(policy.logps(pack.batch), pack.batch.lengths_S).backward(slopes)
             start = stop
-        return Scored(*(column.detach()[first // 2 : start // 2] for column in scored))
+        own = Scored(*(column.detach()[first // 2 : start // 2] for column in scored))
+        counted = ((p.batch, s) for p, s in zip(packs, token_sums, strict=True) if p.counts)
+        tokens = [_token_columns(_sides(s), _sides(batch.lengths_S)) for batch, s in counted]
+        return own._replace(tokens=torch.cat([self._nothing(policy.device).tokens, *tokens]))
 
 
 def _coupled_rows(logps_S: Tensor, ref_S: Tensor | None, batch: PackedBatch) -> Tensor:
@@ -289,8 +343,31 @@ def _coupled_rows(logps_S: Tensor, ref_S: Tensor | None, batch: PackedBatch) -> 
     return torch.stack([column.double() for column in columns], 1)
 
 
-def _scored_pairs(losses: Tensor, chosen: Tensor, rejected: Tensor, logps_w: Tensor, logps_l: Tensor) -> Scored:
-    return Scored(losses, chosen, rejected, (chosen > rejected).float(), logps_w, logps_l)
+def _scored_pairs(
+    losses: Tensor, chosen: Tensor, rejected: Tensor, logps_w: Tensor, logps_l: Tensor, tokens: Tensor
+) -> Scored:
+    return Scored(losses, chosen, rejected, (chosen > rejected).float(), logps_w, logps_l, tokens)
+
+
+def _sides(values_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of chosen and of rejected responses, which alternate."""
+    return values_S[0::2], values_S[1::2]
+
+
+def _token_columns(sums: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor]) -> Tensor:
+    """float64 [G, TOKEN_COLUMNS], or [G, 0], from the sums [G, K] and the lengths [G] of chosen and rejected."""
+    if not sums[0].shape[1]:
+        return sums[0].double()
+    (entropy, logits, hits), (other_entropy, other_logits, _) = (side.double().unbind(1) for side in sums)
+    return torch.stack([logits, other_logits, entropy + other_entropy, hits, *(n.double() for n in lengths)], 1)
+
+
+def _token_means(sums: Tensor) -> Tensor:
+    """The values of ``engine.train.metrics.TOKEN_NAMES`` from the sum over groups; nothing from nothing."""
+    if not len(sums):
+        return sums
+    chosen, rejected = sums[4], sums[5]
+    return sums[:4] / torch.stack([chosen, rejected, chosen + rejected, chosen]).clamp(min=1)
 
 
 def _concatenated(parts: list[Scored]) -> Scored:

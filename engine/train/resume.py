@@ -30,7 +30,7 @@ _FREE_KEYS = frozenset(
         *("data.strict", "data.eval_dataset_name", "data.eval_dataset_split", "reference.store", "reference.mode"),
         *("train.output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.eval_steps"),
         *("train.gradient_checkpointing", "train.activation_offload", "train.timeout_minutes", "train.report_to"),
-        *("train.save_dtype", "train.save_rounding"),
+        *("train.save_dtype", "train.save_rounding", "train.token_metrics"),
     )
 )
 """Keys that may change between a run and its resumption: they do not change what is learned."""

@@ -101,7 +101,7 @@ def prepare(config: RunConfig, known: KnownRun | None = None, start: Start | Non
     check_settings(config)
     check_trainable(config.model)
     log.info("configuration, where it is not the default:\n%s", _indented(format_diff(config)))
-    objective = Objective(config.loss)
+    objective = Objective(config.loss, token_metrics=config.train.token_metrics)
     tokenizer = load_tokenizer(config.model)
     take_template(tokenizer, config.data)
     datasets, lint = _load_data(config, tokenizer, objective)

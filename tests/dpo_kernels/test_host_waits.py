@@ -57,11 +57,12 @@ def head(*, dtype=torch.bfloat16, frozen=False, bias=False, softcap=None, fixed_
 
 
 @pytest.mark.parametrize("case", HEADS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_paired_loss(cuda, case, reduction):
+@pytest.mark.parametrize(("reduction", "stats"), [("mean", None), ("none", None), ("mean", STATS)])
+def test_paired_loss(cuda, case, reduction, stats):
     hidden, weight, labels, options = head(**HEADS[case])
     cu = torch.tensor([0, 5, 12, 20, T], dtype=torch.int32)
-    out = linear_dpo_loss(hidden, weight, labels, cu, torch.zeros(4, device=CUDA), reduction=reduction, **options)
+    options |= {"reduction": reduction, "stats": stats}
+    out = linear_dpo_loss(hidden, weight, labels, cu, torch.zeros(4, device=CUDA), **options)
     out.loss.sum().backward()
     # The offsets, and what the sums over responses take of them.
     assert len(cuda.copies) <= 3

@@ -68,6 +68,7 @@ def test_opcheck_linear_dpo(dtype: torch.dtype, impl: str) -> None:
             (
                 *(hidden, weight, labels, cu, ref_logps, lengths_S, mean_length, torch.rand(2), bias),
                 *(loss_type, weights, LOSS_OPTIONS, mean, 3.0, 1.5, 0.8, -100, impl, True, True, True),
+                *((None, "is_top1,entropy") if mean else ()),
             ),
         )
 
@@ -82,6 +83,12 @@ def dpo(hidden, weight, labels, cu, ref, bias, loss_type, reduction):
         hidden, weight, labels, cu, ref, bias=bias, loss_type=loss_type, reduction=reduction, softcap=3.0
     )
     return (out.loss * 1.5).sum(), out.logps, out.chosen_rewards
+
+
+def dpo_with_stats(hidden, weight, labels, cu, ref, bias, loss_type, reduction):
+    names = ("entropy", "is_top1")
+    out = linear_dpo_loss(hidden, weight, labels, cu, ref, bias=bias, loss_type=loss_type, stats=names)
+    return (out.loss * 1.5, out.logps, *out.stats.values())
 
 
 def logps(hidden, weight, labels, cu, ref, bias, loss_type, reduction):
@@ -101,6 +108,7 @@ def logps_with_stats(hidden, weight, labels, cu, ref, bias, loss_type, reduction
         (logps, "", "", True, "aot_eager"),
         (dpo, "sigmoid", "mean", False, "inductor"),
         (dpo, "sigmoid", "mean", True, "aot_eager"),
+        (dpo_with_stats, "sigmoid", "mean", False, "aot_eager"),
         (dpo, "sft", "none", False, "aot_eager"),
         (dpo, "aot", "sum", False, "aot_eager"),
     ],

@@ -51,6 +51,25 @@ def one_by_one(path, dataset, adapter=None) -> torch.Tensor:
     return torch.stack(sums)
 
 
+def token_metrics(path, dataset) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    sides: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for group in dataset:
+        for side, response in zip(sides, group.response_ids, strict=True):
+            ids, start = torch.tensor([*group.prompt_ids.tolist(), *response.tolist()]), len(group.prompt_ids)
+            with torch.no_grad():
+                z = model(input_ids=ids[None]).logits[0, start - 1 : -1].double()
+            hits = (z.argmax(-1) == ids[start:]).double()
+            side.append(torch.stack([z.mean(-1), torch.distributions.Categorical(logits=z).entropy(), hits], 1))
+    chosen, rejected = (torch.cat(side).unbind(1) for side in sides)
+    return {
+        "eval_logits/chosen": chosen[0].mean(),
+        "eval_logits/rejected": rejected[0].mean(),
+        "eval_entropy": torch.cat([chosen[1], rejected[1]]).mean(),
+        "eval_mean_token_accuracy": chosen[2].mean(),
+    }
+
+
 def test_a_trained_model_against_one_sequence_at_a_time(config, tiny_model_dir, tmp_path):
     train(config)
     values = evaluate(config, str(tmp_path / "run"))
@@ -69,6 +88,7 @@ def test_a_trained_model_against_one_sequence_at_a_time(config, tiny_model_dir, 
         "eval_ranking_accuracy": (logps[0::2] > logps[1::2]).float().mean(),
         "eval_ranking_accuracy_per_token": ((logps / lengths)[0::2] > (logps / lengths)[1::2]).float().mean(),
         "eval_num_pairs": torch.tensor(24.0),
+        **token_metrics(tmp_path / "run", dataset),
     }
     for name, value in expected.items():
         assert values[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-4), name

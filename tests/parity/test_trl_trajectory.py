@@ -24,6 +24,7 @@ STEPS = 20
 PAIRS = 4
 LEARNING_RATE = 3e-4
 MAX_LENGTH = 192
+TOKEN_METRICS = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
 METRICS = ("loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins")
 RELATIVE = 1e-4
 
@@ -84,7 +85,9 @@ def test_twenty_steps_equal_trl(packing, trl_run, model_dir, data_file, tmp_path
     ours = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     theirs = trl_run.log_history
     assert len(ours) == len(theirs) == STEPS
-    for name in METRICS:
+    speeds = {name for name in theirs[0] if name.startswith("train_")}
+    assert set(theirs[0]) - speeds <= set(ours[0])
+    for name in METRICS + TOKEN_METRICS:
         got, want = (torch.tensor([row[name] for row in rows], dtype=torch.float64) for rows in (ours, theirs))
         worst = ((got - want).abs().max() / want.abs().max()).item()
         assert worst <= RELATIVE, f"{name}: {worst:.2e} relative to its largest value"

@@ -12,6 +12,7 @@ import torch
 
 from engine.errors import UserError
 from engine.train.metrics import (
+    TOKEN_NAMES,
     IntervalMeter,
     JsonlTracker,
     StepWork,
@@ -58,6 +59,19 @@ def test_a_row_is_the_mean_over_the_steps_of_the_interval():
     row = meter.row(step=3, epoch=0.75, grad_norm=torch.tensor(1.0), learning_rate=0.1)
     assert (row["loss"], row["num_tokens"], row["perf/pairs_per_second"]) == (5, 300, 1)
     assert json.loads(json.dumps(row)) == row
+
+
+def test_token_metrics_are_means_over_the_steps_that_have_them():
+    """Switched on at a resume in the middle of an interval."""
+    first = meter_at([1.0])
+    first.add(values(*range(7)), WORK)
+    second = meter_at([1.0])
+    second.load(json.loads(json.dumps(first.state())))
+    second.add(values(*range(7), -3, -4, 2, 0.5), WORK)
+    second.add(values(*range(7), -5, -4, 4, 1), WORK)
+    row = second.row(step=3, epoch=1, grad_norm=torch.tensor(1.0), learning_rate=1)
+    assert [row[name] for name in TOKEN_NAMES] == [-4, -4, 3, 0.75]
+    assert row["rewards/chosen"] == 1
 
 
 def test_a_restored_meter_gives_the_row_that_an_uninterrupted_one_gives():

@@ -182,6 +182,50 @@ def expanded(data: PreferenceDataset, table: ReferenceTable) -> tuple[Preference
     return PreferenceDataset(rows), ReferenceTable(sums)
 
 
+def token_rows(policy: Policy, data: PreferenceDataset) -> list[list[torch.Tensor]]:
+    """[tokens, 3] of every response of every group, from the whole logits matrix, with transformers' own attention."""
+    implementation = policy.causal_lm.config._attn_implementation
+    policy.causal_lm.set_attn_implementation("eager")
+    found: list[list[torch.Tensor]] = []
+    for group in data:
+        found.append([])
+        for response in group.response_ids:
+            ids = torch.from_numpy(np.r_[group.prompt_ids, response].astype(np.int64))
+            z = policy.plain_logits(ids[None])[0, len(group.prompt_ids) - 1 : -1].detach().double()
+            entropy = torch.special.entr(z.softmax(-1)).sum(-1)
+            hits = z.argmax(-1) == ids[len(group.prompt_ids) :]
+            found[-1].append(torch.stack([z.mean(-1), entropy, hits.double()], 1))
+    policy.causal_lm.set_attn_implementation(implementation)
+    return found
+
+
+def token_means(chosen: list[torch.Tensor], rejected: list[torch.Tensor]) -> torch.Tensor:
+    best, rest = torch.cat(chosen), torch.cat(rejected)
+    return torch.stack([best[:, 0].mean(), rest[:, 0].mean(), torch.cat([best, rest])[:, 1].mean(), best[:, 2].mean()])
+
+
+@pytest.mark.parametrize("tokens_per_pack", [100_000, 150])
+@pytest.mark.parametrize("name", ["sigmoid", "aot", "plackett_luce", "several pairs"])
+def test_token_metrics_are_means_over_the_tokens_of_the_step(name, tokens_per_pack, policy):
+    data = {"plackett_luce": dataset(None), "several pairs": scored_groups()}.get(name) or dataset()
+    table = references(data)
+    config = LossConfig(loss_type="sigmoid" if name == "several pairs" else name)
+    step = one_step(data, tokens_per_pack, table)
+    plain = Objective(config).backward(policy, step)
+    want = gradients(policy)
+    scored = Objective(config, token_metrics=True).backward(policy, step)
+    assert torch.equal(gradients(policy), want)
+    assert all(torch.equal(a, b) for a, b in zip(scored[:-1], plain[:-1], strict=True))
+    rows = token_rows(policy, data)
+    if name == "several pairs":
+        pairs = [(g[a], g[b]) for i, g in enumerate(rows) for a, b in data[i].pairs or ((0, 1),)]
+    else:
+        pairs = [(group[0], torch.cat(group[1:])) for group in rows]
+    expected = token_means(*(list(side) for side in zip(*pairs, strict=True)))
+    assert plain.step_means(step.num_groups).shape == (7,)
+    torch.testing.assert_close(scored.step_means(step.num_groups)[7:], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("names", ["sigmoid", "ipo", "simpo", ("sigmoid", "sft")])
 def test_pairs_of_one_prompt_train_as_rows_of_their_own(names, policy):
     """Every pair counts once with equal weight, and every response is computed once."""
@@ -253,7 +297,7 @@ def test_coupled_losses_draw_the_same_adapter_dropout_in_both_passes(tiny_model_
 
     def record(batch, function):
         result = forward(batch, function)
-        seen.append(result.detach())
+        seen.append(getattr(result, "logps", result).detach())
         return result
 
     policy.forward = record

@@ -5,16 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpo_kernels import linear_logps
+from benchmarks.shapes import RESPONSE_LENGTHS
+from dpo_kernels import linear_dpo_loss, linear_logps
 from dpo_kernels.kernels import tile_logps
 from dpo_kernels.kernels.frozen_head import frozen_head
 from dpo_kernels.kernels.launch import HeadOptions
 from dpo_kernels.kernels.tile_config import TileConfig
 from dpo_kernels.kernels.tile_logps import linear_stats
 from dpo_kernels.kernels.token_stats import TOKEN_STATS
+from dpo_kernels.linear_dpo import triton_pairs
 from dpo_kernels.linear_logps.reference import logits, token_stats
 from dpo_kernels.linear_logps.stats import STATS
 from tests.dpo_kernels.kernels.interpreted.twin import IGNORED, Problem
+from tests.dpo_kernels.linear_dpo_setup import Case
+from tests.dpo_kernels.test_token_stats import definition
 
 SMALL = TileConfig(block_n=32, block_v=64, block_d=16, group_n=2, num_warps=4, num_stages=1)
 WIDE = TileConfig(block_n=16, block_v=256, block_d=32, group_n=3, num_warps=4, num_stages=1)
@@ -126,3 +130,20 @@ def test_through_the_op(frozen):
     assert tuple(out.stats) == names
     assert torch.equal(out.stats["is_top1"], exact["is_top1"].bool())
     torch.testing.assert_close(out.stats["entropy"].double(), exact["entropy"], rtol=1e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("chunk", [10**6, 14])
+def test_through_the_paired_op(chunk, softcap, monkeypatch):
+    """Chunks of whole pairs and of a pair that is split; the loss is that without statistics to rounding."""
+    monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: chunk)
+    case = Case(RESPONSE_LENGTHS["a long pair between short ones"], D=16, dtype=torch.float32)
+    leaves = case.leaves()
+    options = {"bias": leaves[2], "softcap": softcap, "impl": "triton"}
+    arguments = (*leaves[:2], case.labels, case.cu, case.ref)
+    plain, out = (linear_dpo_loss(*arguments, stats=stats, **options) for stats in (None, TOKEN_STATS))
+    found, wanted = (torch.autograd.grad(o.loss, leaves) for o in (out, plain))
+    torch.testing.assert_close((out.logps, *found), (plain.logps, *wanted), rtol=1e-5, atol=1e-6)
+    wide = [t.double() for t in (case.hidden, case.weight)]
+    for name, want in definition(*wide, case.labels, bias=case.bias.double(), softcap=softcap).items():
+        torch.testing.assert_close(out.stats[name].double(), want.double(), rtol=1e-5, atol=1e-5)
