@@ -39,7 +39,7 @@ def end_of_run(error: BaseException, store: Store, ear: Ear, *, places: Sequence
     silent = _roll_call(store) if first and lost else []
     code = _first_exit_code(store) if first is False else ear.exit_code
     _take_leave(store, counted=ear.heard)
-    if first is False or (lost and ear.heard):
+    if first is False or (ear.heard and (lost or first is None)):
         return PeerFailure(str(error), code)
     if not lost:
         return error
