@@ -14,7 +14,8 @@ from engine.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_FAREWELL_SECONDS = 10.0
+_FAREWELL_SECONDS = 60.0
+"""How long the host of the store stays for processes that live, which look once a second unless they are starved."""
 _LISTEN_SECONDS = 1.0
 _ROLL_CALL_SECONDS = 3.0
 
@@ -38,7 +39,7 @@ def end_of_run(error: BaseException, store: Store, ear: Ear, *, places: Sequence
     lost = lost_connection(error)
     silent = _roll_call(store) if first and lost else []
     code = _first_exit_code(store) if first is False else ear.exit_code
-    _take_leave(store, counted=ear.heard)
+    _take_leave(store, counted=ear.heard, lost=len(silent))
     if first is False or (ear.heard and (lost or first is None)):
         return PeerFailure(str(error), code)
     if not lost:
@@ -140,7 +141,7 @@ def _roll_call(store: Store) -> list[int]:
     return silent
 
 
-def _take_leave(store: Store, *, counted: bool) -> None:
+def _take_leave(store: Store, *, counted: bool, lost: int) -> None:
     """Close the connections, so that the others fail, too; the host of the store stays until they have looked."""
     import torch.distributed as dist
 
@@ -148,20 +149,21 @@ def _take_leave(store: Store, *, counted: bool) -> None:
         # With nccl in flight this could wait for ever; the end of the process closes those.
         with suppress(RuntimeError):
             dist.destroy_process_group()
-    _await_others(store, counted=counted)
+    _await_others(store, counted=counted, lost=lost)
 
 
-def _await_others(store: Store, *, counted: bool) -> None:
+def _await_others(store: Store, *, counted: bool, lost: int = 0) -> None:
     """Say that this process has looked; the host of the store waits until all have.
 
     Args:
         counted: whether this process has said so before.
+        lost: processes that will not.
     """
     hosts = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     deadline = time.monotonic() + _FAREWELL_SECONDS
     with suppress(RuntimeError):
         gone = store.add("gone", 0) if counted else _answer(store)
-        while hosts and gone < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
+        while hosts and gone < int(os.environ["WORLD_SIZE"]) - lost and time.monotonic() < deadline:
             time.sleep(0.05)
             gone = store.add("gone", 0)
 
