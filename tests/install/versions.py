@@ -23,7 +23,8 @@ TRITON_OF_TORCH = {"2.11": "3.6.0", "2.12": "3.7.0", "2.13": "3.7.1", "2.14": "3
 """The Triton that a release of torch on PyPI requires on Linux, exactly."""
 
 SETS = {
-    "oldest": {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"},
+    # The interpreter of Triton 3.6, which tests alone use, takes no newer numpy.
+    "oldest": {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "numpy": "2.3.5"},
     "pinned": pins(),
     "newest": {"torch": "2.15.0", "transformers": "5.24.0"},
 }
