@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-long check-install test-versions kill lint format bench conformance gpu clean
+.PHONY: demo test test-long compile-matrix check-install test-versions kill lint format bench conformance gpu clean
 
 # constraints.txt pins the versions that the tests pass with; torch comes first, so that a build that is there is kept.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -31,6 +31,13 @@ check-install: $(VENV)/.installed
 # VERSIONS_ARGS="newest" runs one set.
 test-versions: $(VENV)/.installed
 	$(BIN)/python -m tests.install.versions $(VERSIONS_ARGS)
+# Every kernel and option on every chip by every Triton that a supported torch brings: hours of a processor.
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+compile-matrix: $(VENV)/.installed
+	for version in $(TRITONS); do \
+		test -d .tritons/$$version || $(BIN)/python -m pip install --quiet --no-deps --target .tritons/$$version triton==$$version || exit 1; \
+		PYTHONPATH=.tritons/$$version $(BIN)/python -m pytest -n auto --slow tests/dpo_kernels/kernels/test_compile.py $(PYTEST_ARGS) || exit 1; \
+	done
 
 # A hundred runs, killed at random moments and resumed; KILL_ARGS="--seed 7" repeats one.
 kill: $(VENV)/.installed

@@ -36,7 +36,21 @@ from dpo_kernels.kernels.offline import SHARED_MEMORY, Resources, compiling_for,
 from dpo_kernels.kernels.tile_config import TileConfig, shipped_archs, table_entries
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-N, D, V = 8192, 4096, 128256
+
+
+class Shape(NamedTuple):
+    """Rows, features and vocabulary of a launch. What is divisible by what decides on the code."""
+
+    N: int
+    D: int
+    V: int
+
+
+TABLE_SHAPE = Shape(8192, 4096, 128256)
+RAGGED = Shape(8191, 4120, 50257)
+"""Nothing is a multiple of a tile, and rows begin at multiples of 16 bytes, but not of 16 elements."""
+SHAPES = (TABLE_SHAPE, RAGGED, Shape(8192, 4160, 50257))
+"""With the table's and ragged ones the kind of shape that training meets most: whole tiles of rows, any vocabulary."""
 PRODUCTS = ("filtered_dx", "filtered_dw")
 """Tile kernels that meet no logits, and so none of their options."""
 MARKER = "<!-- what follows is written by `python -m benchmarks.kernel_resources --update docs/kernels.md` -->"
@@ -72,7 +86,7 @@ def describe_config(config: TileConfig) -> str:
     return f"{config.block_n}x{config.block_v}x{config.block_d}-w{config.num_warps}-s{config.num_stages}-{loads}"
 
 
-def tile_cases(arch: str, *, every_option: bool = True) -> list[Case]:
+def tile_cases(arch: str, *, every_option: bool = True, shape: Shape = TABLE_SHAPE) -> list[Case]:
     """Every shipped configuration of the tile kernels, with every set of options that compiles to a kernel of its own.
 
     Without `every_option` only the heaviest set of each, and float16 is left to bfloat16, whose kernels are alike.
@@ -86,7 +100,7 @@ def tile_cases(arch: str, *, every_option: bool = True) -> list[Case]:
                 for options in _option_sets(kernel, bounds, every_option):
                     name = "-".join([kernel, *(option for option, wanted in options.items() if wanted)])
                     make = _product_launch if kernel in PRODUCTS else _tile_launch
-                    cases.append(Case(name, dtype, make(kernel, DTYPES[dtype], config, **options), config))
+                    cases.append(Case(name, dtype, make(kernel, DTYPES[dtype], config, shape, **options), config))
     return cases
 
 
@@ -100,13 +114,15 @@ def _option_sets(kernel: str, bounds: dict[str, int], every_option: bool) -> lis
     token_stats = [False] if kernel in ("slice_grad", "filtered_grad") else [False, True]
     unaligned = not bounds.get("aligned", True)
     heavy = bounds.get("heavy")
+    # A softcap comes with a scale of its own.
+    heads = ({"softcap": False, "scale": False}, {"softcap": False, "scale": True}, {"softcap": True, "scale": False})
     sets = [
-        {"softcap": softcap, "unaligned": unaligned, "bias": bias, "shift": shift, "stats": stats}
-        for softcap in (False, True)
+        {**head, "unaligned": unaligned, "bias": bias, "shift": shift, "stats": stats}
+        for head in heads
         for bias in (False, True)
         for shift in shifts
         for stats in token_stats
-        if heavy is None or heavy == (softcap or stats)
+        if heavy is None or heavy == (head["softcap"] or stats)
     ]
     return sets if every_option else sets[-1:]
 
@@ -127,22 +143,30 @@ def _tile_launch(
     kernel: str,
     dtype: torch.dtype,
     config: TileConfig,
+    shape: Shape,
     *,
     softcap: bool,
+    scale: bool,
     unaligned: bool,
     bias: bool,
     shift: bool,
     stats: bool,
 ) -> Callable[[], Any]:
+    N, D, V = shape
+
     def launch() -> None:
-        features = D - 1 if unaligned else D
+        # Loads by pointers take other D than multiples of 16 one by one, as they do rows that are not aligned.
+        features = D - 1 if unaligned else D if config.tma else D // 16 * 16
         hidden, weight = _meta(N, features, dtype=dtype), _meta(V, features, dtype=dtype)
         labels, row = _meta(N, dtype=torch.int64), _meta(N)
-        options = HeadOptions(bias_V=_meta(V, dtype=dtype) if bias else None, softcap=30.0 if softcap else None)
+        bias_V = _meta(V, dtype=dtype) if bias else None
+        options = HeadOptions(
+            bias_V=bias_V, softcap=30.0 if softcap else None, temperature=0.7 if scale or softcap else 1.0
+        )
         common: dict[str, Any] = {"first_col": 0, "options": options, "config": config}
         if kernel in ("slice_grad", "filtered_grad"):
-            out, lse = _meta(N, V, dtype=dtype), _meta(N, dtype=torch.float64)
-            lists = _tile_lists() if kernel == "filtered_grad" else None
+            out, lse = tile_logps.empty_exps(hidden, V), _meta(N, dtype=torch.float64)
+            lists = _tile_lists(shape) if kernel == "filtered_grad" else None
             slice_grad.slice_grad(hidden, weight, labels, lse, row, out, ignore_index=-100, lists=lists, **common)
             return
         exps = tile_logps.empty_exps(hidden, V) if kernel == "linear_exps" else None
@@ -153,20 +177,22 @@ def _tile_launch(
     return launch
 
 
-def _tile_lists() -> filtered_products.TileLists:
+def _tile_lists(shape: Shape = TABLE_SHAPE) -> filtered_products.TileLists:
+    N, _, V = shape
     kept = _meta(-(-N // 128), -(-V // 128), dtype=torch.bool)
     return filtered_products.TileLists.make(kept, rows=128, columns=128)
 
 
 def _product_launch(
-    kernel: str, dtype: torch.dtype, config: TileConfig, *, unaligned: bool, later: bool
+    kernel: str, dtype: torch.dtype, config: TileConfig, shape: Shape, *, unaligned: bool, later: bool
 ) -> Callable[[], Any]:
     """`later`: on top of what an earlier slice, or an earlier backward, has left."""
+    N, D, V = shape
 
     def launch() -> None:
         features = D - 1 if unaligned else D
         hidden, weight = _meta(N, features, dtype=dtype), _meta(V, features, dtype=dtype)
-        grad, lists = _meta(N, V, dtype=dtype), _tile_lists()
+        grad, lists = tile_logps.empty_exps(hidden, V)[:N, :V], _tile_lists(shape)
         if kernel == "filtered_dx":
             first_col = 128 if later else 0
             dX = _meta(N, features)
@@ -180,6 +206,7 @@ def _product_launch(
 
 def _filter_launch(dtype: torch.dtype) -> Callable[[], Any]:
     """What a filter needs around its products."""
+    N, _, V = TABLE_SHAPE
 
     def launch() -> None:
         partials, lse = _meta(-(-V // 64), N), _meta(N, dtype=torch.float64)
@@ -190,6 +217,8 @@ def _filter_launch(dtype: torch.dtype) -> Callable[[], Any]:
 
 
 def _softmax_grad_launch(dtype: torch.dtype) -> Callable[[], Any]:
+    N, _, V = TABLE_SHAPE
+
     def launch() -> None:
         row, labels = _meta(N), _meta(N, dtype=torch.int64)
         stats = tile_logps.LinearStats(row, _meta(N, dtype=torch.float64), row, _meta(-(-V // 128), N), 128)
@@ -204,6 +233,7 @@ def _frozen_launch(dtype: torch.dtype) -> Callable[[], Any]:
     config = TileConfig(block_n=64, block_v=64, block_d=32, group_n=8, num_warps=4, num_stages=2)
 
     def launch() -> None:
+        N = TABLE_SHAPE.N
         frozen_head.frozen_head(
             _meta(N, 64, dtype=dtype),
             _meta(1024, 64, dtype=dtype),
@@ -233,7 +263,7 @@ def _pair_launch(name: str) -> Callable[[], Any]:
             scale_P=_meta(pairs),
             cu_S1=_meta(2 * pairs + 1, dtype=torch.int32),
         )
-        paired_loss.launch_pairs(_meta(N), terms, first_pair=0, num_pairs=pairs, first_row=0)
+        paired_loss.launch_pairs(_meta(TABLE_SHAPE.N), terms, first_pair=0, num_pairs=pairs, first_row=0)
 
     return launch
 
@@ -279,6 +309,7 @@ def rows(arch: str, kernels: Sequence[str]) -> Iterator[Row]:
 
 def versions() -> str:
     """What compiled and assembled, in one line."""
+    N, D, V = TABLE_SHAPE
     return f"triton {triton.__version__}, {_ptxas_version()}, N={N} D={D} V={V}."
 
 

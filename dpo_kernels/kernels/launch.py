@@ -70,7 +70,8 @@ class HeadOptions:
 
     def kernel_arguments(self) -> dict[str, Any]:
         """What a kernel needs that forms logits from products."""
-        return {**self.scalars(), "HAS_BIAS": self.bias_V is not None}
+        has_scale = self.logit_scale != 1.0 or self.temperature != 1.0
+        return {**self.scalars(), "HAS_SCALE": has_scale, "HAS_BIAS": self.bias_V is not None}
 
     def columns(self, start: int, stop: int) -> HeadOptions:
         """The same options for a slice of the vocabulary."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def tile_position(tile, num_tiles_n, num_tiles_v, GROUP_N: tl.constexpr):
@@ -18,6 +20,13 @@ def tile_position(tile, num_tiles_n, num_tiles_v, GROUP_N: tl.constexpr):
     group_size = tl.minimum(num_tiles_n - first_n, GROUP_N)
     inside = tile % tiles_in_group
     return first_n + inside % group_size, inside // group_size
+
+
+@triton.jit
+def local_labels(labels, first_col):
+    """Labels as columns of a slice, int32: -1 before it. Whatever an ignored label is, it matches no column."""
+    # Labels of a vocabulary lie below 2^31.
+    return tl.minimum(tl.maximum(labels - first_col, -1), 2147483647).to(tl.int32)
 
 
 @triton.jit
@@ -84,12 +93,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """e^x as a power of 2: one multiplication and one instruction; what is below 2^-126 is 0."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
 def tanh(x):
     """tanh to fp32 rounding: libdevice, which has one, is absent from the interpreter."""
     # A series near 0, where 1 - exp(-2 x) would cancel.
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
-    decay = tl.exp(-2.0 * tl.abs(x))
+    decay = exp(-2.0 * tl.abs(x))
     ratio = (1.0 - decay) / (1.0 + decay)
     return tl.where(square < 0.0625, series, tl.where(x < 0, -ratio, ratio))
 
@@ -111,8 +126,10 @@ def one_minus_exp(x):
 
 
 @triton.jit
-def final_logits(biased, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
+def final_logits(biased, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_SCALE: tl.constexpr):
     """softcap(scale * biased) / temperature in fp32, where biased = product + bias."""
+    if not HAS_SCALE and not HAS_SOFTCAP:
+        return biased
     scale = tl.cast(logit_scale, tl.float32)
     if HAS_SOFTCAP:
         cap = tl.cast(softcap, tl.float32)
@@ -132,7 +149,7 @@ def logits_slope(z, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr
 @triton.jit
 def cap_slope_of(biased, logit_scale, softcap):
     """cap_slope from what final_logits is made of: 1 - tanh^2 keeps its digits where a cap saturates."""
-    decay = tl.exp(-2.0 * tl.abs(biased * (tl.cast(logit_scale, tl.float32) / tl.cast(softcap, tl.float32))))
+    decay = exp(-2.0 * tl.abs(biased * (tl.cast(logit_scale, tl.float32) / tl.cast(softcap, tl.float32))))
     return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
 
 

@@ -13,14 +13,17 @@ import triton.language as tl
 from dpo_kernels.kernels.filtered_products import TileLists
 from dpo_kernels.kernels.launch import HeadOptions, TileLaunch, on_device
 from dpo_kernels.kernels.logits_tile import (
+    LOG2_E,
     bias_tile,
     cap_slope_of,
     final_logits,
     linear_slope,
+    local_labels,
     tile_position,
     tile_product,
 )
 from dpo_kernels.kernels.tile_config import TileConfig
+from dpo_kernels.kernels.tile_logps import check_whole_tiles
 
 
 @triton.jit(do_not_specialize=["labels_ptr", "lse_ptr", "grad_ptr", "first_col", "N"])
@@ -47,6 +50,7 @@ def slice_grad_kernel(
     temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     FILTERED: tl.constexpr,
     FILTER_ROWS: tl.constexpr,
     FILTER_COLUMNS: tl.constexpr,
@@ -71,74 +75,50 @@ def slice_grad_kernel(
         if tl.load(kept_ptrs + (first_col + col_start) // FILTER_COLUMNS) == 0:
             return
     rows = row_start + tl.arange(0, BLOCK_N)
-    acc = bias_tile(bias_ptr, col_start + tl.arange(0, BLOCK_V), V, BLOCK_N, BLOCK_V, HAS_BIAS)
+    row_mask = rows < N
+    # What belongs to rows is loaded ahead of the product, which hides how long that takes.
+    labels = tl.load(labels_ptr + rows, mask=row_mask, other=ignore_index)
+    used = labels != ignore_index
+    label_cols = local_labels(labels, first_col)
+    grad = tl.load(grad_ptr + rows, mask=used, other=0.0)
+    lse = tl.load(lse_ptr + rows, mask=used, other=0.0)
+    # Two fp32 numbers carry what fp64 holds: z - high is exact where it matters.
+    high = lse.to(tl.float32)
+    low = (lse - high).to(tl.float32) * LOG2_E
+    owns_label = (label_cols >= col_start) & (label_cols < tl.minimum(col_start + BLOCK_V, V))
+    # Most tiles hold no row's label and no ignored row, and end before V: they skip what is for those.
+    unusual = owns_label | (row_mask & (used == 0))
+    special = (col_start + BLOCK_V > V) | (tl.max(unusual.to(tl.int32), axis=0) > 0)
+    cols = col_start + tl.arange(0, BLOCK_V)
+    acc = bias_tile(bias_ptr, cols, V, BLOCK_N, BLOCK_V, HAS_BIAS)
     acc = tile_product(
         acc, hidden, weight, hidden_stride, weight_stride, row_start, col_start, N, V, D,
         BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
     )  # fmt: skip
     # Wide tiles in halves: a whole one beside its gradient would spill registers.
+    HALVES: tl.constexpr = 2 if SPLIT else 1
+    HALF: tl.constexpr = BLOCK_V // HALVES
     if SPLIT:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HALF)), (0, 2, 1)))
     else:
         left = acc
-    for half in tl.static_range(2 if SPLIT else 1):
-        _write_gradient(
-            left if half == 0 else right, rows, col_start + half * (BLOCK_V // 2), labels_ptr, lse_ptr, grad_ptr,
-            out_ptr, out_stride, first_col, ignore_index, N, V, logit_scale, softcap, temperature, HAS_SOFTCAP,
-            FILTERED, BLOCK_V // 2 if SPLIT else BLOCK_V,
-        )  # fmt: skip
-
-
-@triton.jit
-def _write_gradient(
-    biased,
-    rows,
-    col_start,
-    labels_ptr,
-    lse_ptr,
-    grad_ptr,
-    out_ptr,
-    out_stride,
-    first_col,
-    ignore_index,
-    N,
-    V,
-    logit_scale,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    WHOLE_TILES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Gradients of WIDTH columns from col_start on."""
-    row_mask = rows < N
-    cols = col_start + tl.arange(0, WIDTH)
-    z = final_logits(biased, logit_scale, softcap, temperature, HAS_SOFTCAP)
-    labels = tl.load(labels_ptr + rows, mask=row_mask, other=ignore_index)
-    used = labels != ignore_index
-    grad = tl.load(grad_ptr + rows, mask=used, other=0.0)
-    lse = tl.load(lse_ptr + rows, mask=used, other=0.0)
-    # Two fp32 numbers carry what fp64 holds: z - high is exact where it matters.
-    high = lse.to(tl.float32)
-    low = (lse - high).to(tl.float32)
-    local = labels - first_col
-    owns_label = (local >= col_start) & (local < col_start + WIDTH)
-    is_label = cols[None, :] == tl.where(owns_label, local, -1).to(tl.int32)[:, None]
-    slope = linear_slope(logit_scale, temperature)
-    if HAS_SOFTCAP:
-        slope = slope * cap_slope_of(biased, logit_scale, softcap)
-    p = tl.exp((z - high[:, None]) - low[:, None])
-    gradient = tl.where(is_label, 1.0 - p, -p) * slope * grad[:, None]
-    # An ignored row is 0 even where its hidden state is not finite.
-    gradient = tl.where(used[:, None], gradient, 0.0)
-    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * out_stride + cols[None, :]
-    inside = (cols < V)[None, :]
-    if WHOLE_TILES:
-        # Products over whole tiles need zeros beyond the last column.
-        gradient = tl.where(inside, gradient, 0.0)
-        tl.store(out_ptrs, gradient.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
-    else:
-        tl.store(out_ptrs, gradient.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & inside)
+    for half in tl.static_range(HALVES):
+        biased = left if half == 0 else right
+        z = final_logits(biased, logit_scale, softcap, temperature, HAS_SOFTCAP, HAS_SCALE)
+        factor = (grad * linear_slope(logit_scale, temperature))[:, None]
+        if HAS_SOFTCAP:
+            factor = factor * cap_slope_of(biased, logit_scale, softcap)
+        p = tl.exp2((z - high[:, None]) * LOG2_E - low[:, None])
+        half_cols = col_start + half * HALF + tl.arange(0, HALF)
+        gradient = -p * factor
+        if special:
+            is_label = half_cols[None, :] == label_cols[:, None]
+            gradient = tl.where(is_label, (1.0 - p) * factor, gradient)
+            # An ignored row is 0 even where its hidden state is not finite, and so are columns beyond the last.
+            gradient = tl.where(used[:, None] & (half_cols < V)[None, :], gradient, 0.0)
+        # The buffer is padded to whole tiles, so no mask.
+        out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * out_stride + half_cols[None, :]
+        tl.store(out_ptrs, gradient.to(out_ptr.dtype.element_ty))
 
 
 def slice_grad(
@@ -157,14 +137,16 @@ def slice_grad(
 ) -> None:
     """Fill out_NV with d(sum grad * logps)/dbiased for the slice weight_VD that begins at column `first_col`.
 
-    lse_N is fp64 (or fp32), grad_N fp32; options.bias_V is the slice's own. Ignored rows get exactly 0. With `lists`
-    only tiles that these keep are computed and written, whole ones: rows of out_NV must reach to the end of a tile.
+    out_NV is a buffer of whole tiles (`empty_exps`), whose first N rows and V columns count; columns of the last tile
+    past V get 0. lse_N is fp64 (or fp32), grad_N fp32; options.bias_V is the slice's own. Ignored rows get exactly 0.
+    With `lists` only tiles that these keep are computed and written.
     """
     N, D = hidden_ND.shape
     V = weight_VD.shape[0]
     kernel = "slice_grad" if lists is None else "filtered_grad"
     tile = TileLaunch(kernel, hidden_ND, weight_VD, heavy=options.softcap is not None, config=config)
     num_programs = tile.num_programs
+    check_whole_tiles(out_NV, tile.config, N, V)
     if lists is not None:
         assert lists.rows % tile.config.block_n == 0 == lists.columns % tile.config.block_v
         whole_columns = triton.cdiv(V, lists.columns) * lists.columns

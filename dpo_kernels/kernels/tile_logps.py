@@ -22,7 +22,9 @@ from dpo_kernels.kernels.logits_tile import (
     bias_tile,
     cap_slope,
     cap_slope_of,
+    exp,
     final_logits,
+    local_labels,
     softplus,
     tile_position,
     tile_product,
@@ -39,6 +41,9 @@ from dpo_kernels.kernels.token_stats import (
 
 PARTIAL_BYTES = 128 * 2**20
 """Partials of rows and tiles that are held at a time: wider vocabularies, or more rows, are merged slice by slice."""
+
+MERGED_ROWS = 16
+"""Rows that one program merges: few, so that a thousand rows give work to half of a large GPU."""
 
 
 @triton.jit(
@@ -78,6 +83,7 @@ def linear_stats_fwd_kernel(
     temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_ROW_SHIFT: tl.constexpr,
     WRITE_EXP: tl.constexpr,
     TOKEN_STATS: tl.constexpr,
@@ -90,94 +96,85 @@ def linear_stats_fwd_kernel(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
+    JOINED: tl.constexpr,
 ):
     tile_n, tile_v = tile_position(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
     row_start = tile_n * BLOCK_N
     col_start = tile_v * BLOCK_V
     rows = row_start + tl.arange(0, BLOCK_N)
-    acc = bias_tile(bias_ptr, col_start + tl.arange(0, BLOCK_V), V, BLOCK_N, BLOCK_V, HAS_BIAS)
+    row_mask = rows < N
+    # What belongs to rows is loaded ahead of the product, which hides how long that takes.
+    label_cols = local_labels(tl.load(labels_ptr + rows, mask=row_mask, other=-1), first_col)
+    row_shift = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if HAS_ROW_SHIFT:
+        row_shift = tl.load(row_shift_ptr + rows, mask=row_mask, other=0.0)
+    owns_label = (label_cols >= col_start) & (label_cols < tl.minimum(col_start + BLOCK_V, V))
+    has_label = tl.max(owns_label.to(tl.int32), axis=0) > 0
+    cols = col_start + tl.arange(0, BLOCK_V)
+    acc = bias_tile(bias_ptr, cols, V, BLOCK_N, BLOCK_V, HAS_BIAS)
     acc = tile_product(
         acc, hidden, weight, hidden_stride, weight_stride, row_start, col_start, N, V, D,
         BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
     )  # fmt: skip
+
+    z = final_logits(acc, logit_scale, softcap, temperature, HAS_SOFTCAP, HAS_SCALE)
+    # Most tiles hold no row's label and end before V: they skip what is for the others.
+    lanes = tl.arange(0, BLOCK_V)
+    if col_start + BLOCK_V > V:
+        z = tl.where((lanes < V - col_start)[None, :], z, float("-inf"))
+    if has_label:
+        is_label = lanes[None, :] == (label_cols - col_start)[:, None]
+        label_logit = tl.sum(tl.where(is_label, z, 0.0), axis=1)
+        tl.store(label_logit_ptr + rows, label_logit, mask=row_mask & owns_label)
+        z = tl.where(is_label, float("-inf"), z)
     # Wide tiles in halves: a whole one beside its exponentials would spill registers.
+    HALVES: tl.constexpr = 2 if SPLIT else 1
+    HALF: tl.constexpr = BLOCK_V // HALVES
     if SPLIT:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
+        left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_N, 2, HALF)), (0, 2, 1)))
+        left_biased, right_biased = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, HALF)), (0, 2, 1)))
     else:
-        left = acc
-    for half in tl.static_range(2 if SPLIT else 1):
-        _write_stats(
-            left if half == 0 else right, rows, col_start + half * (BLOCK_V // 2), labels_ptr, row_shift_ptr,
-            tile_shift_ptr, tile_sum_ptr, label_logit_ptr, exp_ptr, token_stats_ptr, exp_stride, token_stats_stride,
-            first_col, N, V, logit_scale, softcap, temperature, HAS_SOFTCAP, HAS_ROW_SHIFT, WRITE_EXP, TOKEN_STATS,
-            SHIFT_SLACK, BLOCK_V // 2 if SPLIT else BLOCK_V,
-        )  # fmt: skip
+        left, left_biased = z, acc
+    shift = tile_shift(z, row_shift, HAS_ROW_SHIFT, SHIFT_SLACK)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for half in tl.static_range(HALVES):
+        part = left if half == 0 else right
+        half_start = col_start + half * HALF
+        if not JOINED:
+            shift = tile_shift(part, row_shift, HAS_ROW_SHIFT, SHIFT_SLACK)
+        # Nothing but the label, or a bias of -inf all over: the sum is 0, not exp(-inf + inf).
+        exps = exp(part - tl.where(shift == float("-inf"), 0.0, shift)[:, None])
+        total += tl.sum(exps, axis=1)
+        if not JOINED or half == HALVES - 1:
+            partial = (half_start // (BLOCK_V if JOINED else HALF)).to(tl.int64) * N + rows
+            tl.store(tile_shift_ptr + partial, shift, mask=row_mask)
+            tl.store(tile_sum_ptr + partial, total, mask=row_mask)
+            total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        half_cols = half_start + tl.arange(0, HALF)
+        if TOKEN_STATS:
+            tl.static_assert(not JOINED or not SPLIT)
+            partial_ptrs = token_stats_ptr + partial
+            write_partials(part, exps, shift, half_cols, label_cols, V, partial_ptrs, token_stats_stride, row_mask)
+        if WRITE_EXP:
+            if HAS_SOFTCAP:
+                if TOKEN_STATS:
+                    # Three tiles alive would take all registers; where an exponential is 0, z may be infinite.
+                    exps *= cap_slope(tl.where(exps > 0.0, part, 0.0), softcap, temperature)
+                else:
+                    exps *= cap_slope_of(left_biased if half == 0 else right_biased, logit_scale, softcap)
+            # The buffer is padded to whole tiles, so no mask.
+            exp_ptrs = exp_ptr + rows.to(tl.int64)[:, None] * exp_stride + half_cols[None, :]
+            tl.store(exp_ptrs, exps.to(exp_ptr.dtype.element_ty))
 
 
 @triton.jit
-def _write_stats(
-    biased,
-    rows,
-    col_start,
-    labels_ptr,
-    row_shift_ptr,
-    tile_shift_ptr,
-    tile_sum_ptr,
-    label_logit_ptr,
-    exp_ptr,
-    token_stats_ptr,
-    exp_stride,
-    token_stats_stride,
-    first_col,
-    N,
-    V,
-    logit_scale,
-    softcap,
-    temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ROW_SHIFT: tl.constexpr,
-    WRITE_EXP: tl.constexpr,
-    TOKEN_STATS: tl.constexpr,
-    SHIFT_SLACK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Partials, and exponentials, of WIDTH columns from col_start on."""
-    row_mask = rows < N
-    cols = col_start + tl.arange(0, WIDTH)
-    z = final_logits(biased, logit_scale, softcap, temperature, HAS_SOFTCAP)
-
-    labels = tl.load(labels_ptr + rows, mask=row_mask, other=-1) - first_col
-    # Labels lie below 2^31; an ignored or foreign one, whatever its value, must match no column.
-    owns_label = (labels >= col_start) & (labels < tl.minimum(col_start + WIDTH, V))
-    is_label = cols[None, :] == tl.where(owns_label, labels, -1).to(tl.int32)[:, None]
-    label_logit = tl.sum(tl.where(is_label, z, 0.0), axis=1)
-    z = tl.where((cols < V)[None, :] & (is_label == 0), z, float("-inf"))
-
+def tile_shift(z, row_shift, HAS_ROW_SHIFT: tl.constexpr, SHIFT_SLACK: tl.constexpr):
+    """What exponentials of these columns are taken on: their largest logit, or the row's shift."""
     shift = tl.max(z, axis=1)
     if HAS_ROW_SHIFT:
         # Keeping the row's shift keeps its tiles on one scale; the slack bounds how far exp may exceed 1.
-        row_shift = tl.load(row_shift_ptr + rows, mask=row_mask, other=0.0)
         shift = tl.where(shift <= row_shift + SHIFT_SLACK, row_shift, shift)
-    # Nothing but the label, or a bias of -inf all over: the sum is 0, not exp(-inf + inf).
-    exps = tl.exp(z - tl.where(shift == float("-inf"), 0.0, shift)[:, None])
-
-    partial = (col_start // WIDTH).to(tl.int64) * N + rows
-    tl.store(tile_shift_ptr + partial, shift, mask=row_mask)
-    tl.store(tile_sum_ptr + partial, tl.sum(exps, axis=1), mask=row_mask)
-    tl.store(label_logit_ptr + rows, label_logit, mask=row_mask & owns_label)
-    if TOKEN_STATS:
-        label_cols = tl.minimum(tl.maximum(labels, -1), 2147483647).to(tl.int32)
-        write_partials(z, exps, shift, cols, label_cols, V, token_stats_ptr + partial, token_stats_stride, row_mask)
-    if WRITE_EXP:
-        if HAS_SOFTCAP:
-            if TOKEN_STATS:
-                # Three tiles alive would take all registers; where an exponential is 0, z may be infinite.
-                exps *= cap_slope(tl.where(exps > 0.0, z, 0.0), softcap, temperature)
-            else:
-                exps *= cap_slope_of(biased, logit_scale, softcap)
-        # The buffer is padded to whole tiles, so no mask.
-        exp_ptrs = exp_ptr + rows.to(tl.int64)[:, None] * exp_stride + cols[None, :]
-        tl.store(exp_ptrs, exps.to(exp_ptr.dtype.element_ty))
+    return shift
 
 
 @triton.jit(
@@ -302,9 +299,17 @@ def empty_exps(hidden_ND: torch.Tensor, V: int) -> torch.Tensor:
     return torch.empty(rows, triton.cdiv(V, MAX_BLOCK) * MAX_BLOCK, dtype=hidden_ND.dtype, device=hidden_ND.device)
 
 
-def partial_width(tile: TileLaunch) -> int:
-    """Columns that share a partial."""
-    return tile.config.block_v // 2 if tile.meta["SPLIT"] else tile.config.block_v
+def check_whole_tiles(buffer: torch.Tensor, config: TileConfig, N: int, V: int) -> None:
+    """Kernels write whole tiles, without a mask."""
+    rows, columns = triton.cdiv(N, config.block_n) * config.block_n, triton.cdiv(V, config.block_v) * config.block_v
+    assert buffer.stride(1) == 1
+    assert buffer.shape[0] >= rows, (buffer.shape, rows)
+    assert buffer.shape[1] >= columns, (buffer.shape, columns)
+
+
+def partial_width(tile: TileLaunch, *, joined: bool) -> int:
+    """Columns that share a partial: of a tile that is taken in halves each has its own, unless `joined`."""
+    return tile.config.block_v if joined or not tile.meta["SPLIT"] else tile.config.block_v // 2
 
 
 def tile_stats(
@@ -333,8 +338,11 @@ def tile_stats(
     kernel = "linear_stats" if exps is None else "linear_exps"
     heavy = token_stats or options.softcap is not None
     tile = TileLaunch(kernel, hidden_ND, weight_VD, heavy=heavy, config=config)
-    assert max(tile.config.block_n, tile.config.block_v) <= MAX_BLOCK
-    width = partial_width(tile)
+    if exps is not None:
+        check_whole_tiles(exps, tile.config, N, V)
+    # Less to hold beside exponentials; without them a filter wants narrow tiles, and the same numbers as without one.
+    joined = exps is not None and not token_stats
+    width = partial_width(tile, joined=joined)
     # Whole tiles, so that the second half of the last one, which may lie past V, has its place too.
     num_tiles = triton.cdiv(V, tile.config.block_v) * (tile.config.block_v // width)
     if out is None:
@@ -367,6 +375,7 @@ def tile_stats(
             HAS_ROW_SHIFT=row_shift_N is not None,
             WRITE_EXP=exps is not None,
             TOKEN_STATS=token_stats,
+            JOINED=joined,
             # exp(10) is below the largest float16, 6.6e4; exp(24) is no more than fp32 sums take without loss.
             SHIFT_SLACK=10.0 if hidden_ND.dtype == torch.float16 else 24.0,
             **tile.meta,
@@ -411,7 +420,7 @@ def _launch_merge(
 ) -> None:
     num_tiles, N = stats.shift_TN.shape
     with on_device(stats.shift_TN.device):
-        merge_stats_kernel[(triton.cdiv(N, 32),)](
+        merge_stats_kernel[(triton.cdiv(N, MERGED_ROWS),)](
             stats.shift_TN,
             stats.sum_TN,
             state.label_logit_N,
@@ -426,8 +435,8 @@ def _launch_merge(
             ignore_index,
             HAS_STATE=not first,
             FINISH=labels_N is not None,
-            BLOCK_N=32,
-            BLOCK_T=32,
+            BLOCK_N=MERGED_ROWS,
+            BLOCK_T=64,
             num_warps=4,
             **COMPILATION,
         )
@@ -456,7 +465,7 @@ def linear_stats(
     kernel = "linear_stats" if exps is None else "linear_exps"
     tile = TileLaunch(kernel, hidden_ND, weight_VD, heavy=heavy, config=config)
     state = RowState.empty(hidden_ND, token_stats=token_stats)
-    width = partial_width(tile)
+    width = partial_width(tile, joined=exps is not None and not token_stats)
     columns = V if exps is not None else stats_columns(N, width, token_stats=token_stats)
     whole = None
     if mass_columns is not None:

@@ -100,11 +100,13 @@ def chunk_rows(
 ) -> int:
     """Most rows of a chunk, unless a single pair has more: those whose exponentials and statistics fit `workspace`."""
     V = weight_VD.shape[0]
-    width = partial_width(TileLaunch("linear_exps", hidden_TD, weight_VD, heavy=heavy))
-    # Of each row and tile a shift, which stays, and a sum, which the next rows' take the place of.
-    partials = 4 * (-(-V // MAX_BLOCK) * MAX_BLOCK // width)
-    row_bytes = -(-V // MAX_BLOCK) * MAX_BLOCK * hidden_TD.element_size() + partials + ROW_BYTES
-    rows = (workspace - STATS_ROWS * partials * (1 + NUM_PARTIALS if token_stats else 1)) // row_bytes
+    width = partial_width(TileLaunch("linear_exps", hidden_TD, weight_VD, heavy=heavy), joined=not token_stats)
+    columns = -(-V // MAX_BLOCK) * MAX_BLOCK
+    plane = 4 * (columns // width)
+    # Of each row and tile a shift and a sum; beside statistics of tokens the shift alone, whose other numbers make room
+    # for those of the next rows.
+    row_bytes = columns * hidden_TD.element_size() + plane * (1 if token_stats else 2) + ROW_BYTES
+    rows = (workspace - (STATS_ROWS * plane * (1 + NUM_PARTIALS) if token_stats else 0)) // row_bytes
     # Exponentials are padded to whole tiles of rows.
     return max(MAX_BLOCK, rows // MAX_BLOCK * MAX_BLOCK)
 
@@ -297,7 +299,7 @@ class _Call:
         return scores.losses_P, scores.logps_S
 
     def _stats(self, rows: slice) -> list[LinearStats]:
-        """Log-probs of some rows, STATS_ROWS at a time; their exponentials stay in the buffer."""
+        """Log-probs of some rows, in one launch unless tokens have statistics; their exponentials stay in the buffer."""
         hidden_nD, labels_n = self.hidden_TD[rows], self.labels_T[rows]
         stats = [
             linear_stats(
@@ -309,7 +311,7 @@ class _Call:
                 exps=self.exps[block.start :],
                 token_stats=self.token_stats,
             )
-            for block in _stats_blocks(hidden_nD.shape[0])
+            for block in self._blocks(hidden_nD.shape[0])
         ]
         self.found_stats += [block.token_stats_KN for block in stats if block.token_stats_KN is not None]
         return stats
@@ -319,7 +321,7 @@ class _Call:
 
     def _products_gradient(self, rows: slice, grad_n: Tensor, stats: list[LinearStats]) -> Tensor:
         labels_n = self.labels_T[rows]
-        for block, block_stats in zip(_stats_blocks(labels_n.shape[0]), stats, strict=True):
+        for block, block_stats in zip(self._blocks(labels_n.shape[0]), stats, strict=True):
             softmax_grad_(
                 self.exps[block.start :],
                 grad_n[block],
@@ -331,6 +333,6 @@ class _Call:
             )
         return self.exps[: labels_n.shape[0], : self.weight_VD.shape[0]]
 
-
-def _stats_blocks(num_rows: int) -> list[slice]:
-    return [slice(start, min(num_rows, start + STATS_ROWS)) for start in range(0, num_rows, STATS_ROWS)]
+    def _blocks(self, num_rows: int) -> list[slice]:
+        step = STATS_ROWS if self.token_stats else max(1, num_rows)
+        return [slice(start, min(num_rows, start + step)) for start in range(0, num_rows, step)]

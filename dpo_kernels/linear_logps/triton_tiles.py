@@ -20,7 +20,7 @@ from dpo_kernels.kernels.frozen_head import frozen_head
 from dpo_kernels.kernels.launch import HeadOptions, multiprocessors, obstacle
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.slice_grad import slice_grad
-from dpo_kernels.kernels.tile_logps import PARTIAL_BYTES, linear_stats
+from dpo_kernels.kernels.tile_logps import PARTIAL_BYTES, empty_exps, linear_stats
 from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
 from dpo_kernels.linear_logps.tile_filter import COLUMNS, Kept
 
@@ -110,9 +110,7 @@ def backward(
         )
     # The copy of the hidden states comes out of the slice's share.
     width = min(V, slice_columns(hidden_TD, taken=0 if tiles is None else hidden_TD.nbytes))
-    # Rows of 32 bytes keep the products on aligned operands whatever V is; those of a filter read whole tiles.
-    multiple = 16 if lists is None else COLUMNS
-    slice_Tv = hidden_TD.new_empty(T, -(-width // multiple) * multiple)
+    slice_Tv = empty_exps(hidden_TD, width)
     dX_TD = hidden_TD.new_empty(T, D, dtype=torch.float32) if need_hidden else None
     dW_VD = weight_VD.new_empty(V, D) if need_weight and weight_grad_VD is None else None
     db_V = bias_V.new_empty(V) if need_bias and bias_V is not None else None
@@ -120,14 +118,14 @@ def backward(
     for start in range(0, V, width):
         columns = slice(start, min(V, start + width))
         weight_vD = weight_VD[columns]
-        gradient_Tv = slice_Tv[:, : weight_vD.shape[0]]
+        gradient_Tv = slice_Tv[:T, : weight_vD.shape[0]]
         slice_grad(
             hidden_TD,
             weight_vD,
             labels_T,
             lse_T,
             grad_logps_T,
-            gradient_Tv,
+            slice_Tv,
             first_col=start,
             ignore_index=ignore_index,
             options=options.columns(columns.start, columns.stop),

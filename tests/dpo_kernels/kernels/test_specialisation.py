@@ -46,7 +46,6 @@ def keys(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(module, "device_arch", lambda device: "sm_90")
     # Several chunks, blocks of rows and slices at the size of a test.
     monkeypatch.setattr(triton_pairs, "WORKSPACE_BYTES", 4 * 2**20)
-    monkeypatch.setattr(triton_pairs, "STATS_ROWS", 256)
     monkeypatch.setattr(triton_tiles, "SLICE_BYTES", 2**19)
     monkeypatch.setattr(triton_tiles, "MIN_SLICE", 256)
     monkeypatch.setattr(tile_logps, "PARTIAL_BYTES", 2**14)

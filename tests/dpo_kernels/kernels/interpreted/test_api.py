@@ -185,14 +185,6 @@ def test_only_long_pairs(monkeypatch):
     compare(Case((40, 0, 21, 30, 0, 25), D=2), "loss")
 
 
-def test_statistics_of_rows_in_blocks(monkeypatch):
-    """More rows than are scored at a time give the same bits as all at once."""
-    case = Case((200, 150, 130, 141), V=70, D=16)
-    whole = case.loss("triton")
-    monkeypatch.setattr(triton_pairs, "STATS_ROWS", 256)
-    assert all(torch.equal(a, b) for a, b in zip(whole, case.loss("triton"), strict=True))
-
-
 def test_two_runs_are_bitwise_equal(monkeypatch):
     monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: 14)
     case = Case(RESPONSE_LENGTHS["a long pair between short ones"], D=2, dtype=torch.bfloat16)

@@ -13,7 +13,7 @@ from dpo_kernels import linear_logps
 from dpo_kernels.kernels.filtered_products import TileLists, add_filtered_dx_, filtered_db, filtered_dw
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.tile_config import TileConfig
-from dpo_kernels.kernels.tile_logps import linear_stats
+from dpo_kernels.kernels.tile_logps import empty_exps, linear_stats
 from dpo_kernels.linear_logps import reference
 from dpo_kernels.linear_logps.ops import linear_logps_backward_op, linear_logps_op
 from dpo_kernels.linear_logps.tile_filter import COLUMNS, FILTER_STATS, Kept, kept_elements
@@ -256,11 +256,12 @@ def test_gradient_of_kept_tiles_alone_is_written(config):
     lse = linear_stats(problem.hidden, problem.weight, problem.labels, **common).lse_N
     kept = torch.tensor([[True, False, True], [False, False, False], [False, True, True]])
     lists = TileLists.make(kept, rows=ROWS, columns=COLUMNS)
-    buffer, upstream = torch.full((150, 384), torch.nan), torch.randn(150)
+    buffer, upstream = empty_exps(problem.hidden, 300).fill_(torch.nan), torch.randn(150)
     slice_grad(
-        problem.hidden, problem.weight, problem.labels, lse, upstream, buffer[:, :300], first_col=0, lists=lists,
+        problem.hidden, problem.weight, problem.labels, lse, upstream, buffer, first_col=0, lists=lists,
         config=config, **common,
     )  # fmt: skip
+    buffer = buffer[:150, :384]
     kept_NV = kept.repeat_interleave(ROWS, 0)[:150].repeat_interleave(COLUMNS, 1)
     assert buffer[~kept_NV].isnan().all()
     assert buffer[:, 300:][kept_NV[:, 300:]].eq(0).all()
