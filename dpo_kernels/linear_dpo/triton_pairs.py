@@ -32,8 +32,8 @@ from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
 
 WORKSPACE_BYTES = 2**30
 """Exponentials and statistics of a chunk: large enough that adding a share of dW costs little beside the products."""
-STATS_ROWS = 1024
-"""Rows whose sums of exponentials are held at a time; whole tiles of rows."""
+LAUNCH_ROWS = 1024
+"""Rows for whose sums of exponentials there is always room; whole tiles of rows."""
 ROW_BYTES = 64
 """Numbers of a row that are not per column: log-prob, log-sum-exp, shift, slope."""
 IN_PLACE_CHUNKS = 4
@@ -76,7 +76,9 @@ def forward(
         hidden_TD, weight_VD, cu_responses, options, need_weight=need_weight, token_stats=call.token_stats
     )
     # One buffer for all chunks: buffers of many sizes would leave holes in the allocator's memory.
-    call.exps = empty_exps(hidden_TD[: _rows_held(chunks, cu_responses, max_rows)], weight_VD.shape[0])
+    rows_held = _rows_held(chunks, cu_responses, max_rows)
+    call.exps = empty_exps(hidden_TD[:rows_held], weight_VD.shape[0])
+    call.launch_rows = _launch_rows(call, rows_held, sum_dtype)
     call.want_gradients(need_hidden, need_weight, need_bias, sum_dtype)
     losses, sums = [], []
     for chunk in chunks:
@@ -95,20 +97,35 @@ def forward(
     return torch.cat(losses), torch.cat(sums), *call.gradients(), stats_KT
 
 
+def _bytes_of_row(hidden_TD: Tensor, weight_VD: Tensor, *, heavy: bool, token_stats: bool) -> tuple[int, int]:
+    """What a row holds until its gradient is formed, and what only its launch holds beside that."""
+    V = weight_VD.shape[0]
+    width = partial_width(TileLaunch("linear_exps", hidden_TD, weight_VD, heavy=heavy), joined=not token_stats)
+    columns = -(-V // MAX_BLOCK) * MAX_BLOCK
+    # Of each tile a shift, which stays, and a sum, with statistics of tokens more numbers.
+    plane = 4 * (columns // width)
+    kept = columns * hidden_TD.element_size() + plane + ROW_BYTES
+    return kept, plane * (1 + NUM_PARTIALS if token_stats else 1)
+
+
 def chunk_rows(
     hidden_TD: Tensor, weight_VD: Tensor, *, heavy: bool, token_stats: bool = False, workspace: int = WORKSPACE_BYTES
 ) -> int:
     """Most rows of a chunk, unless a single pair has more: those whose exponentials and statistics fit `workspace`."""
-    V = weight_VD.shape[0]
-    width = partial_width(TileLaunch("linear_exps", hidden_TD, weight_VD, heavy=heavy), joined=not token_stats)
-    columns = -(-V // MAX_BLOCK) * MAX_BLOCK
-    plane = 4 * (columns // width)
-    # Of each row and tile a shift and a sum; beside statistics of tokens the shift alone, whose other numbers make room
-    # for those of the next rows.
-    row_bytes = columns * hidden_TD.element_size() + plane * (1 if token_stats else 2) + ROW_BYTES
-    rows = (workspace - (STATS_ROWS * plane * (1 + NUM_PARTIALS) if token_stats else 0)) // row_bytes
+    kept, passing = _bytes_of_row(hidden_TD, weight_VD, heavy=heavy, token_stats=token_stats)
+    rows = (workspace - LAUNCH_ROWS * passing) // kept
     # Exponentials are padded to whole tiles of rows.
     return max(MAX_BLOCK, rows // MAX_BLOCK * MAX_BLOCK)
+
+
+def _launch_rows(call: _Call, rows_held: int, sum_dtype: torch.dtype) -> int:
+    """Rows of a launch, as a rule all of a chunk: what is left of the workspace holds their sums of exponentials."""
+    heavy = call.token_stats or call.options.softcap is not None
+    kept, passing = _bytes_of_row(call.hidden_TD, call.weight_VD, heavy=heavy, token_stats=call.token_stats)
+    sum_bytes = 4 * call.weight_VD.numel() if sum_dtype != call.gradient_dtype else 0
+    # A larger sum of dW comes on top of the workspace.
+    left = WORKSPACE_BYTES - rows_held * kept - (sum_bytes if 2 * sum_bytes <= WORKSPACE_BYTES else 0)
+    return max(LAUNCH_ROWS, left // passing // MAX_BLOCK * MAX_BLOCK)
 
 
 def _plan(
@@ -201,6 +218,7 @@ class _Call:
         self.gradient_dtype = early_gradient_dtype(hidden_TD.dtype)
         self.exps = hidden_TD.new_empty(0, 0)
         self.token_stats = False
+        self.launch_rows = LAUNCH_ROWS
         self.found_stats: list[Tensor] = []
         self.dX_TD: Tensor | None = None
         self.dW_VD: Tensor | None = None
@@ -299,7 +317,7 @@ class _Call:
         return scores.losses_P, scores.logps_S
 
     def _stats(self, rows: slice) -> list[LinearStats]:
-        """Log-probs of some rows, in one launch unless tokens have statistics; their exponentials stay in the buffer."""
+        """Log-probs of some rows, launch by launch; their exponentials stay in the buffer."""
         hidden_nD, labels_n = self.hidden_TD[rows], self.labels_T[rows]
         stats = [
             linear_stats(
@@ -334,5 +352,5 @@ class _Call:
         return self.exps[: labels_n.shape[0], : self.weight_VD.shape[0]]
 
     def _blocks(self, num_rows: int) -> list[slice]:
-        step = STATS_ROWS if self.token_stats else max(1, num_rows)
-        return [slice(start, min(num_rows, start + step)) for start in range(0, num_rows, step)]
+        starts = range(0, num_rows, self.launch_rows)
+        return [slice(start, min(num_rows, start + self.launch_rows)) for start in starts]
