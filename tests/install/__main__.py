@@ -109,7 +109,7 @@ def main() -> int:
         # Behind its own packages, the environment sees this Python's torch.
         seen = Path(plain_pip.site_packages(python)) / "seen.pth"
         seen.write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-        print(f"Python {sys.version.split()[0]}, {plain_pip.environment()['PIP_INDEX_URL']}", flush=True)
+        print(f"Python {sys.version.split()[0]}, plain PyPI", flush=True)
         passed = True
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for good, line in pool.map(lambda case: run_case(python, case), list(cases(wheel, folder))):

@@ -26,7 +26,6 @@ def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PIP_") or k in _TRANSPORT}
     return kept | {
         "PIP_CONFIG_FILE": os.devnull,
-        "PIP_INDEX_URL": "https://pypi.org/simple",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PYTHONNOUSERSITE": "1",
     }
