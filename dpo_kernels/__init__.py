@@ -1,7 +1,7 @@
 """Fast, exact preference-loss ops: from hidden states to a DPO loss without the logits matrix."""
 
 from dpo_kernels.dispatch import describe
-from dpo_kernels.linear_dpo.api import LinearDPOLoss, linear_dpo_loss
+from dpo_kernels.linear_dpo.api import LinearDPOLoss, LinearDPOLossStats, linear_dpo_loss
 from dpo_kernels.linear_logps.api import TokenLogps, linear_logps
 from dpo_kernels.linear_logps.vocab_parallel import linear_logps_vocab_parallel
 from dpo_kernels.losses import LOSS_TYPES
@@ -10,6 +10,7 @@ from dpo_kernels.preference import PlackettLuceLoss, PreferenceLoss, plackett_lu
 __all__ = [
     "LOSS_TYPES",
     "LinearDPOLoss",
+    "LinearDPOLossStats",
     "PlackettLuceLoss",
     "PreferenceLoss",
     "TokenLogps",

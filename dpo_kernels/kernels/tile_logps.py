@@ -351,7 +351,7 @@ def tile_stats(
     else:
         shift_TN, sum_TN = out
     assert shift_TN.shape == sum_TN.shape == (num_tiles, N)
-    partials_5TN = torch.empty(NUM_PARTIALS, *shift_TN.shape, device=hidden_ND.device) if token_stats else None
+    partials_5TN = shift_TN.new_empty(NUM_PARTIALS, *shift_TN.shape) if token_stats else None
     with on_device(hidden_ND.device):
         linear_stats_fwd_kernel[(tile.num_programs,)](
             tile.hidden,

@@ -34,8 +34,8 @@ WORKSPACE_BYTES = 2**30
 """Exponentials and statistics of a chunk: large enough that adding a share of dW costs little beside the products."""
 LAUNCH_ROWS = 1024
 """Rows for whose sums of exponentials there is always room; whole tiles of rows."""
-ROW_BYTES = 64
-"""Numbers of a row that are not per column: log-prob, log-sum-exp, shift, slope."""
+ROW_BYTES = 80
+"""Numbers of a row that are not per column: log-prob, log-sum-exp, shift, slope, and merged statistics of tokens."""
 IN_PLACE_CHUNKS = 4
 """Four roundings to bfloat16 have 1.4 to 1.6 times the error of one (shares that add up, shares that are independent),
 which is small beside the error that gradients have from bfloat16 operands."""
@@ -124,7 +124,8 @@ def _launch_rows(call: _Call, rows_held: int, sum_dtype: torch.dtype) -> int:
     kept, passing = _bytes_of_row(call.hidden_TD, call.weight_VD, heavy=heavy, token_stats=call.token_stats)
     sum_bytes = 4 * call.weight_VD.numel() if sum_dtype != call.gradient_dtype else 0
     # A larger sum of dW comes on top of the workspace.
-    left = WORKSPACE_BYTES - rows_held * kept - (sum_bytes if 2 * sum_bytes <= WORKSPACE_BYTES else 0)
+    padded_rows = -(-rows_held // MAX_BLOCK) * MAX_BLOCK
+    left = WORKSPACE_BYTES - padded_rows * kept - (sum_bytes if 2 * sum_bytes <= WORKSPACE_BYTES else 0)
     return max(LAUNCH_ROWS, left // passing // MAX_BLOCK * MAX_BLOCK)
 
 
@@ -147,7 +148,7 @@ def _plan(
 
     max_rows = rows_within(WORKSPACE_BYTES)
     chunks = plan_chunks(cu_responses, max_rows, rows_of_pair)
-    if not need_weight or dtype == torch.float32 or len(chunks) == 1:
+    if not need_weight or dtype == torch.float32 or (len(chunks) == 1 and not chunks[0].split):
         return max_rows, chunks, dtype
     sum_bytes = 4 * weight_VD.numel()
     if 2 * sum_bytes <= WORKSPACE_BYTES:

@@ -20,6 +20,7 @@ from dpo_kernels.kernels.frozen_head import frozen_head
 from dpo_kernels.kernels.launch import HeadOptions, multiprocessors, obstacle
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.slice_grad import slice_grad
+from dpo_kernels.kernels.tile_config import MAX_BLOCK
 from dpo_kernels.kernels.tile_logps import PARTIAL_BYTES, empty_exps, linear_stats
 from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
 from dpo_kernels.linear_logps.tile_filter import COLUMNS, Kept
@@ -197,7 +198,13 @@ def backward_workspace(hidden_TD: Tensor, weight_VD: Tensor) -> int:
 
 
 def _slice_bytes(hidden_TD: Tensor, weight_VD: Tensor) -> int:
-    return hidden_TD.shape[0] * min(weight_VD.shape[0], slice_columns(hidden_TD)) * hidden_TD.element_size()
+    columns = min(weight_VD.shape[0], slice_columns(hidden_TD))
+    return _padded(hidden_TD.shape[0]) * _padded(columns) * hidden_TD.element_size()
+
+
+def _padded(size: int) -> int:
+    """Buffers of exponentials and gradients hold whole tiles."""
+    return -(-size // MAX_BLOCK) * MAX_BLOCK
 
 
 def slice_columns(hidden_TD: Tensor, *, taken: int = 0, token_stats: bool = False) -> int:
@@ -206,7 +213,7 @@ def slice_columns(hidden_TD: Tensor, *, taken: int = 0, token_stats: bool = Fals
     Partials of statistics, which are kept for every 64 columns or more, are part of a slice.
     """
     column_bytes = hidden_TD.element_size() + (4 * (2 + NUM_PARTIALS) / 64 if token_stats else 0)
-    columns = int((SLICE_BYTES - taken) / (hidden_TD.shape[0] * column_bytes))
+    columns = int((SLICE_BYTES - taken) / (_padded(hidden_TD.shape[0]) * column_bytes))
     return max(MIN_SLICE, full_waves(hidden_TD.shape[0], columns // 256, multiprocessors(hidden_TD.device)) * 256)
 
 

@@ -75,8 +75,9 @@ def extra_bytes(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, **opt
     monkeypatch.setattr(launch, "device_arch", lambda device: "sm_90")
     with LiveBytes(hidden, weight, labels) as live, compiling_for("sm_90"):
         results = triton_pairs.forward(
-            hidden, weight, labels, cu, scorer, None, options.get("softcap"), 1.0, 1.0, -100, True, True, False
-        )
+            hidden, weight, labels, cu, scorer, None, options.get("softcap"), 1.0, 1.0, -100, True, True, False,
+            options.get("stats", ()),
+        )  # fmt: skip
     assert results[3].dtype == torch.bfloat16
     return live.most - sum(t.untyped_storage().nbytes() for t in results if t is not None)
 
@@ -94,6 +95,15 @@ def test_at_most_one_gibibyte(lengths, softcap, monkeypatch):
     """N=8192 D=4096 V=128256, and any pairs that fit a chunk."""
     assert sum(lengths) == GPU_BENCHMARK.T
     assert extra_bytes(lengths, monkeypatch, softcap=softcap) <= 2**30
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [((1793, 1792), {"stats": ("entropy",)}), ((1921, 1920), {"softcap": 30.0}), ((2000, 2041), {})],
+    ids=["statistics", "softcap", "plain"],
+)
+def test_rows_that_do_not_fill_a_tile_leave_less_for_a_launch(lengths, options, monkeypatch):
+    assert extra_bytes(lengths, monkeypatch, **options) <= 2**30
 
 
 def test_a_pair_that_is_longer_than_a_chunk_is_held_whole(monkeypatch):

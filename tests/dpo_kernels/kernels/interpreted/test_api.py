@@ -180,6 +180,17 @@ def test_how_often_a_bfloat16_weight_gradient_is_rounded(rows, chunks, workspace
     assert set(seen) == {torch.bfloat16 if in_place else torch.float32}
 
 
+@pytest.mark.parametrize("lengths", [(40, 30), (40, 0, 21, 30)])
+def test_a_split_pair_is_summed_in_float32(lengths, monkeypatch):
+    """Also when it is the only one: the shares of its two responses nearly cancel, their roundings do not."""
+    seen = []
+    want = triton_pairs._Call.want_gradients
+    monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: 10)
+    monkeypatch.setattr(triton_pairs._Call, "want_gradients", lambda self, *a: seen.append(a[3]) or want(self, *a))
+    compare(Case(lengths, D=2, dtype=torch.bfloat16), "loss")
+    assert set(seen) == {torch.float32}
+
+
 def test_only_long_pairs(monkeypatch):
     monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: 10)
     compare(Case((40, 0, 21, 30, 0, 25), D=2), "loss")
