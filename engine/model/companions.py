@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from engine.config.schema import DataConfig, ModelConfig
 from engine.data.tokenize import has_own_chat, template_of
 from engine.errors import UserError
+from engine.files import expanded
 from engine.model.sources import first_line, hub_options
 
 _PROCESSOR_FILES = (
@@ -134,7 +135,7 @@ def copy_companions(model: ModelConfig, folder: Path) -> None:
     # An older form of the template, which the one of the tokenizer replaces.
     old = {"chat_template.json"} if (folder / _TEMPLATE_FILE).exists() else set()
     names = [name for name in _PROCESSOR_FILES if name not in old]
-    source = Path(model.model_name_or_path).expanduser()
+    source = expanded(model.model_name_or_path)
     # The config, which the model has written, says where on this machine the others are.
     wanted = [_CONFIG_FILE, *names]
     found = [source / name for name in wanted] if source.is_dir() else _from_hub(model, wanted)

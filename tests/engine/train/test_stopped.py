@@ -18,6 +18,8 @@ from engine.train.durable import is_complete
 from engine.train.optimizer import GuardedUpdate
 from tests.engine.kills.evidence import compare, leavings
 
+pytestmark = pytest.mark.usefixtures("ctrl_c_is_heard")
+
 SECTIONS = {
     "train": {"save_steps": 2, "save_total_limit": 1, "eval_steps": 2, "logging_steps": 3, "num_train_epochs": 2},
 }
