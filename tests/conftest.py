@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     from hypothesis import settings
+
+    if hasattr(config, "workerinput"):
+        # Ctrl-C is for the process that started the workers, which ends them.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     # Every run draws the same examples, so that a change is to blame for a failure; the long form looks for new ones.
     settings.register_profile("fast", derandomize=True, deadline=None, max_examples=100)
