@@ -31,6 +31,7 @@ check-install: $(VENV)/.installed
 # VERSIONS_ARGS="newest" runs one set.
 test-versions: $(VENV)/.installed
 	$(BIN)/python -m tests.install.versions $(VERSIONS_ARGS)
+
 # Every kernel and option on every chip by every Triton that a supported torch brings: hours of a processor.
 TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 compile-matrix: $(VENV)/.installed
