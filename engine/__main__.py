@@ -1,4 +1,4 @@
-"""What ``dpo`` and ``python -m engine`` run: the command line, or one line that says which packages it lacks.
+"""What ``dpo`` and ``python -m dpo_engine`` run: the command line, or one line that says which packages it lacks.
 
 ``pip install dpo-kernels`` brings the loss ops and torch alone, yet it installs the command. So this module imports
 nothing but the standard library before it has looked.
@@ -38,7 +38,7 @@ def command() -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(2)
-    from engine.cli import command as run
+    from .cli import command as run
 
     run()
 

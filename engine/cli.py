@@ -1,4 +1,4 @@
-"""The ``dpo`` command: arguments, errors and exit codes. What each command does is in ``engine.commands``."""
+"""The ``dpo`` command: arguments, errors and exit codes. What each command does is in ``commands.py``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine import distributed, stop
-from engine.config.fields import iter_keys, nearest
-from engine.config.help import config_help
-from engine.errors import Stopped, UserError, disk_error, out_of_memory
+from . import distributed, stop
+from .config.fields import iter_keys, nearest
+from .config.help import config_help
+from .errors import Stopped, UserError, disk_error, out_of_memory
 
 OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -239,7 +239,7 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return OK
 
-    from engine import commands as bodies
+    from . import commands as bodies
 
     if distributed.size() > 1 and options.command not in _JOINT_COMMANDS:
         raise UserError(f"dpo {options.command} runs in one process: start it without torchrun")
@@ -286,7 +286,7 @@ def _configure_logging() -> None:
     # deprecations inside other packages are nothing that a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    for ours in ("engine", "dpo_kernels"):
+    for ours in (__package__, "dpo_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
 
 
@@ -306,7 +306,3 @@ def _version() -> str:
         return metadata.version("dpo-kernels")
     except metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-if __name__ == "__main__":
-    command()

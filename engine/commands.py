@@ -11,17 +11,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine import distributed
-from engine.config import load_config
-from engine.config.schema import REFERENCE_FREE_LOSSES, RunConfig
-from engine.errors import UserError
+from . import distributed
+from .config import load_config
+from .config.schema import REFERENCE_FREE_LOSSES, RunConfig
+from .errors import UserError
 
 if TYPE_CHECKING:
-    from engine.data import Row
-    from engine.data.groups import PreferenceDataset
-    from engine.model import Policy
-    from engine.reference import ReferenceStore
-    from engine.reference.keys import ModelIdentity
+    from .data import Row
+    from .data.groups import PreferenceDataset
+    from .model import Policy
+    from .reference import ReferenceStore
+    from .reference.keys import ModelIdentity
 
 VERIFIED_ROWS = 256
 """Rows that ``dpo precompute --import-columns`` recomputes."""
@@ -29,7 +29,7 @@ VERIFIED_ROWS = 256
 
 def demo(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo demo``"""
-    from engine.demo import run_demo
+    from .demo import run_demo
 
     run_demo(options.output)
     return 0
@@ -37,7 +37,7 @@ def demo(options: Namespace, overrides: Sequence[str]) -> int:
 
 def init(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo init``"""
-    from engine.config.init import write_converted, write_template
+    from .config.init import write_converted, write_template
 
     if options.from_trl is None:
         if options.num_processes is not None:
@@ -54,7 +54,7 @@ def init(options: Namespace, overrides: Sequence[str]) -> int:
 def check(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo check``"""
     config = load_config(options.config, overrides)
-    from engine.data.check import check
+    from .data.check import check
 
     found = check(config)
     print(found.text)
@@ -64,14 +64,14 @@ def check(options: Namespace, overrides: Sequence[str]) -> int:
 def plan(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo plan``"""
     config = load_config(options.config, overrides)
-    from engine.data import load_dataset_groups
-    from engine.model import load_tokenizer
+    from .data import load_dataset_groups
+    from .model import load_tokenizer
 
     dataset, report = load_dataset_groups(config.data, load_tokenizer(config.model), split="train")
     if report.dropped:
         print(f"{report.dropped:,} of {report.total:,} rows are dropped; `dpo check {options.config}` says why\n")
     # After the data: what is read counts as memory of the process.
-    from engine.forecast import describe_forecast
+    from .forecast import describe_forecast
 
     print(describe_forecast(dataset, config))
     return 0
@@ -80,10 +80,10 @@ def plan(options: Namespace, overrides: Sequence[str]) -> int:
 def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo precompute``"""
     config = load_config(options.config, overrides)
-    from engine.data import load_rows
-    from engine.model.quantization import check_quantization
-    from engine.reference.columns import check_export_path, check_export_row
-    from engine.train.references import reference_model
+    from .data import load_rows
+    from .model.quantization import check_quantization
+    from .reference.columns import check_export_path, check_export_row
+    from .train.references import reference_model
 
     distributed.set_timeout(config.train.timeout_minutes)
     check_quantization(reference_model(config))
@@ -91,14 +91,14 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
         check_export_path(options.export)
         for row in islice(load_rows(config.data, split="train"), 1):
             check_export_row(row)
-    from engine.forecast.advice import memory_errors
+    from .forecast.advice import memory_errors
 
     with memory_errors(config):
         return _precompute(config, options)
 
 
 def _precompute(config: RunConfig, options: Namespace) -> int:
-    from engine.reference import ReferenceStore, default_store_path, identify
+    from .reference import ReferenceStore, default_store_path, identify
 
     datasets = _datasets(config)
     if options.import_columns:
@@ -118,7 +118,7 @@ def _precompute(config: RunConfig, options: Namespace) -> int:
 def train(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo train``"""
     config = load_config(options.config, overrides)
-    from engine.train.loop import train
+    from .train.loop import train
 
     train(config, resume=options.resume)
     return 0
@@ -127,8 +127,8 @@ def train(options: Namespace, overrides: Sequence[str]) -> int:
 def evaluate(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo evaluate``"""
     config = load_config(options.config, overrides)
-    from engine.evaluate import evaluate
-    from engine.forecast.advice import memory_errors
+    from .evaluate import evaluate
+    from .forecast.advice import memory_errors
 
     with memory_errors(config):
         evaluate(config, options.model)
@@ -137,7 +137,7 @@ def evaluate(options: Namespace, overrides: Sequence[str]) -> int:
 
 def report(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo report``"""
-    from engine.report import write_report
+    from .report import write_report
 
     print(write_report(options.run_dir))
     return 0
@@ -145,7 +145,7 @@ def report(options: Namespace, overrides: Sequence[str]) -> int:
 
 def doctor(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo doctor``"""
-    from engine.doctor import diagnose
+    from .doctor import diagnose
 
     text, healthy = diagnose()
     print(text)
@@ -176,8 +176,8 @@ def _tune(arguments: Sequence[str]) -> int:
 
 
 def _datasets(config: RunConfig) -> dict[str, PreferenceDataset]:
-    from engine.data import load_dataset_groups
-    from engine.model import load_tokenizer
+    from .data import load_dataset_groups
+    from .model import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     datasets = {"train": load_dataset_groups(config.data, tokenizer, split="train")[0]}
@@ -188,9 +188,9 @@ def _datasets(config: RunConfig) -> dict[str, PreferenceDataset]:
 
 def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> Policy:
     """The reference exactly as training loads it, so that both find the same rows of the store."""
-    from engine.model import check_dataset, check_packing, load_policy, resolve_device, shard_policy
-    from engine.reference import check_fresh, score_fresh
-    from engine.train.references import load_reference
+    from .model import check_dataset, check_packing, load_policy, resolve_device, shard_policy
+    from .reference import check_fresh, score_fresh
+    from .train.references import load_reference
 
     if REFERENCE_FREE_LOSSES.issuperset(config.loss.loss_types):
         raise UserError(f"loss.loss_type {config.loss.loss_name} needs no reference; there is nothing to compute")
@@ -218,7 +218,7 @@ def _fill(
     name: str,
     dataset: PreferenceDataset,
 ) -> None:
-    from engine.reference import import_columns, precompute
+    from .reference import import_columns, precompute
 
     if import_columns(dataset) is not None:
         distributed.say(
@@ -237,7 +237,7 @@ def _fill(
 
 
 def _verify_columns(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> None:
-    from engine.reference import import_columns, verify_rows
+    from .reference import import_columns, verify_rows
 
     found = {name: sums for name, dataset in datasets.items() if (sums := import_columns(dataset)) is not None}
     if not found:
@@ -257,8 +257,8 @@ def _verify_columns(config: RunConfig, datasets: dict[str, PreferenceDataset]) -
 
 
 def _export(config: RunConfig, path: Path, dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> None:
-    from engine.data import load_rows
-    from engine.reference import export_columns, import_columns, load_ref_sums
+    from .data import load_rows
+    from .reference import export_columns, import_columns, load_ref_sums
 
     class Rows:
         """The source rows; a new pass over the source for every loop."""

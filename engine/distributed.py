@@ -19,10 +19,10 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from engine.endings import Ear, end_of_run
-from engine.endings import PeerFailure as PeerFailure
-from engine.endings import lost_connection as lost_connection
-from engine.errors import UserError
+from .endings import Ear, end_of_run
+from .endings import PeerFailure as PeerFailure
+from .endings import lost_connection as lost_connection
+from .errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

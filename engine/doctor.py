@@ -92,7 +92,8 @@ def _choices() -> Rows:
     import torch
 
     import dpo_kernels
-    from engine.model import choose_backend, resolve_device
+
+    from .model import choose_backend, resolve_device
 
     device = resolve_device()
     yield "device", str(device)
@@ -108,8 +109,9 @@ def _choices() -> Rows:
 
 def _places() -> Rows:
     from dpo_kernels.kernels.tile_config import tile_table
-    from engine.errors import UserError
-    from engine.reference import default_store_path
+
+    from .errors import UserError
+    from .reference import default_store_path
 
     for name in ENVIRONMENT:
         if name in os.environ:
@@ -139,7 +141,7 @@ def _describe_folder(path: Path) -> str:
 def _self_test() -> Rows:
     import torch
 
-    from engine.model import resolve_device
+    from .model import resolve_device
 
     device = resolve_device()
     for dtype in (torch.float32, torch.bfloat16):
@@ -150,8 +152,8 @@ def _attention_test() -> Rows:
     """Every backend that would compute a layer here, against scores in the open in float64."""
     import torch
 
-    from engine.model import choose_backend, resolve_device
-    from engine.model.selftest import attention_errors
+    from .model import choose_backend, resolve_device
+    from .model.selftest import attention_errors
 
     device = resolve_device()
     for dtype in (torch.float32, torch.bfloat16):
@@ -167,8 +169,8 @@ def _step_test() -> Rows:
     """A step of a tiny model as a run would take it: float32 weights that compute in each dtype."""
     import torch
 
-    from engine.model import choose_backend, resolve_device
-    from engine.model.selftest import training_step
+    from .model import choose_backend, resolve_device
+    from .model.selftest import training_step
 
     device = resolve_device()
     for dtype in (torch.float32, torch.bfloat16):

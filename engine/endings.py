@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from engine.errors import UserError
+from .errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store

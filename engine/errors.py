@@ -66,7 +66,7 @@ def out_of_memory(error: BaseException) -> str | None:
 class RowError(UserError):
     """A row of the data that cannot be used: training stops at it, ``dpo check`` counts it and reads on.
 
-    ``problem`` is its name in ``engine.data.lint.PROBLEMS``.
+    ``problem`` is its name in ``PROBLEMS`` of ``engine/data/lint.py``.
     """
 
     def __init__(self, problem: str, message: str):

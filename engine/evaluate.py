@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.chunks import to_device
-from engine import distributed, stop
-from engine.config.schema import ModelConfig, RunConfig
-from engine.data import load_dataset_groups
-from engine.data.groups import PreferenceDataset, pair_places
-from engine.errors import UserError
-from engine.model import (
+
+from . import distributed, stop
+from .config.schema import ModelConfig, RunConfig
+from .data import load_dataset_groups
+from .data.groups import PreferenceDataset, pair_places
+from .errors import UserError
+from .model import (
     Policy,
     check_dataset,
     check_folder,
@@ -35,15 +36,15 @@ from engine.model import (
     resolve_device,
     shard_policy,
 )
-from engine.model.adapter_forms import changes_base, is_adapter
-from engine.model.adapters import import_peft
-from engine.model.load import shapes_alone
-from engine.model.quantization import check_quantization
-from engine.packing import Pack, build_batch, check_fits, group_costs, group_sizes, pack_groups
-from engine.train.durable import CONTINUE, write_atomically
-from engine.train.metrics import AS_TRAINED, METRICS_FILE, PREFERENCE_NAMES, TOKEN_NAMES
-from engine.train.objective import Objective
-from engine.train.references import full_model, prepare_references
+from .model.adapter_forms import changes_base, is_adapter
+from .model.adapters import import_peft
+from .model.load import shapes_alone
+from .model.quantization import check_quantization
+from .packing import Pack, build_batch, check_fits, group_costs, group_sizes, pack_groups
+from .train.durable import CONTINUE, write_atomically
+from .train.metrics import AS_TRAINED, METRICS_FILE, PREFERENCE_NAMES, TOKEN_NAMES
+from .train.objective import Objective
+from .train.references import full_model, prepare_references
 
 EVALUATION_FILE = "evaluation.json"
 BY_LENGTH = "eval_accuracies_by_length/"

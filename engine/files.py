@@ -7,7 +7,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from engine.errors import UserError
+from .errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 

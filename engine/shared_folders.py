@@ -9,9 +9,9 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from engine import distributed
-from engine.errors import UserError, disk_error
-from engine.files import TEMPORARY_SUFFIX
+from . import distributed
+from .errors import UserError, disk_error
+from .files import TEMPORARY_SUFFIX
 
 _PATIENCE_SECONDS = 30.0
 """How long a network file system may take to show on one machine what another one has written."""

@@ -1,8 +1,8 @@
 """The run configuration: schema, YAML, command-line overrides, converters."""
 
-from engine.config.help import config_help, format_diff
-from engine.config.load import build_config, diff_from_defaults, load_config, to_dict, to_yaml
-from engine.config.schema import (
+from .help import config_help, format_diff
+from .load import build_config, diff_from_defaults, load_config, to_dict, to_yaml
+from .schema import (
     DataConfig,
     LoraConfig,
     LossConfig,

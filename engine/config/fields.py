@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from engine.config.schema import RunConfig
+from .schema import RunConfig
 
 
 class TypeMismatch(Exception):  # noqa: N818 - always caught and reworded, never shown

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import yaml
 
-from engine.config.fields import nearest, show
-from engine.config.load import build_config, read_yaml, to_dict
-from engine.config.trl_file import TrlFile
-from engine.config.trl_keys import CONVERTED, NEW_RESULT, SAME_RESULT
-from engine.errors import UserError
+from ..errors import UserError
+from .fields import nearest, show
+from .load import build_config, read_yaml, to_dict
+from .trl_file import TrlFile
+from .trl_keys import CONVERTED, NEW_RESULT, SAME_RESULT
 
 _ADAMW = {
     "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_hf", "adamw_apex_fused",

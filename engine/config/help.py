@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from engine.config.fields import choices, dataclass_in, type_hints
-from engine.config.load import diff_from_defaults
-from engine.config.schema import RunConfig
+from .fields import choices, dataclass_in, type_hints
+from .load import diff_from_defaults
+from .schema import RunConfig
 
 _REQUIRED = object()
 

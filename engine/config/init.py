@@ -6,13 +6,13 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from engine.config.from_trl import Conversion, convert_trl
-from engine.errors import UserError
+from ..errors import UserError
+from .from_trl import Conversion, convert_trl
 
 
 def template_text() -> str:
     """The commented template: every key at its default, but for the model and the data."""
-    return resources.files("engine.config").joinpath("template.yaml").read_text(encoding="utf-8")
+    return resources.files(__package__).joinpath("template.yaml").read_text(encoding="utf-8")
 
 
 def write_template(path: Path) -> None:

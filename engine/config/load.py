@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from engine.config.fields import (
+from ..errors import UserError
+from .fields import (
     TypeMismatch,
     coerce,
     dataclass_in,
@@ -22,9 +23,8 @@ from engine.config.fields import (
     suggestion,
     type_hints,
 )
-from engine.config.overrides import parse_overrides
-from engine.config.schema import RunConfig
-from engine.errors import UserError
+from .overrides import parse_overrides
+from .schema import RunConfig
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

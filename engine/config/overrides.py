@@ -8,7 +8,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from engine.config.fields import (
+from ..errors import UserError
+from .fields import (
     dataclass_in,
     describe,
     is_optional,
@@ -18,8 +19,7 @@ from engine.config.fields import (
     suggestion,
     type_hints,
 )
-from engine.config.schema import RunConfig
-from engine.errors import UserError
+from .schema import RunConfig
 
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from engine.config.fields import show
-from engine.errors import UserError
+from ..errors import UserError
+from .fields import show
 
 
 class TrlFile:

@@ -8,15 +8,15 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from engine.config.schema import DataConfig
-from engine.data.columns import detect_format
-from engine.data.formats import Example, PromptsDifferError, reader_for
-from engine.data.groups import PreferenceDataset, PreferenceGroup
-from engine.data.lint import LintReport
-from engine.data.scored import expand_scores
-from engine.data.sources import Row, Source, is_hub_name, is_single_file, open_source
-from engine.data.tokenize import Encoder, make_groups
-from engine.errors import RowError, UserError
+from ..config.schema import DataConfig
+from ..errors import RowError, UserError
+from .columns import detect_format
+from .formats import Example, PromptsDifferError, reader_for
+from .groups import PreferenceDataset, PreferenceGroup
+from .lint import LintReport
+from .scored import expand_scores
+from .sources import Row, Source, is_hub_name, is_single_file, open_source
+from .tokenize import Encoder, make_groups
 
 __all__ = [
     "LintReport",

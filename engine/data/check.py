@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config.schema import RunConfig
-from engine.data import Split, stream_groups
-from engine.data.groups import PreferenceGroup
-from engine.data.lint import PROBLEMS, LintReport
-from engine.data.tokenize import Encoder
-from engine.errors import UserError
-from engine.packing.plan import group_sizes
-from engine.train.objective import Objective
+from ..config.schema import RunConfig
+from ..errors import UserError
+from ..packing.plan import group_sizes
+from ..train.objective import Objective
+from . import Split, stream_groups
+from .groups import PreferenceGroup
+from .lint import PROBLEMS, LintReport
+from .tokenize import Encoder
 
 PERCENTILES = (0, 50, 90, 99, 100)
 PROMPT_TOKENS_SHOWN = 48
@@ -48,7 +48,7 @@ def check(config: RunConfig) -> Checked:
     Raises:
         UserError: the data or the tokenizer cannot be opened.
     """
-    from engine.model.load import load_tokenizer
+    from ..model.load import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     parts = [f"chat template: {Encoder(tokenizer, config.data).template_origin}"]

@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from engine.data.sources import Row
-from engine.errors import RowError
+from ..errors import RowError
+from .sources import Row
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -45,7 +45,7 @@ def detect_format(row: Row) -> str:
         if "prompt" not in columns:
             _refuse_misspelt_prompt(row)
         return "hh" if dialogues and "prompt" not in columns else "preference"
-    from engine.data.scored import is_scored
+    from .scored import is_scored
 
     if is_scored(row.data):
         return "scored"
@@ -70,7 +70,7 @@ def _refuse_misspelt_prompt(row: Row) -> None:
 
 def _likely(row: Row) -> str:
     """A question for each column whose name is nearly one that is read."""
-    from engine.data.scored import PROMPTS, RESPONSES, SCORES
+    from .scored import PROMPTS, RESPONSES, SCORES
 
     known = dict.fromkeys(name for names in (*COLUMNS.values(), PROMPTS, RESPONSES, SCORES) for name in names)
     meant = {}

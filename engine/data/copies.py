@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from engine.data.groups import PreferenceGroup
+from .groups import PreferenceGroup
 
 RECENT_KEYS = 1 << 16
 """Keys that are held in a set before they are sorted away."""

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from engine.data.formats import Example
-from engine.data.groups import PreferenceGroup
+from .formats import Example
+from .groups import PreferenceGroup
 
 if TYPE_CHECKING:
-    from engine.data.tokenize import Encoded, Encoder
+    from .tokenize import Encoded, Encoder
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 REPEATED_CHARACTERS = 16

@@ -8,7 +8,7 @@ hh             ``chosen, rejected``: Anthropic dialogues, turns marked by ``\\n\
 sharegpt       ``conversations, chosen, rejected`` with from/value or role/content turns, optional ``system``
 kwise          ``prompt, responses, ranking``: K >= 2 responses; ``ranking[i]`` is the rank of ``responses[i]``, and the
                smallest rank is the best
-scored         ``prompt, responses, scores``, or ``completions`` with a text and a score each (``engine.data.scored``)
+scored         ``prompt, responses, scores``, or ``completions`` with a text and a score each (``scored.py``)
 tokenized      ``prompt_ids, chosen_ids, rejected_ids``
 =============  ======================================================================================================
 
@@ -25,9 +25,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine.data.columns import ASSISTANT, COLUMNS, column, listed
-from engine.data.sources import Row
-from engine.errors import RowError
+from ..errors import RowError
+from .columns import ASSISTANT, COLUMNS, column, listed
+from .sources import Row
 
 Message = dict[str, Any]
 
@@ -83,7 +83,7 @@ def reader_for(name: str, *, use_messages: bool) -> Callable[[Row], Example]:
     The function raises UserError, naming file, row and column, for a row that does not fit the layout, and
     ``PromptsDifferError`` for one whose sides answer different prompts.
     """
-    from engine.data.scored import read_scored
+    from .scored import read_scored
 
     if name == "hh":
         return _read_hh_messages if use_messages else _read_hh_text

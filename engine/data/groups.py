@@ -14,7 +14,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from engine.data.lengths import GroupLengths
+from .lengths import GroupLengths
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.errors import RowError, UserError
+from ..errors import RowError, UserError
 
 ROWS_SHOWN = 5
 ROWS_SAVED = 100

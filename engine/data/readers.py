@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from engine.errors import RowError, UserError
+from ..errors import RowError, UserError
 
 EXTENSIONS = (".jsonl", ".json", ".parquet")
 CHUNK_CHARS = 1 << 20

@@ -11,8 +11,9 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from engine.config.schema import DataConfig
-from engine.data.formats import (
+from ..config.schema import DataConfig
+from ..errors import RowError
+from .formats import (
     Example,
     answer_messages,
     finite_numbers,
@@ -20,9 +21,8 @@ from engine.data.formats import (
     refuse_images,
     template_kwargs,
 )
-from engine.data.lint import LintReport
-from engine.data.sources import Row
-from engine.errors import RowError
+from .lint import LintReport
+from .sources import Row
 
 PROMPTS = ("prompt", "instruction", "question")
 RESPONSES = ("responses", "completions", "generations")

@@ -15,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from engine.data.readers import EXTENSIONS, data_extension, read_file
-from engine.errors import RowError, UserError
-from engine.files import expanded
-from engine.hub import unreachable
+from ..errors import RowError, UserError
+from ..files import expanded
+from ..hub import unreachable
+from .readers import EXTENSIONS, data_extension, read_file
 
 SPLIT_WORDS = {
     "train": "train",

@@ -16,14 +16,14 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.schema import DataConfig
-from engine.data.copies import Copies
-from engine.data.faults import control_pattern, text_faults, token_faults
-from engine.data.formats import Example
-from engine.data.groups import PreferenceGroup
-from engine.data.lint import LintReport
-from engine.errors import RowError, UserError
-from engine.files import expanded
+from ..config.schema import DataConfig
+from ..errors import RowError, UserError
+from ..files import expanded
+from .copies import Copies
+from .faults import control_pattern, text_faults, token_faults
+from .formats import Example
+from .groups import PreferenceGroup
+from .lint import LintReport
 
 ROWS_PER_CALL = 512
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from engine.demo.size import ModelSize
+from .size import ModelSize
 
 END = "<|end|>"
 PAD = "<|pad|>"

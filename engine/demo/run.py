@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.demo.corpus import STYLES, Pair, Subject, dialogues, preference_pairs, split_subjects, style_of
-from engine.demo.size import DemoSize
-from engine.demo.workspace import Workspace, prepare_workspace
+from .corpus import STYLES, Pair, Subject, dialogues, preference_pairs, split_subjects, style_of
+from .size import DemoSize
+from .workspace import Workspace, prepare_workspace
 
 SEED = 7
 _SAMPLES_SHOWN = 3
@@ -34,7 +34,7 @@ class DemoResult:
     """What the demo showed."""
 
     before: dict[str, float]
-    """``engine.evaluate.evaluate`` of the starting model on the held-out pairs."""
+    """``evaluate.evaluate`` of the starting model on the held-out pairs."""
     after: dict[str, float]
     """The same of the trained model."""
     samples: list[Sample]
@@ -127,8 +127,8 @@ def _run(workspace: Workspace, size: DemoSize) -> DemoResult:
 
 def _dpo(*arguments: str | Path) -> None:
     """Run a ``dpo`` command in this process, as the command line does."""
-    from engine import commands
-    from engine.cli import build_parser
+    from .. import commands
+    from ..cli import build_parser
 
     parser, _ = build_parser()
     options = parser.parse_args([str(argument) for argument in arguments])
@@ -136,14 +136,14 @@ def _dpo(*arguments: str | Path) -> None:
 
 
 def _evaluate(workspace: Workspace, model: Path | None) -> dict[str, float]:
-    from engine.config import load_config
-    from engine.evaluate import evaluate
+    from ..config import load_config
+    from ..evaluate import evaluate
 
     return evaluate(load_config(workspace.config), None if model is None else str(model))
 
 
 def _make_model(workspace: Workspace, size: DemoSize) -> None:
-    from engine.demo.base_model import pretrain
+    from .base_model import pretrain
 
     start = time.perf_counter()
     texts = list(dialogues(size.dialogues, SEED))
@@ -196,7 +196,7 @@ def _write_config(workspace: Workspace, size: DemoSize) -> None:
 
 def _samples(workspace: Workspace, held_out: Sequence[Pair], count: int) -> list[Sample]:
     """What each model answers to the first held-out prompts, drawn with the same seed."""
-    from engine.demo.base_model import answer
+    from .base_model import answer
 
     prompts = [pair.prompt for pair in held_out[:count]]
     before = answer(workspace.starting_model, prompts, seed=SEED)

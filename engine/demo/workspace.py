@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import UserError
+from ..errors import UserError
 
 MARKER = ".dpo-demo"
 _MARKER_TEXT = "Written by `dpo demo`, which replaces what it made here when it runs again.\n"

@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from engine import distributed
-from engine.config.schema import RunConfig
-from engine.data.groups import PreferenceDataset
-from engine.errors import UserError, out_of_memory
-from engine.forecast.memory import Memory, forecast_memory
-from engine.forecast.resident import resident_bytes
-from engine.packing import plan_first_epoch
+from .. import distributed
+from ..config.schema import RunConfig
+from ..data.groups import PreferenceDataset
+from ..errors import UserError, out_of_memory
+from ..packing import plan_first_epoch
+from .memory import Memory, forecast_memory
+from .resident import resident_bytes
 
 GIB = 2**30
 _GAPS = 0.05

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.config.schema import RunConfig
-from engine.data.groups import PreferenceDataset
-from engine.forecast.trial import Trial, try_out
-from engine.packing import PlanSummary, Step
-from engine.train.throughput import FlopModel, measure_matmul_rate
+from ..config.schema import RunConfig
+from ..data.groups import PreferenceDataset
+from ..packing import PlanSummary, Step
+from ..train.throughput import FlopModel, measure_matmul_rate
+from .trial import Trial, try_out
 
 EFFICIENCY = {"cpu": 0.5, "cuda": 0.4}
 """Share of the rate of large matrix products that a run is taken to reach, as ``perf/mfu`` counts it, where nothing

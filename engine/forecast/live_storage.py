@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.forecast.heap import Heap
+from .heap import Heap
 
 Workspace = Callable[[Any, tuple[Any, ...]], int]
 """Bytes that an op holds while it runs, beyond its inputs and outputs, from the op and its arguments."""

@@ -19,21 +19,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from dpo_kernels.dispatch import implementation
-from engine.config.schema import OptimConfig, RunConfig
-from engine.data.groups import PreferenceDataset
-from engine.forecast.attention import backward_workspace
-from engine.forecast.heap import Heap
-from engine.forecast.live_storage import LiveStorage, is_op, storage_bytes
-from engine.model import Policy, load_policy
-from engine.model.attention import choose_backend
-from engine.model.load import DTYPES
-from engine.packing import PackedBatch, Step, build_batch, group_sizes
-from engine.train.feed import TrainingPack, TrainingStep
-from engine.train.metrics import StepWork
-from engine.train.objective import Objective
-from engine.train.optimizer import build_optimizer
-from engine.train.references import resolve_mode
-from engine.train.throughput import FlopModel
+
+from ..config.schema import OptimConfig, RunConfig
+from ..data.groups import PreferenceDataset
+from ..model import Policy, load_policy
+from ..model.attention import choose_backend
+from ..model.load import DTYPES
+from ..packing import PackedBatch, Step, build_batch, group_sizes
+from ..train.feed import TrainingPack, TrainingStep
+from ..train.metrics import StepWork
+from ..train.objective import Objective
+from ..train.optimizer import build_optimizer
+from ..train.references import resolve_mode
+from ..train.throughput import FlopModel
+from .attention import backward_workspace
+from .heap import Heap
+from .live_storage import LiveStorage, is_op, storage_bytes
 
 _PROBE_WIDTH = 128
 

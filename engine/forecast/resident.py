@@ -6,13 +6,13 @@ import numpy as np
 import psutil
 import torch
 
-from engine.config.schema import RunConfig
-from engine.data.groups import PreferenceGroup
-from engine.model import Policy
-from engine.model.attention import choose_backend, register_backends
-from engine.model.load import DTYPES
-from engine.packing import build_batch
-from engine.train.optimizer import build_optimizer
+from ..config.schema import RunConfig
+from ..data.groups import PreferenceGroup
+from ..model import Policy
+from ..model.attention import choose_backend, register_backends
+from ..model.load import DTYPES
+from ..packing import build_batch
+from ..train.optimizer import build_optimizer
 
 _WIDTH, _VOCAB = 64, 256
 
@@ -23,7 +23,7 @@ def resident_bytes(config: RunConfig, device: torch.device) -> int:
     What a run imports is imported, and the step makes the libraries read their code and start what they need; both
     count as memory of a run, too.
     """
-    import engine.train.loop  # noqa: F401
+    from ..train import loop  # noqa: F401
 
     _tiny_step(config, device)
     return psutil.Process().memory_info().rss

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from engine.config.schema import RunConfig
-from engine.data.groups import PreferenceDataset
-from engine.errors import UserError
-from engine.forecast.advice import needed
-from engine.forecast.duration import Duration, forecast_duration, reason_of
-from engine.forecast.memory import Memory, forecast_memory
-from engine.forecast.resident import resident_bytes
-from engine.model import resolve_device
-from engine.model.load import DTYPES
-from engine.packing import describe_plan, plan_first_epoch, summarize_plan
-from engine.train.objective import Objective
+from ..config.schema import RunConfig
+from ..data.groups import PreferenceDataset
+from ..errors import UserError
+from ..model import resolve_device
+from ..model.load import DTYPES
+from ..packing import describe_plan, plan_first_epoch, summarize_plan
+from ..train.objective import Objective
+from .advice import needed
+from .duration import Duration, forecast_duration, reason_of
+from .memory import Memory, forecast_memory
+from .resident import resident_bytes
 
 Line = tuple[str, str, str]
 

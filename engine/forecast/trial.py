@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from engine.config.schema import RunConfig
-from engine.data.groups import PreferenceDataset
-from engine.data.lengths import GroupLengths
-from engine.forecast.memory import step_of
-from engine.model import Policy, load_policy
-from engine.packing import PackedBatch, Step, build_batch, group_sizes
-from engine.train.objective import Objective
-from engine.train.optimizer import build_optimizer
-from engine.train.throughput import FlopModel, synchronize
+from ..config.schema import RunConfig
+from ..data.groups import PreferenceDataset
+from ..data.lengths import GroupLengths
+from ..model import Policy, load_policy
+from ..packing import PackedBatch, Step, build_batch, group_sizes
+from ..train.objective import Objective
+from ..train.optimizer import build_optimizer
+from ..train.throughput import FlopModel, synchronize
+from .memory import step_of
 
 _SECONDS = 0.5
 """What a trial of all layers that are tried may take at the rate of matrix products."""

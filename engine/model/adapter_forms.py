@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from engine.errors import UserError
-from engine.files import expanded
-from engine.model.sources import first_line
+from ..errors import UserError
+from ..files import expanded
+from .sources import first_line
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PICKLED_FILE = "adapter_model.bin"

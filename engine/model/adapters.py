@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from engine.config.fields import nearest
-from engine.config.schema import LoraConfig
-from engine.errors import UserError, out_of_memory
-from engine.model.adapter_forms import READ_ERRORS, check_form, stored_names
-from engine.model.layers import text_model
-from engine.model.sources import check_folder, first_line
+from ..config.fields import nearest
+from ..config.schema import LoraConfig
+from ..errors import UserError, out_of_memory
+from .adapter_forms import READ_ERRORS, check_form, stored_names
+from .layers import text_model
+from .sources import check_folder, first_line
 
 if TYPE_CHECKING:
-    from engine.model.policy import Policy
+    from .policy import Policy
 
 TRAINED = "default"
 """peft's name of the adapter that is trained."""

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine import distributed
-from engine.data.groups import PreferenceDataset, PreferenceGroup
-from engine.errors import BackendError, UserError, out_of_memory
-from engine.model.diagnosis import first_difference
-from engine.model.layers import largest, text_model
-from engine.model.policy import Policy
-from engine.model.precision import float32_weights
-from engine.packing.layout import PackedBatch, build_batch
+from .. import distributed
+from ..data.groups import PreferenceDataset, PreferenceGroup
+from ..errors import BackendError, UserError, out_of_memory
+from ..packing.layout import PackedBatch, build_batch
+from .diagnosis import first_difference
+from .layers import largest, text_model
+from .policy import Policy
+from .precision import float32_weights
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 """Largest allowed difference of a token's log-prob from the model's own eager forward, in nats."""

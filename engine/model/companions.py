@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from engine.config.schema import DataConfig, ModelConfig
-from engine.data.tokenize import has_own_chat, template_of
-from engine.errors import UserError
-from engine.files import expanded
-from engine.model.sources import first_line, hub_options
+from ..config.schema import DataConfig, ModelConfig
+from ..data.tokenize import has_own_chat, template_of
+from ..errors import UserError
+from ..files import expanded
+from .sources import first_line, hub_options
 
 _PROCESSOR_FILES = (
     "preprocessor_config.json",

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from engine.model.policy import Policy
-from engine.packing.layout import PackedBatch
+from ..packing.layout import PackedBatch
+from .policy import Policy
 
 _RELATIVE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest difference of an activation that is rounding, relative to the largest activation."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from engine.errors import UserError
+from ..errors import UserError
 
 
 class Head(NamedTuple):

@@ -11,17 +11,17 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from engine import distributed
-from engine.config.schema import ModelConfig
-from engine.errors import UserError
-from engine.files import expanded
-from engine.model.adapter_forms import base_of_adapter, is_adapter
-from engine.model.adapters import FROZEN, add_lora, continue_adapter
-from engine.model.attention import Backend, choose_backend, register_backends
-from engine.model.experts import EXPERTS, register_experts
-from engine.model.policy import Policy
-from engine.model.quantization import check_quantization, quantization_arguments, use_one_product
-from engine.model.sources import check_folder, first_line, hide_weight_bars, hub_options, needs_own_code, not_found
+from .. import distributed
+from ..config.schema import ModelConfig
+from ..errors import UserError
+from ..files import expanded
+from .adapter_forms import base_of_adapter, is_adapter
+from .adapters import FROZEN, add_lora, continue_adapter
+from .attention import Backend, choose_backend, register_backends
+from .experts import EXPERTS, register_experts
+from .policy import Policy
+from .quantization import check_quantization, quantization_arguments, use_one_product
+from .sources import check_folder, first_line, hide_weight_bars, hub_options, needs_own_code, not_found
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Attributes that functional dropout, layer drop and router noise read, beside the `p` of dropout modules.

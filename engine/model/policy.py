@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from dpo_kernels import linear_logps
-from engine.model.attention import PLAN_ARGUMENT, Backend
-from engine.model.head import Head, read_head
-from engine.model.offload import OffloadedActivations
-from engine.packing.layout import PackedBatch
+
+from ..packing.layout import PackedBatch
+from .attention import PLAN_ARGUMENT, Backend
+from .head import Head, read_head
+from .offload import OffloadedActivations
 
 R = TypeVar("R")
 
@@ -45,7 +46,7 @@ class Policy(nn.Module):
         self.recomputes = False
         """Whether backward runs the layers once more instead of keeping what they made (gradient checkpointing)."""
         self.sharded = False
-        """Whether the parameters are spread over processes: see ``engine.model.shard``."""
+        """Whether the parameters are spread over processes: see ``engine/model/shard.py``."""
 
     @property
     def causal_lm(self) -> nn.Module:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import distributed
-from engine.config.schema import ModelConfig, Quantization
-from engine.errors import UserError
-from engine.model.sources import hub_options
+from .. import distributed
+from ..config.schema import ModelConfig, Quantization
+from ..errors import UserError
+from .sources import hub_options
 
 _STORED_KEYS = ("quantization_config", "compression_config")
 """Where configs say how weights are stored; the second is an older name."""

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from dpo_kernels import linear_dpo_loss, preference_loss
-from engine.data.groups import PreferenceGroup
-from engine.model.attention import Backend, packed_attention, register_backends
-from engine.model.attention.segments import open_attention
-from engine.model.policy import Policy
-from engine.packing.layout import Segment, build_batch, plan_attention
+
+from ..data.groups import PreferenceGroup
+from ..packing.layout import Segment, build_batch, plan_attention
+from .attention import Backend, packed_attention, register_backends
+from .attention.segments import open_attention
+from .policy import Policy
 
 _SEGMENTS = [Segment(0, 40, 0, 0), Segment(40, 61, 0, 17), Segment(61, 70, 0, 17), Segment(70, 90, 70, 70)]
 _WINDOWS = (None, 6)

@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine import distributed
-from engine.errors import UserError
-from engine.model.policy import Policy
+from .. import distributed
+from ..errors import UserError
+from .policy import Policy
 
 
 def shard_policy(policy: Policy, device: torch.device) -> Policy:

@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
-from engine.files import expanded
-from engine.hub import unreachable
+from ..errors import UserError
+from ..files import expanded
+from ..hub import unreachable
 
 STATE_FILE = "trainer_state.json"
 SHARDS = "shards"

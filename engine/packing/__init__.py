@@ -1,8 +1,8 @@
 """From preference groups to forward passes: which groups go together, and how a pack is laid out."""
 
-from engine.packing.layout import AttentionPlan, PackedBatch, Segment, build_batch
-from engine.packing.plan import Pack, Step, check_fits, group_costs, group_sizes, pack_groups, plan_epoch
-from engine.packing.summary import PlanSummary, describe_plan, plan_first_epoch, summarize_plan
+from .layout import AttentionPlan, PackedBatch, Segment, build_batch
+from .plan import Pack, Step, check_fits, group_costs, group_sizes, pack_groups, plan_epoch
+from .summary import PlanSummary, describe_plan, plan_first_epoch, summarize_plan
 
 __all__ = [
     "AttentionPlan",

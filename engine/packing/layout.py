@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from engine.data.groups import PreferenceGroup, pair_places
-from engine.packing.gather import gather_rows, pick_order
-from engine.packing.transfer import send
+from ..data.groups import PreferenceGroup, pair_places
+from .gather import gather_rows, pick_order
+from .transfer import send
 
 
 class Segment(NamedTuple):

@@ -12,9 +12,9 @@ from heapq import heappop, heappush, heapreplace
 
 import numpy as np
 
-from engine.data.groups import PreferenceDataset
-from engine.data.lengths import GroupLengths
-from engine.errors import UserError
+from ..data.groups import PreferenceDataset
+from ..data.lengths import GroupLengths
+from ..errors import UserError
 
 Pack = tuple[int, ...]
 """Indices of the groups in one forward pass."""

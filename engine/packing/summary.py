@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.config.schema import PackingConfig, RunConfig
-from engine.data.groups import PreferenceDataset
-from engine.data.lengths import GroupLengths
-from engine.packing.plan import Step, check_fits, group_sizes, plan_epoch
+from ..config.schema import PackingConfig, RunConfig
+from ..data.groups import PreferenceDataset
+from ..data.lengths import GroupLengths
+from .plan import Step, check_fits, group_sizes, plan_epoch
 
 PADDED_BATCH_PAIRS = 8
 """Pairs in the padded batch that packing is compared with: TRL's default per-device batch."""

@@ -1,12 +1,12 @@
 """Reference log-probs: computed once per response, stored by content, found again by every later run."""
 
-from engine.reference.columns import export_columns, import_columns
-from engine.reference.fresh import FreshScores, check_fresh, score_fresh
-from engine.reference.keys import dataset_keys, identify, model_digest, response_key, weights_digest
-from engine.reference.lookup import default_store_path, load_ref_logps, load_ref_sums
-from engine.reference.precompute import PrecomputeReport, precompute
-from engine.reference.store import ReferenceStore
-from engine.reference.verify import verify_rows
+from .columns import export_columns, import_columns
+from .fresh import FreshScores, check_fresh, score_fresh
+from .keys import dataset_keys, identify, model_digest, response_key, weights_digest
+from .lookup import default_store_path, load_ref_logps, load_ref_sums
+from .precompute import PrecomputeReport, precompute
+from .store import ReferenceStore
+from .verify import verify_rows
 
 __all__ = [
     "FreshScores",

@@ -19,10 +19,10 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.data.groups import PreferenceDataset
-from engine.data.scored import is_scored
-from engine.data.sources import Row
-from engine.errors import UserError
+from ..data.groups import PreferenceDataset
+from ..data.scored import is_scored
+from ..data.sources import Row
+from ..errors import UserError
 
 PAIR_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 RANKED_COLUMN = "ref_logps"

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from engine import distributed
-from engine.config.schema import ModelConfig
-from engine.data.groups import PreferenceDataset, PreferenceGroup
-from engine.errors import UserError, out_of_memory
-from engine.packing import build_batch
-from engine.reference.verify import TOLERANCE
+from .. import distributed
+from ..config.schema import ModelConfig
+from ..data.groups import PreferenceDataset, PreferenceGroup
+from ..errors import UserError, out_of_memory
+from ..packing import build_batch
+from .verify import TOLERANCE
 
 if TYPE_CHECKING:
-    from engine.model.policy import Policy
+    from ..model.policy import Policy
 
 _ROWS = 2
 _SMALLEST_SHARE = 0.1
@@ -111,8 +111,8 @@ def _row(groups: list[PreferenceGroup], response: int) -> int:
 
 
 def _score(model: ModelConfig, groups: list[PreferenceGroup], device: torch.device) -> FreshScores:
-    from engine.model.adapter_forms import READ_ERRORS
-    from engine.model.sources import first_line
+    from ..model.adapter_forms import READ_ERRORS
+    from ..model.sources import first_line
 
     sequences = [(g.prompt_ids, r) for g in groups for r in g.response_ids]
     try:
@@ -133,7 +133,7 @@ def _score(model: ModelConfig, groups: list[PreferenceGroup], device: torch.devi
 
 def _exact_sums(loaded: Any, sequences: list[tuple[np.ndarray, np.ndarray]], device: torch.device) -> np.ndarray | None:
     """As ``_sums``, computed in float32; None where the model does not run so."""
-    from engine.model.precision import float32_weights
+    from ..model.precision import float32_weights
 
     try:
         with float32_weights(loaded):
@@ -159,10 +159,10 @@ def _load(model: ModelConfig, device: torch.device) -> Any:
     import peft
     from transformers import AutoModelForCausalLM
 
-    from engine.model.adapters import quiet_loading
-    from engine.model.load import DTYPES
-    from engine.model.quantization import quantization_arguments, use_one_product
-    from engine.model.sources import hide_weight_bars, hub_options
+    from ..model.adapters import quiet_loading
+    from ..model.load import DTYPES
+    from ..model.quantization import quantization_arguments, use_one_product
+    from ..model.sources import hide_weight_bars, hub_options
 
     assert model.adapter_name_or_path is not None
     dtype = DTYPES[model.dtype]

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 
 from dpo_kernels.dispatch import choose
-from engine import distributed
-from engine.data.groups import PreferenceDataset
+
+from .. import distributed
+from ..data.groups import PreferenceDataset
 
 if TYPE_CHECKING:
-    from engine.model.policy import Policy
+    from ..model.policy import Policy
 
 KEY_SCHEMA = 2
 """Raised when keys get other contents: a new version then does not find what an older one has stored."""

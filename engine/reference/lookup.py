@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.groups import PreferenceDataset
-from engine.errors import UserError
-from engine.files import expanded
-from engine.reference.keys import dataset_keys
-from engine.reference.store import ReferenceStore
+from ..data.groups import PreferenceDataset
+from ..errors import UserError
+from ..files import expanded
+from .keys import dataset_keys
+from .store import ReferenceStore
 
 
 def default_store_path() -> Path:

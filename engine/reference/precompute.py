@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from engine import distributed, stop
-from engine.data.groups import PreferenceDataset, PreferenceGroup
-from engine.errors import UserError, out_of_memory
-from engine.packing import PackedBatch, build_batch, check_fits, group_costs, group_sizes, pack_groups
-from engine.reference.keys import ModelIdentity, dataset_keys, identify
-from engine.reference.provenance import note_profile, why_absent
-from engine.reference.store import TOKENS_PER_SHARD, ReferenceStore
-from engine.shared_folders import check_shared
+from .. import distributed, stop
+from ..data.groups import PreferenceDataset, PreferenceGroup
+from ..errors import UserError, out_of_memory
+from ..packing import PackedBatch, build_batch, check_fits, group_costs, group_sizes, pack_groups
+from ..shared_folders import check_shared
+from .keys import ModelIdentity, dataset_keys, identify
+from .provenance import note_profile, why_absent
+from .store import TOKENS_PER_SHARD, ReferenceStore
 
 if TYPE_CHECKING:
-    from engine.model.policy import Policy
+    from ..model.policy import Policy
 
 log = logging.getLogger(__name__)
 

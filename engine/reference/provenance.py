@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from engine.errors import UserError
-from engine.files import replace_file
-from engine.reference.keys import KEY_SCHEMA, ModelIdentity
-from engine.reference.store import ReferenceStore
+from ..errors import UserError
+from ..files import replace_file
+from .keys import KEY_SCHEMA, ModelIdentity
+from .store import ReferenceStore
 
 PROFILE_FILE = "profile.json"
 

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.errors import UserError
-from engine.files import TEMPORARY_SUFFIX, replace_file, sync
+from ..errors import UserError
+from ..files import TEMPORARY_SUFFIX, replace_file, sync
 
 KEY_BYTES = 16
 SUFFIX = ".parquet"

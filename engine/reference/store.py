@@ -1,6 +1,6 @@
 """The reference store: per-token log-probs of completions, found by the content they belong to.
 
-Keys are 16 bytes, from ``engine.reference.keys.response_key``. Their first four bytes stand for the reference model and
+Keys are 16 bytes, from ``keys.response_key``. Their first four bytes stand for the reference model and
 name a sub-folder, so that one cache folder serves many models and a run reads the index of its own model alone.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import UserError
-from engine.files import expanded
-from engine.reference import shards
-from engine.reference.shards import (
+from ..errors import UserError
+from ..files import expanded
+from . import shards
+from .shards import (
     KEY_BYTES,
     ShardValues,
     read_keys,

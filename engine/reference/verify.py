@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from engine import distributed
-from engine.data.groups import PreferenceDataset
-from engine.errors import UserError
-from engine.packing import PackedBatch, build_batch
-from engine.reference.precompute import score, scoring
+from .. import distributed
+from ..data.groups import PreferenceDataset
+from ..errors import UserError
+from ..packing import PackedBatch, build_batch
+from .precompute import score, scoring
 
 if TYPE_CHECKING:
-    from engine.model.policy import Policy
+    from ..model.policy import Policy
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of one token's log-prob, in nats, that another packing or backend may cause."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from engine.errors import UserError
-from engine.files import replace_file
+from ..errors import UserError
+from ..files import replace_file
 
 __all__ = ["write_report"]
 
@@ -26,10 +26,10 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         UserError: The folder is no run folder, a file in it is damaged, or the report cannot be written.
     """
-    from engine.report.figures import PICTURES
-    from engine.report.page import SavedPicture, render
-    from engine.report.records import read_run
-    from engine.report.style import DPI
+    from .figures import PICTURES
+    from .page import SavedPicture, render
+    from .records import read_run
+    from .style import DPI
 
     run = read_run(Path(run_dir))
     folder = run.folder / "report"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.report.style import (
+from .style import (
     CHOSEN,
     EVAL,
     INK,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from engine.report.records import RunRecords
+    from .records import RunRecords
 
 LN2_LOSSES = ("sigmoid", "sigmoid_norm", "robust")
 """Losses that are ln 2 for every pair while the policy equals the reference."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.config.schema import RunConfig
-from engine.report.figures import token_counts
-from engine.report.records import RunRecords
+from ..config.schema import RunConfig
+from .figures import token_counts
+from .records import RunRecords
 
 TEMPLATE = "page.html.jinja"
 
@@ -158,7 +158,7 @@ def _lint(lint: Any) -> list[dict[str, str]]:
 
 
 def _problem(name: str) -> str:
-    from engine.data.lint import PROBLEMS
+    from ..data.lint import PROBLEMS
 
     problem = PROBLEMS.get(name)
     if problem is None:
@@ -195,7 +195,7 @@ def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
 @functools.cache
 def _defaults() -> dict[str, Any]:
     """Default by dotted key; keys that the user has to give are absent."""
-    from engine.config.fields import dataclass_in, type_hints
+    from ..config.fields import dataclass_in, type_hints
 
     found: dict[str, Any] = {}
 

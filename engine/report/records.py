@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import UserError
-from engine.train.durable import is_complete
+from ..errors import UserError
+from ..train.durable import is_complete
 
 
 @dataclass(frozen=True)

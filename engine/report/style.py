@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from engine.report.records import Series
+    from .records import Series
 
 INK = "#22303c"
 MUTED = "#6b7885"

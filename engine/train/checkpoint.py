@@ -2,9 +2,9 @@
 
 ``checkpoint-<step>/`` holds the model (or adapter) in Hugging Face layout, the tokenizer, the optimizer state and
 random generators as safetensors, and ``trainer_state.json``. Several processes write their shards of model and
-optimizer state instead, see ``engine.train.sharded``; any number of processes reads both. There is no pickle. A
-checkpoint counts only when it is complete: see ``engine.train.durable``. ``checkpoint-<step>-stopped/`` is one that a
-run wrote because it was asked to end; it goes when a later one is there.
+optimizer state instead, see ``engine/train/sharded.py``; any number of processes reads both. There is no pickle. A
+checkpoint counts only when it is complete: see ``engine/train/durable.py``. ``checkpoint-<step>-stopped/`` is one
+that a run wrote because it was asked to end; it goes when a later one is there.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from engine import distributed
-from engine.errors import UserError
-from engine.model import Policy
-from engine.model.adapter_forms import ADAPTER_FILE
-from engine.model.adapters import TRAINED
-from engine.model.sources import STATE_FILE
-from engine.train import sharded
-from engine.train.durable import (
+from .. import distributed
+from ..errors import UserError
+from ..model import Policy
+from ..model.adapter_forms import ADAPTER_FILE
+from ..model.adapters import TRAINED
+from ..model.sources import STATE_FILE
+from . import sharded
+from .durable import (
     check_content,
     disk_errors,
     is_complete,
@@ -38,7 +38,7 @@ from engine.train.durable import (
     temporary_path,
     write_folder,
 )
-from engine.train.optimizer_state import page_state, slots_of, state_tensors
+from .optimizer_state import page_state, slots_of, state_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random_state.safetensors"

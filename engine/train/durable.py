@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from engine import files
-from engine.errors import UserError, disk_error
-from engine.files import replace_file, sync
+from .. import files
+from ..errors import UserError, disk_error
+from ..files import replace_file, sync
 
 MANIFEST = "manifest.json"
 TEMPORARY_SUFFIX = ".incomplete"

@@ -18,17 +18,17 @@ from typing import Any
 import torch
 import yaml
 
-from engine import distributed
-from engine.config import to_yaml
-from engine.config.schema import RunConfig
-from engine.files import sync
-from engine.model import Policy
-from engine.model.companions import copy_companions, set_dtype
-from engine.model.load import DTYPES
-from engine.train.checkpoint import save_weights
-from engine.train.durable import MANIFEST, TEMPORARY_SUFFIX, disk_errors, seal
-from engine.train.rounding import gather_weights
-from engine.train.storage import stored_dtypes
+from .. import distributed
+from ..config import to_yaml
+from ..config.schema import RunConfig
+from ..files import sync
+from ..model import Policy
+from ..model.companions import copy_companions, set_dtype
+from ..model.load import DTYPES
+from .checkpoint import save_weights
+from .durable import MANIFEST, TEMPORARY_SUFFIX, disk_errors, seal
+from .rounding import gather_weights
+from .storage import stored_dtypes
 
 CARD_FILE = "README.md"
 _PACKAGES = ("dpo-kernels", "torch", "transformers", "peft", "datasets")

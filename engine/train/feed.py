@@ -13,13 +13,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from engine import distributed, stop
-from engine.config.schema import PackingConfig, RunConfig, TrainConfig
-from engine.data.groups import PreferenceDataset
-from engine.packing import Pack, PackedBatch, Step, build_batch, plan_epoch
-from engine.packing.transfer import gather, send
-from engine.train.metrics import StepWork
-from engine.train.throughput import FlopModel
+from .. import distributed, stop
+from ..config.schema import PackingConfig, RunConfig, TrainConfig
+from ..data.groups import PreferenceDataset
+from ..packing import Pack, PackedBatch, Step, build_batch, plan_epoch
+from ..packing.transfer import gather, send
+from .metrics import StepWork
+from .throughput import FlopModel
 
 STEPS_AHEAD = 3
 """Steps that are built before they are asked for, so that a delay of the host does not reach the device."""

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from engine import distributed, stop
-from engine.config import to_yaml
-from engine.config.schema import RunConfig
-from engine.data import check_files
-from engine.errors import Stopped, UserError
-from engine.evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
-from engine.forecast.advice import KnownRun, memory_errors
-from engine.model import load_policy, shard_policy
-from engine.model.sources import check_folder
-from engine.shared_folders import check_shared
-from engine.train import checkpoint as checkpoints
-from engine.train import sharded
-from engine.train.durable import MANIFEST, remove_leftovers, run_folder, write_atomically
-from engine.train.export import export_model, package_versions
-from engine.train.feed import TrainingStep
-from engine.train.metrics import (
+from .. import distributed, stop
+from ..config import to_yaml
+from ..config.schema import RunConfig
+from ..data import check_files
+from ..errors import Stopped, UserError
+from ..evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
+from ..forecast.advice import KnownRun, memory_errors
+from ..model import load_policy, shard_policy
+from ..model.sources import check_folder
+from ..shared_folders import check_shared
+from . import checkpoint as checkpoints
+from . import sharded
+from .durable import MANIFEST, remove_leftovers, run_folder, write_atomically
+from .export import export_model, package_versions
+from .feed import TrainingStep
+from .metrics import (
     IntervalMeter,
     Tracker,
     evaluation_line,
@@ -37,12 +37,12 @@ from engine.train.metrics import (
     log_line,
     open_trackers,
 )
-from engine.train.objective import Scored
-from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule, change_total
-from engine.train.resume import CONFIG_FILE, Start, TrainResult, config_values, digests, find_start
-from engine.train.rounding import round_and_measure
-from engine.train.setup import Setup, check_settings, prepare, write_data_file
-from engine.train.throughput import reset_peak_memory
+from .objective import Scored
+from .optimizer import GuardedUpdate, build_optimizer, build_schedule, change_total
+from .resume import CONFIG_FILE, Start, TrainResult, config_values, digests, find_start
+from .rounding import round_and_measure
+from .setup import Setup, check_settings, prepare, write_data_file
+from .throughput import reset_peak_memory
 
 GO_ON = "go on with --resume"
 _ROWS_NAMED = 8

@@ -25,10 +25,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from engine import distributed
-from engine.errors import UserError
-from engine.train.durable import disk_errors, write_atomically
-from engine.train.throughput import Stopwatch, peak_memory_gib
+from .. import distributed
+from ..errors import UserError
+from .durable import disk_errors, write_atomically
+from .throughput import Stopwatch, peak_memory_gib
 
 AS_TRAINED = "eval_as_trained/"
 """Prefix of the evaluation of weights before they were rounded to what is written."""

@@ -1,8 +1,8 @@
 """From the packs of one optimizer step to its loss and gradients.
 
 The loss of a step is the sum over its pairs and rankings divided by their number, however they are packed and spread
-over processes, whose gradients ``engine.model.shard`` sums. A group is one pair, one ranking, or the several pairs of
-scored completions, each of which counts as any other. Ways that lead there:
+over processes, whose gradients ``engine/model/shard.py`` sums. A group is one pair, one ranking, or the several pairs
+of scored completions, each of which counts as any other. Ways that lead there:
 
 - Pairs whose losses are independent: ``linear_dpo_loss`` on every pack, gradients accumulate (one pass).
 - Losses that couple pairs (``aot``, ``aot_unpaired``): a first pass without gradients gives every log-prob of the step,
@@ -28,13 +28,14 @@ from dpo_kernels import linear_dpo_loss, linear_logps, plackett_luce_loss, prefe
 from dpo_kernels.chunks import sum_responses, to_device
 from dpo_kernels.linear_logps.api import TokenLogps
 from dpo_kernels.losses import resolve_loss
-from engine import distributed
-from engine.config.schema import LossConfig
-from engine.data.groups import PreferenceDataset
-from engine.errors import UserError
-from engine.model import Head, Policy
-from engine.packing import PackedBatch
-from engine.train.feed import TrainingStep
+
+from .. import distributed
+from ..config.schema import LossConfig
+from ..data.groups import PreferenceDataset
+from ..errors import UserError
+from ..model import Head, Policy
+from ..packing import PackedBatch
+from .feed import TrainingStep
 
 RANKING_LOSS = "plackett_luce"
 TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
@@ -62,7 +63,7 @@ class Scored(NamedTuple):
     """float64 [G, 6], sums over the tokens of a group that ``_token_means`` divides; [G, 0] when not asked for."""
 
     def means(self) -> Tensor:
-        """[7] in the order of ``engine.train.metrics.PREFERENCE_NAMES``; with ``tokens`` [11], ``TOKEN_NAMES`` last."""
+        """[7] in the order of ``metrics.PREFERENCE_NAMES``; with ``tokens`` [11], ``TOKEN_NAMES`` last."""
         return torch.cat([self._columns().mean(1), _token_means(self.tokens.sum(0))])
 
     def step_means(self, num_groups: int) -> Tensor:
@@ -82,7 +83,7 @@ class Objective:
 
     Args:
         live_reference: gives the reference log-probs (fp32 [S]) of a batch when they are not stored.
-        token_metrics: gather the statistics of tokens that ``engine.train.metrics.TOKEN_NAMES`` are made of.
+        token_metrics: gather the statistics of tokens that ``metrics.TOKEN_NAMES`` are made of.
     """
 
     def __init__(
@@ -363,7 +364,7 @@ def _token_columns(sums: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor]) 
 
 
 def _token_means(sums: Tensor) -> Tensor:
-    """The values of ``engine.train.metrics.TOKEN_NAMES`` from the sum over groups; nothing from nothing."""
+    """The values of ``metrics.TOKEN_NAMES`` from the sum over groups; nothing from nothing."""
     if not len(sums):
         return sums
     chosen, rejected = sums[4], sums[5]

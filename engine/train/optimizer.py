@@ -22,9 +22,9 @@ from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.trainer_utils import SchedulerType
 
-from engine import distributed
-from engine.config.schema import OptimConfig
-from engine.errors import UserError
+from .. import distributed
+from ..config.schema import OptimConfig
+from ..errors import UserError
 
 SCHEDULES = tuple(kind.value for kind in SchedulerType)
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")

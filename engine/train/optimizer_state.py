@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import distributed
-from engine.errors import UserError
+from .. import distributed
+from ..errors import UserError
 
 
 def state_tensors(state: Mapping[int, Mapping[str, Any]], names: list[str]) -> dict[str, Tensor]:

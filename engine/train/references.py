@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.chunks import sum_responses
-from engine import distributed
-from engine.config.schema import ModelConfig, RunConfig
-from engine.data.groups import PreferenceDataset
-from engine.errors import UserError
-from engine.model import Policy, check_dataset, load_policy, shard_policy
-from engine.model.adapter_forms import base_of_adapter
-from engine.packing import Pack, PackedBatch, build_batch
-from engine.reference import (
+
+from .. import distributed
+from ..config.schema import ModelConfig, RunConfig
+from ..data.groups import PreferenceDataset
+from ..errors import UserError
+from ..model import Policy, check_dataset, load_policy, shard_policy
+from ..model.adapter_forms import base_of_adapter
+from ..packing import Pack, PackedBatch, build_batch
+from ..reference import (
     ReferenceStore,
     check_fresh,
     default_store_path,
@@ -32,9 +33,9 @@ from engine.reference import (
     verify_rows,
     weights_digest,
 )
-from engine.reference.provenance import why_absent
-from engine.reference.verify import reward_bound
-from engine.train.objective import Objective
+from ..reference.provenance import why_absent
+from ..reference.verify import reward_bound
+from .objective import Objective
 
 PER_TOKEN = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest mean difference of a token's log-prob, in nats, that rounding may cause between two ways to compute it."""

@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.config import load_config
-from engine.config.schema import RunConfig
-from engine.data.groups import PreferenceDataset
-from engine.errors import UserError
-from engine.train import checkpoint as checkpoints
-from engine.train.durable import check_content, is_complete, remove_leftovers
-from engine.train.feed import count_steps, total_steps
-from engine.train.metrics import METRICS_FILE, read_rows
-from engine.train.optimizer import METRIC_SCHEDULES
+from ..config import load_config
+from ..config.schema import RunConfig
+from ..data.groups import PreferenceDataset
+from ..errors import UserError
+from . import checkpoint as checkpoints
+from .durable import check_content, is_complete, remove_leftovers
+from .feed import count_steps, total_steps
+from .metrics import METRICS_FILE, read_rows
+from .optimizer import METRIC_SCHEDULES
 
 CONFIG_FILE = "config.yaml"
 _FREE_KEYS = frozenset(

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import distributed
-from engine.config.schema import RunConfig
-from engine.data.groups import PreferenceDataset
-from engine.evaluate import evaluate_policy, scalar_metrics
-from engine.model import Policy
-from engine.packing import Pack
-from engine.train.metrics import AS_TRAINED
-from engine.train.setup import Setup, rounding_words
-from engine.train.storage import stored_dtypes
+from .. import distributed
+from ..config.schema import RunConfig
+from ..data.groups import PreferenceDataset
+from ..evaluate import evaluate_policy, scalar_metrics
+from ..model import Policy
+from ..packing import Pack
+from .metrics import AS_TRAINED
+from .setup import Setup, rounding_words
+from .storage import stored_dtypes
 
 _SAMPLE_ROWS = 64
 _CHUNK = 1 << 22

@@ -14,14 +14,15 @@ import torch
 from transformers import set_seed
 
 from dpo_kernels import describe
-from engine import distributed
-from engine.config import format_diff
-from engine.config.schema import RunConfig
-from engine.data import LintReport, load_dataset_groups
-from engine.data.groups import PreferenceDataset
-from engine.errors import UserError
-from engine.forecast.advice import KnownRun, advise, forecast_run
-from engine.model import (
+
+from .. import distributed
+from ..config import format_diff
+from ..config.schema import RunConfig
+from ..data import LintReport, load_dataset_groups
+from ..data.groups import PreferenceDataset
+from ..errors import UserError
+from ..forecast.advice import KnownRun, advise, forecast_run
+from ..model import (
     Policy,
     check_dataset,
     check_packing,
@@ -30,19 +31,19 @@ from engine.model import (
     resolve_device,
     shard_policy,
 )
-from engine.model.companions import describe_trained, take_template
-from engine.model.quantization import check_quantization, check_trainable, num_weights
-from engine.packing import PlanSummary, check_fits, summarize_plan
-from engine.reference import check_fresh, score_fresh, weights_digest
-from engine.train.durable import write_atomically
-from engine.train.feed import TrainingFeed, total_steps
-from engine.train.metrics import check_trackers
-from engine.train.objective import Objective
-from engine.train.optimizer import METRIC_SCHEDULES, check_optimizer, check_schedule, warn_of_long_warmup
-from engine.train.references import References, check_first_loss, prepare_references, resolve_mode
-from engine.train.resume import Start, check_base, check_data, check_reference
-from engine.train.storage import check_disk
-from engine.train.throughput import FlopModel, measure_matmul_rate
+from ..model.companions import describe_trained, take_template
+from ..model.quantization import check_quantization, check_trainable, num_weights
+from ..packing import PlanSummary, check_fits, summarize_plan
+from ..reference import check_fresh, score_fresh, weights_digest
+from .durable import write_atomically
+from .feed import TrainingFeed, total_steps
+from .metrics import check_trackers
+from .objective import Objective
+from .optimizer import METRIC_SCHEDULES, check_optimizer, check_schedule, warn_of_long_warmup
+from .references import References, check_first_loss, prepare_references, resolve_mode
+from .resume import Start, check_base, check_data, check_reference
+from .storage import check_disk
+from .throughput import FlopModel, measure_matmul_rate
 
 DATA_FILE = "data.json"
 _LENGTHS_SAVED = 50_000

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from engine import distributed
-from engine.model import Policy
-from engine.model.sources import SHARDS
+from .. import distributed
+from ..model import Policy
+from ..model.sources import SHARDS
 
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine import distributed
-from engine.config.schema import RunConfig
-from engine.errors import UserError
-from engine.model import Policy
-from engine.model.load import DTYPES
-from engine.train.checkpoint import passing_checkpoints
+from .. import distributed
+from ..config.schema import RunConfig
+from ..errors import UserError
+from ..model import Policy
+from ..model.load import DTYPES
+from .checkpoint import passing_checkpoints
 
 _STATE_BYTES = {"adamw": 8, "rmsprop": 4, "adamw_8bit": 2, "paged_adamw": 8, "paged_adamw_8bit": 2}
 """Of the optimizer's state, for each trained weight."""

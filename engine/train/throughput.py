@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.model import Policy
-from engine.model.layers import largest, layer_configs
-from engine.model.quantization import num_weights
+from ..model import Policy
+from ..model.layers import largest, layer_configs
+from ..model.quantization import num_weights
 
 _LEAST_ROUNDS = 3
 """Tries of each product: the first one makes libraries prepare, others may lose the processor in between."""

@@ -226,7 +226,7 @@ def test_interruption_is_one_line_and_130(monkeypatch, capsys):
 
 
 def _in_a_new_process(arguments: list[str], **streams) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "engine.cli", *arguments]
+    command = [sys.executable, "-m", "engine", *arguments]
     return subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **streams)
 
 

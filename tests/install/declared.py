@@ -15,6 +15,8 @@ else:
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {"dpo_kernels": "dpo_kernels", "dpo_engine": "engine"}
+"""Installed package -> its folder here."""
 
 
 def project() -> dict[str, Any]:

@@ -53,11 +53,11 @@ def torch_alone(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python with the packages of ``folder`` and this checkout, and no others."""
+def run(folder: Path, *arguments: str, sources: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Python with the packages of ``folder`` and ``sources``, and no others."""
     return subprocess.run(
         [sys.executable, "-S", *arguments],
-        env={"PYTHONPATH": f"{folder}:{ROOT}", "PATH": ""},
+        env={"PYTHONPATH": f"{folder}:{sources}", "PATH": ""},
         capture_output=True,
         text=True,
     )
@@ -71,10 +71,10 @@ def test_loss_ops_need_torch_alone(torch_alone):
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "run.yaml"]])
 @pytest.mark.parametrize("start", ["module", "script"])
-def test_command_names_what_is_missing(start, arguments, torch_alone):
+def test_command_names_what_is_missing(start, arguments, torch_alone, installed):
     module, _, function = project()["scripts"]["dpo"].partition(":")
-    how = ["-m", "engine"] if start == "module" else ["-c", f"from {module} import {function}; {function}()"]
-    done = run(torch_alone, *how, *arguments)
+    how = ["-m", "dpo_engine"] if start == "module" else ["-c", f"from {module} import {function}; {function}()"]
+    done = run(torch_alone, *how, *arguments, sources=installed)
     assert done.returncode == 2
     assert done.stdout == ""
     absent = ", ".join(name for name in NEEDED if name not in BROUGHT)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from engine.errors import UserError, out_of_memory
-from engine.model.attention import kernels, sinks
-from engine.model.sources import first_line
-from engine.packing.layout import Segment, plan_attention
+from ...errors import UserError, out_of_memory
+from ...packing.layout import Segment, plan_attention
+from ..sources import first_line
+from . import kernels, sinks
 
 # What names must not contain: transformers gives a meaning of its own to "flash" and "sdpa".
 _SHORT = {"flash3": "fa3", "flash": "fa", "varlen": "varlen", "sdpa": "segments"}

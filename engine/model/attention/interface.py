@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from engine import distributed
-from engine.errors import BackendError, UserError, out_of_memory
-from engine.model.attention.choice import KERNELS, implementation_name
-from engine.model.attention.segments import open_attention, sdpa_attention
-from engine.model.attention.sinks import attend_with_sinks
-from engine.model.layers import layer_configs
-from engine.model.sources import first_line
-from engine.packing.layout import AttentionPlan
+from ... import distributed
+from ...errors import BackendError, UserError, out_of_memory
+from ...packing.layout import AttentionPlan
+from ..layers import layer_configs
+from ..sources import first_line
+from .choice import KERNELS, implementation_name
+from .segments import open_attention, sdpa_attention
+from .sinks import attend_with_sinks
 
 PLAN_ARGUMENT = "attention_plan"
 # Tensors that models hand on with their other keyword arguments; attention does not read them.

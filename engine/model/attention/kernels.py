@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from engine.model.attention.determinism import attend_deterministically
-from engine.packing.layout import AttentionPlan
+from ...packing.layout import AttentionPlan
+from .determinism import attend_deterministically
 
 
 class AttendKeys(Protocol):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from engine.model.attention.determinism import Attend, attend_deterministically
-from engine.packing.layout import AttentionPlan
+from ...packing.layout import AttentionPlan
+from .determinism import Attend, attend_deterministically
 
 OPEN_SCORES = 2**25
 """Scores that open attention holds at a time, over all heads: 128 MiB in float32, and a few times that in backward."""

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.model.attention.determinism import deterministic_algorithms
-from engine.model.attention.kernels import call_varlen
-from engine.packing.layout import AttentionPlan
+from ...packing.layout import AttentionPlan
+from .determinism import deterministic_algorithms
+from .kernels import call_varlen
 
 
 class SinkKernel(NamedTuple):

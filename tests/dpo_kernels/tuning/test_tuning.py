@@ -47,7 +47,7 @@ assert (runs[0] - exact).abs().max() < 1e-5
 def test_dry_run_from_the_command_to_a_table_in_use(tmp_path: Path):
     """`dpo bench tune` on the CPU: every kernel is checked and timed, and what is written is what launches take."""
     path = tmp_path / "new folder" / "tiles.json"
-    done = run("-m", "engine.cli", "bench", "tune", "--dry-run", "--dtype", "float32", "--output", str(path))
+    done = run("-m", "engine", "bench", "tune", "--dry-run", "--dtype", "float32", "--output", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in command.KERNELS:
         assert f"{kernel} float32 N=24 D=32 V=96: " in done.stdout
@@ -73,7 +73,7 @@ def table_entry(config: TileConfig) -> dict:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("module", [("engine.cli", "bench", "tune"), ("dpo_kernels.tuning",)])
+@pytest.mark.parametrize("module", [("engine", "bench", "tune"), ("dpo_kernels.tuning",)])
 def test_without_a_device(module, tmp_path):
     done = run("-m", *module, "--output", str(tmp_path / "tiles.json"), TRITON_INTERPRET="0")
     assert done.returncode == 2

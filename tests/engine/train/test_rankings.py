@@ -25,6 +25,8 @@ def test_rankings_train(make_config, rows_of, tmp_path, caplog):
         data={"dataset_name": str(data)},
         packing={"shuffle": False},
         loss={"loss_type": "plackett_luce"},
+        # The folder that the tests of this process share may hold some of these responses already.
+        reference={"store": str(tmp_path / "store")},
         train={"num_train_epochs": 6},
     )
     with caplog.at_level("INFO"):
