@@ -49,7 +49,6 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _state.request, _state.promise = 0, ""
     source, sink = os.pipe()
     os.set_blocking(sink, False)
     # Python runs handlers between two of its own instructions: a thread hears signals inside long calls, too.
@@ -68,6 +67,8 @@ def listening() -> Iterator[None]:
         os.close(sink)
         ear.join()
         os.close(source)
+        # A request ends what listened to it, and nothing that this process does afterwards.
+        _state.request, _state.promise = 0, ""
 
 
 def _handle(number: int, frame: object) -> None:

@@ -29,6 +29,8 @@ def test_a_signal_ends_what_can_be_started_again_at_once(number, code):
     assert str(found.value) == f"stopped by {number.name}: run the same command again to go on"
     assert found.value.exit_code == code
     assert signal.getsignal(number) == before
+    # What this process does next, without listening, is not ended by it.
+    stop.check()
 
 
 def test_a_postponed_request_is_found_once_however_often_launchers_pass_it_on():
@@ -38,9 +40,8 @@ def test_a_postponed_request_is_found_once_however_often_launchers_pass_it_on():
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped, match="SIGTERM"):
             stop.check()
-    with stop.listening():
-        # A request is forgotten with the run that it was for.
-        assert stop.requested() == 0
+    # A request is forgotten with the run that it was for.
+    assert stop.requested() == 0
 
 
 def test_a_signal_that_the_parent_ignores_stays_ignored():
