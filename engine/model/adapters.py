@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config.fields import nearest
 from ..config.schema import LoraConfig
@@ -53,6 +54,7 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
     targets = lora.target_modules
     if isinstance(targets, tuple):
         _check_names(causal_lm, targets)
+    special = _more_than_products(causal_lm)
     try:
         adapted = peft.get_peft_model(
             causal_lm,
@@ -62,23 +64,39 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
                 lora_alpha=lora.alpha,
                 lora_dropout=lora.dropout,
                 target_modules=list(targets) if isinstance(targets, tuple) else targets,
-                exclude_modules=_outside_text(causal_lm),
+                exclude_modules=_not_adapted(causal_lm, special if targets == "all-linear" else []),
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,
             ),
         )
     except ValueError as error:
         raise UserError(f"model.lora.target_modules={lora.target_modules}: {first_line(error)}") from error
+    if wrong := [name for name in adapted.base_model.targeted_module_names if name in special]:
+        raise UserError(
+            f"model.lora.target_modules: {wrong[0]} gives more than the product of a linear layer: leave it out"
+        )
     return _in_float32(adapted)
 
 
-def _outside_text(causal_lm: nn.Module) -> str | None:
-    """A pattern of the modules that no text reaches, such as a vision tower; None where there are none."""
+def _not_adapted(causal_lm: nn.Module, special: list[str]) -> str | None:
+    """A pattern of ``special`` and of the modules that no text reaches, such as a vision tower; None for nothing."""
+    patterns = [re.escape(name) for name in special]
     text = text_model(causal_lm)
-    if text is causal_lm:
-        return None
-    prefix = next(name for name, module in causal_lm.named_modules() if module is text)
-    return rf"(?!{re.escape(prefix)}\.).*"
+    if text is not causal_lm:
+        prefix = next(name for name, module in causal_lm.named_modules() if module is text)
+        patterns.append(rf"(?!{re.escape(prefix)}\.).*")
+    return "|".join(patterns) or None
+
+
+def _more_than_products(causal_lm: nn.Module) -> list[str]:
+    """Names of linear layers with a forward of the model's own: a router may return a pair."""
+    own = {type(module).__module__ for module in causal_lm.modules() if isinstance(module, PreTrainedModel)}
+    return [
+        name
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, nn.Linear)
+        and next(kind.__module__ for kind in type(module).__mro__ if "forward" in vars(kind)) in own
+    ]
 
 
 def _check_names(causal_lm: nn.Module, targets: tuple[str, ...]) -> None:

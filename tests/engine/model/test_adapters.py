@@ -290,6 +290,22 @@ def test_one_wrong_name_among_the_targets_is_an_error(targets, message, base):
         load_policy(replace(base, lora=LoraConfig(target_modules=targets)), device=CPU)
 
 
+def test_a_router_that_is_a_linear_layer_of_its_own_kind_is_left_alone(tmp_path):
+    tiny_model(tiny_config("llama4_text")).save_pretrained(tmp_path)
+    base = ModelConfig(model_name_or_path=str(tmp_path), dtype="float32")
+    policy = load_policy(replace(base, lora=LoraConfig(r=4)), device=CPU)
+    adapted = {
+        name.partition(".lora_")[0].rpartition(".")[2] for name, p in policy.named_parameters() if p.requires_grad
+    }
+    assert {"q_proj", "down_proj"} <= adapted
+    assert "router" not in adapted
+    check_packing(policy)
+    with pytest.raises(
+        UserError, match=r"^model\.lora\.target_modules: model\.layers\.\d\.feed_forward\.router gives more"
+    ):
+        load_policy(replace(base, lora=LoraConfig(r=4, target_modules=("q_proj", "router"))), device=CPU)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "fc1"), ("q_proj",), r".*\.q_proj"])
 def test_of_a_composite_the_text_model_alone_is_adapted(targets, tmp_path):
     model = tiny_model(tiny_config("gemma3"))
