@@ -271,9 +271,8 @@ class _Call:
     def _raise_unit(self, slopes_S: Tensor) -> Tensor:
         """Raise the unit to the largest of these slopes, bring the sums so far to it, and return it, or 1 for 0."""
         assert self.unit is not None
-        slope = self.options.logit_scale / self.options.temperature
         # A pair that is not finite must not take others with it.
-        largest = (slopes_S * slope).abs().nan_to_num(nan=0.0, posinf=0.0).amax()
+        largest = (slopes_S * self._logit_slope()).abs().nan_to_num(nan=0.0, posinf=0.0).amax()
         old, self.unit = self.unit, torch.maximum(self.unit, largest)
         divisor = torch.where(self.unit > 0, self.unit, 1.0)
         if self.dW_VD is not None and not self.dW_empty:
@@ -282,9 +281,15 @@ class _Call:
             self.db_V.mul_(old / divisor)
         return divisor
 
+    def _logit_slope(self) -> float:
+        """Slope of the final logits without their softcap; 1 where it is 0, which leaves no gradient to form."""
+        return abs(self.options.logit_scale / self.options.temperature) or 1.0
+
     def split_pair(self, chunk: Chunk, offsets: list[int], max_rows: int) -> tuple[Tensor, Tensor]:
         """One pair in several chunks: dW and db gather per response and unscaled until the slopes are known."""
         logps, shares = [], []
+        # In float16 even the slope of the logits has to wait, as it may leave no room for the rest.
+        waiting = 1.0 if self.unit is None else self._logit_slope()
         for start, stop in itertools.pairwise(offsets):
             dW_VD = None if self.dW_VD is None else torch.empty_like(self.dW_VD)
             db_V = None if self.db_V is None else torch.zeros_like(self.db_V)
@@ -292,7 +297,7 @@ class _Call:
                 rows = slice(start + part.start, start + part.stop)
                 stats = self._stats(rows)
                 logps.append(self._log_probs(stats))
-                gradient_nV = self._products_gradient(rows, torch.ones_like(logps[-1]), stats)
+                gradient_nV = self._products_gradient(rows, torch.full_like(logps[-1], 1 / waiting), stats)
                 if self.dX_TD is not None:
                     add_product_(self.dX_TD[rows], gradient_nV, self.weight_VD, first=True)
                 if dW_VD is not None:
@@ -303,12 +308,13 @@ class _Call:
         scores = launch_pairs(
             torch.cat(logps), self.terms, first_pair=chunk.first_pair, num_pairs=1, first_row=offsets[0]
         )
-        in_units_S = scores.slopes_S if self.unit is None else scores.slopes_S / self._raise_unit(scores.slopes_S)
+        slopes_S = scores.slopes_S * waiting
+        in_units_S = slopes_S if self.unit is None else slopes_S / self._raise_unit(scores.slopes_S)
         for i, (rows, dW_VD, db_V) in enumerate(shares):
             if rows.start == rows.stop:
                 continue
             if self.dX_TD is not None:
-                self.dX_TD[rows] *= scores.slopes_S[i]
+                self.dX_TD[rows] *= slopes_S[i]
             slope = in_units_S[i]
             if self.dW_VD is not None and dW_VD is not None:
                 self.dW_VD = dW_VD.mul_(slope) if self.dW_empty else self.dW_VD.addcmul_(dW_VD, slope)

@@ -80,3 +80,12 @@ def test_paired_losses(slope, loss_type, rows, rows_of_pair, monkeypatch):
     for beta, weights in ((1e-5, (100.0, 0.01)), (0.1, (1e-5, 1e-3))):
         options = {"loss_type": loss_type, "beta": beta, "pair_weights": torch.tensor(weights)}
         compare(inputs, False, summed_loss, logit_scale=slope, **options)
+
+
+@pytest.mark.parametrize(("slope", "rise"), [(1e-4, 0.5), (1e5, 0.0)])
+@pytest.mark.parametrize(("rows", "rows_of_pair"), [(99, 99), (2, 1)], ids=["a chunk", "split"])
+def test_slopes_of_logits_that_float16_has_no_room_for(slope, rise, rows, rows_of_pair, monkeypatch):
+    """A split pair, whose slope is not known yet, forms a gradient of order 1 like any other."""
+    monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: rows)
+    monkeypatch.setattr(triton_pairs, "plan_chunks", lambda cu, rows, _: plan_chunks(cu, rows, rows_of_pair))
+    compare(growing(slope, rise), False, summed_loss, logit_scale=slope, loss_type="sigmoid")
