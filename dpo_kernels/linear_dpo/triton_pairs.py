@@ -165,12 +165,14 @@ def _rows_held(chunks: list[Chunk], cu_responses: list[int], max_rows: int) -> i
 
 
 def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[int], need_weight: bool) -> int:
-    """Most bytes that ``forward`` holds beyond its inputs and results, but for statistics of rows."""
+    """Most bytes that ``forward`` holds beyond its inputs and results, without statistics of tokens."""
     options = HeadOptions()
     max_rows, chunks, sum_dtype = _plan(hidden_TD, weight_VD, cu_responses, options, need_weight=need_weight)
     rows = _rows_held(chunks, cu_responses, max_rows)
-    padded_rows, padded_V = (-(-size // MAX_BLOCK) * MAX_BLOCK for size in (rows, weight_VD.shape[0]))
-    size = padded_rows * padded_V * hidden_TD.element_size()
+    kept, passing = _bytes_of_row(hidden_TD, weight_VD, heavy=False, token_stats=False)
+    size = -(-rows // MAX_BLOCK) * MAX_BLOCK * kept
+    # The sums of a launch take what is left of the workspace at most, or the least that a launch has.
+    size += min(rows * passing, max(WORKSPACE_BYTES - size, LAUNCH_ROWS * passing))
     sums = int(sum_dtype != early_gradient_dtype(hidden_TD.dtype)) + 2 * any(chunk.split for chunk in chunks)
     return size + (sums * weight_VD.numel() * sum_dtype.itemsize if need_weight else 0)
 
@@ -298,6 +300,8 @@ class _Call:
                 stats = self._stats(rows)
                 logps.append(self._log_probs(stats))
                 gradient_nV = self._products_gradient(rows, torch.full_like(logps[-1], 1 / waiting), stats)
+                # Given back before the next ones are asked for.
+                del stats
                 if self.dX_TD is not None:
                     add_product_(self.dX_TD[rows], gradient_nV, self.weight_VD, first=True)
                 if dW_VD is not None:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from dpo_kernels.kernels.filtered_products import TileLists, add_filtered_dx_, filtered_db, filtered_dw
 from dpo_kernels.kernels.frozen_head import frozen_head
-from dpo_kernels.kernels.launch import HeadOptions, multiprocessors, obstacle
+from dpo_kernels.kernels.launch import HeadOptions, TileLaunch, multiprocessors, obstacle
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.tile_config import MAX_BLOCK
-from dpo_kernels.kernels.tile_logps import PARTIAL_BYTES, empty_exps, linear_stats
+from dpo_kernels.kernels.tile_logps import PARTIAL_BYTES, empty_exps, linear_stats, partial_width
 from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
 from dpo_kernels.linear_logps.tile_filter import COLUMNS, Kept
 
@@ -63,7 +63,10 @@ def forward(
             hidden_TD,
             weight_VD,
             labels_T,
-            slice_columns=slice_columns(hidden_TD, token_stats=bool(stats)),
+            slice_columns=slice_columns(
+                hidden_TD,
+                stats_width=_partial_width(hidden_TD, weight_VD, frozen=True, token_stats=True) if stats else None,
+            ),
             options=options,
             ignore_index=ignore_index,
             token_stats=bool(stats),
@@ -187,9 +190,20 @@ def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, need_dx: bool) -> in
     """Most bytes that ``forward`` holds beyond its inputs and results, without statistics of tokens."""
     T, V = hidden_TD.shape[0], weight_VD.shape[0]
     columns = min(V, slice_columns(hidden_TD)) if need_dx else V
-    # A shift and a sum for 64 columns, or for more where tiles are wider.
-    partials = min(PARTIAL_BYTES, T * -(-columns // 64) * 8)
+    # A shift and a sum of each tile.
+    partials = T * -(-columns // _partial_width(hidden_TD, weight_VD, frozen=need_dx)) * 8
+    if not need_dx:
+        partials = min(PARTIAL_BYTES, partials)
     return partials + (_slice_bytes(hidden_TD, weight_VD) + hidden_TD.numel() * 4 if need_dx else 0)
+
+
+def _partial_width(hidden_TD: Tensor, weight_VD: Tensor, *, frozen: bool, token_stats: bool = False) -> int:
+    """Columns that share a partial in forward, of the narrowest tiles: with a softcap or without."""
+    kernel = "linear_exps" if frozen else "linear_stats"
+    joined = frozen and not token_stats
+    return min(
+        partial_width(TileLaunch(kernel, hidden_TD, weight_VD, heavy=heavy), joined=joined) for heavy in (False, True)
+    )
 
 
 def backward_workspace(hidden_TD: Tensor, weight_VD: Tensor) -> int:
@@ -207,12 +221,12 @@ def _padded(size: int) -> int:
     return -(-size // MAX_BLOCK) * MAX_BLOCK
 
 
-def slice_columns(hidden_TD: Tensor, *, taken: int = 0, token_stats: bool = False) -> int:
+def slice_columns(hidden_TD: Tensor, *, taken: int = 0, stats_width: int | None = None) -> int:
     """Columns of a slice: SLICE_BYTES worth of them, less what is ``taken``, in whole tiles.
 
-    Partials of statistics, which are kept for every 64 columns or more, are part of a slice.
+    Partials of statistics of tokens, one set for every ``stats_width`` columns, are part of a slice.
     """
-    column_bytes = hidden_TD.element_size() + (4 * (2 + NUM_PARTIALS) / 64 if token_stats else 0)
+    column_bytes = hidden_TD.element_size() + (4 * (2 + NUM_PARTIALS) / stats_width if stats_width else 0)
     columns = int((SLICE_BYTES - taken) / (_padded(hidden_TD.shape[0]) * column_bytes))
     return max(MIN_SLICE, full_waves(hidden_TD.shape[0], columns // 256, multiprocessors(hidden_TD.device)) * 256)
 

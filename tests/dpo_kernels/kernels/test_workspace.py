@@ -59,6 +59,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def extra_bytes(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
     """Most bytes of one forward beside its results, with the tiles of an sm_90."""
     _, D, V = GPU_BENCHMARK
+    D, dtype = options.get("D", D), options.get("dtype", torch.bfloat16)
     T, S = sum(lengths), len(lengths)
 
     scorer = SimpleNamespace(
@@ -70,7 +71,7 @@ def extra_bytes(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, **opt
         scale_P=meta(S // 2),
         cu_S1=meta(S + 1, dtype=torch.int64),
     )
-    hidden, weight = meta(T, D, dtype=torch.bfloat16), meta(V, D, dtype=torch.bfloat16)
+    hidden, weight = meta(T, D, dtype=dtype), meta(V, D, dtype=dtype)
     labels, cu = meta(T, dtype=torch.int64), [0, *itertools.accumulate(lengths)]
     monkeypatch.setattr(launch, "device_arch", lambda device: "sm_90")
     with LiveBytes(hidden, weight, labels) as live, compiling_for("sm_90"):
@@ -78,7 +79,7 @@ def extra_bytes(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, **opt
             hidden, weight, labels, cu, scorer, None, options.get("softcap"), 1.0, 1.0, -100, True, True, False,
             options.get("stats", ()),
         )  # fmt: skip
-    assert results[3].dtype == torch.bfloat16
+    assert results[3].dtype == dtype
     return live.most - sum(t.untyped_storage().nbytes() for t in results if t is not None)
 
 
@@ -112,8 +113,29 @@ def test_a_pair_that_is_longer_than_a_chunk_is_held_whole(monkeypatch):
     assert 1.95 * 2**30 < extra_bytes(LONG_PAIR, monkeypatch) < 2.05 * 2**30
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": torch.float32, "D": 512}, {"dtype": torch.float32, "D": 511}],
+    ids=["bfloat16", "float32", "float32, not aligned"],
+)
+@pytest.mark.parametrize("lengths", [(1024,) * 8, (90, 110), LONG_PAIR], ids=["chunks", "few rows", "a long pair"])
+def test_what_the_paired_loss_states(lengths, options, monkeypatch):
+    """Exponentials, and the partials of their tiles, which are narrow where rows are not aligned."""
+    extra = extra_bytes(lengths, monkeypatch, **options)
+    D, dtype = options.get("D", GPU_BENCHMARK.D), options.get("dtype", torch.bfloat16)
+    hidden, weight = meta(sum(lengths), D, dtype=dtype), meta(GPU_BENCHMARK.V, D, dtype=dtype)
+    offsets = [0, *itertools.accumulate(lengths)]
+    stated = triton_pairs.forward_workspace(hidden, weight, offsets, need_weight=True)
+    assert 0.97 * stated < extra <= stated + 2**20
+
+
 def extra_bytes_of_log_probs(
-    pass_name: str, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int] = GPU_BENCHMARK, stats=(), softcap=None
+    pass_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int] = GPU_BENCHMARK,
+    stats=(),
+    softcap=None,
+    dtype=torch.bfloat16,
 ) -> int:
     """As `extra_bytes`. Products of half operands with float32 results need no copy on a GPU, and are left out here."""
     T, D, V = shape
@@ -121,7 +143,7 @@ def extra_bytes_of_log_probs(
     monkeypatch.setattr(filtered_products, "device_arch", lambda device: "sm_90")
     for module in (triton_tiles, frozen_head):
         monkeypatch.setattr(module, "add_product_", lambda *products, **options: None)
-    hidden, weight = meta(T, D, dtype=torch.bfloat16), meta(V, D, dtype=torch.bfloat16)
+    hidden, weight = meta(T, D, dtype=dtype), meta(V, D, dtype=dtype)
     labels, row, lse = meta(T, dtype=torch.int64), meta(T), meta(T, dtype=torch.float64)
     kept = meta(T // triton_tiles.FILTER_ROWS, tile_filter.num_tiles(V), dtype=torch.bool)
     with LiveBytes(hidden, weight, labels, row, lse, kept) as live, compiling_for("sm_90"):
@@ -169,6 +191,19 @@ def test_partials_do_not_grow_with_rows_and_vocabulary(pass_name, stats, monkeyp
     # 4096 columns, the narrowest slice, with seven numbers of each row and 64 columns; and dX in fp32.
     slice_and_dx = T * 4096 * 2 + T * 4096 // 64 * 28 + T * D * 4
     assert extra <= (slice_and_dx if pass_name.endswith("frozen head") else 128 * 2**20) + 8 * 2**20
+
+
+@pytest.mark.parametrize("stats", [(), STATS], ids=["", "stats"])
+def test_tiles_of_32_columns_have_twice_the_partials(stats, monkeypatch):
+    """float32 rows that are not aligned: what is stated, and what a slice gives to statistics, follows the tiles."""
+    T, D, V = 2048, 511, 128256
+    extra = extra_bytes_of_log_probs("forward, frozen head", monkeypatch, (T, D, V), stats, dtype=torch.float32)
+    hidden, weight = meta(T, D), meta(V, D)
+    if stats:
+        stated = triton_tiles.SLICE_BYTES + hidden.nbytes
+    else:
+        stated = triton_tiles.forward_workspace(hidden, weight, need_dx=True)
+    assert 0.9 * stated < extra <= stated + 2**20
 
 
 def test_the_count_counts():
