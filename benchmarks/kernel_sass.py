@@ -65,7 +65,9 @@ class Sass(NamedTuple):
                 fewest[i] = 1
             elif found := _TARGET.search(line):
                 jump = fewest[places[found[1]]] if places[found[1]] > i else never
-                fewest[i] = 1 + (min(jump, fewest[i + 1]) if line.startswith("@") else jump)
+                # BRA.DIV leaves the way only where the threads of a warp have parted.
+                conditional = line.startswith(("@", "BRA.DIV"))
+                fewest[i] = 1 + (min(jump, fewest[i + 1]) if conditional else jump)
             else:
                 fewest[i] = 1 + fewest[i + 1]
         return fewest[last + 1]

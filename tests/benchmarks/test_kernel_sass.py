@@ -41,9 +41,13 @@ LISTING = """
         /*0060*/                   FADD R1, R1, R1 ;
         /*0070*/                   FADD R1, R1, R1 ;
 .L_x_1:
-        /*0080*/                   EXIT ;
+        /*0080*/                   BRA.DIV UR4, `(.L_x_3) ;
+        /*0090*/                   EXIT ;
 .L_x_2:
-        /*0090*/                   BRA `(.L_x_2);
+        /*00a0*/                   BRA `(.L_x_2);
+.L_x_3:
+        /*00b0*/                   FADD R1, R1, R1 ;
+        /*00c0*/                   BRA `(.L_x_1) ;
 """
 
 
@@ -51,5 +55,5 @@ def test_counts_of_a_listing():
     """The wait after the loop is no part of it, and what most tiles skip is not counted."""
     sass = Sass.read(LISTING)
     assert sass.waits_in_loop() == [1]
-    assert sass.epilogue() == len(["wait of the loop", "BRA", "wait", "BRA", "EXIT"])
+    assert sass.epilogue() == len(["wait of the loop", "BRA", "wait", "BRA", "BRA.DIV", "EXIT"])
     assert Sass.read(LISTING.replace("gsb0, 0x1", "gsb0, 0x0")).waits_in_loop() == [0]
