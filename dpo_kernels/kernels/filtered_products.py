@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dpo_kernels.kernels.launch import COMPILATION, on_device, precision, tma_ready
+from dpo_kernels.kernels.launch import COMPILATION, on_device, precision, table_config, tma_ready
 from dpo_kernels.kernels.logits_tile import dot, tile_position
-from dpo_kernels.kernels.tile_config import TileConfig, device_arch, tile_config
+from dpo_kernels.kernels.tile_config import TileConfig
 
 
 @triton.jit(do_not_specialize=["first_tile", "last_tile", "N"])
@@ -286,8 +286,7 @@ def _launch(
     assert operand.shape[1] == 1 or operand.stride(1) == 1, "the kernels read rows of contiguous elements"
     D, V = operand.shape[1], grad_NV.shape[1]
     aligned = tma_ready(grad_NV) and tma_ready(operand)
-    arch = device_arch(grad_NV.device)
-    config = config or tile_config(kernel, arch=arch, dtype=grad_NV.dtype, D=D, V=V, heavy=False, aligned=aligned)
+    config = config or table_config(kernel, grad_NV, D=D, V=V, heavy=False, aligned=aligned)
     assert lists.rows % config.block_n == 0 == lists.columns % config.block_v
     use_tma = config.tma and aligned
     grad: Any = grad_NV

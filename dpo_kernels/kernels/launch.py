@@ -99,12 +99,7 @@ class TileLaunch:
         assert hidden_ND.dtype == weight_VD.dtype
         assert D == 1 or hidden_ND.stride(1) == weight_VD.stride(1) == 1, "the kernels read rows of contiguous elements"
         aligned = tma_ready(hidden_ND) and tma_ready(weight_VD)
-        arch = device_arch(hidden_ND.device)
-        find = functools.partial(tile_config, kernel, arch=arch, dtype=hidden_ND.dtype, D=D, V=V, heavy=heavy)
-        self.config = config or find(aligned=aligned)
-        if config is None and not self.config.tma and D % 16:
-            # The mask of the last features makes pointers load elements one by one, as from rows that are not aligned.
-            self.config = find(aligned=False)
+        self.config = config or table_config(kernel, hidden_ND, D=D, V=V, heavy=heavy, aligned=aligned)
         self.num_programs = triton.cdiv(N, self.config.block_n) * triton.cdiv(V, self.config.block_v)
         self.strides = (hidden_ND.stride(0), weight_VD.stride(0))
         use_tma = self.config.tma and aligned
@@ -127,6 +122,17 @@ class TileLaunch:
             "num_stages": self.config.num_stages,
             **COMPILATION,
         }
+
+
+def table_config(kernel: str, operand: torch.Tensor, *, D: int, V: int, heavy: bool, aligned: bool) -> TileConfig:
+    """What the tables have for a launch over such operands."""
+    arch = device_arch(operand.device)
+    find = functools.partial(tile_config, kernel, arch=arch, dtype=operand.dtype, D=D, V=V, heavy=heavy)
+    config = find(aligned=aligned)
+    if not config.tma and D % 16:
+        # The mask of the last features makes pointers load elements one by one, as from rows that are not aligned.
+        return find(aligned=False)
+    return config
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

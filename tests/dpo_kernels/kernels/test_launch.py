@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 
 from dpo_kernels import dispatch
 from dpo_kernels.chunks import operand_dtype
-from dpo_kernels.kernels import launch
+from dpo_kernels.kernels import filtered_products, launch
+from dpo_kernels.kernels.filtered_products import TileLists
 from dpo_kernels.kernels.launch import obstacle
 from dpo_kernels.kernels.tile_config import tile_config
 from dpo_kernels.linear_logps.triton_tiles import full_waves
@@ -80,13 +81,19 @@ class OnCuda:
 @pytest.mark.parametrize(("arch", "D", "aligned"), [
     ("sm_80", 4096, True), ("sm_80", 4112, True), ("sm_80", 4104, False), ("sm_80", 4095, False), ("sm_90", 4104, True),
 ])  # fmt: skip
-def test_pointers_load_whole_vectors_of_multiples_of_16_alone(monkeypatch, arch, D, aligned):
+@pytest.mark.parametrize("kernel", ["slice_grad", "filtered_dx", "filtered_dw"])
+def test_pointers_load_whole_vectors_of_multiples_of_16_alone(monkeypatch, kernel, arch, D, aligned):
     """Under the mask that other D need, elements are loaded one by one; wide tiles would spill registers over it."""
     monkeypatch.setattr(launch, "device_arch", lambda device: arch)
     hidden, weight = (torch.empty(rows, D, dtype=torch.bfloat16, device="meta") for rows in (8, 512))
-    found = launch.TileLaunch("slice_grad", hidden, weight, heavy=False).config
     expected = {"arch": arch, "dtype": torch.bfloat16, "D": D, "V": 512, "heavy": False, "aligned": aligned}
-    assert found == tile_config("slice_grad", **expected)
+    if kernel == "slice_grad":
+        found = launch.TileLaunch(kernel, hidden, weight, heavy=False).config
+    else:
+        lists = TileLists.make(torch.empty(1, 4, dtype=torch.bool, device="meta"), rows=128, columns=128)
+        grad, operand = hidden.new_empty(8, 512), weight if kernel == "filtered_dx" else hidden
+        found, *_ = filtered_products._launch(kernel, grad, operand, "block_v", lists, None)
+    assert found == tile_config(kernel, **expected)
 
 
 @pytest.mark.parametrize(

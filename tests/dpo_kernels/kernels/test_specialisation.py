@@ -16,7 +16,7 @@ pytest.importorskip("triton.backends.nvidia.compiler")
 import triton
 from triton.runtime.jit import JITFunction
 
-from dpo_kernels.kernels import filtered_products, launch, offline, tile_logps
+from dpo_kernels.kernels import launch, offline, tile_logps
 from dpo_kernels.linear_dpo import triton_pairs
 from dpo_kernels.linear_logps import tile_filter, triton_tiles
 from dpo_kernels.linear_logps.stats import STATS
@@ -42,8 +42,7 @@ def keys(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
     # A device of its own: kernels that other tests compiled would not ask for a compilation.
     monkeypatch.setattr(offline._OfflineDriver, "get_current_device", lambda self: "noted")
-    for module in (launch, filtered_products):
-        monkeypatch.setattr(module, "device_arch", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "device_arch", lambda device: "sm_90")
     # Several chunks, blocks of rows and slices at the size of a test.
     monkeypatch.setattr(triton_pairs, "WORKSPACE_BYTES", 4 * 2**20)
     monkeypatch.setattr(triton_tiles, "SLICE_BYTES", 2**19)

@@ -57,6 +57,14 @@ def test_the_users_table_goes_first_inside_its_bounds(table):
     assert vars(tables.tile_config("slice_grad", **PROBLEM)) != CONFIG
 
 
+@pytest.mark.parametrize("arch", ["default", *tables.shipped_archs()])
+def test_shipped_tables_have_tiles_for_rows_that_are_not_aligned(arch):
+    """First, as an entry without a bound would be compiled for aligned rows alone before it is shipped."""
+    for kernel, by_dtype in tables.table_entries(arch).items():
+        for dtype, entries in by_dtype.items():
+            assert entries[0][0] == {"aligned": False}, (kernel, dtype)
+
+
 def test_where_the_users_table_is(table, tmp_path, monkeypatch):
     path = table(TABLE)
     assert tables.user_table_path() == path

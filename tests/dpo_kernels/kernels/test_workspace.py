@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia.compiler")
 
 from benchmarks.shapes import GPU_BENCHMARK
-from dpo_kernels.kernels import filtered_products, frozen_head, launch
+from dpo_kernels.kernels import frozen_head, launch
 from dpo_kernels.kernels.offline import compiling_for
 from dpo_kernels.linear_dpo import triton_pairs
 from dpo_kernels.linear_logps import tile_filter, triton_tiles
@@ -140,7 +140,6 @@ def extra_bytes_of_log_probs(
     """As `extra_bytes`. Products of half operands with float32 results need no copy on a GPU, and are left out here."""
     T, D, V = shape
     monkeypatch.setattr(launch, "device_arch", lambda device: "sm_90")
-    monkeypatch.setattr(filtered_products, "device_arch", lambda device: "sm_90")
     for module in (triton_tiles, frozen_head):
         monkeypatch.setattr(module, "add_product_", lambda *products, **options: None)
     hidden, weight = meta(T, D, dtype=dtype), meta(V, D, dtype=dtype)
