@@ -155,7 +155,8 @@ def _tile_launch(
     N, D, V = shape
 
     def launch() -> None:
-        features = _features(D, config, unaligned)
+        # Loads by pointers take other D than multiples of 16 one by one, as they do rows that are not aligned.
+        features = D - 1 if unaligned else D if config.tma else D // 16 * 16
         hidden, weight = _meta(N, features, dtype=dtype), _meta(V, features, dtype=dtype)
         labels, row = _meta(N, dtype=torch.int64), _meta(N)
         bias_V = _meta(V, dtype=dtype) if bias else None
@@ -176,11 +177,6 @@ def _tile_launch(
     return launch
 
 
-def _features(D: int, config: TileConfig, unaligned: bool) -> int:
-    """Loads by pointers take other D than multiples of 16 one by one, as they do rows that are not aligned."""
-    return D - 1 if unaligned else D if config.tma else D // 16 * 16
-
-
 def _tile_lists(shape: Shape = TABLE_SHAPE) -> filtered_products.TileLists:
     N, _, V = shape
     kept = _meta(-(-N // 128), -(-V // 128), dtype=torch.bool)
@@ -194,7 +190,7 @@ def _product_launch(
     N, D, V = shape
 
     def launch() -> None:
-        features = _features(D, config, unaligned)
+        features = D - 1 if unaligned else D // 16 * 16
         hidden, weight = _meta(N, features, dtype=dtype), _meta(V, features, dtype=dtype)
         grad, lists = tile_logps.empty_exps(hidden, V)[:N, :V], _tile_lists(shape)
         if kernel == "filtered_dx":

@@ -285,7 +285,8 @@ def _launch(
     assert grad_NV.dtype == operand.dtype
     assert operand.shape[1] == 1 or operand.stride(1) == 1, "the kernels read rows of contiguous elements"
     D, V = operand.shape[1], grad_NV.shape[1]
-    aligned = tma_ready(grad_NV) and tma_ready(operand)
+    # Results are stored under a mask of features, which takes other D than multiples of 16 one by one.
+    aligned = tma_ready(grad_NV) and tma_ready(operand) and D % 16 == 0
     config = config or table_config(kernel, grad_NV, D=D, V=V, heavy=False, aligned=aligned)
     assert lists.rows % config.block_n == 0 == lists.columns % config.block_v
     use_tma = config.tma and aligned
