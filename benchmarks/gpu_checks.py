@@ -23,8 +23,8 @@ from torch import Tensor
 
 from benchmarks.gpu_table import Check, Context
 from dpo_kernels import LOSS_TYPES, linear_dpo_loss, linear_logps, preference_loss
+from dpo_kernels.head import Head
 from dpo_kernels.kernels.frozen_head import frozen_head
-from dpo_kernels.kernels.launch import HeadOptions
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
 from dpo_kernels.kernels.tile_logps import empty_exps, linear_stats
@@ -150,7 +150,8 @@ def nats(found: Tensor, exact: Tensor) -> float:
 def _stats_error(device, dtype, shape, option) -> float:
     bias, options = split(option)
     inputs = make_inputs(device, dtype, shape, bias=bias)
-    found = linear_stats(*inputs[:3], options=HeadOptions(bias_V=inputs.bias, **options), ignore_index=IGNORED)
+    head = Head(inputs.weight, inputs.bias, **options)
+    found = linear_stats(inputs.hidden, head, inputs.labels, ignore_index=IGNORED)
     return nats(found.logps_N, plain_logps(inputs.raised(), **options))
 
 
@@ -165,10 +166,10 @@ def _softmax_grad_error(device, dtype, shape, option) -> float:
     bias, options = split(option)
     inputs = make_inputs(device, dtype, shape, bias=bias)
     upstream = torch.randn(shape[0], device=device)
-    head = HeadOptions(bias_V=inputs.bias, **options)
+    head = Head(inputs.weight, inputs.bias, **options)
     exps = empty_exps(inputs.hidden, shape[2]).fill_(float("nan"))
-    stats = linear_stats(*inputs[:3], options=head, ignore_index=IGNORED, exps=exps)
-    found = softmax_grad_(exps, upstream, inputs.labels, stats, V=shape[2], ignore_index=IGNORED, options=head)
+    stats = linear_stats(inputs.hidden, head, inputs.labels, ignore_index=IGNORED, exps=exps)
+    found = softmax_grad_(exps, upstream, head, inputs.labels, stats, ignore_index=IGNORED)
     return multiple(found, *(plain_slope(i, upstream, options) for i in (inputs, inputs.raised())))
 
 
@@ -183,14 +184,13 @@ def _slice_grad_error(device, dtype, shape, option) -> float:
     found = empty_exps(inputs.hidden, width).fill_(float("nan"))
     slice_grad(
         inputs.hidden,
-        inputs.weight[columns],
+        Head(inputs.weight, inputs.bias, **options).columns(columns),
         inputs.labels,
         lse,
         upstream,
         found,
         first_col=columns.start,
         ignore_index=IGNORED,
-        options=HeadOptions(bias_V=inputs.bias, **options).columns(columns.start, columns.stop),
     )
     got = found[: shape[0], :width]
     return multiple(got, *(plain_slope(i, upstream, options)[:, columns] for i in (inputs, exact)))
@@ -199,10 +199,10 @@ def _slice_grad_error(device, dtype, shape, option) -> float:
 def _frozen_head_error(device, dtype, shape, option) -> float:
     bias, options = split(option)
     inputs = make_inputs(device, dtype, shape, bias=bias)
-    head = HeadOptions(bias_V=inputs.bias, **options)
+    head = Head(inputs.weight, inputs.bias, **options)
     # A third of the vocabulary at a time: shifts that change between slices are what can go wrong.
     width = max(1, -(-shape[2] // 3))
-    found = frozen_head(*inputs[:3], slice_columns=width, options=head, ignore_index=IGNORED)
+    found = frozen_head(inputs.hidden, head, inputs.labels, slice_columns=width, ignore_index=IGNORED)
     upstream = torch.ones(shape[0], device=device)
     plain, exact = (plain_slope(i, upstream, options) @ i.weight for i in (inputs, inputs.raised()))
     return max(nats(found.logps_N, plain_logps(inputs.raised(), **options)), multiple(found.dx_ND, plain, exact))

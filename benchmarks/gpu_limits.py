@@ -25,7 +25,7 @@ from benchmarks.gpu_checks import (
 )
 from benchmarks.gpu_table import Check, Context, SkippedError
 from dpo_kernels import LOSS_TYPES, linear_dpo_loss, linear_logps
-from dpo_kernels.kernels.launch import HeadOptions
+from dpo_kernels.head import Head
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
 from dpo_kernels.kernels.tile_logps import empty_exps, linear_stats
 from dpo_kernels.linear_logps.stats import STATS
@@ -194,8 +194,9 @@ def _large_exps_error(context: Context, size: int) -> float:
     inputs = make_inputs(device, torch.bfloat16, (N, D, V), bias=False)
     upstream = torch.randn(N, device=device)
     exps = empty_exps(inputs.hidden, V)
-    stats = linear_stats(*inputs[:3], options=HeadOptions(), ignore_index=IGNORED, exps=exps)
-    found = softmax_grad_(exps, upstream, inputs.labels, stats, V=V, ignore_index=IGNORED, options=HeadOptions())
+    head = Head(inputs.weight)
+    stats = linear_stats(inputs.hidden, head, inputs.labels, ignore_index=IGNORED, exps=exps)
+    found = softmax_grad_(exps, upstream, head, inputs.labels, stats, ignore_index=IGNORED)
     rows = slice(max(0, N - 64), N)
     last = Inputs(inputs.hidden[rows], inputs.weight, inputs.labels[rows], None)
     return multiple(found[rows], *(plain_slope(i, upstream[rows], {}) for i in (last, last.raised())))

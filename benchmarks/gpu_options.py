@@ -31,6 +31,7 @@ from benchmarks.gpu_checks import (
 )
 from benchmarks.gpu_table import Check, Context
 from dpo_kernels import linear_logps, linear_logps_vocab_parallel
+from dpo_kernels.head import Head
 from dpo_kernels.linear_logps import reference
 from dpo_kernels.linear_logps.ops import linear_logps_op
 from dpo_kernels.linear_logps.stats import STATS
@@ -62,7 +63,7 @@ def _stats_error(device, dtype, shape, option, *, frozen: bool) -> float:
     weight = inputs.weight.clone().requires_grad_(not frozen)
     out = linear_logps(hidden, weight, inputs.labels, bias=inputs.bias, stats=STATS, impl="triton", **options)
     exact = inputs.raised()
-    logits = reference.logits(exact.hidden, exact.weight, exact.bias, **options)
+    logits = reference.logits(exact.hidden, Head(exact.weight, exact.bias, **options))
     expected = reference.token_stats(logits, inputs.labels, IGNORED, STATS)
     errors = [nats(out.stats[name], expected[k]) for k, name in enumerate(STATS) if name != "is_top1"]
     top = logits.topk(2, dim=1).values
@@ -85,7 +86,7 @@ def _filter_error(device, dtype, shape, option) -> float:
         return [slope @ i.weight, slope.T @ i.hidden, *([] if i.bias is None else [slope.sum(0)])]
 
     exact = inputs.raised()
-    logits = reference.logits(exact.hidden, exact.weight, exact.bias, **options)
+    logits = reference.logits(exact.hidden, Head(exact.weight, exact.bias, **options))
     lost = logits.softmax(1).masked_fill(kept_NV, 0).sum(1)[inputs.labels != IGNORED]
     # Masses are sums of fp32 exponentials.
     if not bool((lost <= FILTER_MASS + 1e-3).all()):

@@ -22,6 +22,7 @@ import torch
 import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
+from dpo_kernels.head import Head
 from dpo_kernels.kernels import (
     filtered_products,
     frozen_head,
@@ -31,7 +32,6 @@ from dpo_kernels.kernels import (
     tile_logps,
     tile_mass,
 )
-from dpo_kernels.kernels.launch import HeadOptions
 from dpo_kernels.kernels.offline import SHARED_MEMORY, Resources, compiling_for, inspect_kernel
 from dpo_kernels.kernels.tile_config import TileConfig, shipped_archs, table_entries
 
@@ -160,18 +160,16 @@ def _tile_launch(
         hidden, weight = _meta(N, features, dtype=dtype), _meta(V, features, dtype=dtype)
         labels, row = _meta(N, dtype=torch.int64), _meta(N)
         bias_V = _meta(V, dtype=dtype) if bias else None
-        options = HeadOptions(
-            bias_V=bias_V, softcap=30.0 if softcap else None, temperature=0.7 if scale or softcap else 1.0
-        )
-        common: dict[str, Any] = {"first_col": 0, "options": options, "config": config}
+        head = Head(weight, bias_V, softcap=30.0 if softcap else None, temperature=0.7 if scale or softcap else 1.0)
+        common: dict[str, Any] = {"first_col": 0, "config": config}
         if kernel in ("slice_grad", "filtered_grad"):
             out, lse = tile_logps.empty_exps(hidden, V), _meta(N, dtype=torch.float64)
             lists = _tile_lists(shape) if kernel == "filtered_grad" else None
-            slice_grad.slice_grad(hidden, weight, labels, lse, row, out, ignore_index=-100, lists=lists, **common)
+            slice_grad.slice_grad(hidden, head, labels, lse, row, out, ignore_index=-100, lists=lists, **common)
             return
         exps = tile_logps.empty_exps(hidden, V) if kernel == "linear_exps" else None
         tile_logps.tile_stats(
-            hidden, weight, labels, row, exps=exps, row_shift_N=row if shift else None, token_stats=stats, **common
+            hidden, head, labels, row, exps=exps, row_shift_N=row if shift else None, token_stats=stats, **common
         )
 
     return launch
@@ -222,9 +220,8 @@ def _softmax_grad_launch(dtype: torch.dtype) -> Callable[[], Any]:
     def launch() -> None:
         row, labels = _meta(N), _meta(N, dtype=torch.int64)
         stats = tile_logps.LinearStats(row, _meta(N, dtype=torch.float64), row, _meta(-(-V // 128), N), 128)
-        softmax_grad.softmax_grad_(
-            _meta(N, V, dtype=dtype), row, labels, stats, V=V, ignore_index=-100, options=HeadOptions(softcap=30.0)
-        )
+        head = Head(_meta(V, 64, dtype=dtype), softcap=30.0)
+        softmax_grad.softmax_grad_(_meta(N, V, dtype=dtype), row, head, labels, stats, ignore_index=-100)
 
     return launch
 
@@ -236,10 +233,9 @@ def _frozen_launch(dtype: torch.dtype) -> Callable[[], Any]:
         N = TABLE_SHAPE.N
         frozen_head.frozen_head(
             _meta(N, 64, dtype=dtype),
-            _meta(1024, 64, dtype=dtype),
+            Head(_meta(1024, 64, dtype=dtype), softcap=30.0),
             _meta(N, dtype=torch.int64),
             slice_columns=512,
-            options=HeadOptions(softcap=30.0),
             ignore_index=-100,
             token_stats=True,
             config=config,
@@ -256,7 +252,6 @@ def _pair_launch(name: str) -> Callable[[], Any]:
             names=(name,),
             weights=(1.0,),
             **options,
-            per_token_reward=False,
             ref_logps_S=_meta(2 * pairs),
             lengths_S=_meta(2 * pairs),
             mean_length=_meta(1),

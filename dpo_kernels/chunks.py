@@ -1,6 +1,6 @@
 """Blocks of a logits matrix in plain torch: what the ``torch`` implementations of both ops share.
 
-Legend: N rows, D features, V vocabulary, n rows of a block, v columns of a slice, C the accumulation dtype (float32, or
+Legend: T rows, D features, V vocabulary, n rows of a block, v columns of a slice, C the accumulation dtype (float32, or
 float64 for float64 inputs).
 
 Logits are only ever held for some rows or some columns, in C. Elementwise passes run over small blocks of rows of such
@@ -16,27 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_kernels.head import Head
+
 BUFFER_BYTES = 96 * 2**20
 """Size of the logits buffer."""
 CACHE_BYTES = 2**20
 """Size of a block of the elementwise passes."""
 CAST_BYTES = 8 * 2**20
 """Size of the block in which a weight is converted, where products need another dtype than the weight's."""
-
-
-class Head(NamedTuple):
-    """A linear head, and what turns its output a = x W^T + b into logits z."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-    logit_scale: float
-    temperature: float
-
-    @property
-    def slope(self) -> float:
-        """dz / da, but for the softcap's own factor."""
-        return self.logit_scale / self.temperature
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -114,23 +101,23 @@ def add_at_(matrix: Tensor, columns: Tensor, values: Tensor) -> None:
     matrix.scatter_(1, index, matrix.gather(1, index) + values.unsqueeze(1))
 
 
-def ignored_rows(labels_N: Tensor, ignore_index: int) -> Tensor | None:
+def ignored_rows(labels_T: Tensor, ignore_index: int) -> Tensor | None:
     """Mask of ignored rows; None where a look at the labels is cheap and finds none."""
-    ignored_N = labels_N == ignore_index
-    return ignored_N if labels_N.is_cuda or bool(ignored_N.any()) else None
+    ignored_T = labels_T == ignore_index
+    return ignored_T if labels_T.is_cuda or bool(ignored_T.any()) else None
 
 
-def kept_rows(ignored_N: Tensor | None) -> Tensor | None:
-    """Indices of rows that count, to drop the others before any product; None to keep all, as on a GPU, where the
+def used_rows(ignored_T: Tensor | None) -> Tensor | None:
+    """Indices of rows that count, to drop the others before any product; None to use all, as on a GPU, where the
     number of rows would have to be waited for."""
-    return None if ignored_N is None or ignored_N.is_cuda else (~ignored_N).nonzero().squeeze(1)
+    return None if ignored_T is None or ignored_T.is_cuda else (~ignored_T).nonzero().squeeze(1)
 
 
-def spread_rows(rows: Tensor, kept: Tensor | None, num_rows: int) -> Tensor:
-    """Undo ``tensor[kept]``, with zeros for what was dropped."""
-    if kept is None:
+def spread_rows(rows: Tensor, used: Tensor | None, num_rows: int) -> Tensor:
+    """Undo ``tensor[used]``, with zeros for what was dropped."""
+    if used is None:
         return rows
-    return rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, kept, rows)
+    return rows.new_zeros(num_rows, *rows.shape[1:]).index_copy_(0, used, rows)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -162,10 +149,10 @@ def exact_products(device_type: str) -> Iterator[None]:
         yield
 
 
-def sum_responses(values_N: Tensor, lengths_S: Tensor) -> Tensor:
+def sum_responses(values_T: Tensor, lengths_S: Tensor) -> Tensor:
     """Sums of consecutive segments, in float64 and in a fixed order, rounded once. Lengths are trusted."""
-    sums = torch.segment_reduce(values_N.double(), "sum", lengths=lengths_S, unsafe=True, initial=0)
-    return sums.to(values_N.dtype)
+    sums = torch.segment_reduce(values_T.double(), "sum", lengths=lengths_S, unsafe=True, initial=0)
+    return sums.to(values_T.dtype)
 
 
 class Chunk(NamedTuple):
@@ -175,6 +162,10 @@ class Chunk(NamedTuple):
     num_pairs: int
     split: bool
     """True for a single pair that does not fit the buffer."""
+
+    def offsets(self, cu_responses: list[int]) -> list[int]:
+        """Where the responses of these pairs begin among the rows of the call, and where the last one ends."""
+        return cu_responses[2 * self.first_pair : 2 * (self.first_pair + self.num_pairs) + 1]
 
 
 def plan_chunks(cu_responses: Sequence[int], max_rows: int, max_rows_of_pair: int) -> list[Chunk]:

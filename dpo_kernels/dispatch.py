@@ -21,9 +21,17 @@ from dpo_kernels.linear_logps.stats import STATS
 IMPLS = ("auto", "triton", "native", "torch", "reference")
 
 MODULES = {
-    "linear_logps": {"reference": "reference", "torch": "torch_chunks", "triton": "triton_tiles"},
-    "linear_dpo": {"reference": "reference", "torch": "torch_chunks", "triton": "triton_pairs"},
+    "linear_logps": {
+        "reference": "reference",
+        "torch": "torch_chunks",
+        "triton": "triton_tiles",
+        "native": "native",
+    },
+    "linear_dpo": {"reference": "reference", "torch": "torch_chunks", "triton": "triton_pairs", "native": "native"},
 }
+"""Files of implementations. Those of compiled code are not part of every build."""
+
+_MISSING = {"triton": "this build has no Triton kernels for {op}", "native": "the native extension is not built"}
 
 
 class Choice(NamedTuple):
@@ -52,21 +60,20 @@ def why_not(
     A ``filtered`` backward is asked of ``linear_logps``, ``losses`` of ``linear_dpo``, ``stats`` of tokens of both.
     Depends on the arguments, this install and the chip alone.
     """
-    if impl == "native":
-        return "the native extension is not built"
     if impl == "torch" and filtered and device.type == "cuda":
         return "leaving out products in torch would wait for the GPU"
-    if impl != "triton":
-        return None
-    if importlib.util.find_spec("triton") is None:
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if importlib.util.find_spec(f"dpo_kernels.{op}.{MODULES[op]['triton']}") is None:
-        return f"this build has no Triton kernels for {op}"
+    if importlib.util.find_spec(f"dpo_kernels.{op}.{MODULES[op][impl]}") is None:
+        return _MISSING[impl].format(op=op)
+    module = _load(op, impl)
     for kind, attribute, names in (("statistics", "STATS", stats), ("losses", "LOSSES", losses)):
-        missing = [name for name in names if name not in getattr(_load(op, "triton"), attribute)]
+        missing = [name for name in names if name not in getattr(module, attribute, names)]
         if missing:
             return f"no kernel computes the {kind} {', '.join(missing)}"
-    return _load(op, "triton").why_not(device, dtype)
+    if filtered and not hasattr(module, "FILTER_ROWS"):
+        return "it has no filtered backward"
+    return module.why_not(device, dtype) if hasattr(module, "why_not") else None
 
 
 def choose(

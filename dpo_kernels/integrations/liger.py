@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels.chunks import to_device
+from dpo_kernels.head import Head
 from dpo_kernels.integrations.versions import require_series
 from dpo_kernels.linear_dpo.api import linear_dpo_loss
 from dpo_kernels.linear_dpo.ops import response_sums
-from dpo_kernels.linear_logps.api import autocast_head, linear_logps
+from dpo_kernels.linear_logps.api import linear_logps
 from dpo_kernels.losses import LossOptions, check_options
 from dpo_kernels.preference import preference_loss
 
@@ -217,9 +218,9 @@ def _rows(hidden_BLD: Tensor, rows_N: Tensor) -> Tensor:
 @torch.no_grad()
 def _mean_logits(hidden_BLD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean of x W^T + b over each half of the batch and the vocabulary. Means commute with products: none is needed."""
-    hidden, weight, bias = autocast_head(hidden_BLD, weight_VD, bias_V)
+    hidden, head = Head(weight_VD, bias_V).autocast(hidden_BLD)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    mean_D = weight.mean(0, dtype=dtype)
-    shift = 0 if bias is None else bias.mean(dtype=dtype)
+    mean_D = head.weight_VD.mean(0, dtype=dtype)
+    shift = 0 if head.bias_V is None else head.bias_V.mean(dtype=dtype)
     chosen, rejected = (torch.dot(half.mean((0, 1), dtype=dtype), mean_D) + shift for half in hidden.chunk(2))
     return chosen, rejected

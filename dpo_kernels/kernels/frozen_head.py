@@ -14,11 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.launch import COMPILATION, HeadOptions, on_device
+from dpo_kernels.head import Head
+from dpo_kernels.kernels.launch import COMPILATION, final_scalars, on_device
 from dpo_kernels.kernels.logits_tile import linear_slope, logits_slope, one_minus_exp
 from dpo_kernels.kernels.products import add_product_
+from dpo_kernels.kernels.row_state import RowState, TileStats, finish_stats, merge_stats
 from dpo_kernels.kernels.tile_config import TileConfig
-from dpo_kernels.kernels.tile_logps import RowState, TileStats, empty_exps, finish_stats, merge_stats, tile_stats
+from dpo_kernels.kernels.tile_logps import empty_exps, tile_stats
 from dpo_kernels.kernels.token_stats import finish_token_stats
 
 ROWS = 4
@@ -135,11 +137,10 @@ class FrozenHead(NamedTuple):
 
 def frozen_head(
     hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
+    head: Head,
     labels_N: torch.Tensor,
     *,
     slice_columns: int,
-    options: HeadOptions,
     ignore_index: int,
     token_stats: bool = False,
     config: TileConfig | None = None,
@@ -148,20 +149,18 @@ def frozen_head(
 
     Workspace: one slice with the partials of its tiles, and N x D in fp32.
     """
-    N, D = hidden_ND.shape
-    V = weight_VD.shape[0]
+    (N, D), V = hidden_ND.shape, head.weight_VD.shape[0]
     exps = empty_exps(hidden_ND, min(V, slice_columns))
     acc_ND = torch.empty(N, D, dtype=torch.float32, device=hidden_ND.device)
     state = RowState.empty(hidden_ND, token_stats=token_stats)
     for start in range(0, V, slice_columns):
-        weight_vD = weight_VD[start : start + slice_columns]
+        part = head.columns(slice(start, start + slice_columns))
         first = start == 0
         stats = tile_stats(
             hidden_ND,
-            weight_vD,
+            part,
             labels_N,
             state.label_logit_N,
-            options=options.columns(start, start + slice_columns),
             first_col=start,
             exps=exps,
             row_shift_N=None if first else state.shift_N,
@@ -170,7 +169,7 @@ def frozen_head(
         )
         old_shift_N = state.shift_N.clone()
         merge_stats(stats, state, first=first)
-        _align_exps(exps, stats, state.shift_N, weight_vD.shape[0])
+        _align_exps(exps, stats, state.shift_N, part.weight_VD.shape[0])
         if not first:
             with on_device(acc_ND.device):
                 rescale_rows_kernel[(triton.cdiv(N, ROWS),)](
@@ -178,7 +177,7 @@ def frozen_head(
                 )
         # Given back before the next ones are asked for.
         del stats
-        add_product_(acc_ND, exps[:N, : weight_vD.shape[0]], weight_vD, first=first)
+        add_product_(acc_ND, exps[:N, : part.weight_VD.shape[0]], part.weight_VD, first=first)
     none_left = TileStats(acc_ND.new_empty(0, N), acc_ND.new_empty(0, N), width=0)
     logps_N, lse_N = finish_stats(none_left, state, labels_N, V=V, ignore_index=ignore_index, first=False)
     token_stats_KN = None
@@ -189,7 +188,7 @@ def frozen_head(
     with on_device(acc_ND.device):
         finish_dx_kernel[(triton.cdiv(N, ROWS),)](
             acc_ND,
-            weight_VD,
+            head.weight_VD,
             dx_ND,
             labels_N,
             state.label_logit_N,
@@ -197,13 +196,13 @@ def frozen_head(
             lse_N,
             state.shift_N,
             acc_ND.stride(0),
-            weight_VD.stride(0),
+            head.weight_VD.stride(0),
             dx_ND.stride(0),
             ignore_index,
             N,
             V,
             D,
-            **options.scalars(),
+            **final_scalars(head),
             BLOCK_N=ROWS,
             BLOCK_D=512,
             **COMPILATION,

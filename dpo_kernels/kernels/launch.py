@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dpo_kernels.head import Head
 from dpo_kernels.kernels.tile_config import MAX_BLOCK, TileConfig, device_arch, tile_config
 
 INTERPRETING = bool(triton.knobs.runtime.interpret)
@@ -50,32 +50,20 @@ def _chip_obstacle(device: torch.device) -> str | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadOptions:
-    """How a product becomes the logit of the softmax: softcap(scale * (product + bias)) / temperature."""
+def final_scalars(head: Head) -> dict[str, Any]:
+    """What a kernel needs that meets final logits."""
+    return {
+        "logit_scale": head.logit_scale,
+        "softcap": 1.0 if head.softcap is None else head.softcap,
+        "temperature": head.temperature,
+        "HAS_SOFTCAP": head.softcap is not None,
+    }
 
-    bias_V: torch.Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
 
-    def scalars(self) -> dict[str, Any]:
-        """What a kernel needs that meets final logits."""
-        return {
-            "logit_scale": self.logit_scale,
-            "softcap": 1.0 if self.softcap is None else self.softcap,
-            "temperature": self.temperature,
-            "HAS_SOFTCAP": self.softcap is not None,
-        }
-
-    def kernel_arguments(self) -> dict[str, Any]:
-        """What a kernel needs that forms logits from products."""
-        has_scale = self.logit_scale != 1.0 or self.temperature != 1.0
-        return {**self.scalars(), "HAS_SCALE": has_scale, "HAS_BIAS": self.bias_V is not None}
-
-    def columns(self, start: int, stop: int) -> HeadOptions:
-        """The same options for a slice of the vocabulary."""
-        return self if self.bias_V is None else replace(self, bias_V=self.bias_V[start:stop])
+def epilogue_arguments(head: Head) -> dict[str, Any]:
+    """What a kernel needs that forms logits from products."""
+    has_scale = head.logit_scale != 1.0 or head.temperature != 1.0
+    return {**final_scalars(head), "HAS_SCALE": has_scale, "HAS_BIAS": head.bias_V is not None}
 
 
 class TileLaunch:

@@ -1,4 +1,4 @@
-"""Paired losses in one launch: response sums, loss, rewards, and the slope of each response spread over its rows.
+"""Paired losses in one launch: response sums, loss, and the slope of each response spread over its rows.
 
 Legend: N rows, P pairs, S = 2 P responses in order chosen_0, rejected_0, chosen_1, ...
 One program a pair. Formulas and their sources are in `dpo_kernels.losses`, the definition that tests compare these
@@ -173,7 +173,6 @@ def _spread(grad_ptr, value, start, stop, BLOCK: tl.constexpr, ADD: tl.constexpr
         "scale_ptr",
         "losses_ptr",
         "sums_ptr",
-        "rewards_ptr",
         "slopes_ptr",
         "grad_ptr",
         "first_row",
@@ -188,7 +187,6 @@ def paired_loss_kernel(
     scale_ptr,
     losses_ptr,
     sums_ptr,
-    rewards_ptr,
     slopes_ptr,
     grad_ptr,
     first_row,
@@ -202,7 +200,6 @@ def paired_loss_kernel(
     log_flipped,
     LOSS: tl.constexpr,
     FORM: tl.constexpr,
-    PER_TOKEN_REWARD: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -259,10 +256,6 @@ def paired_loss_kernel(
     tl.store(slopes_ptr + 2 * pair + 1, rejected_slope)
     tl.store(sums_ptr + 2 * pair, chosen)
     tl.store(sums_ptr + 2 * pair + 1, rejected)
-    if PER_TOKEN_REWARD:
-        chosen_reward, rejected_reward = beta * (chosen / chosen_length), beta * (rejected / rejected_length)
-    tl.store(rewards_ptr + 2 * pair, chosen_reward)
-    tl.store(rewards_ptr + 2 * pair + 1, rejected_reward)
 
 
 class PairTerms(NamedTuple):
@@ -275,7 +268,6 @@ class PairTerms(NamedTuple):
     discopop_tau: float
     simpo_gamma: float
     cpo_alpha: float
-    per_token_reward: bool
     ref_logps_S: torch.Tensor | None
     lengths_S: torch.Tensor | None
     mean_length: torch.Tensor | None
@@ -289,7 +281,6 @@ class PairTerms(NamedTuple):
 class PairScores(NamedTuple):
     losses_P: torch.Tensor
     logps_S: torch.Tensor
-    rewards_S: torch.Tensor
     slopes_S: torch.Tensor
     """d (reduced loss) / d logps."""
     grad_N: torch.Tensor
@@ -304,7 +295,7 @@ def launch_pairs(
     assert not unknown, f"no kernel for {unknown}"
     device = logps_N.device
     losses_P = torch.empty(num_pairs, dtype=torch.float32, device=device)
-    sums_S, rewards_S, slopes_S = torch.empty(3, 2 * num_pairs, dtype=torch.float32, device=device)
+    sums_S, slopes_S = torch.empty(2, 2 * num_pairs, dtype=torch.float32, device=device)
     grad_N = torch.empty_like(logps_N)
     responses = slice(2 * first_pair, 2 * (first_pair + num_pairs))
     # The exclusive-optimum loss is infinite without smoothing; its table entry takes 1e-3 instead.
@@ -320,7 +311,6 @@ def launch_pairs(
                 terms.scale_P[first_pair:],
                 losses_P,
                 sums_S,
-                rewards_S,
                 slopes_S,
                 grad_N,
                 first_row,
@@ -334,13 +324,12 @@ def launch_pairs(
                 math.log(epsilon),
                 LOSS=name,
                 FORM=_form(name),
-                PER_TOKEN_REWARD=terms.per_token_reward,
                 ADD=position > 0,
                 BLOCK=1024,
                 num_warps=4,
                 **COMPILATION,
             )
-    return PairScores(losses_P, sums_S, rewards_S, slopes_S, grad_N)
+    return PairScores(losses_P, sums_S, slopes_S, grad_N)
 
 
 def _form(name: str) -> str:

@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from dpo_kernels.head import Head
 from dpo_kernels.kernels.filtered_products import TileLists
-from dpo_kernels.kernels.launch import HeadOptions, TileLaunch, on_device
+from dpo_kernels.kernels.launch import TileLaunch, epilogue_arguments, on_device
 from dpo_kernels.kernels.logits_tile import (
     LOG2_E,
     bias_tile,
@@ -123,7 +124,7 @@ def slice_grad_kernel(
 
 def slice_grad(
     hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
+    head: Head,
     labels_N: torch.Tensor,
     lse_N: torch.Tensor,
     grad_N: torch.Tensor,
@@ -131,20 +132,18 @@ def slice_grad(
     *,
     first_col: int,
     ignore_index: int,
-    options: HeadOptions,
     lists: TileLists | None = None,
     config: TileConfig | None = None,
 ) -> None:
-    """Fill out_NV with d(sum grad * logps)/dbiased for the slice weight_VD that begins at column `first_col`.
+    """Fill out_NV with d(sum grad * logps)/dbiased for a slice of the vocabulary that begins at column `first_col`.
 
     out_NV is a buffer of whole tiles (`empty_exps`), whose first N rows and V columns count; columns of the last tile
-    past V get 0. lse_N is fp64 (or fp32), grad_N fp32; options.bias_V is the slice's own. Ignored rows get exactly 0.
+    past V get 0. lse_N is fp64 (or fp32), grad_N fp32; `head` is the slice's own. Ignored rows get exactly 0.
     With `lists` only tiles that these keep are computed and written.
     """
-    N, D = hidden_ND.shape
-    V = weight_VD.shape[0]
+    (N, D), V = hidden_ND.shape, head.weight_VD.shape[0]
     kernel = "slice_grad" if lists is None else "filtered_grad"
-    tile = TileLaunch(kernel, hidden_ND, weight_VD, heavy=options.softcap is not None, config=config)
+    tile = TileLaunch(kernel, hidden_ND, head.weight_VD, heavy=head.softcap is not None, config=config)
     num_programs = tile.num_programs
     check_whole_tiles(out_NV, tile.config, N, V)
     if lists is not None:
@@ -155,7 +154,7 @@ def slice_grad(
         slice_grad_kernel[(num_programs,)](
             tile.hidden,
             tile.weight,
-            options.bias_V,
+            head.bias_V,
             labels_N,
             lse_N,
             grad_N,
@@ -169,7 +168,7 @@ def slice_grad(
             N,
             V,
             D,
-            **options.kernel_arguments(),
+            **epilogue_arguments(head),
             FILTERED=lists is not None,
             FILTER_ROWS=1 if lists is None else lists.rows,
             FILTER_COLUMNS=1 if lists is None else lists.columns,

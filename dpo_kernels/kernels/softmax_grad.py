@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.launch import COMPILATION, HeadOptions, on_device
+from dpo_kernels.head import Head
+from dpo_kernels.kernels.launch import COMPILATION, final_scalars, on_device
 from dpo_kernels.kernels.logits_tile import linear_slope, logits_slope, one_minus_exp
 from dpo_kernels.kernels.tile_logps import LinearStats
 
@@ -72,18 +73,17 @@ def softmax_grad_kernel(
 def softmax_grad_(
     exps: torch.Tensor,
     grad_N: torch.Tensor,
+    head: Head,
     labels_N: torch.Tensor,
     stats: LinearStats,
     *,
-    V: int,
     ignore_index: int,
-    options: HeadOptions,
 ) -> torch.Tensor:
     """Overwrite `exps` with d(sum grad * logps)/dbiased and return its [N, V] part; exactly 0 on ignored rows.
 
     grad_N is fp32, the upstream gradient of each row's log-prob; `stats` come from the call that filled `exps`.
     """
-    N = labels_N.shape[0]
+    N, V = labels_N.shape[0], head.weight_VD.shape[0]
     num_tiles = triton.cdiv(V, stats.width)
     block_n, block_t = 8, 512 // stats.width
     with on_device(exps.device):
@@ -100,7 +100,7 @@ def softmax_grad_(
             V,
             num_tiles,
             ignore_index,
-            **options.scalars(),
+            **final_scalars(head),
             WIDTH=stats.width,
             BLOCK_N=block_n,
             BLOCK_T=block_t,

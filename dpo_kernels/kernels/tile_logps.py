@@ -4,7 +4,7 @@ Legend: N rows, D hidden size, V vocabulary (or a slice of it), T column tiles.
 1. linear_stats_fwd_kernel: logits tile -> per row a shift, the sum of exp(z - shift), and the label's logit. On request
    also exp(z - shift) itself, times the softcap's part of dz/dbiased: the raw material of every gradient. The rest of
    dz/dbiased, one number, comes later: in float16 there is no room for it beside e^10.
-2. merge_stats_kernel: the T partials of a row -> log-sum-exp and log-prob, in a fixed order.
+2. `row_state`: the T partials of a row -> log-sum-exp and log-prob, in a fixed order.
 Sums leave the label out, so that 1 - p[label] keeps its accuracy when p[label] is near 1. Tiles share no state: no
 atomics, no locks, and two runs are bitwise equal.
 """
@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dpo_kernels.kernels.launch import COMPILATION, MAX_BLOCK, HeadOptions, TileLaunch, on_device
+from dpo_kernels.head import Head
+from dpo_kernels.kernels.launch import MAX_BLOCK, TileLaunch, epilogue_arguments, on_device
 from dpo_kernels.kernels.logits_tile import (
     bias_tile,
     cap_slope,
@@ -25,25 +26,16 @@ from dpo_kernels.kernels.logits_tile import (
     exp,
     final_logits,
     local_labels,
-    softplus,
     tile_position,
     tile_product,
 )
+from dpo_kernels.kernels.row_state import RowState, TileStats, finish_stats, merge_stats, merge_tokens
 from dpo_kernels.kernels.tile_config import TileConfig
 from dpo_kernels.kernels.tile_mass import tile_mass
-from dpo_kernels.kernels.token_stats import (
-    NUM_PARTIALS,
-    NUM_STATE,
-    finish_token_stats,
-    merge_token_stats,
-    write_partials,
-)
+from dpo_kernels.kernels.token_stats import NUM_PARTIALS, finish_token_stats, write_partials
 
 PARTIAL_BYTES = 128 * 2**20
 """Partials of rows and tiles that are held at a time: wider vocabularies, or more rows, are merged slice by slice."""
-
-MERGED_ROWS = 16
-"""Rows that one program merges: few, so that a thousand rows give work to half of a large GPU."""
 
 
 @triton.jit(
@@ -177,79 +169,6 @@ def tile_shift(z, row_shift, HAS_ROW_SHIFT: tl.constexpr, SHIFT_SLACK: tl.conste
     return shift
 
 
-@triton.jit(
-    do_not_specialize=[
-        "tile_shift_ptr",
-        "tile_sum_ptr",
-        "label_logit_ptr",
-        "labels_ptr",
-        "row_shift_ptr",
-        "row_sum_ptr",
-        "logps_ptr",
-        "lse_ptr",
-        "N",
-        "V",
-        "num_tiles",
-    ]
-)
-def merge_stats_kernel(
-    tile_shift_ptr,
-    tile_sum_ptr,
-    label_logit_ptr,
-    labels_ptr,
-    row_shift_ptr,
-    row_sum_ptr,
-    logps_ptr,
-    lse_ptr,
-    N,
-    V,
-    num_tiles,
-    ignore_index,
-    HAS_STATE: tl.constexpr,
-    FINISH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Without FINISH the merged shift and sum go back to row_shift and row_sum; HAS_STATE starts from them."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < N
-    row_shift = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    if HAS_STATE:
-        row_shift = tl.load(row_shift_ptr + rows, mask=row_mask, other=0.0)
-        row_sum = tl.load(row_sum_ptr + rows, mask=row_mask, other=1.0)
-    for start in range(0, num_tiles, BLOCK_T):
-        tiles = start + tl.arange(0, BLOCK_T)
-        mask = (tiles < num_tiles)[:, None] & row_mask[None, :]
-        partial = tiles.to(tl.int64)[:, None] * N + rows[None, :]
-        tile_shift = tl.load(tile_shift_ptr + partial, mask=mask, other=float("-inf"))
-        tile_sum = tl.load(tile_sum_ptr + partial, mask=mask, other=0.0)
-        new_shift = tl.maximum(row_shift, tl.max(tile_shift, axis=0))
-        finite = tl.where(new_shift == float("-inf"), 0.0, new_shift)
-        row_sum = row_sum * tl.exp(row_shift - finite)
-        row_sum += tl.sum(tile_sum * tl.exp(tile_shift - finite[None, :]), axis=0)
-        row_shift = new_shift
-
-    if FINISH:
-        labels = tl.load(labels_ptr + rows, mask=row_mask, other=ignore_index)
-        in_vocab = (labels >= 0) & (labels < V)
-        # The logit of a label outside the vocabulary was never written: such a row is NaN, loud and the same always.
-        label_logit = tl.load(label_logit_ptr + rows, mask=row_mask & in_vocab, other=float("nan"))
-        # A softmax with an infinite logit is no number; of the label's own the sums, which leave it out, know nothing.
-        label_logit = tl.where(label_logit == float("inf"), float("nan"), label_logit)
-        ignored = labels == ignore_index
-        # The shift is a logit, too: their difference is exact where their size would swallow the logarithm.
-        log_sum = tl.log(row_sum)
-        gap = (row_shift - label_logit) + log_sum
-        others = row_shift.to(tl.float64) + log_sum.to(tl.float64)
-        lse = tl.where(gap > 0, others, label_logit.to(tl.float64)) + softplus(-tl.abs(gap)).to(tl.float64)
-        tl.store(logps_ptr + rows, tl.where(ignored, 0.0, -softplus(gap)), mask=row_mask)
-        tl.store(lse_ptr + rows, tl.where(ignored, others, lse), mask=row_mask)
-    else:
-        tl.store(row_shift_ptr + rows, row_shift, mask=row_mask)
-        tl.store(row_sum_ptr + rows, row_sum, mask=row_mask)
-
-
 class LinearStats(NamedTuple):
     """What one product tells of each row."""
 
@@ -266,31 +185,6 @@ class LinearStats(NamedTuple):
     """fp32, in the order of `token_stats.TOKEN_STATS`, when asked for."""
     mass_NC: torch.Tensor | None = None
     """fp32 probability of tiles of `mass_columns` columns without the label's own, when asked for."""
-
-
-class TileStats(NamedTuple):
-    """Partials of each row over tiles of `width` columns: sum of exp(z - shift) over all columns but the label's."""
-
-    shift_TN: torch.Tensor
-    sum_TN: torch.Tensor
-    width: int
-    token_stats_5TN: torch.Tensor | None = None
-
-
-class RowState(NamedTuple):
-    """Of each row, over the slices met so far: shift, sum of exp(z - shift), label's logit once a slice held it."""
-
-    shift_N: torch.Tensor
-    sum_N: torch.Tensor
-    label_logit_N: torch.Tensor
-    token_stats_7N: torch.Tensor | None = None
-
-    @classmethod
-    def empty(cls, hidden_ND: torch.Tensor, *, token_stats: bool) -> RowState:
-        """Room for N rows."""
-        numbers = 3 + (NUM_STATE if token_stats else 0)
-        found = torch.empty(numbers, hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
-        return cls(found[0], found[1], found[2], found[3:] if token_stats else None)
 
 
 def empty_exps(hidden_ND: torch.Tensor, V: int) -> torch.Tensor:
@@ -314,11 +208,10 @@ def partial_width(tile: TileLaunch, *, joined: bool) -> int:
 
 def tile_stats(
     hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
+    head: Head,
     labels_N: torch.Tensor,
     label_logit_N: torch.Tensor,
     *,
-    options: HeadOptions,
     first_col: int = 0,
     exps: torch.Tensor | None = None,
     row_shift_N: torch.Tensor | None = None,
@@ -326,18 +219,17 @@ def tile_stats(
     config: TileConfig | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> TileStats:
-    """Partials of the slice weight_VD, which begins at column `first_col` of the vocabulary.
+    """Partials of a slice of the vocabulary, which begins at column `first_col`; `head` is the slice's own.
 
     Fills label_logit_N where the label is one of these columns, and `exps` (from `empty_exps`) with
     exp(z - shift) * dz/dbiased / (logit_scale / temperature), 0 at the label. With row_shift_N a tile keeps the row's
     shift unless it would overflow.
     With `token_stats` the result holds their partials, too. `out` is where shifts and sums go, [T, N] each.
     """
-    N, D = hidden_ND.shape
-    V = weight_VD.shape[0]
+    (N, D), V = hidden_ND.shape, head.weight_VD.shape[0]
     kernel = "linear_stats" if exps is None else "linear_exps"
-    heavy = token_stats or options.softcap is not None
-    tile = TileLaunch(kernel, hidden_ND, weight_VD, heavy=heavy, config=config)
+    heavy = token_stats or head.softcap is not None
+    tile = TileLaunch(kernel, hidden_ND, head.weight_VD, heavy=heavy, config=config)
     if exps is not None:
         check_whole_tiles(exps, tile.config, N, V)
     # Less to hold beside exponentials; without them a filter wants narrow tiles, and the same numbers as without one.
@@ -356,7 +248,7 @@ def tile_stats(
         linear_stats_fwd_kernel[(tile.num_programs,)](
             tile.hidden,
             tile.weight,
-            options.bias_V,
+            head.bias_V,
             labels_N,
             row_shift_N,
             shift_TN,
@@ -371,7 +263,7 @@ def tile_stats(
             N,
             V,
             D,
-            **options.kernel_arguments(),
+            **epilogue_arguments(head),
             HAS_ROW_SHIFT=row_shift_N is not None,
             WRITE_EXP=exps is not None,
             TOKEN_STATS=token_stats,
@@ -383,71 +275,11 @@ def tile_stats(
     return TileStats(shift_TN, sum_TN, width, partials_5TN)
 
 
-def merge_stats(stats: TileStats, state: RowState, *, first: bool) -> None:
-    """Merge the partials of one more slice into `state`, in place; `first` starts it anew."""
-    _launch_merge(stats, state, None, None, None, V=0, ignore_index=0, first=first)
-    merge_tokens(stats, state, first=first)
-
-
-def merge_tokens(stats: TileStats, state: RowState, *, first: bool) -> None:
-    """Of `merge_stats` the part that is for statistics of tokens."""
-    if stats.token_stats_5TN is not None:
-        assert state.token_stats_7N is not None
-        partials = (stats.shift_TN, stats.sum_TN, stats.token_stats_5TN)
-        merge_token_stats(state.token_stats_7N, *partials, first=first)
-
-
-def finish_stats(
-    stats: TileStats, state: RowState, labels_N: torch.Tensor, *, V: int, ignore_index: int, first: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logps_N, lse_N) over a vocabulary of V, from `state` (unless `first`) and the partials of the last slice."""
-    logps_N = torch.empty_like(state.label_logit_N)
-    lse_N = torch.empty_like(logps_N, dtype=torch.float64)
-    _launch_merge(stats, state, labels_N, logps_N, lse_N, V=V, ignore_index=ignore_index, first=first)
-    return logps_N, lse_N
-
-
-def _launch_merge(
-    stats: TileStats,
-    state: RowState,
-    labels_N: torch.Tensor | None,
-    logps_N: torch.Tensor | None,
-    lse_N: torch.Tensor | None,
-    *,
-    V: int,
-    ignore_index: int,
-    first: bool,
-) -> None:
-    num_tiles, N = stats.shift_TN.shape
-    with on_device(stats.shift_TN.device):
-        merge_stats_kernel[(triton.cdiv(N, MERGED_ROWS),)](
-            stats.shift_TN,
-            stats.sum_TN,
-            state.label_logit_N,
-            labels_N,
-            state.shift_N,
-            state.sum_N,
-            logps_N,
-            lse_N,
-            N,
-            V,
-            num_tiles,
-            ignore_index,
-            HAS_STATE=not first,
-            FINISH=labels_N is not None,
-            BLOCK_N=MERGED_ROWS,
-            BLOCK_T=64,
-            num_warps=4,
-            **COMPILATION,
-        )
-
-
 def linear_stats(
     hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
+    head: Head,
     labels_N: torch.Tensor,
     *,
-    options: HeadOptions,
     ignore_index: int,
     exps: torch.Tensor | None = None,
     token_stats: bool = False,
@@ -460,10 +292,10 @@ def linear_stats(
     A label outside [0, V) that is not ignored gives NaN and reads nothing.
     Workspace: PARTIAL_BYTES; with `exps` or `mass_columns` the shifts and sums of all tiles, too.
     """
-    N, V = hidden_ND.shape[0], weight_VD.shape[0]
-    heavy = token_stats or options.softcap is not None
+    N, V = hidden_ND.shape[0], head.weight_VD.shape[0]
+    heavy = token_stats or head.softcap is not None
     kernel = "linear_stats" if exps is None else "linear_exps"
-    tile = TileLaunch(kernel, hidden_ND, weight_VD, heavy=heavy, config=config)
+    tile = TileLaunch(kernel, hidden_ND, head.weight_VD, heavy=heavy, config=config)
     state = RowState.empty(hidden_ND, token_stats=token_stats)
     width = partial_width(tile, joined=exps is not None and not token_stats)
     columns = V if exps is not None else stats_columns(N, width, token_stats=token_stats)
@@ -472,14 +304,12 @@ def linear_stats(
         num_tiles = triton.cdiv(V, tile.config.block_v) * (tile.config.block_v // width)
         whole = torch.empty(2, num_tiles, N, dtype=torch.float32, device=hidden_ND.device)
     for start in range(0, V, columns):
-        weight_vD = weight_VD[start : start + columns]
         tiles = slice(start // width, (start + columns) // width)
         stats = tile_stats(
             hidden_ND,
-            weight_vD,
+            head.columns(slice(start, start + columns)),
             labels_N,
             state.label_logit_N,
-            options=options.columns(start, start + columns),
             first_col=start,
             exps=exps,
             token_stats=token_stats,

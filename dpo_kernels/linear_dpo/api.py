@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.chunks import accumulation_dtype
 from dpo_kernels.dispatch import check_impl
-from dpo_kernels.linear_dpo.ops import linear_dpo_op, make_pairs, reduce_losses, response_sums
-from dpo_kernels.linear_logps.api import autocast_head, check_head, check_weight_grad, linear_logps, named_stats
+from dpo_kernels.head import Head, HeadOptions
+from dpo_kernels.linear_dpo.interface import make_pairs
+from dpo_kernels.linear_dpo.ops import Inputs, linear_dpo_op, reduce_losses, response_sums
+from dpo_kernels.linear_logps.api import check_weight_grad, linear_logps, named_stats
+from dpo_kernels.linear_logps.ops import head_fields
 from dpo_kernels.linear_logps.stats import STATS, check_stats
 from dpo_kernels.losses import LossMix, LossOptions, check_options, resolve_loss, resolve_mean_length
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -45,6 +51,24 @@ class LinearDPOLossStats(NamedTuple):
     """name -> [T], detached."""
 
 
+class _Options(HeadOptions, total=False):
+    """The keywords of ``linear_dpo_loss`` but ``stats``, which decides what it returns."""
+
+    loss_type: str | Sequence[str]
+    loss_weights: Sequence[float] | None
+    beta: float
+    label_smoothing: float
+    discopop_tau: float
+    simpo_gamma: float
+    cpo_alpha: float
+    mean_chosen_length: float | None
+    ignore_index: int
+    pair_weights: Tensor | None
+    reduction: str
+    weight_grad: Tensor | None
+    impl: str
+
+
 @overload
 def linear_dpo_loss(
     hidden_TD: Tensor,
@@ -53,23 +77,8 @@ def linear_dpo_loss(
     cu_responses: Tensor,
     ref_logps_S: Tensor | None,
     *,
-    loss_type: str | Sequence[str] = ...,
-    loss_weights: Sequence[float] | None = ...,
-    beta: float = ...,
-    label_smoothing: float = ...,
-    discopop_tau: float = ...,
-    simpo_gamma: float = ...,
-    cpo_alpha: float = ...,
-    mean_chosen_length: float | None = ...,
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    pair_weights: Tensor | None = ...,
-    reduction: str = ...,
-    weight_grad: Tensor | None = ...,
-    impl: str = ...,
+    stats: None = ...,
+    **options: Unpack[_Options],
 ) -> LinearDPOLoss: ...
 
 
@@ -82,23 +91,7 @@ def linear_dpo_loss(
     ref_logps_S: Tensor | None,
     *,
     stats: Sequence[str],
-    loss_type: str | Sequence[str] = ...,
-    loss_weights: Sequence[float] | None = ...,
-    beta: float = ...,
-    label_smoothing: float = ...,
-    discopop_tau: float = ...,
-    simpo_gamma: float = ...,
-    cpo_alpha: float = ...,
-    mean_chosen_length: float | None = ...,
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    pair_weights: Tensor | None = ...,
-    reduction: str = ...,
-    weight_grad: Tensor | None = ...,
-    impl: str = ...,
+    **options: Unpack[_Options],
 ) -> LinearDPOLossStats: ...
 
 
@@ -175,8 +168,8 @@ def linear_dpo_loss(
     check_options(options)
     names = check_stats(stats or (), STATS)
     check_weight_grad(weight_grad, weight_VD)
-    hidden_TD, weight_VD, bias = autocast_head(hidden_TD, weight_VD, bias)
-    check_head(hidden_TD, weight_VD, labels_T, bias, softcap, logit_scale, temperature)
+    hidden_TD, head = Head(weight_VD, bias, softcap, logit_scale, temperature).autocast(hidden_TD)
+    head.check(hidden_TD, labels_T)
     _check_pairs(hidden_TD, cu_responses, ref_logps_S, pair_weights, mix, reduction)
 
     dtype = accumulation_dtype(hidden_TD.dtype)
@@ -184,46 +177,39 @@ def linear_dpo_loss(
     pair_weights = None if pair_weights is None else pair_weights.detach().to(dtype)
     lengths_S = response_sums((labels_T != ignore_index).to(dtype), cu_responses) if mix.needs_lengths else None
     mean_length = resolve_mean_length(mean_chosen_length, None if lengths_S is None else lengths_S[0::2])
-    trainable_head = weight_VD.requires_grad or (bias is not None and bias.requires_grad)
-    fused = torch.is_grad_enabled() and trainable_head and reduction != "none" and not mix.couples_pairs
+    fused = torch.is_grad_enabled() and head.trainable and reduction != "none" and not mix.couples_pairs
     if fused:
         if isinstance(mean_length, float | int):
             mean_length = hidden_TD.new_full((), mean_length, dtype=dtype)
-        loss, losses_P, logps_S, *_, stats_KT = linear_dpo_op(
-            hidden_TD,
-            weight_VD,
-            labels_T,
-            cu_responses,
-            ref_logps_S,
-            lengths_S,
-            mean_length,
-            pair_weights,
-            bias,
-            ",".join(t.name for t in mix.types),
-            list(mix.weights),
-            list(options),
-            reduction == "mean",
-            softcap,
-            logit_scale,
-            temperature,
-            ignore_index,
-            impl,
-            hidden_TD.requires_grad,
-            weight_VD.requires_grad,
-            bias is not None and bias.requires_grad,
-            weight_grad,
-            ",".join(names),
+        inputs = Inputs(
+            hidden=hidden_TD,
+            labels=labels_T,
+            cu_responses=cu_responses,
+            ref_logps=ref_logps_S,
+            lengths=lengths_S,
+            mean_length=mean_length,
+            pair_weights=pair_weights,
+            **head_fields(head),
+            loss_type=",".join(t.name for t in mix.types),
+            loss_weights=list(mix.weights),
+            loss_options=list(options),
+            mean=reduction == "mean",
+            ignore_index=ignore_index,
+            impl=impl,
+            need_hidden=hidden_TD.requires_grad,
+            need_weight=head.weight_VD.requires_grad,
+            need_bias=head.bias_V is not None and head.bias_V.requires_grad,
+            weight_grad=weight_grad,
+            stats=",".join(names),
         )
+        loss, losses_P, logps_S, *_, stats_KT = linear_dpo_op(*inputs)
         found = named_stats(names, stats_KT)
     else:
         logps_T, found = linear_logps(
             hidden_TD,
-            weight_VD,
+            head.weight_VD,
             labels_T,
-            bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
+            **head.options,
             ignore_index=ignore_index,
             weight_grad=weight_grad if torch.is_grad_enabled() else None,
             stats=names,

@@ -10,8 +10,6 @@ only after all of its rows: its responses gather dW unscaled in buffers of their
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +18,11 @@ from dpo_kernels.chunks import (
     BUFFER_BYTES,
     CAST_BYTES,
     Chunk,
-    Head,
     accumulation_dtype,
     add_at_,
     early_gradient_dtype,
     even_slices,
     ignored_rows,
-    kept_rows,
     logits_,
     operand_dtype,
     plan_chunks,
@@ -34,60 +30,43 @@ from dpo_kernels.chunks import (
     row_blocks,
     spread_rows,
     sum_responses,
+    used_rows,
     weight_blocks,
 )
+from dpo_kernels.head import Gradients, Head, Needs
+from dpo_kernels.linear_dpo.interface import PairLosses, PairScorer, Want
 from dpo_kernels.linear_logps.stats import RunningStats
 
 
 def forward(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    cu_responses: list[int],
-    score_pairs: Any,
-    bias_V: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    stats: Sequence[str] = (),
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See ``dpo_kernels.linear_dpo.ops``."""
+    hidden_TD: Tensor, head: Head, labels_T: Tensor, scorer: PairScorer, *, ignore_index: int, want: Want
+) -> PairLosses:
+    """See ``dpo_kernels.linear_dpo.interface``."""
     T = hidden_TD.shape[0]
     ignored_T = ignored_rows(labels_T, ignore_index)
-    kept = kept_rows(ignored_T)
-    cu_S1 = score_pairs.cu_S1
-    if kept is not None:
-        cu_S1 = torch.searchsorted(kept, cu_S1)
-        cu_responses = cu_S1.tolist()
-        hidden_TD, labels_T, ignored_T = hidden_TD[kept], labels_T[kept], None
-    call = _Call(
-        hidden_TD, labels_T, ignored_T, cu_S1.diff(), Head(weight_VD, bias_V, softcap, logit_scale, temperature)
-    )
-    call.want_gradients(need_hidden, need_weight, need_bias)
-    if stats:
-        call.stats = RunningStats(stats, hidden_TD)
+    used = used_rows(ignored_T)
+    if used is not None:
+        cu_S1 = torch.searchsorted(used, scorer.cu_S1)
+        scorer = scorer._replace(cu_S1=cu_S1, offsets=cu_S1.tolist())
+        hidden_TD, labels_T, ignored_T = hidden_TD[used], labels_T[used], None
+    call = _Call(hidden_TD, head, labels_T, ignored_T, scorer)
+    call.want_gradients(want.gradients)
+    if want.stats:
+        call.stats = RunningStats(want.stats, hidden_TD)
     losses, sums = [], []
-    chunks, max_rows = _chunks(cu_responses, weight_VD, call.dtype)
+    chunks, max_rows = _chunks(scorer.offsets, head.weight_VD, call.dtype)
     for chunk in chunks:
-        offsets = cu_responses[2 * chunk.first_pair : 2 * (chunk.first_pair + chunk.num_pairs) + 1]
-        step = call.split_pair if chunk.split else call.whole_pairs
-        chunk_losses, chunk_sums = step(offsets, chunk.first_pair, score_pairs, max_rows)
+        chunk_losses, chunk_sums = call.split_pair(chunk, max_rows) if chunk.split else call.whole_pairs(chunk)
         losses.append(chunk_losses)
         sums.append(chunk_sums)
     dX_TD, dW_VD, db_V = call.dX_TD, call.dW_VD, call.db_V
     gradient_dtype = early_gradient_dtype(hidden_TD.dtype)
-    return (
-        torch.cat(losses),
-        torch.cat(sums),
-        None if dX_TD is None else spread_rows(dX_TD.to(gradient_dtype), kept, T),
+    gradients = Gradients(
+        None if dX_TD is None else spread_rows(dX_TD.to(gradient_dtype), used, T),
         None if dW_VD is None else dW_VD.to(gradient_dtype),
         None if db_V is None else db_V.to(gradient_dtype),
-        call.token_stats(kept, T),
     )
+    return PairLosses(torch.cat(losses), torch.cat(sums), gradients, call.token_stats(used, T))
 
 
 def _chunks(cu_responses: list[int], weight_VD: Tensor, dtype: torch.dtype) -> tuple[list[Chunk], int]:
@@ -123,12 +102,13 @@ def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[i
 class _Call:
     """Inputs, logits buffer and gradients of one call. Gradients gather in C and are rounded once, at the end."""
 
-    def __init__(self, hidden_TD: Tensor, labels_T: Tensor, ignored_T: Tensor | None, lengths_S: Tensor, head: Head):
+    def __init__(self, hidden_TD: Tensor, head: Head, labels_T: Tensor, ignored_T: Tensor | None, scorer: PairScorer):
         self.hidden_TD = hidden_TD
+        self.head = head
         self.labels_T = labels_T if ignored_T is None else labels_T.masked_fill(ignored_T, 0)
         self.ignored_T = ignored_T
-        self.lengths_S = lengths_S
-        self.head = head
+        self.scorer = scorer
+        self.lengths_S = scorer.cu_S1.diff()
         self.dtype = accumulation_dtype(hidden_TD.dtype)
         self.operand = operand_dtype(hidden_TD)
         self.buffer = hidden_TD.new_empty(0, dtype=self.dtype)
@@ -138,25 +118,25 @@ class _Call:
         self.stats: RunningStats | None = None
         self.total_T = hidden_TD.new_ones(hidden_TD.shape[0], dtype=self.dtype)
 
-    def want_gradients(self, hidden: bool, weight: bool, bias: bool) -> None:
-        self.dX_TD = (
-            torch.empty(self.hidden_TD.shape, dtype=self.dtype, device=self.hidden_TD.device) if hidden else None
-        )
-        self.dW_VD = self._zeros(self.head.weight_VD) if weight else None
-        self.db_V = self._zeros(self.head.bias_V) if bias and self.head.bias_V is not None else None
+    def want_gradients(self, needs: Needs) -> None:
+        if needs.hidden:
+            self.dX_TD = torch.empty(self.hidden_TD.shape, dtype=self.dtype, device=self.hidden_TD.device)
+        if needs.weight:
+            self.dW_VD = self._zeros(self.head.weight_VD)
+        if needs.bias and self.head.bias_V is not None:
+            self.db_V = self._zeros(self.head.bias_V)
 
     def _zeros(self, like: Tensor) -> Tensor:
         return torch.zeros(like.shape, dtype=self.dtype, device=like.device)
 
-    def whole_pairs(
-        self, offsets: list[int], first_pair: int, score_pairs: Any, max_rows: int
-    ) -> tuple[Tensor, Tensor]:
+    def whole_pairs(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Pairs that fit the buffer: slopes are known before the gradients are formed."""
+        offsets = chunk.offsets(self.scorer.offsets)
         rows = slice(offsets[0], offsets[-1])
         gradient_nV, logps_n = self._log_prob_gradient(rows)
-        lengths = self.lengths_S[2 * first_pair : 2 * first_pair + len(offsets) - 1]
+        lengths = self.lengths_S[2 * chunk.first_pair : 2 * (chunk.first_pair + chunk.num_pairs)]
         sums = sum_responses(logps_n, lengths)
-        losses, slopes = score_pairs(sums, first_pair)
+        losses, slopes = self.scorer.score(sums, chunk.first_pair)
         if rows.start < rows.stop:
             slope_n = slopes.repeat_interleave(lengths, output_size=rows.stop - rows.start) * self.head.slope
             if self.ignored_T is not None:
@@ -165,10 +145,11 @@ class _Call:
             self._add_head(self.dW_VD, self.db_V, rows, gradient_nV, slope_n)
         return losses, sums
 
-    def split_pair(self, offsets: list[int], first_pair: int, score_pairs: Any, max_rows: int) -> tuple[Tensor, Tensor]:
+    def split_pair(self, chunk: Chunk, max_rows: int) -> tuple[Tensor, Tensor]:
         """One pair in several buffers: everything is gathered unscaled, per response, until the slopes are known."""
         sums, gathered = [], []
-        for response, (start, stop) in enumerate(itertools.pairwise(offsets), start=2 * first_pair):
+        bounds = itertools.pairwise(chunk.offsets(self.scorer.offsets))
+        for response, (start, stop) in enumerate(bounds, start=2 * chunk.first_pair):
             dW_VD = None if self.dW_VD is None else self._zeros(self.dW_VD)
             db_V = None if self.db_V is None else self._zeros(self.db_V)
             logps = []
@@ -185,7 +166,7 @@ class _Call:
             sums.append(sum_responses(torch.cat([self.hidden_TD.new_zeros(0, dtype=self.dtype), *logps]), length))
             gathered.append((slice(start, stop), dW_VD, db_V))
         pair_sums = torch.cat(sums)
-        losses, slopes = score_pairs(pair_sums, first_pair)
+        losses, slopes = self.scorer.score(pair_sums, chunk.first_pair)
         for slope, (rows, dW_VD, db_V) in zip(slopes, gathered, strict=True):
             if self.dX_TD is not None:
                 self.dX_TD[rows] *= slope
@@ -214,14 +195,14 @@ class _Call:
             logps_n.masked_fill_(self.ignored_T[rows], 0)
         return z_nV, logps_n
 
-    def token_stats(self, kept: Tensor | None, num_rows: int) -> Tensor | None:
-        """[K, T] over all ``num_rows`` rows, of which ``kept`` were computed; None where none are asked for."""
+    def token_stats(self, used: Tensor | None, num_rows: int) -> Tensor | None:
+        """[K, T] over all ``num_rows`` rows, of which ``used`` were computed; None where none are asked for."""
         if self.stats is None:
             return None
         stats_KT = self.stats.finish(self.total_T, self.labels_T, self.head.weight_VD.shape[0])
         if self.ignored_T is not None:
             stats_KT.masked_fill_(self.ignored_T, 0)
-        return torch.stack([spread_rows(values_T, kept, num_rows) for values_T in stats_KT])
+        return torch.stack([spread_rows(values_T, used, num_rows) for values_T in stats_KT])
 
     def _add_input(self, rows: slice, gradient_nV: Tensor, slope_n: Tensor) -> None:
         if self.dX_TD is None:

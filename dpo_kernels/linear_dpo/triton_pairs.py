@@ -16,19 +16,19 @@ A pair of more rows than a chunk takes exponentials of its own size, and one tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.chunks import Chunk, early_gradient_dtype, even_slices, plan_chunks
-from dpo_kernels.kernels.launch import MAX_BLOCK, HeadOptions, TileLaunch, obstacle
+from dpo_kernels.head import Gradients, Head, Needs
+from dpo_kernels.kernels.launch import MAX_BLOCK, TileLaunch, obstacle
 from dpo_kernels.kernels.paired_loss import KERNEL_LOSSES, PairTerms, launch_pairs
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
 from dpo_kernels.kernels.tile_logps import LinearStats, empty_exps, linear_stats, partial_width
 from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
+from dpo_kernels.linear_dpo.interface import PairLosses, PairScorer, Want
 
 WORKSPACE_BYTES = 2**30
 """Exponentials and statistics of a chunk: large enough that adding a share of dW costs little beside the products."""
@@ -48,41 +48,27 @@ STATS = TOKEN_STATS
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """See ``dpo_kernels.linear_dpo.ops``."""
+    """See ``dpo_kernels.linear_dpo.interface``."""
     return obstacle(device, dtype)
 
 
 def forward(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    cu_responses: list[int],
-    score_pairs: Any,
-    bias_V: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    stats: Sequence[str] = (),
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See ``dpo_kernels.linear_dpo.ops``."""
-    options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
-    call = _Call(hidden_TD, weight_VD, labels_T, options, ignore_index, _pair_terms(score_pairs))
-    call.token_stats = bool(stats)
+    hidden_TD: Tensor, head: Head, labels_T: Tensor, scorer: PairScorer, *, ignore_index: int, want: Want
+) -> PairLosses:
+    """See ``dpo_kernels.linear_dpo.interface``."""
+    call = _Call(hidden_TD, head, labels_T, ignore_index, _pair_terms(scorer))
+    call.token_stats = bool(want.stats)
     max_rows, chunks, sum_dtype = _plan(
-        hidden_TD, weight_VD, cu_responses, options, need_weight=need_weight, token_stats=call.token_stats
+        hidden_TD, head, scorer.offsets, need_weight=want.gradients.weight, token_stats=call.token_stats
     )
     # One buffer for all chunks: buffers of many sizes would leave holes in the allocator's memory.
-    rows_held = _rows_held(chunks, cu_responses, max_rows)
-    call.exps = empty_exps(hidden_TD[:rows_held], weight_VD.shape[0])
+    rows_held = _rows_held(chunks, scorer.offsets, max_rows)
+    call.exps = empty_exps(hidden_TD[:rows_held], head.weight_VD.shape[0])
     call.launch_rows = _launch_rows(call, rows_held, sum_dtype)
-    call.want_gradients(need_hidden, need_weight, need_bias, sum_dtype)
+    call.want_gradients(want.gradients, sum_dtype)
     losses, sums = [], []
     for chunk in chunks:
-        offsets = cu_responses[2 * chunk.first_pair : 2 * (chunk.first_pair + chunk.num_pairs) + 1]
+        offsets = chunk.offsets(scorer.offsets)
         if chunk.split:
             chunk_losses, chunk_sums = call.split_pair(chunk, offsets, max_rows)
         else:
@@ -90,11 +76,11 @@ def forward(
         losses.append(chunk_losses)
         sums.append(chunk_sums)
     stats_KT = None
-    if stats:
+    if want.stats:
         # Chunks go through the rows in order, and so do the blocks of each.
         found_KT = torch.cat(call.found_stats, dim=1)
-        stats_KT = torch.stack([found_KT[STATS.index(name)] for name in stats])
-    return torch.cat(losses), torch.cat(sums), *call.gradients(), stats_KT
+        stats_KT = torch.stack([found_KT[STATS.index(name)] for name in want.stats])
+    return PairLosses(torch.cat(losses), torch.cat(sums), call.gradients(), stats_KT)
 
 
 def _bytes_of_row(hidden_TD: Tensor, weight_VD: Tensor, *, heavy: bool, token_stats: bool) -> tuple[int, int]:
@@ -104,44 +90,40 @@ def _bytes_of_row(hidden_TD: Tensor, weight_VD: Tensor, *, heavy: bool, token_st
     columns = -(-V // MAX_BLOCK) * MAX_BLOCK
     # Of each tile a shift, which stays, and a sum, with statistics of tokens more numbers.
     plane = 4 * (columns // width)
-    kept = columns * hidden_TD.element_size() + plane + ROW_BYTES
-    return kept, plane * (1 + NUM_PARTIALS if token_stats else 1)
+    lasting = columns * hidden_TD.element_size() + plane + ROW_BYTES
+    return lasting, plane * (1 + NUM_PARTIALS if token_stats else 1)
 
 
 def chunk_rows(
     hidden_TD: Tensor, weight_VD: Tensor, *, heavy: bool, token_stats: bool = False, workspace: int = WORKSPACE_BYTES
 ) -> int:
     """Most rows of a chunk, unless a single pair has more: those whose exponentials and statistics fit `workspace`."""
-    kept, passing = _bytes_of_row(hidden_TD, weight_VD, heavy=heavy, token_stats=token_stats)
-    rows = (workspace - LAUNCH_ROWS * passing) // kept
+    lasting, passing = _bytes_of_row(hidden_TD, weight_VD, heavy=heavy, token_stats=token_stats)
+    rows = (workspace - LAUNCH_ROWS * passing) // lasting
     # Exponentials are padded to whole tiles of rows.
     return max(MAX_BLOCK, rows // MAX_BLOCK * MAX_BLOCK)
 
 
 def _launch_rows(call: _Call, rows_held: int, sum_dtype: torch.dtype) -> int:
     """Rows of a launch, as a rule all of a chunk: what is left of the workspace holds their sums of exponentials."""
-    heavy = call.token_stats or call.options.softcap is not None
-    kept, passing = _bytes_of_row(call.hidden_TD, call.weight_VD, heavy=heavy, token_stats=call.token_stats)
-    sum_bytes = 4 * call.weight_VD.numel() if sum_dtype != call.gradient_dtype else 0
+    weight_VD = call.head.weight_VD
+    heavy = call.token_stats or call.head.softcap is not None
+    lasting, passing = _bytes_of_row(call.hidden_TD, weight_VD, heavy=heavy, token_stats=call.token_stats)
+    sum_bytes = 4 * weight_VD.numel() if sum_dtype != call.gradient_dtype else 0
     # A larger sum of dW comes on top of the workspace.
     padded_rows = -(-rows_held // MAX_BLOCK) * MAX_BLOCK
-    left = WORKSPACE_BYTES - padded_rows * kept - (sum_bytes if 2 * sum_bytes <= WORKSPACE_BYTES else 0)
+    left = WORKSPACE_BYTES - padded_rows * lasting - (sum_bytes if 2 * sum_bytes <= WORKSPACE_BYTES else 0)
     return max(LAUNCH_ROWS, left // passing // MAX_BLOCK * MAX_BLOCK)
 
 
 def _plan(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    cu_responses: list[int],
-    options: HeadOptions,
-    *,
-    need_weight: bool,
-    token_stats: bool = False,
+    hidden_TD: Tensor, head: Head, cu_responses: list[int], *, need_weight: bool, token_stats: bool = False
 ) -> tuple[int, list[Chunk], torch.dtype]:
     """(most rows of a chunk, chunks, dtype in which dW is summed)."""
     # Splitting a pair costs two fp32 buffers of the size of dW: below their size its exponentials are the better deal.
     rows_of_pair = 8 * hidden_TD.shape[1] // hidden_TD.element_size()
-    heavy, dtype = token_stats or options.softcap is not None, early_gradient_dtype(hidden_TD.dtype)
+    weight_VD = head.weight_VD
+    heavy, dtype = token_stats or head.softcap is not None, early_gradient_dtype(hidden_TD.dtype)
 
     def rows_within(workspace: int) -> int:
         return chunk_rows(hidden_TD, weight_VD, heavy=heavy, token_stats=token_stats, workspace=workspace)
@@ -166,34 +148,32 @@ def _rows_held(chunks: list[Chunk], cu_responses: list[int], max_rows: int) -> i
 
 def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[int], need_weight: bool) -> int:
     """Most bytes that ``forward`` holds beyond its inputs and results, without statistics of tokens."""
-    options = HeadOptions()
-    max_rows, chunks, sum_dtype = _plan(hidden_TD, weight_VD, cu_responses, options, need_weight=need_weight)
+    max_rows, chunks, sum_dtype = _plan(hidden_TD, Head(weight_VD), cu_responses, need_weight=need_weight)
     rows = _rows_held(chunks, cu_responses, max_rows)
-    kept, passing = _bytes_of_row(hidden_TD, weight_VD, heavy=False, token_stats=False)
-    size = -(-rows // MAX_BLOCK) * MAX_BLOCK * kept
+    lasting, passing = _bytes_of_row(hidden_TD, weight_VD, heavy=False, token_stats=False)
+    size = -(-rows // MAX_BLOCK) * MAX_BLOCK * lasting
     # The sums of a launch take what is left of the workspace at most, or the least that a launch has.
     size += min(rows * passing, max(WORKSPACE_BYTES - size, LAUNCH_ROWS * passing))
     sums = int(sum_dtype != early_gradient_dtype(hidden_TD.dtype)) + 2 * any(chunk.split for chunk in chunks)
     return size + (sums * weight_VD.numel() * sum_dtype.itemsize if need_weight else 0)
 
 
-def _pair_terms(score_pairs: Any) -> PairTerms:
-    """What the kernel needs of the scorer's own data, in fp32."""
+def _pair_terms(scorer: PairScorer) -> PairTerms:
+    """What the kernel needs of the scorer's data, in fp32."""
 
     def number(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.detach().to(torch.float32).contiguous()
 
-    mix = score_pairs.mix
+    mix = scorer.mix
     return PairTerms(
         names=tuple(loss_type.name for loss_type in mix.types),
         weights=mix.weights,
-        per_token_reward=all(loss_type.per_token_reward for loss_type in mix.types),
-        ref_logps_S=number(score_pairs.ref_logps_S),
-        lengths_S=number(score_pairs.lengths_S),
-        mean_length=number(score_pairs.mean_length),
-        scale_P=score_pairs.scale_P.to(torch.float32).contiguous(),
-        cu_S1=score_pairs.cu_S1.to(torch.int32),
-        **score_pairs.options._asdict(),
+        ref_logps_S=number(scorer.ref_logps_S),
+        lengths_S=number(scorer.lengths_S),
+        mean_length=number(scorer.mean_length),
+        scale_P=scorer.scale_P.to(torch.float32).contiguous(),
+        cu_S1=scorer.cu_S1.to(torch.int32),
+        **scorer.options._asdict(),
     )
 
 
@@ -203,16 +183,14 @@ class _Call:
     def __init__(
         self,
         hidden_TD: Tensor,
-        weight_VD: Tensor,
+        head: Head,
         labels_T: Tensor,
-        options: HeadOptions,
         ignore_index: int,
         terms: PairTerms,
     ):
         self.hidden_TD = hidden_TD
-        self.weight_VD = weight_VD
+        self.head = head
         self.labels_T = labels_T
-        self.options = options
         self.ignore_index = ignore_index
         self.terms = terms
         # Gradients are formed in the compute dtype: float16 loses small ones and large ones that are not of order 1.
@@ -228,22 +206,23 @@ class _Call:
         self.db_V: Tensor | None = None
         self.dW_empty = True
 
-    def want_gradients(self, hidden: bool, weight: bool, bias: bool, sum_dtype: torch.dtype) -> None:
-        self.dX_TD = self.hidden_TD.new_empty(self.hidden_TD.shape, dtype=self.gradient_dtype) if hidden else None
-        if weight:
-            self.dW_VD = self.weight_VD.new_empty(self.weight_VD.shape, dtype=sum_dtype)
-        if bias:
-            self.db_V = self.weight_VD.new_zeros(self.weight_VD.shape[0], dtype=torch.float32)
+    def want_gradients(self, needs: Needs, sum_dtype: torch.dtype) -> None:
+        weight_VD = self.head.weight_VD
+        if needs.hidden:
+            self.dX_TD = self.hidden_TD.new_empty(self.hidden_TD.shape, dtype=self.gradient_dtype)
+        if needs.weight:
+            self.dW_VD = weight_VD.new_empty(weight_VD.shape, dtype=sum_dtype)
+        if needs.bias:
+            self.db_V = weight_VD.new_zeros(weight_VD.shape[0], dtype=torch.float32)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def gradients(self) -> Gradients:
         if self.dW_VD is not None and self.dW_empty:
             self.dW_VD.zero_()
         if self.unit is not None:
             for total in (self.dW_VD, self.db_V):
                 if total is not None:
                     total.mul_(self.unit)
-        dX_TD, dW_VD, db_V = map(self._finish, (self.dX_TD, self.dW_VD, self.db_V))
-        return dX_TD, dW_VD, db_V
+        return Gradients(*map(self._finish, (self.dX_TD, self.dW_VD, self.db_V)))
 
     def _finish(self, gradient: Tensor | None) -> Tensor | None:
         return None if gradient is None else gradient.to(self.gradient_dtype)
@@ -260,7 +239,7 @@ class _Call:
             grad_n = scores.grad_N if self.unit is None else scores.grad_N / self._raise_unit(scores.slopes_S)
             gradient_nV = self._products_gradient(rows, grad_n, stats)
             if self.dX_TD is not None:
-                add_product_(self.dX_TD[rows], gradient_nV, self.weight_VD, first=True)
+                add_product_(self.dX_TD[rows], gradient_nV, self.head.weight_VD, first=True)
                 if self.unit is not None:
                     self.dX_TD[rows] *= self.unit
             if self.dW_VD is not None:
@@ -285,7 +264,7 @@ class _Call:
 
     def _logit_slope(self) -> float:
         """Slope of the final logits without their softcap; 1 where it is 0, which leaves no gradient to form."""
-        return abs(self.options.logit_scale / self.options.temperature) or 1.0
+        return abs(self.head.slope) or 1.0
 
     def split_pair(self, chunk: Chunk, offsets: list[int], max_rows: int) -> tuple[Tensor, Tensor]:
         """One pair in several chunks: dW and db gather per response and unscaled until the slopes are known."""
@@ -303,7 +282,7 @@ class _Call:
                 # Given back before the next ones are asked for.
                 del stats
                 if self.dX_TD is not None:
-                    add_product_(self.dX_TD[rows], gradient_nV, self.weight_VD, first=True)
+                    add_product_(self.dX_TD[rows], gradient_nV, self.head.weight_VD, first=True)
                 if dW_VD is not None:
                     add_product_(dW_VD, gradient_nV.T, self.hidden_TD[rows], first=part.start == 0)
                 if db_V is not None:
@@ -333,9 +312,8 @@ class _Call:
         stats = [
             linear_stats(
                 hidden_nD[block],
-                self.weight_VD,
+                self.head,
                 labels_n[block],
-                options=self.options,
                 ignore_index=self.ignore_index,
                 exps=self.exps[block.start :],
                 token_stats=self.token_stats,
@@ -354,13 +332,12 @@ class _Call:
             softmax_grad_(
                 self.exps[block.start :],
                 grad_n[block],
+                self.head,
                 labels_n[block],
                 block_stats,
-                V=self.weight_VD.shape[0],
                 ignore_index=self.ignore_index,
-                options=self.options,
             )
-        return self.exps[: labels_n.shape[0], : self.weight_VD.shape[0]]
+        return self.exps[: labels_n.shape[0], : self.head.weight_VD.shape[0]]
 
     def _blocks(self, num_rows: int) -> list[slice]:
         starts = range(0, num_rows, self.launch_rows)

@@ -2,58 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.chunks import accumulation_dtype
 from dpo_kernels.dispatch import check_impl
-from dpo_kernels.linear_logps.ops import linear_logps_op
+from dpo_kernels.head import Head, HeadOptions
+from dpo_kernels.linear_logps.ops import Inputs, head_fields, linear_logps_op
 from dpo_kernels.linear_logps.stats import check_stats
 from dpo_kernels.linear_logps.tile_filter import FILTER_STATS, check_filter_mass
 
-
-def check_head(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-) -> None:
-    """Raise ValueError, with what was expected and what came, for inputs that no implementation can take."""
-    if hidden_TD.ndim != 2 or hidden_TD.shape[1] < 1:
-        raise ValueError(f"hidden must have shape [tokens, features >= 1]; got {list(hidden_TD.shape)}")
-    T, D = hidden_TD.shape
-    if weight_VD.ndim != 2 or weight_VD.shape[1] != D or weight_VD.shape[0] < 1:
-        raise ValueError(f"weight must have shape [vocabulary, {D}], like hidden; got {list(weight_VD.shape)}")
-    V = weight_VD.shape[0]
-    if labels_T.ndim != 1 or labels_T.shape[0] != T:
-        raise ValueError(f"labels must have shape [{T}], one per row of hidden; got {list(labels_T.shape)}")
-    if labels_T.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"labels must be int64 or int32; got {labels_T.dtype}")
-    if bias is not None and (bias.ndim != 1 or bias.shape[0] != V):
-        raise ValueError(f"bias must have shape [{V}], one per row of weight; got {list(bias.shape)}")
-    if not hidden_TD.dtype.is_floating_point or hidden_TD.dtype.itemsize < 2:
-        raise ValueError(f"hidden must be bfloat16, float16, float32 or float64; got {hidden_TD.dtype}")
-    for name, tensor in (("weight", weight_VD), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden_TD.dtype:
-            raise ValueError(
-                f"{name} must have the dtype of hidden, {hidden_TD.dtype}; got {tensor.dtype} (cast, or use autocast)"
-            )
-    for name, tensor in (("weight", weight_VD), ("labels", labels_T), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden_TD.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden_TD.device}; got {tensor.device}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive; got {temperature}")
-    if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"logit_scale must be finite; got {logit_scale}")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def check_weight_grad(weight_grad: Tensor | None, weight_VD: Tensor) -> None:
@@ -73,15 +36,6 @@ def check_weight_grad(weight_grad: Tensor | None, weight_VD: Tensor) -> None:
         raise ValueError("weight_grad needs a weight that requires a gradient, and must not require one itself")
 
 
-def autocast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast as autocast casts the inputs of a matrix product; float64 is left alone, as there."""
-    device_type = hidden.device.type
-    if not torch.is_autocast_enabled(device_type) or torch.float64 in (hidden.dtype, weight.dtype):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
 class TokenLogps(NamedTuple):
     """Log-probs together with the statistics that were asked for."""
 
@@ -91,38 +45,24 @@ class TokenLogps(NamedTuple):
     """name -> [T], detached."""
 
 
+class _Options(HeadOptions, total=False):
+    """The keywords of ``linear_logps`` but ``stats``, which decides what it returns."""
+
+    ignore_index: int
+    weight_grad: Tensor | None
+    filter_mass: float | None
+    impl: str
+
+
 @overload
 def linear_logps(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    weight_grad: Tensor | None = ...,
-    filter_mass: float | None = ...,
-    impl: str = ...,
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, stats: None = ..., **options: Unpack[_Options]
 ) -> Tensor: ...
 
 
 @overload
 def linear_logps(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    *,
-    stats: Sequence[str],
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    temperature: float = ...,
-    ignore_index: int = ...,
-    weight_grad: Tensor | None = ...,
-    filter_mass: float | None = ...,
-    impl: str = ...,
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, stats: Sequence[str], **options: Unpack[_Options]
 ) -> TokenLogps: ...
 
 
@@ -198,15 +138,23 @@ def linear_logps(
     names = check_stats(stats or ())
     check_filter_mass(filter_mass, names)
     check_weight_grad(weight_grad, weight_VD)
-    hidden_TD, weight_VD, bias = autocast_head(hidden_TD, weight_VD, bias)
-    check_head(hidden_TD, weight_VD, labels_T, bias, softcap, logit_scale, temperature)
-    frozen_head = not weight_VD.requires_grad and (bias is None or not bias.requires_grad)
-    differentiated = torch.is_grad_enabled() and (hidden_TD.requires_grad or not frozen_head)
+    hidden_TD, head = Head(weight_VD, bias, softcap, logit_scale, temperature).autocast(hidden_TD)
+    head.check(hidden_TD, labels_T)
+    differentiated = torch.is_grad_enabled() and (hidden_TD.requires_grad or head.trainable)
     if not differentiated and not any(name in FILTER_STATS for name in names):
         filter_mass = None
-    need_dx = differentiated and frozen_head and filter_mass is None
-    options = (softcap, logit_scale, temperature, ignore_index, impl, need_dx, ",".join(names), weight_grad)
-    logps_T, _, _, stats_KT, _, _ = linear_logps_op(hidden_TD, weight_VD, labels_T, bias, *options, filter_mass)
+    inputs = Inputs(
+        hidden=hidden_TD,
+        labels=labels_T,
+        **head_fields(head),
+        ignore_index=ignore_index,
+        impl=impl,
+        need_dx=differentiated and not head.trainable and filter_mass is None,
+        stats=",".join(names),
+        weight_grad=weight_grad,
+        filter_mass=filter_mass,
+    )
+    logps_T, _, _, stats_KT, _, _ = linear_logps_op(*inputs)
     if stats is None:
         return logps_T
     return TokenLogps(logps_T, named_stats(names, stats_KT))

@@ -9,7 +9,7 @@ Backward recomputes one slice of logits at a time from the saved log-sum-exp, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,88 +18,77 @@ from torch import Tensor
 from dpo_kernels.chunks import (
     BUFFER_BYTES,
     CAST_BYTES,
-    Head,
     accumulation_dtype,
     add_at_,
     even_slices,
     ignored_rows,
-    kept_rows,
     logits_,
     operand_dtype,
     product_,
     row_blocks,
     spread_rows,
+    used_rows,
 )
+from dpo_kernels.head import Gradients, Head, Needs
+from dpo_kernels.linear_logps.interface import Scores, Want
 from dpo_kernels.linear_logps.stats import RunningStats
-from dpo_kernels.linear_logps.tile_filter import COLUMNS, Kept, num_tiles
+from dpo_kernels.linear_logps.tile_filter import COLUMNS, num_tiles
 
 SLICE_BYTES = 8 * 2**20
 """Logits of a slice on the CPU: fits the third-level caches, together with what is read beside it."""
 FILTER_ROWS = 1
-"""See ``dpo_kernels.linear_logps.ops``: the rows that need a tile are gathered, so that each is filtered for itself."""
+"""The rows that need a tile are gathered, so that each is filtered for itself."""
 
 
-def forward(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    bias_V: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    need_dx: bool,
-    stats: Sequence[str],
-    tile_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """See ``dpo_kernels.linear_logps.ops``."""
-    head = Head(weight_VD, bias_V, softcap, logit_scale, temperature)
-    num_rows = hidden_TD.shape[0]
+def forward(hidden_TD: Tensor, head: Head, labels_T: Tensor, *, ignore_index: int, want: Want) -> Scores:
+    """See ``dpo_kernels.linear_logps.interface``."""
+    num_rows, V = hidden_TD.shape[0], head.weight_VD.shape[0]
     ignored_T = ignored_rows(labels_T, ignore_index)
-    kept = kept_rows(ignored_T)
-    if kept is not None:
-        hidden_TD, labels_T, ignored_T = hidden_TD[kept], labels_T[kept], None
+    used = used_rows(ignored_T)
+    if used is not None:
+        hidden_TD, labels_T, ignored_T = hidden_TD[used], labels_T[used], None
     if ignored_T is not None:
         labels_T = labels_T.masked_fill(ignored_T, 0)
-    state = _Running(hidden_TD, need_dx, stats, num_tiles(weight_VD.shape[0]) if tile_mass else 0)
-    for columns, _, z_Tv, _, W_vD in _slices(hidden_TD, head, COLUMNS if tile_mass else 1):
+    state = _Running(hidden_TD, want, num_tiles(V))
+    for columns, _, z_Tv, _, W_vD in _slices(hidden_TD, head, COLUMNS if want.tile_mass else 1):
         _fold_slice(state, z_Tv, labels_T - columns.start, head, columns)
         if state.weighted_TD is not None:
             product_(state.weighted_TD, z_Tv.to(W_vD.dtype), W_vD, accumulate=True)
     log_sum_T = state.sum_T.log()
     logps_T = (state.label_logit_T - state.max_T) - log_sum_T
-    dx_TD = None
-    if need_dx:
-        dx_TD = _log_prob_gradient(state, labels_T, head, hidden_TD.dtype)
-        if ignored_T is not None:
-            dx_TD.masked_fill_(ignored_T.unsqueeze(1), 0)
-        dx_TD = spread_rows(dx_TD, kept, num_rows)
-    if ignored_T is not None:
-        logps_T = logps_T.masked_fill_(ignored_T, 0)
     lse_T = state.max_T.double() + log_sum_T
-    stats_KT = None
-    if state.stats is not None:
-        stats_KT = state.stats.finish(state.sum_T, labels_T, weight_VD.shape[0])
-        if ignored_T is not None:
+    dx_TD = _log_prob_gradient(state, labels_T, head, hidden_TD.dtype) if want.dx else None
+    stats_KT = None if state.stats is None else state.stats.finish(state.sum_T, labels_T, V)
+    mass_TC = None if state.tiles is None else state.tiles.finish(lse_T)
+    if ignored_T is not None:
+        logps_T.masked_fill_(ignored_T, 0)
+        if dx_TD is not None:
+            dx_TD.masked_fill_(ignored_T.unsqueeze(1), 0)
+        if stats_KT is not None:
             stats_KT.masked_fill_(ignored_T, 0)
-        stats_KT = torch.stack([spread_rows(values_T, kept, num_rows) for values_T in stats_KT])
-    mass_TC = None if state.tiles is None else spread_rows(state.tiles.finish(lse_T), kept, num_rows)
-    return spread_rows(logps_T, kept, num_rows), spread_rows(lse_T, kept, num_rows), dx_TD, stats_KT, mass_TC
+
+    def spread(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else spread_rows(rows, used, num_rows)
+
+    if stats_KT is not None:
+        stats_KT = torch.stack([spread_rows(values_T, used, num_rows) for values_T in stats_KT])
+    logps_T, lse_T = spread_rows(logps_T, used, num_rows), spread_rows(lse_T, used, num_rows)
+    return Scores(logps_T, lse_T, spread(dx_TD), stats_KT, spread(mass_TC))
 
 
 class _Running:
     """What forward carries from slice to slice."""
 
-    def __init__(self, hidden_TD: Tensor, need_dx: bool, stats: Sequence[str], tiles: int):
+    def __init__(self, hidden_TD: Tensor, want: Want, tiles: int):
         T = hidden_TD.shape[0]
         dtype = accumulation_dtype(hidden_TD.dtype)
         self.max_T = hidden_TD.new_full((T,), -torch.inf, dtype=dtype)
         self.sum_T = hidden_TD.new_zeros(T, dtype=dtype)
         self.label_logit_T = hidden_TD.new_zeros(T, dtype=dtype)
         self.label_factor_T = hidden_TD.new_ones(T, dtype=dtype)
-        self.weighted_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if need_dx else None
-        self.stats = RunningStats(stats, hidden_TD) if stats else None
-        self.tiles = _TileMass(hidden_TD.new_empty(T, tiles, dtype=dtype)) if tiles else None
+        self.weighted_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if want.dx else None
+        self.stats = RunningStats(want.stats, hidden_TD) if want.stats else None
+        self.tiles = _TileMass(hidden_TD.new_empty(T, tiles, dtype=dtype)) if want.tile_mass else None
 
 
 class _TileMass:
@@ -133,9 +122,9 @@ def _fold_slice(state: _Running, z_Tv: Tensor, local_T: Tensor, head: Head, colu
     for rows in row_blocks(z_Tv):
         z = z_Tv[rows]
         factor = logits_(z, head, columns, want_factor=state.weighted_TD is not None)
-        _keep_label(state.label_logit_T, rows, z, index_T, inside_T)
+        _note_label(state.label_logit_T, rows, z, index_T, inside_T)
         if factor is not None:
-            _keep_label(state.label_factor_T, rows, factor, index_T, inside_T)
+            _note_label(state.label_factor_T, rows, factor, index_T, inside_T)
         # Kept finite: a slice whose logits are all -inf, by a bias that masks tokens, must add 0 and not nan.
         new_max = torch.maximum(state.max_T[rows], z.amax(dim=1).clamp_(min=torch.finfo(z.dtype).min))
         if state.stats is not None:
@@ -156,10 +145,10 @@ def _fold_slice(state: _Running, z_Tv: Tensor, local_T: Tensor, head: Head, colu
         state.tiles.end_slice(columns, state.max_T)
 
 
-def _keep_label(kept_T: Tensor, rows: slice, values: Tensor, index_T: Tensor, inside_T: Tensor) -> None:
-    """Keep each row's value at its label, where the label is one of these columns."""
+def _note_label(noted_T: Tensor, rows: slice, values: Tensor, index_T: Tensor, inside_T: Tensor) -> None:
+    """Note each row's value at its label, where the label is one of these columns."""
     at_label = values.gather(1, index_T[rows].unsqueeze(1)).squeeze(1)
-    kept_T[rows] = torch.where(inside_T[rows], at_label, kept_T[rows])
+    noted_T[rows] = torch.where(inside_T[rows], at_label, noted_T[rows])
 
 
 def _log_prob_gradient(state: _Running, labels_T: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
@@ -178,38 +167,31 @@ def _log_prob_gradient(state: _Running, labels_T: Tensor, head: Head, dtype: tor
 def backward(
     grad_logps_T: Tensor,
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     labels_T: Tensor,
     lse_T: Tensor,
-    bias_V: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
+    *,
     ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    weight_grad_VD: Tensor | None,
-    tiles: Kept | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See ``dpo_kernels.linear_logps.ops``."""
-    head = Head(weight_VD, bias_V, softcap, logit_scale, temperature)
+    needs: Needs,
+) -> Gradients:
+    """See ``dpo_kernels.linear_logps.interface``."""
     num_rows = hidden_TD.shape[0]
     # A filter keeps no tile of an ignored row.
-    ignored_T = None if tiles is not None else ignored_rows(labels_T, ignore_index)
-    kept = kept_rows(ignored_T)
-    if kept is not None:
-        hidden_TD, labels_T, lse_T, grad_logps_T = hidden_TD[kept], labels_T[kept], lse_T[kept], grad_logps_T[kept]
+    ignored_T = None if needs.tiles is not None else ignored_rows(labels_T, ignore_index)
+    used = used_rows(ignored_T)
+    if used is not None:
+        hidden_TD, labels_T, lse_T, grad_logps_T = hidden_TD[used], labels_T[used], lse_T[used], grad_logps_T[used]
     elif ignored_T is not None:
         labels_T, grad_logps_T = labels_T.masked_fill(ignored_T, 0), grad_logps_T.masked_fill(ignored_T, 0)
     dtype = accumulation_dtype(hidden_TD.dtype)
     terms = _RowTerms.make(labels_T, lse_T, grad_logps_T, head, dtype)
-    dX_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if need_hidden else None
+    dX_TD = hidden_TD.new_zeros(hidden_TD.shape, dtype=dtype) if needs.hidden else None
+    weight_grad_VD = needs.weight_grad_VD if needs.weight else None
     dW_VD = None
-    if need_weight and weight_grad_VD is None:
-        dW_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format)
-    db_V = torch.empty_like(bias_V) if need_bias and bias_V is not None else None
-    for block in _slices(hidden_TD, head) if tiles is None else _kept_tiles(hidden_TD, head, tiles.kept_BC):
+    if needs.weight and weight_grad_VD is None:
+        dW_VD = torch.empty_like(head.weight_VD, memory_format=torch.contiguous_format)
+    db_V = torch.empty_like(head.bias_V) if needs.bias and head.bias_V is not None else None
+    for block in _slices(hidden_TD, head) if needs.tiles is None else _kept_tiles(hidden_TD, head, needs.tiles.kept_BC):
         columns, z_nv, W_vD = block.columns, block.z_nv, block.W_vD
         _logits_gradient_(z_nv, terms.select(block.rows), head, columns)
         if db_V is not None:
@@ -220,13 +202,13 @@ def backward(
                 product_(dX_TD, z_nv, W_vD, accumulate=True)
             else:
                 dX_TD.index_add_(0, block.rows, z_nv @ W_vD)
-        if need_weight and weight_grad_VD is not None:
+        if weight_grad_VD is not None:
             product_(weight_grad_VD[columns], z_nv.T, block.hidden_nD, accumulate=True)
         if dW_VD is not None:
             _store_product(dW_VD[columns], z_nv.T, block.hidden_nD, dtype)
     if dX_TD is not None:
-        dX_TD = spread_rows(dX_TD.to(hidden_TD.dtype), kept, num_rows)
-    return dX_TD, dW_VD, db_V
+        dX_TD = spread_rows(dX_TD.to(hidden_TD.dtype), used, num_rows)
+    return Gradients(dX_TD, dW_VD, db_V)
 
 
 class _RowTerms(NamedTuple):

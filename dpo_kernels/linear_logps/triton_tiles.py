@@ -9,21 +9,22 @@ one more product, and there is no backward (2 in all).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dpo_kernels.head import Gradients, Head, Needs
 from dpo_kernels.kernels.filtered_products import TileLists, add_filtered_dx_, filtered_db, filtered_dw
 from dpo_kernels.kernels.frozen_head import frozen_head
-from dpo_kernels.kernels.launch import HeadOptions, TileLaunch, multiprocessors, obstacle
+from dpo_kernels.kernels.launch import TileLaunch, multiprocessors, obstacle
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.tile_config import MAX_BLOCK
 from dpo_kernels.kernels.tile_logps import PARTIAL_BYTES, empty_exps, linear_stats, partial_width
 from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
-from dpo_kernels.linear_logps.tile_filter import COLUMNS, Kept
+from dpo_kernels.linear_logps.interface import Scores, Want
+from dpo_kernels.linear_logps.tile_filter import COLUMNS
 
 SLICE_BYTES = 160 * 2**20
 """Largest size of a slice: with fp32 dX beside it, 8192 rows of 4096 features stay within 300 MiB."""
@@ -31,81 +32,49 @@ MIN_SLICE = 4096
 """Narrower slices would spend more time on reading and writing dX than on products."""
 
 FILTER_ROWS = 128
-"""See ``dpo_kernels.linear_logps.ops``: with tiles of 128 columns what tensor cores are still fed well with."""
+"""See ``dpo_kernels.linear_logps.interface``: with tiles of 128 columns what tensor cores are still fed well with."""
 
 STATS = TOKEN_STATS
 """Token statistics that the kernels compute."""
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """See ``dpo_kernels.linear_logps.ops``."""
+    """See ``dpo_kernels.linear_logps.interface``."""
     return obstacle(device, dtype)
 
 
-def forward(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    labels_T: Tensor,
-    bias_V: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    need_dx: bool,
-    stats: Sequence[str],
-    tile_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """See ``dpo_kernels.linear_logps.ops``."""
-    options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+def forward(hidden_TD: Tensor, head: Head, labels_T: Tensor, *, ignore_index: int, want: Want) -> Scores:
+    """See ``dpo_kernels.linear_logps.interface``."""
     dx_TD = mass_TC = None
-    if need_dx:
-        logps_T, lse_T, dx_TD, stats_KT = frozen_head(
-            hidden_TD,
-            weight_VD,
-            labels_T,
-            slice_columns=slice_columns(
-                hidden_TD,
-                stats_width=_partial_width(hidden_TD, weight_VD, frozen=True, token_stats=True) if stats else None,
-            ),
-            options=options,
-            ignore_index=ignore_index,
-            token_stats=bool(stats),
-        )
+    token_stats = bool(want.stats)
+    common: dict[str, Any] = {"ignore_index": ignore_index, "token_stats": token_stats}
+    if want.dx:
+        stats_width = None
+        if token_stats:
+            stats_width = _partial_width(hidden_TD, head.weight_VD, frozen=True, token_stats=True)
+        columns = slice_columns(hidden_TD, stats_width=stats_width)
+        logps_T, lse_T, dx_TD, stats_KT = frozen_head(hidden_TD, head, labels_T, slice_columns=columns, **common)
     else:
-        logps_T, lse_T, *_, stats_KT, mass_TC = linear_stats(
-            hidden_TD,
-            weight_VD,
-            labels_T,
-            options=options,
-            ignore_index=ignore_index,
-            token_stats=bool(stats),
-            mass_columns=COLUMNS if tile_mass else None,
-        )
+        mass_columns = COLUMNS if want.tile_mass else None
+        found = linear_stats(hidden_TD, head, labels_T, mass_columns=mass_columns, **common)
+        logps_T, lse_T, stats_KT, mass_TC = found.logps_N, found.lse_N, found.token_stats_KN, found.mass_NC
     if stats_KT is not None:
-        stats_KT = torch.stack([stats_KT[STATS.index(name)] for name in stats])
-    return logps_T, lse_T, dx_TD, stats_KT, mass_TC
+        stats_KT = torch.stack([stats_KT[STATS.index(name)] for name in want.stats])
+    return Scores(logps_T, lse_T, dx_TD, stats_KT, mass_TC)
 
 
 def backward(
     grad_logps_T: Tensor,
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     labels_T: Tensor,
     lse_T: Tensor,
-    bias_V: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
+    *,
     ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    weight_grad_VD: Tensor | None,
-    tiles: Kept | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See ``dpo_kernels.linear_logps.ops``."""
-    options = HeadOptions(bias_V=bias_V, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
-    (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    needs: Needs,
+) -> Gradients:
+    """See ``dpo_kernels.linear_logps.interface``."""
+    tiles, V = needs.tiles, head.weight_VD.shape[0]
     lists = None
     if tiles is not None:
         lists = TileLists.make(tiles.kept_BC, rows=FILTER_ROWS, columns=COLUMNS)
@@ -115,37 +84,34 @@ def backward(
     # The copy of the hidden states comes out of the slice's share.
     width = min(V, slice_columns(hidden_TD, taken=0 if tiles is None else hidden_TD.nbytes))
     slice_Tv = empty_exps(hidden_TD, width)
-    dX_TD = hidden_TD.new_empty(T, D, dtype=torch.float32) if need_hidden else None
-    dW_VD = weight_VD.new_empty(V, D) if need_weight and weight_grad_VD is None else None
-    db_V = bias_V.new_empty(V) if need_bias and bias_V is not None else None
-    results = _Results(dX_TD, dW_VD, weight_grad_VD if need_weight else None, db_V)
+    results = _Results.make(hidden_TD, head, needs)
     for start in range(0, V, width):
         columns = slice(start, min(V, start + width))
-        weight_vD = weight_VD[columns]
-        gradient_Tv = slice_Tv[:T, : weight_vD.shape[0]]
+        part = head.columns(columns)
+        gradient_Tv = slice_Tv[: len(hidden_TD), : columns.stop - start]
         slice_grad(
             hidden_TD,
-            weight_vD,
+            part,
             labels_T,
             lse_T,
             grad_logps_T,
             slice_Tv,
             first_col=start,
             ignore_index=ignore_index,
-            options=options.columns(columns.start, columns.stop),
             lists=lists,
         )
         if lists is None:
-            _add_products(results, gradient_Tv, hidden_TD, weight_vD, columns)
+            _add_products(results, gradient_Tv, hidden_TD, part.weight_VD, columns)
         else:
-            _add_kept_products(results, gradient_Tv, hidden_TD, weight_vD, columns, lists)
+            _add_kept_products(results, gradient_Tv, hidden_TD, part.weight_VD, columns, lists)
+    dX_TD = results.dX_TD
     if dX_TD is not None:
         if tiles is not None:
             del slice_Tv, gradient_Tv
         dX_TD = dX_TD.to(hidden_TD.dtype)
         if tiles is not None:
             dX_TD = torch.empty_like(dX_TD).index_copy_(0, tiles.order_T, dX_TD)
-    return dX_TD, dW_VD, db_V
+    return Gradients(dX_TD, results.dW_VD, results.db_V)
 
 
 class _Results(NamedTuple):
@@ -157,6 +123,17 @@ class _Results(NamedTuple):
     weight_grad_VD: Tensor | None
     """Takes the place of dW_VD, which is added to it."""
     db_V: Tensor | None
+
+    @classmethod
+    def make(cls, hidden_TD: Tensor, head: Head, needs: Needs) -> _Results:
+        weight_grad_VD = needs.weight_grad_VD if needs.weight else None
+        dW_VD = db_V = None
+        if needs.weight and weight_grad_VD is None:
+            dW_VD = head.weight_VD.new_empty(head.weight_VD.shape)
+        if needs.bias and head.bias_V is not None:
+            db_V = head.bias_V.new_empty(head.bias_V.shape)
+        dX_TD = hidden_TD.new_empty(hidden_TD.shape, dtype=torch.float32) if needs.hidden else None
+        return cls(dX_TD, dW_VD, weight_grad_VD, db_V)
 
 
 def _add_products(results: _Results, gradient_Tv: Tensor, hidden_TD: Tensor, weight_vD: Tensor, columns: slice) -> None:

@@ -9,27 +9,30 @@ process has. Backward needs nothing but the whole log-sum-exp: a slice of the so
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.chunks import accumulation_dtype
 from dpo_kernels.dispatch import check_impl
-from dpo_kernels.linear_logps.api import autocast_head, check_head
+from dpo_kernels.head import Head, Needs
+from dpo_kernels.linear_logps import ops
 from dpo_kernels.linear_logps.ops import (
-    empty_gradients,
+    OPTIONS,
+    OPTIONS_SCHEMA,
+    fake_gradients,
+    head_fields,
+    input_gradients,
     linear_logps_backward_op,
     linear_logps_op,
+    needed_gradients,
     refuse_double_backward,
 )
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_OPTIONS = (
-    "float? softcap, float logit_scale, float temperature, int ignore_index, str impl, int vocab_start, str group"
-)
 _IGNORED = -100
 _ELSEWHERE = -1
 """Label of a row whose label is a column of another process."""
@@ -84,10 +87,18 @@ def linear_logps_vocab_parallel(
         raise RuntimeError("linear_logps_vocab_parallel has no impl='reference': that one needs the whole vocabulary")
     if vocab_start < 0:
         raise ValueError(f"vocab_start must be at least 0; got {vocab_start}")
-    hidden_TD, weight_shard_vD, bias_shard = autocast_head(hidden_TD, weight_shard_vD, bias_shard)
-    check_head(hidden_TD, weight_shard_vD, labels_T, bias_shard, softcap, logit_scale, temperature)
-    options = (softcap, logit_scale, temperature, ignore_index, impl, vocab_start, group.group_name)
-    return vocab_parallel_op(hidden_TD, weight_shard_vD, labels_T, bias_shard, *options)[0]
+    hidden_TD, head = Head(weight_shard_vD, bias_shard, softcap, logit_scale, temperature).autocast(hidden_TD)
+    head.check(hidden_TD, labels_T)
+    inputs = Inputs(
+        hidden=hidden_TD,
+        labels=labels_T,
+        **head_fields(head),
+        ignore_index=ignore_index,
+        impl=impl,
+        vocab_start=vocab_start,
+        group=group.group_name,
+    )
+    return vocab_parallel_op(*inputs)[0]
 
 
 def _all_reduce_(tensor: Tensor, group: Any, operation: str = "SUM") -> Tensor:
@@ -119,36 +130,77 @@ def _check_owners(labels: Tensor, owners: Tensor, ignore_index: int) -> None:
         )
 
 
+class Inputs(NamedTuple):
+    """Arguments of ``dpo_kernels::linear_logps_vocab_parallel``."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+    ignore_index: int
+    impl: str
+    vocab_start: int
+    group: str
+
+
+class BackwardInputs(NamedTuple):
+    """Arguments of ``dpo_kernels::linear_logps_vocab_parallel_backward``."""
+
+    grad_logps: Tensor
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    lse: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    temperature: float
+    ignore_index: int
+    impl: str
+    vocab_start: int
+    group: str
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+
+def _for_one_process(given: Inputs | BackwardInputs, kind: type, labels: Tensor, **others: Any) -> Any:
+    """The arguments of an op of ``linear_logps``, which are of this slice of the vocabulary alone."""
+    shared = {name: value for name, value in given._asdict().items() if name in kind._fields}  # type: ignore[attr-defined]
+    return kind(**{**shared, "labels": labels, "ignore_index": _IGNORED, **others})
+
+
 @torch.library.custom_op(
     "dpo_kernels::linear_logps_vocab_parallel",
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_OPTIONS}) -> (Tensor logps, Tensor lse)",
+    schema=f"(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {OPTIONS_SCHEMA}, int vocab_start, str group)"
+    " -> (Tensor logps, Tensor lse)",
 )
-def vocab_parallel_op(
-    hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_index, impl, vocab_start, group
-) -> tuple[Tensor, Tensor]:
-    local = _local_labels(labels, ignore_index, vocab_start, weight.shape[0])
+def vocab_parallel_op(*arguments) -> tuple[Tensor, Tensor]:
+    given = Inputs(*arguments)
+    local = _local_labels(given.labels, given.ignore_index, given.vocab_start, given.weight.shape[0])
     # Rows whose label is elsewhere are still needed for their log-sum-exp: any column serves as their label.
-    options = (softcap, logit_scale, temperature, _IGNORED, impl, False, "")
-    slice_logps, slice_lse, *_ = linear_logps_op(
-        hidden, weight, local.masked_fill(local == _ELSEWHERE, 0), bias, *options
-    )
-    if hidden.shape[0] == 0:
+    labels = local.masked_fill(local == _ELSEWHERE, 0)
+    slice_logps, slice_lse, *_ = linear_logps_op(*_for_one_process(given, ops.Inputs, labels, need_dx=False, stats=""))
+    if given.hidden.shape[0] == 0:
         return slice_logps, slice_lse
-    largest = _all_reduce_(slice_lse.clone(), group, "MAX")
+    largest = _all_reduce_(slice_lse.clone(), given.group, "MAX")
     gap = slice_lse - largest
     # A slice that a bias masks whole has no softmax of its own.
     label_logit = torch.where(gap.isneginf(), gap, slice_logps + gap)
     inside = local >= 0
-    sums = _all_reduce_(torch.stack([gap.exp(), label_logit.where(inside, 0), inside.to(gap.dtype)]), group)
-    _check_owners(labels, sums[2], ignore_index)
+    sums = _all_reduce_(torch.stack([gap.exp(), label_logit.where(inside, 0), inside.to(gap.dtype)]), given.group)
+    _check_owners(given.labels, sums[2], given.ignore_index)
     log_sum = sums[0].log()
     logps = (sums[1] - log_sum).masked_fill_(local == _IGNORED, 0)
     return logps.to(slice_logps.dtype), largest + log_sum
 
 
 @vocab_parallel_op.register_fake
-def _(hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_index, impl, vocab_start, group):
+def _(hidden, *others):
     logps = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
     return logps, logps.new_empty(logps.shape, dtype=torch.float64)
 
@@ -156,45 +208,54 @@ def _(hidden, weight, labels, bias, softcap, logit_scale, temperature, ignore_in
 @torch.library.custom_op(
     "dpo_kernels::linear_logps_vocab_parallel_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_logps, Tensor hidden, Tensor weight, Tensor labels, Tensor lse, Tensor? bias, {_OPTIONS},"
-    " bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad_logps, Tensor hidden, Tensor weight, Tensor labels, Tensor lse, Tensor? bias,"
+    f" {OPTIONS_SCHEMA}, int vocab_start, str group, bool need_hidden, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor)",
 )
-def vocab_parallel_backward_op(
-    grad_logps, hidden, weight, labels, lse, bias, *options
-) -> tuple[Tensor, Tensor, Tensor]:
+def vocab_parallel_backward_op(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db); what is not needed is an empty vector."""
-    softcap, logit_scale, temperature, ignore_index, impl, vocab_start, group, *needs = options
-    local = _local_labels(labels, ignore_index, vocab_start, weight.shape[0])
-    options = (softcap, logit_scale, temperature, _IGNORED, impl, *needs)
-    dX, dW, db = linear_logps_backward_op(grad_logps, hidden, weight, local, lse, bias, *options)
-    if needs[0] and hidden.shape[0] > 0:
-        dX = _all_reduce_(dX.to(accumulation_dtype(dX.dtype)), group).to(hidden.dtype)
+    given = BackwardInputs(*arguments)
+    hidden = given.hidden
+    local = _local_labels(given.labels, given.ignore_index, given.vocab_start, given.weight.shape[0])
+    dX, dW, db = linear_logps_backward_op(*_for_one_process(given, ops.BackwardInputs, local))
+    if given.need_hidden and hidden.shape[0] > 0:
+        dX = _all_reduce_(dX.to(accumulation_dtype(dX.dtype)), given.group).to(hidden.dtype)
     return dX, dW, db
 
 
 @vocab_parallel_backward_op.register_fake
-def _(grad_logps, hidden, weight, labels, lse, bias, *options):
-    return empty_gradients((hidden, weight, bias), options[-3:])
+def _(*arguments):
+    given = BackwardInputs(*arguments)
+    return fake_gradients(given, Needs(given.need_hidden, given.need_weight, given.need_bias))
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, labels, bias, *ctx.options = inputs
-    lse = output[1]
+    given, lse = Inputs(*inputs), output[1]
+    ctx.options = {name: getattr(given, name) for name in (*OPTIONS, "vocab_start", "group")}
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, labels, lse, bias)
+    ctx.save_for_backward(given.hidden, given.weight, given.labels, lse, given.bias)
 
 
 def _backward(ctx, grad_logps, grad_lse):
     refuse_double_backward("linear_logps_vocab_parallel")
-    nothing = (None,) * 7
+    needs = needed_gradients(Inputs, ctx)
     if grad_logps is None:
-        return None, None, None, None, *nothing
-    need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
-    dX, dW, db = vocab_parallel_backward_op(
-        grad_logps, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight, need_bias
+        return input_gradients(Inputs, needs)
+    hidden, weight, labels, lse, bias = ctx.saved_tensors
+    given = BackwardInputs(
+        grad_logps=grad_logps,
+        hidden=hidden,
+        weight=weight,
+        labels=labels,
+        lse=lse,
+        bias=bias,
+        **ctx.options,
+        need_hidden=needs.hidden,
+        need_weight=needs.weight,
+        need_bias=needs.bias,
     )
-    return dX if need_hidden else None, dW if need_weight else None, None, db if need_bias else None, *nothing
+    return input_gradients(Inputs, needs, *vocab_parallel_backward_op(*given))
 
 
 vocab_parallel_op.register_autograd(_backward, setup_context=_setup_context)

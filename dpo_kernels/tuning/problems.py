@@ -6,11 +6,11 @@ Legend: N rows, D hidden size, V columns of one launch: the vocabulary, or a sli
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from dpo_kernels.kernels.launch import HeadOptions
+from dpo_kernels.head import Head
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
 from dpo_kernels.kernels.tile_config import TileConfig, tile_config
@@ -97,10 +97,10 @@ class Workload:
         generator = None if meta else torch.Generator(device).manual_seed(0)
         self.hidden_ND = torch.randn(N, D, device=device, generator=generator, dtype=dtype)
         # Logits of order 1, as a model's are.
-        self.weight_VD = torch.randn(V, D, device=device, generator=generator, dtype=dtype).mul_(D**-0.5)
+        weight_VD = torch.randn(V, D, device=device, generator=generator, dtype=dtype).mul_(D**-0.5)
+        self.head = Head(weight_VD, softcap=30.0 if problem.heavy else None)
         self.labels_N = torch.randint(V, (N,), device=device, generator=generator)
         self.row_N = torch.ones(N, device=device)
-        self.options = HeadOptions(softcap=30.0 if problem.heavy else None)
         self.buffer = self.hidden_ND.new_empty(0)
         self.lse_N = self.row_N.double()
         if problem.kernel != "linear_stats":
@@ -111,24 +111,22 @@ class Workload:
     def launch(self, config: TileConfig) -> LinearStats | None:
         """What is timed."""
         if self.problem.kernel == "slice_grad":
-            self._slice_grad(self.options, config)
+            self._slice_grad(self.head, config)
             return None
         return self._stats(config)
 
     def launch_heaviest(self, config: TileConfig) -> None:
         """With everything on that the configuration has to serve: what compilation is checked with."""
-        bias_V = self.weight_VD.new_empty(self.problem.V)
-        options = replace(self.options, bias_V=bias_V)
+        head = self.head._replace(bias_V=self.head.weight_VD.new_empty(self.problem.V))
         if self.problem.kernel == "slice_grad":
-            self._slice_grad(options, config)
+            self._slice_grad(head, config)
             return
         exps = self.buffer if self.problem.kernel == "linear_exps" else None
         tile_stats(
             self.hidden_ND,
-            self.weight_VD,
+            head,
             self.labels_N,
             self.row_N,
-            options=options,
             exps=exps,
             row_shift_N=None if exps is None else self.row_N,
             token_stats=self.problem.heavy,
@@ -152,34 +150,31 @@ class Workload:
         gradient_NV = softmax_grad_(
             self.buffer,
             self.row_N,
+            self.head,
             self.labels_N,
             stats,
-            V=self.problem.V,
             ignore_index=IGNORED,
-            options=self.options,
         )
         return [*numbers, gradient_NV]
 
-    def _slice_grad(self, options: HeadOptions, config: TileConfig) -> None:
+    def _slice_grad(self, head: Head, config: TileConfig) -> None:
         slice_grad(
             self.hidden_ND,
-            self.weight_VD,
+            head,
             self.labels_N,
             self.lse_N,
             self.row_N,
             self.buffer,
             first_col=0,
             ignore_index=IGNORED,
-            options=options,
             config=config,
         )
 
     def _stats(self, config: TileConfig | None) -> LinearStats:
         return linear_stats(
             self.hidden_ND,
-            self.weight_VD,
+            self.head,
             self.labels_N,
-            options=self.options,
             ignore_index=IGNORED,
             exps=self.buffer if self.problem.kernel == "linear_exps" else None,
             token_stats=self.problem.heavy and self.problem.kernel != "slice_grad",

@@ -3,7 +3,7 @@
 from .adapters import load_adapter
 from .attention import Backend, choose_backend
 from .checks import check_dataset, check_packing
-from .head import Head, read_head
+from .head import read_head
 from .load import load_policy, load_tokenizer, resolve_device
 from .policy import Policy
 from .shard import shard_policy
@@ -11,7 +11,6 @@ from .sources import check_folder
 
 __all__ = [
     "Backend",
-    "Head",
     "Policy",
     "check_dataset",
     "check_folder",

@@ -1,33 +1,12 @@
-"""The language-model head as data: what turns a hidden state into logits.
-
-logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
-"""
+"""The head of a transformers causal language model as the record that ``dpo_kernels`` takes."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
 from torch import nn
 
+from dpo_kernels.head import Head
+
 from ..errors import UserError
-
-
-class Head(NamedTuple):
-    """Weight and options of a language-model head, in the terms of ``dpo_kernels``."""
-
-    weight: torch.Tensor
-    """[V, D]."""
-    bias: torch.Tensor | None
-    """[V]."""
-    softcap: float | None
-    logit_scale: float
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of ``linear_logps`` and ``linear_dpo_loss``."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
-
 
 # What models call a factor of their logits, and whether they multiply (1) or divide (-1) by it.
 _FACTORS = {

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from dpo_kernels import linear_logps
+from dpo_kernels.head import Head
 
 from ..packing.layout import PackedBatch
 from .attention import PLAN_ARGUMENT, Backend
-from .head import Head, read_head
+from .head import read_head
 from .offload import OffloadedActivations
 
 R = TypeVar("R")
@@ -118,7 +119,7 @@ class Policy(nn.Module):
 
     def logps(self, batch: PackedBatch) -> torch.Tensor:
         """fp32 [N]: log-prob of every completion token, in the order of ``batch.labels_N``."""
-        return self(batch, lambda hidden, head: linear_logps(hidden, head.weight, batch.labels_N, **head.options))
+        return self(batch, lambda hidden, head: linear_logps(hidden, head.weight_VD, batch.labels_N, **head.options))
 
     @contextmanager
     def reference_mode(self) -> Iterator[None]:

@@ -86,7 +86,7 @@ def training_step(backend: Backend, device: torch.device, dtype: torch.dtype) ->
         return policy(
             batch,
             lambda hidden, head: (
-                linear_dpo_loss(hidden, head.weight, batch.labels_N, batch.cu_responses_S1, ref_S).loss
+                linear_dpo_loss(hidden, head.weight_VD, batch.labels_N, batch.cu_responses_S1, ref_S).loss
             ),
         )
 

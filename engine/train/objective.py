@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dpo_kernels import linear_dpo_loss, linear_logps, plackett_luce_loss, preference_loss
 from dpo_kernels.chunks import sum_responses, to_device
+from dpo_kernels.head import Head
 from dpo_kernels.linear_logps.api import TokenLogps
 from dpo_kernels.losses import resolve_loss
 
@@ -33,7 +34,7 @@ from .. import distributed
 from ..config.schema import LossConfig
 from ..data.groups import PreferenceDataset
 from ..errors import UserError
-from ..model import Head, Policy
+from ..model import Policy
 from ..packing import PackedBatch
 from .feed import TrainingStep
 
@@ -155,7 +156,7 @@ class Objective:
         return sum_responses(out.logps, batch.lengths_S), self._sums(out.stats, batch)
 
     def _token_logps(self, hidden_ND: Tensor, head: Head, batch: PackedBatch) -> TokenLogps:
-        return linear_logps(hidden_ND, head.weight, batch.labels_N, stats=self.token_stats, **head.options)
+        return linear_logps(hidden_ND, head.weight_VD, batch.labels_N, stats=self.token_stats, **head.options)
 
     def _sums(self, stats: Mapping[str, Tensor], batch: PackedBatch) -> Tensor:
         """[S, K] over the tokens of each response."""
@@ -264,7 +265,7 @@ class Objective:
             def objective(hidden_ND: Tensor, head: Head, batch=batch, ref_S=ref_S, weights_P=weights_P):
                 return linear_dpo_loss(
                     hidden_ND,
-                    head.weight,
+                    head.weight_VD,
                     batch.labels_N,
                     batch.cu_responses_S1,
                     ref_S,

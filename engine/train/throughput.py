@@ -44,7 +44,7 @@ class FlopModel:
     @classmethod
     def of(cls, policy: Policy) -> FlopModel:
         model, config = policy.causal_lm, policy.config.get_text_config()
-        head = policy.head.weight
+        head = policy.head.weight_VD
         skipped = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()} | {id(head)}
         active = _active_share(config)
         body = trained = 0.0

@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from dpo_kernels import LOSS_TYPES, preference_loss
+from dpo_kernels.head import Head
 from dpo_kernels.linear_logps.reference import logps as reference_logps
 
 IMPLS = ("torch", "reference")
@@ -38,7 +39,7 @@ class Case:
 def compose(case: Case, leaves, *, loss_type, reduction="mean", pair_weights=None, softcap=None, **options):
     """Log-probs, sums, ``preference_loss``, reduction: one plain step after another."""
     hidden, weight, bias = leaves
-    logps_T, _ = reference_logps(hidden, weight, case.labels, bias, softcap)
+    logps_T, _ = reference_logps(hidden, Head(weight, bias, softcap), case.labels)
     bounds = list(itertools.pairwise(case.cu.tolist()))
     sums = torch.stack([logps_T[a:b].sum() for a, b in bounds]) if bounds else logps_T
     lengths = torch.tensor([int((case.labels[a:b] != -100).sum()) for a, b in bounds], dtype=torch.int64)

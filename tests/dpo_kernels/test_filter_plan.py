@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dpo_kernels.head import Head
 from dpo_kernels.linear_logps import tile_filter, torch_chunks
+from dpo_kernels.linear_logps.interface import Want
 from dpo_kernels.linear_logps.tile_filter import COLUMNS, FILTER_STATS, plan_filter
 from tests.dpo_kernels.filter_setup import IGNORED, IMPLS, MODULES, peaked
 
@@ -22,8 +24,9 @@ def test_masses_are_those_of_the_softmax(impl: str, monkeypatch) -> None:
         p = (hidden @ weight.T + shifted).softmax(-1)
         expected = torch.stack([part.sum(-1) for part in p.split(COLUMNS, dim=1)], dim=1)
         for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-2 if offset else 1e-4)):
-            inputs = (hidden.to(dtype), weight.to(dtype), labels, shifted.to(dtype))
-            *_, mass = MODULES[impl].forward(*inputs, None, 1.0, 1.0, IGNORED, False, (), True)
+            inputs = (hidden.to(dtype), Head(weight.to(dtype), shifted.to(dtype)), labels)
+            want = Want(tile_mass=True)
+            mass = MODULES[impl].forward(*inputs, ignore_index=IGNORED, want=want).mass_TC
             used = labels != IGNORED
             assert_close(mass[used].double(), expected[used], rtol=tolerance, atol=1e-12)
 

@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.shapes import TEST_SHAPES, HeadShape
 from dpo_kernels import linear_logps
+from dpo_kernels.head import Head, Needs
 from dpo_kernels.linear_logps import reference, tile_filter, torch_chunks
+from dpo_kernels.linear_logps.interface import Want
 from dpo_kernels.linear_logps.ops import linear_logps_backward_op, linear_logps_op
 from dpo_kernels.linear_logps.tile_filter import COLUMNS, FILTER_STATS, Kept, kept_elements, plan_filter
 from tests.dpo_kernels.filter_setup import ALL_OPTIONS, IGNORED, IMPLS, MODULES, peaked, run
@@ -30,8 +32,8 @@ def tiles_of(hidden, weight, labels, bias, impl, filter_mass, softcap=None, logi
 def masked_gradients(hidden, weight, labels, bias, upstream, kept_TV, softcap=None, logit_scale=1.0, temperature=1.0):
     """Autograd through all logits, whose gradient is cut where kept_TV is False."""
     leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
-    options = (softcap, logit_scale, temperature, IGNORED, kept_TV)
-    logps, _ = reference.logps(leaves[0], leaves[1], labels, leaves[2], *options)
+    head = Head(leaves[1], leaves[2], softcap, logit_scale, temperature)
+    logps, _ = reference.logps(leaves[0], head, labels, IGNORED, kept_TV)
     return torch.autograd.grad(logps, leaves, upstream.to(logps.dtype))
 
 
@@ -199,18 +201,20 @@ class Products(TorchDispatchMode):
 def test_work_is_one_and_three_s_products(filter_mass: float) -> None:
     """2 s with a frozen head; counted from the products themselves."""
     hidden, weight, labels, bias = peaked(V=8 * COLUMNS, dtype=torch.float32)
+    head = Head(weight, bias)
     one = 2 * hidden.numel() * len(weight)
     used = labels != IGNORED
     with Products() as forward:
-        _, lse, *_, mass = torch_chunks.forward(hidden, weight, labels, bias, None, 1.0, 1.0, IGNORED, False, (), True)
+        want = Want(tile_mass=True)
+        _, lse, *_, mass = torch_chunks.forward(hidden, head, labels, ignore_index=IGNORED, want=want)
     # Ignored rows are left out of the forward product, too.
     assert forward.flop == one * used.double().mean()
     plan = plan_filter(mass, labels, ignore_index=IGNORED, filter_mass=filter_mass, rows=1)
     s = tile_filter.filter_stats(plan, FILTER_STATS, torch.float64)["kept_tiles"].mean().item()
     for needs, products in (((True, True, True), 3), ((True, False, False), 2), ((False, True, False), 2)):
-        arguments = (torch.ones(150), hidden, weight, labels, lse.double(), bias, None, 1.0, 1.0, IGNORED)
+        arguments = (torch.ones(150), hidden, head, labels, lse.double())
         with Products() as backward:
-            torch_chunks.backward(*arguments, *needs, None, plan.kept)
+            torch_chunks.backward(*arguments, ignore_index=IGNORED, needs=Needs(*needs, tiles=plan.kept))
         assert backward.flop == pytest.approx(products * s * one, rel=1e-9)
     assert s < (0.5 if filter_mass > 1e-3 else 0.9)
 

@@ -16,9 +16,12 @@ pytest.importorskip("triton.backends.nvidia.compiler")
 import triton
 from triton.runtime.jit import JITFunction
 
+from dpo_kernels.head import Head, Needs
 from dpo_kernels.kernels import launch, offline, tile_logps
 from dpo_kernels.linear_dpo import triton_pairs
+from dpo_kernels.linear_dpo.interface import PairScorer, Want
 from dpo_kernels.linear_logps import tile_filter, triton_tiles
+from dpo_kernels.linear_logps.interface import Want as LogpsWant
 from dpo_kernels.linear_logps.stats import STATS
 from dpo_kernels.losses import LossOptions, resolve_loss
 
@@ -54,7 +57,7 @@ def keys(monkeypatch: pytest.MonkeyPatch):
 class Batch:
     """Responses of random lengths, and the head of one model."""
 
-    weight = torch.empty(V, D, dtype=torch.bfloat16)
+    head = Head(torch.empty(V, D, dtype=torch.bfloat16))
 
     def __init__(self) -> None:
         pairs = int(torch.randint(1, 12, ()))
@@ -65,22 +68,23 @@ class Batch:
 
     def loss(self, loss_type: str = "sigmoid", trained: bool = True) -> None:
         S, cu = len(self.lengths), [0, *itertools.accumulate(self.lengths)]
-        scorer = SimpleNamespace(
+        scorer = PairScorer(
             mix=resolve_loss(loss_type, None),
             options=LossOptions(),
+            offsets=cu,
             ref_logps_S=torch.empty(S),
             lengths_S=None,
             mean_length=None,
             scale_P=torch.empty(S // 2),
             cu_S1=torch.tensor(cu),
         )
-        options = (None, None, 1.0, 1.0, -100, True, trained, False)
-        triton_pairs.forward(self.hidden, self.weight, self.labels, cu, scorer, *options)
+        want = Want(Needs(True, trained, False))
+        triton_pairs.forward(self.hidden, self.head, self.labels, scorer, ignore_index=-100, want=want)
 
     def log_probs(self, *, frozen: bool, stats: tuple[str, ...] = (), filtered: bool = False) -> None:
         """Forward, and backward where there is one."""
-        T, head = len(self.labels), (None, None, 1.0, 1.0, -100)
-        triton_tiles.forward(self.hidden, self.weight, self.labels, *head, frozen, stats, filtered)
+        T, want = len(self.labels), LogpsWant(frozen, stats, filtered)
+        triton_tiles.forward(self.hidden, self.head, self.labels, ignore_index=-100, want=want)
         if frozen:
             return
         tiles = None
@@ -88,8 +92,8 @@ class Batch:
             blocks, columns = tile_filter.num_blocks(T, triton_tiles.FILTER_ROWS), tile_filter.num_tiles(V)
             tiles = tile_filter.Kept(torch.randperm(T), torch.rand(blocks, columns) < 0.5)
         rows = (self.labels, torch.empty(T, dtype=torch.float64))
-        wanted = (True, True, False, None, tiles)
-        triton_tiles.backward(torch.empty(T), self.hidden, self.weight, *rows, *head, *wanted)
+        needs = Needs(True, True, False, tiles=tiles)
+        triton_tiles.backward(torch.empty(T), self.hidden, self.head, *rows, ignore_index=-100, needs=needs)
 
 
 CALLS = {

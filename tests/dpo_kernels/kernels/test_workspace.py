@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +15,13 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia.compiler")
 
 from benchmarks.shapes import GPU_BENCHMARK
+from dpo_kernels.head import Head, Needs
 from dpo_kernels.kernels import frozen_head, launch
 from dpo_kernels.kernels.offline import compiling_for
 from dpo_kernels.linear_dpo import triton_pairs
+from dpo_kernels.linear_dpo.interface import PairScorer, Want
 from dpo_kernels.linear_logps import tile_filter, triton_tiles
+from dpo_kernels.linear_logps.interface import Want as LogpsWant
 from dpo_kernels.linear_logps.stats import STATS
 from dpo_kernels.losses import LossOptions, resolve_loss
 
@@ -62,9 +64,10 @@ def extra_bytes(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, **opt
     D, dtype = options.get("D", D), options.get("dtype", torch.bfloat16)
     T, S = sum(lengths), len(lengths)
 
-    scorer = SimpleNamespace(
+    scorer = PairScorer(
         mix=resolve_loss("sigmoid", None),
         options=LossOptions(),
+        offsets=[0, *itertools.accumulate(lengths)],
         ref_logps_S=meta(S),
         lengths_S=None,
         mean_length=None,
@@ -72,15 +75,13 @@ def extra_bytes(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, **opt
         cu_S1=meta(S + 1, dtype=torch.int64),
     )
     hidden, weight = meta(T, D, dtype=dtype), meta(V, D, dtype=dtype)
-    labels, cu = meta(T, dtype=torch.int64), [0, *itertools.accumulate(lengths)]
+    labels, head = meta(T, dtype=torch.int64), Head(weight, softcap=options.get("softcap"))
+    want = Want(Needs(True, True, False), options.get("stats", ()))
     monkeypatch.setattr(launch, "device_arch", lambda device: "sm_90")
     with LiveBytes(hidden, weight, labels) as live, compiling_for("sm_90"):
-        results = triton_pairs.forward(
-            hidden, weight, labels, cu, scorer, None, options.get("softcap"), 1.0, 1.0, -100, True, True, False,
-            options.get("stats", ()),
-        )  # fmt: skip
-    assert results[3].dtype == dtype
-    return live.most - sum(t.untyped_storage().nbytes() for t in results if t is not None)
+        results = triton_pairs.forward(hidden, head, labels, scorer, ignore_index=-100, want=want)
+    assert results.gradients.dW_VD.dtype == dtype
+    return live.most - sum(t.untyped_storage().nbytes() for t in tree_leaves(results) if t is not None)
 
 
 LONG_PAIR = (5000, 3192)
@@ -144,16 +145,16 @@ def extra_bytes_of_log_probs(
         monkeypatch.setattr(module, "add_product_", lambda *products, **options: None)
     hidden, weight = meta(T, D, dtype=dtype), meta(V, D, dtype=dtype)
     labels, row, lse = meta(T, dtype=torch.int64), meta(T), meta(T, dtype=torch.float64)
+    head = Head(weight, softcap=softcap)
     kept = meta(T // triton_tiles.FILTER_ROWS, tile_filter.num_tiles(V), dtype=torch.bool)
     with LiveBytes(hidden, weight, labels, row, lse, kept) as live, compiling_for("sm_90"):
         if pass_name.endswith("backward"):
             tiles = tile_filter.Kept(labels, kept) if pass_name.startswith("filtered") else None
-            wanted = (True, True, False, None, tiles)
-            results = triton_tiles.backward(row, hidden, weight, labels, lse, None, softcap, 1.0, 1.0, -100, *wanted)
+            needs = Needs(True, True, False, tiles=tiles)
+            results = triton_tiles.backward(row, hidden, head, labels, lse, ignore_index=-100, needs=needs)
         else:
-            filtered, frozen = pass_name.startswith("filtered"), pass_name.endswith("frozen head")
-            options = (None, softcap, 1.0, 1.0, -100, frozen, stats, filtered)
-            *results, mass = triton_tiles.forward(hidden, weight, labels, *options)
+            wanted = LogpsWant(pass_name.endswith("frozen head"), stats, pass_name.startswith("filtered"))
+            *results, mass = triton_tiles.forward(hidden, head, labels, ignore_index=-100, want=wanted)
         if pass_name == "filtered forward":
             rows = triton_tiles.FILTER_ROWS
             plan = tile_filter.plan_filter(mass, labels, ignore_index=-100, filter_mass=1e-3, rows=rows)

@@ -11,8 +11,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from dpo_kernels import linear_logps
+from dpo_kernels.head import Head, Needs
 from dpo_kernels.linear_dpo import torch_chunks as dpo_chunks
+from dpo_kernels.linear_dpo.interface import PairScorer, Want
 from dpo_kernels.linear_logps import torch_chunks as logps_chunks
+from dpo_kernels.linear_logps.interface import Want as LogpsWant
+from dpo_kernels.losses import LossOptions, resolve_loss
 from engine.config import load_config
 from engine.data import load_dataset_groups
 from engine.forecast import forecast_memory, memory
@@ -137,19 +141,25 @@ def test_workspace_of_the_head(dtype, pairs, length, monkeypatch):
     hidden, weight = torch.randn(2 * pairs * length, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
     labels = torch.randint(V, (len(hidden),))
     offsets = list(range(0, len(hidden) + 1, length))
-    options = (None, None, 1.0, 1.0, -100)
-
-    def score_pairs(sums, first):
-        return sums[0::2], sums
-
-    score_pairs.cu_S1 = torch.tensor(offsets)
+    head, numbers = Head(weight), torch.ones(2 * pairs)
+    scorer = PairScorer(
+        mix=resolve_loss("sigmoid", None),
+        options=LossOptions(),
+        offsets=offsets,
+        cu_S1=torch.tensor(offsets),
+        ref_logps_S=numbers,
+        lengths_S=None,
+        mean_length=None,
+        scale_P=numbers[:pairs],
+    )
     with LiveStorage(CPU, lambda func, args: 0) as count:
-        dpo_chunks.forward(hidden, weight, labels, offsets, score_pairs, *options, True, True, False)
+        want = Want(Needs(True, True, False))
+        dpo_chunks.forward(hidden, head, labels, scorer, ignore_index=-100, want=want)
     stated = dpo_chunks.forward_workspace(hidden, weight, offsets, need_weight=True)
     results = (hidden.numel() + weight.numel()) * dtype.itemsize
     assert count.peak == pytest.approx(stated + results, abs=3 * 2**20)
     with LiveStorage(CPU, lambda func, args: 0) as count:
-        logps_chunks.forward(hidden, weight, labels, *options, True, (), False)
+        logps_chunks.forward(hidden, head, labels, ignore_index=-100, want=LogpsWant(dx=True))
     stated = logps_chunks.forward_workspace(hidden, weight, need_dx=True)
     assert count.peak == pytest.approx(stated + hidden.numel() * dtype.itemsize, abs=3 * 2**20)
 

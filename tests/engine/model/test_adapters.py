@@ -350,28 +350,32 @@ def test_a_frozen_head_has_no_gradient_of_its_weight(base, monkeypatch):
     """LoRA takes the path with two products: no pass makes a tensor of the shape of the head's weight."""
     policy = load_policy(replace(base, lora=LoraConfig(r=4)), device=CPU)
     batch, head = pack(), policy.head
-    assert not head.weight.requires_grad
-    shape = head.weight.shape
+    assert not head.weight_VD.requires_grad
+    shape = head.weight_VD.shape
     made = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             fresh = out if isinstance(out, torch.Tensor) else None
-            if fresh is not None and fresh.shape in (shape, shape[::-1]) and fresh.data_ptr() != head.weight.data_ptr():
+            if (
+                fresh is not None
+                and fresh.shape in (shape, shape[::-1])
+                and fresh.data_ptr() != head.weight_VD.data_ptr()
+            ):
                 made.append(func)
             return out
 
     def loss(hidden, head):
         refs = torch.zeros(batch.num_responses)
         return linear_dpo_loss(
-            hidden, head.weight, batch.labels_N, batch.cu_responses_S1, refs, reduction="sum", **head.options
+            hidden, head.weight_VD, batch.labels_N, batch.cu_responses_S1, refs, reduction="sum", **head.options
         ).loss
 
     with Watch():
         policy(batch, loss).backward()
     assert not made
-    assert head.weight.grad is None
+    assert head.weight_VD.grad is None
     assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
     full = load_policy(base, device=CPU)
     head = full.head

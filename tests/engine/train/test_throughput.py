@@ -37,7 +37,7 @@ def test_flop_model_counts_the_matrix_products_that_torch_counts(tiny_model_dir,
     batch = build_batch(groups())
 
     def cross_entropy(hidden, head):
-        return torch.nn.functional.cross_entropy(hidden @ head.weight.T, batch.labels_N)
+        return torch.nn.functional.cross_entropy(hidden @ head.weight_VD.T, batch.labels_N)
 
     with FlopCounterMode(display=False) as counter:
         policy(batch, cross_entropy).backward()

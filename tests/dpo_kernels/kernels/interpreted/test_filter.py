@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from dpo_kernels import linear_logps
+from dpo_kernels.head import Head
 from dpo_kernels.kernels.filtered_products import TileLists, add_filtered_dx_, filtered_db, filtered_dw
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.tile_config import TileConfig
@@ -61,8 +62,8 @@ def decided(tensors, labels, filter_mass, softcap=None, logit_scale=1.0, tempera
 
 def cut_gradients(tensors, labels, upstream, kept_TV, dtype, softcap=None, logit_scale=1.0, temperature=1.0):
     leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
-    options = (softcap, logit_scale, temperature, IGNORED, kept_TV)
-    logps, _ = reference.logps(leaves[0], leaves[1], labels, leaves[2], *options)
+    head = Head(leaves[1], leaves[2], softcap, logit_scale, temperature)
+    logps, _ = reference.logps(leaves[0], head, labels, IGNORED, kept_TV)
     return torch.autograd.grad(logps, leaves, upstream.to(logps.dtype))
 
 
@@ -187,9 +188,9 @@ def test_two_runs_are_bitwise_equal():
 @pytest.mark.parametrize("config", [None, SMALL], ids=["default", "small"])
 def test_masses_are_those_of_the_softmax(config, scale):
     problem = Problem.make(19, 300, bias=True, scale=scale)
-    problem.options.bias_V[:140] = -torch.inf
+    problem.head.bias_V[:140] = -torch.inf
     stats = problem.stats(config, mass_columns=COLUMNS)
-    z = problem.hidden.double() @ problem.weight.double().T + problem.options.bias_V.double()
+    z = problem.hidden.double() @ problem.weight.double().T + problem.head.bias_V.double()
     used = problem.labels != IGNORED
     others = torch.nn.functional.one_hot(problem.labels.clamp(min=0), 300) == 0
     p = z.softmax(-1) * others
@@ -252,14 +253,13 @@ def test_products_of_16_bits(dtype):
 def test_gradient_of_kept_tiles_alone_is_written(config):
     """In whole tiles, 0 past the last column."""
     problem = Problem.make(150, 300, 16)
-    common = {"ignore_index": IGNORED, "options": problem.options}
-    lse = linear_stats(problem.hidden, problem.weight, problem.labels, **common).lse_N
+    lse = linear_stats(problem.hidden, problem.head, problem.labels, ignore_index=IGNORED).lse_N
     kept = torch.tensor([[True, False, True], [False, False, False], [False, True, True]])
     lists = TileLists.make(kept, rows=ROWS, columns=COLUMNS)
     buffer, upstream = empty_exps(problem.hidden, 300).fill_(torch.nan), torch.randn(150)
     slice_grad(
-        problem.hidden, problem.weight, problem.labels, lse, upstream, buffer, first_col=0, lists=lists,
-        config=config, **common,
+        problem.hidden, problem.head, problem.labels, lse, upstream, buffer, first_col=0, lists=lists,
+        ignore_index=IGNORED, config=config,
     )  # fmt: skip
     buffer = buffer[:150, :384]
     kept_NV = kept.repeat_interleave(ROWS, 0)[:150].repeat_interleave(COLUMNS, 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dpo_kernels.head import Head
 from dpo_kernels.kernels.frozen_head import frozen_head
-from dpo_kernels.kernels.launch import HeadOptions
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
 from dpo_kernels.kernels.tile_config import TileConfig
@@ -23,7 +23,7 @@ def in_place(problem: Problem, upstream: torch.Tensor, config: TileConfig = SMAL
     V = problem.weight.shape[0]
     exps = empty_exps(problem.hidden, V)
     stats = problem.stats(config, exps=exps)
-    return softmax_grad_(exps, upstream, problem.labels, stats, V=V, options=problem.options, ignore_index=IGNORED)
+    return softmax_grad_(exps, upstream, problem.head, problem.labels, stats, ignore_index=IGNORED)
 
 
 def recomputed(problem: Problem, upstream: torch.Tensor, config: TileConfig = SMALL, width: int = 128) -> torch.Tensor:
@@ -37,13 +37,12 @@ def recomputed(problem: Problem, upstream: torch.Tensor, config: TileConfig = SM
         columns = slice(start, min(V, start + width))
         slice_grad(
             problem.hidden,
-            problem.weight[columns],
+            problem.head.columns(columns),
             problem.labels,
             lse,
             upstream,
             buffer,
             first_col=start,
-            options=problem.options.columns(columns.start, columns.stop),
             **common,
         )
         out[:, columns] = buffer[: len(out), : columns.stop - columns.start]
@@ -52,11 +51,11 @@ def recomputed(problem: Problem, upstream: torch.Tensor, config: TileConfig = SM
 
 def naive(problem: Problem, upstream: torch.Tensor) -> torch.Tensor:
     """Same-dtype torch: what autograd gives when logits are rounded to the compute dtype."""
-    options = problem.options
+    head = problem.head
     products = (problem.hidden @ problem.weight.T).detach().requires_grad_()
-    z = products if options.bias_V is None else products + options.bias_V
-    z = z * options.logit_scale
-    z = (z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)) / options.temperature
+    z = products if head.bias_V is None else products + head.bias_V
+    z = z * head.logit_scale
+    z = (z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)) / head.temperature
     ignored = problem.labels == IGNORED
     logps = z.float().log_softmax(1).gather(1, problem.labels.masked_fill(ignored, 0)[:, None])[:, 0]
     return torch.autograd.grad((logps.masked_fill(ignored, 0) * upstream).sum(), products)[0]
@@ -125,7 +124,7 @@ def test_extreme_logits(method):
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
 def test_all_logits_far_from_zero(method, shift):
     problem = Problem.make(5, 150)
-    problem.options = HeadOptions(bias_V=torch.full((150,), shift))
+    problem.set_bias(torch.full((150,), shift))
     # At 1e4 a logit has an absolute rounding error of 1e-3, and the gradient the same relative one.
     upstream = torch.randn(5)
     torch.testing.assert_close(
@@ -138,7 +137,7 @@ def test_columns_switched_off(method):
     problem = Problem.make(5, 200, ignored=False)
     bias = torch.zeros(200)
     bias[:130] = -torch.inf
-    problem.options = HeadOptions(bias_V=bias)
+    problem.set_bias(bias)
     problem.labels = torch.tensor([130, 150, 199, 170, 131])
     got = compare(method, problem)
     assert (got[:, :130] == 0).all()
@@ -148,7 +147,7 @@ def test_confident_rows_keep_their_gradient():
     """1 - p[label] of a row with p[label] = 1 - 1e-6 has all its digits, even in bfloat16."""
     hidden = torch.eye(2, dtype=torch.bfloat16)
     weight = torch.tensor([[13.8, 0.0], [0.0, 13.8]], dtype=torch.bfloat16)
-    problem = Problem(hidden, weight, torch.tensor([0, 1]))
+    problem = Problem(hidden, Head(weight), torch.tensor([0, 1]))
     got = in_place(problem, torch.ones(2))
     torch.testing.assert_close(got.double(), problem.product_gradient(torch.ones(2)), rtol=0.01, atol=0)
 
@@ -165,14 +164,13 @@ def test_slice_gradient_offsets_past_two_to_the_31():
     lse = problem.reference(torch.float32)[1].detach()
     slice_grad(
         problem.hidden,
-        problem.weight,
+        problem.head,
         problem.labels,
         lse,
         upstream,
         far,
         first_col=0,
         ignore_index=IGNORED,
-        options=problem.options,
         config=SMALL,
     )
     torch.testing.assert_close(far.double(), problem.product_gradient(upstream), rtol=2e-3, atol=1e-5)
@@ -181,10 +179,9 @@ def test_slice_gradient_offsets_past_two_to_the_31():
 def frozen(problem: Problem, slice_columns: int, config: TileConfig = SMALL):
     return frozen_head(
         problem.hidden,
-        problem.weight,
+        problem.head,
         problem.labels,
         slice_columns=slice_columns,
-        options=problem.options,
         ignore_index=IGNORED,
         config=config,
     )
@@ -226,7 +223,7 @@ def test_frozen_head_small_vocabularies(V):
 def test_frozen_head_when_each_slice_outgrows_the_last(step):
     """Shifts within the slack stay, larger ones move rows and tiles; falling ones underflow to exact zeros."""
     problem = Problem.make(7, 256, ignored=False)
-    problem.options = HeadOptions(bias_V=torch.arange(256).div(64, rounding_mode="floor") * step)
+    problem.set_bias(torch.arange(256).div(64, rounding_mode="floor") * step)
     problem.labels = torch.tensor([0, 70, 130, 200, 255, 63, 192])
     compare_frozen(problem, 64)
 
@@ -235,7 +232,7 @@ def test_frozen_head_confident_rows():
     """(1 - p) W[label] must not come out of a difference of bfloat16 numbers."""
     hidden = torch.eye(2, dtype=torch.bfloat16)
     weight = torch.tensor([[9.0, 0.5], [0.25, 11.0], [0.0, 0.0]], dtype=torch.bfloat16)
-    problem = Problem(hidden, weight, torch.tensor([0, 1]))
+    problem = Problem(hidden, Head(weight), torch.tensor([0, 1]))
     got = frozen(problem, 128)
     logps, _, leaf, *_ = problem.reference()
     (dx,) = torch.autograd.grad(logps.sum(), leaf)

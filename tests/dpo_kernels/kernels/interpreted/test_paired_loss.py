@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_kernels.kernels.paired_loss import KERNEL_LOSSES, PairTerms, launch_pairs
-from dpo_kernels.linear_dpo.ops import make_pairs
+from dpo_kernels.linear_dpo.interface import make_pairs
 from dpo_kernels.losses import LOSS_TYPES, LossOptions, resolve_loss
 
 OPTIONS = LossOptions(beta=0.3, label_smoothing=0.1, discopop_tau=0.2, simpo_gamma=0.4, cpo_alpha=0.7)
@@ -31,7 +31,6 @@ class Batch:
             names=tuple(t.name for t in self.mix.types),
             weights=self.mix.weights,
             **options._asdict(),
-            per_token_reward=all(t.per_token_reward for t in self.mix.types),
             ref_logps_S=self.ref_S if self.mix.needs_reference else None,
             lengths_S=self.lengths.float() if self.mix.needs_lengths else None,
             mean_length=torch.tensor(3.5),
@@ -47,20 +46,19 @@ class Batch:
         return launch_pairs(rows, self.terms, first_pair=first_pair, num_pairs=num_pairs, first_row=start)
 
     def expected(self, dtype: torch.dtype = torch.float64):
-        """(losses, sums, rewards, slopes) from the table and autograd."""
+        """(losses, sums, slopes) from the table and autograd."""
         rows = self.logps_N.to(dtype)
         sums = torch.stack([part.sum() for part in rows.split(self.lengths.tolist())]).requires_grad_()
         ref = self.ref_S.to(dtype) if self.mix.needs_reference else None
         pairs = make_pairs(sums, ref, self.lengths.to(dtype), torch.tensor(3.5, dtype=dtype), self.options)
         losses = self.mix.losses(pairs)
         (slopes,) = torch.autograd.grad((losses * self.scale_P.to(dtype)).sum(), sums)
-        rewards = torch.stack(self.mix.rewards(pairs), dim=1).flatten()
-        return losses.detach(), sums.detach(), rewards, slopes
+        return losses.detach(), sums.detach(), slopes
 
 
 def compare(batch: Batch, tolerance: float = 4e-6, dtype: torch.dtype = torch.float64):
     got = batch.launch()
-    for name, value, expected in zip(("loss", "sum", "reward", "slope"), got[:4], batch.expected(dtype), strict=True):
+    for name, value, expected in zip(("loss", "sum", "slope"), got[:3], batch.expected(dtype), strict=True):
         value, expected = value.double(), expected.double()
         scale = max(1.0, expected.abs().max().item())
         torch.testing.assert_close(
@@ -97,7 +95,7 @@ def test_numbers_that_are_not_finite(name, smoothing, value):
         batch = Batch((2, 2, 1, 1), names=name, options=LossOptions(beta=0.3, label_smoothing=smoothing))
         getattr(batch, field)[where] = value
         got, expected = batch.launch(), batch.expected(torch.float32)
-        for found, other in ((got.losses_P, expected[0]), (got.slopes_S, expected[3])):
+        for found, other in ((got.losses_P, expected[0]), (got.slopes_S, expected[2])):
             torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -116,11 +114,6 @@ def test_orpo_near_certainty():
 @pytest.mark.parametrize("weights", [None, (1.0, 0.2, -0.5)])
 def test_weighted_sums_of_losses(weights):
     compare(Batch(names=("sigmoid", "sft", "bco_pair"), weights=weights))
-
-
-def test_per_token_rewards_only_when_all_losses_have_them():
-    compare(Batch(names=("simpo", "orpo")))
-    compare(Batch(names=("simpo", "sigmoid")))
 
 
 def test_responses_longer_than_a_block():

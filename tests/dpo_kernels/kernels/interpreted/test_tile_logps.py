@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from dpo_kernels.kernels.launch import HeadOptions
+from dpo_kernels.head import Head
+from dpo_kernels.kernels.row_state import RowState, finish_stats, merge_stats
 from dpo_kernels.kernels.tile_config import TileConfig
-from dpo_kernels.kernels.tile_logps import RowState, empty_exps, finish_stats, linear_stats, merge_stats, tile_stats
+from dpo_kernels.kernels.tile_logps import empty_exps, linear_stats, tile_stats
 from tests.dpo_kernels.kernels.interpreted.twin import (
     IGNORED,
-    PLAIN,
     Problem,
     assert_as_good,
     far_rows,
@@ -98,7 +98,7 @@ def test_any_ignore_index(ignore_index):
     expected = problem.reference()[0].detach()
     labels = problem.labels.clone()
     labels[2] = ignore_index
-    stats = linear_stats(problem.hidden, problem.weight, labels, options=PLAIN, ignore_index=ignore_index, config=SMALL)
+    stats = linear_stats(problem.hidden, problem.head, labels, ignore_index=ignore_index, config=SMALL)
     kept = torch.arange(6) != 2
     torch.testing.assert_close(stats.logps_N[kept].double(), expected[kept], atol=1e-5, rtol=1e-6)
     assert stats.logps_N[2] == 0
@@ -110,7 +110,7 @@ def test_a_label_outside_the_vocabulary_reads_nothing_and_is_nan(label):
     clean = compare(problem, SMALL)
     labels = problem.labels.clone()
     labels[2] = label
-    stats = linear_stats(problem.hidden, problem.weight, labels, options=PLAIN, ignore_index=IGNORED, config=SMALL)
+    stats = linear_stats(problem.hidden, problem.head, labels, ignore_index=IGNORED, config=SMALL)
     assert stats.logps_N[2].isnan()
     others = torch.arange(6) != 2
     assert torch.equal(stats.logps_N[others], clean.logps_N[others])
@@ -119,7 +119,7 @@ def test_a_label_outside_the_vocabulary_reads_nothing_and_is_nan(label):
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
 def test_all_logits_far_from_zero(shift):
     problem = Problem.make(5, 150)
-    problem.options = HeadOptions(bias_V=torch.full((150,), shift))
+    problem.set_bias(torch.full((150,), shift))
     compare(problem, SMALL)
 
 
@@ -132,14 +132,15 @@ def test_a_bias_of_minus_infinity_switches_columns_off():
     problem = Problem.make(5, 200, ignored=False)
     bias = torch.zeros(200)
     bias[:130] = -torch.inf
-    problem.options = HeadOptions(bias_V=bias)
+    problem.set_bias(bias)
     problem.labels = torch.tensor([130, 150, 199, 170, 131])
     compare(problem, SMALL)
 
 
 def test_confident_rows_keep_their_relative_accuracy():
     """log p near 0 comes from the sum over the other columns, not from a difference of large numbers."""
-    problem = Problem(torch.eye(3), torch.tensor([[9.0, 0, 0], [0, 15.0, 0], [0, 0, 20.0]]), torch.arange(3))
+    weight = torch.tensor([[9.0, 0, 0], [0, 15.0, 0], [0, 0, 20.0]])
+    problem = Problem(torch.eye(3), Head(weight), torch.arange(3))
     stats = compare(problem, SMALL)
     torch.testing.assert_close(stats.logps_N.double(), problem.reference()[0].detach(), rtol=1e-5, atol=0)
 
@@ -148,7 +149,7 @@ def test_strided_rows():
     problem = Problem.make(9, 70, 16)
     compact = compare(problem, SMALL)
     problem.hidden = torch.cat([problem.hidden, problem.hidden], dim=1)[:, :16]
-    problem.weight = torch.cat([problem.weight, problem.weight], dim=0)[::2].contiguous()[:70]
+    problem.head = Head(torch.cat([problem.weight, problem.weight], dim=0)[::2].contiguous()[:70])
     strided = compare(problem, SMALL)
     assert strided.logps_N.shape == compact.logps_N.shape
 
@@ -187,10 +188,9 @@ def test_slices_merge_to_the_whole():
     for start, stop in itertools.pairwise(bounds):
         stats = tile_stats(
             problem.hidden,
-            problem.weight[start:stop],
+            problem.head.columns(slice(start, stop)),
             problem.labels,
             state.label_logit_N,
-            options=problem.options.columns(start, stop),
             first_col=start,
             config=SMALL,
         )
@@ -207,7 +207,7 @@ def test_offsets_past_two_to_the_31():
     hidden, weight = far_rows(2, 16, 2**31 + 64), far_rows(2, 16, 2**31 + 64)
     hidden.copy_(torch.randn(2, 16))
     weight.copy_(torch.randn(2, 16))
-    compare(Problem(hidden, weight, torch.tensor([1, 0])), SMALL)
+    compare(Problem(hidden, Head(weight), torch.tensor([1, 0])), SMALL)
 
     problem = Problem.make(32, 64, 16, torch.float16)
     near, far = empty_exps(problem.hidden, 64), far_rows(32, 64, 2**31 // 30)

@@ -7,9 +7,9 @@ import torch
 
 from benchmarks.shapes import RESPONSE_LENGTHS
 from dpo_kernels import linear_dpo_loss, linear_logps
+from dpo_kernels.head import Head
 from dpo_kernels.kernels import tile_logps
 from dpo_kernels.kernels.frozen_head import frozen_head
-from dpo_kernels.kernels.launch import HeadOptions
 from dpo_kernels.kernels.tile_config import TileConfig
 from dpo_kernels.kernels.tile_logps import linear_stats
 from dpo_kernels.kernels.token_stats import TOKEN_STATS
@@ -25,16 +25,15 @@ WIDE = TileConfig(block_n=16, block_v=256, block_d=32, group_n=3, num_warps=4, n
 
 
 def expected(problem: Problem) -> torch.Tensor:
-    options = problem.options
-    bias = None if options.bias_V is None else options.bias_V.double()
-    hidden, weight = problem.hidden.double(), problem.weight.double()
-    z = logits(hidden, weight, bias, options.softcap, options.logit_scale, options.temperature)
+    bias = None if problem.head.bias_V is None else problem.head.bias_V.double()
+    head = problem.head._replace(weight_VD=problem.weight.double(), bias_V=bias)
+    z = logits(problem.hidden.double(), head)
     return token_stats(z, problem.labels, IGNORED, TOKEN_STATS)
 
 
 def compare(problem: Problem, config: TileConfig = SMALL, atol: float = 3e-6):
-    common = {"options": problem.options, "ignore_index": IGNORED, "token_stats": True, "config": config}
-    inputs = (problem.hidden, problem.weight, problem.labels)
+    common = {"ignore_index": IGNORED, "token_stats": True, "config": config}
+    inputs = (problem.hidden, problem.head, problem.labels)
     exact = expected(problem)
     whole = linear_stats(*inputs, **common).token_stats_KN
     sliced = frozen_head(*inputs, slice_columns=64, **common).token_stats_KN
@@ -76,7 +75,7 @@ def test_rows_that_are_not_finite(value, column):
         bias = torch.zeros(200)
         if column is not None:
             bias[column] = value
-        problem.options = HeadOptions(bias_V=bias)
+        problem.set_bias(bias)
         problem.labels[:] = label
         compare(problem)
         hidden = problem.hidden.clone().requires_grad_()
@@ -101,7 +100,7 @@ def test_hits():
 
 def test_of_equal_logits_the_first_is_the_top():
     """Ties within a tile, across tiles and across slices."""
-    problem = Problem(torch.ones(4, 16), torch.ones(200, 16), torch.tensor([0, 1, 70, 199]))
+    problem = Problem(torch.ones(4, 16), Head(torch.ones(200, 16)), torch.tensor([0, 1, 70, 199]))
     compare(problem)
     problem.weight[:66] = 0.5
     problem.labels = torch.tensor([0, 66, 67, 199])
@@ -111,7 +110,7 @@ def test_of_equal_logits_the_first_is_the_top():
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
 def test_logits_far_from_zero(shift):
     problem = Problem.make(5, 150)
-    problem.options = HeadOptions(bias_V=torch.full((150,), shift))
+    problem.set_bias(torch.full((150,), shift))
     compare(problem, atol=5e-3)
 
 

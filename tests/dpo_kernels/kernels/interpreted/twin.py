@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from dpo_kernels.kernels.launch import HeadOptions
+from dpo_kernels.head import Head
 from dpo_kernels.kernels.tile_config import TileConfig
 from dpo_kernels.kernels.tile_logps import LinearStats, linear_stats
 from dpo_kernels.linear_logps.reference import logps as reference_logps
 
 IGNORED = -100
-PLAIN = HeadOptions()
 
 
 @dataclass
@@ -22,9 +21,8 @@ class Problem:
     """Inputs of one call."""
 
     hidden: torch.Tensor
-    weight: torch.Tensor
+    head: Head
     labels: torch.Tensor
-    options: HeadOptions = PLAIN
 
     @classmethod
     def make(
@@ -44,33 +42,33 @@ class Problem:
             labels[torch.rand(N) < 0.2] = IGNORED
         bias_V = torch.randn(V).to(dtype) if bias else None
         hidden, weight = (scale * torch.randn(N, D)).to(dtype), torch.randn(V, D).to(dtype)
-        return cls(hidden, weight, labels, HeadOptions(bias_V=bias_V, **options))
+        return cls(hidden, Head(weight, bias_V, **options), labels)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.head.weight_VD
+
+    def set_bias(self, bias_V: torch.Tensor) -> None:
+        self.head = self.head._replace(bias_V=bias_V)
 
     def stats(self, config: TileConfig | None, **outputs: Any) -> LinearStats:
         """What `linear_stats` finds, with `outputs` such as exps."""
-        common = {"options": self.options, "ignore_index": IGNORED}
-        return linear_stats(self.hidden, self.weight, self.labels, config=config, **common, **outputs)
+        return linear_stats(self.hidden, self.head, self.labels, ignore_index=IGNORED, config=config, **outputs)
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
         """(logps, lse, hidden, weight, bias): leaves in `dtype`, log-probs differentiable."""
-        leaves = [self.hidden, self.weight, self.options.bias_V]
+        leaves = [self.hidden, self.weight, self.head.bias_V]
         hidden, weight, bias = [None if t is None else t.detach().clone().to(dtype).requires_grad_() for t in leaves]
-        options = self.options
-        logps, lse = reference_logps(
-            hidden, weight, self.labels, bias, options.softcap, options.logit_scale, options.temperature, IGNORED
-        )
+        head = self.head._replace(weight_VD=weight, bias_V=bias)
+        logps, lse = reference_logps(hidden, head, self.labels, IGNORED)
         return logps, lse, hidden, weight, bias
 
     def product_gradient(self, upstream: torch.Tensor) -> torch.Tensor:
         """d(sum upstream * logps) / d(hidden @ weight.T), [N, V], in float64."""
-        options = self.options
         products = (self.hidden.double() @ self.weight.double().T).requires_grad_()
-        V = self.weight.shape[0]
-        bias = None if options.bias_V is None else options.bias_V.double()
-        eye = torch.eye(V, dtype=torch.float64)
-        logps, _ = reference_logps(
-            products, eye, self.labels, bias, options.softcap, options.logit_scale, options.temperature, IGNORED
-        )
+        eye = torch.eye(len(self.weight), dtype=torch.float64)
+        bias = None if self.head.bias_V is None else self.head.bias_V.double()
+        logps, _ = reference_logps(products, self.head._replace(weight_VD=eye, bias_V=bias), self.labels, IGNORED)
         return torch.autograd.grad((logps * upstream.double()).sum(), products)[0]
 
 

@@ -1,0 +1,59 @@
+"""How many parameters a function may have: more of them are a record that has no name yet."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MOST = 8
+PUBLIC = {
+    "linear_logps/api.py: linear_logps",
+    "linear_logps/vocab_parallel.py: linear_logps_vocab_parallel",
+    "linear_dpo/api.py: linear_dpo_loss",
+    "preference.py: preference_loss",
+}
+"""Fixed signatures that users call, with options by keyword."""
+DROP_IN = {"integrations/liger.py: FusedLinearDPOLoss.__init__"}
+"""Signatures of another project's functions."""
+
+
+def _functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, int]]:
+    for node in ast.iter_child_nodes(tree):
+        name = inside
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{inside}{node.name}."
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            arguments = node.args
+            count = len(arguments.posonlyargs) + len(arguments.args) + len(arguments.kwonlyargs)
+            yield name.removesuffix("."), count
+        yield from _functions(node, name)
+
+
+def crowded(package: Path) -> set[str]:
+    """ "file: function" of all that have more, outside kernels, whose arguments are what a launch takes, and ``ops.py``,
+    which mirror flat schemas."""
+    found = set()
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package).as_posix()
+        if not name.startswith("kernels/") and path.name != "ops.py":
+            found |= {
+                f"{name}: {function}" for function, count in _functions(ast.parse(path.read_text())) if count > MOST
+            }
+    return found
+
+
+def test_no_function_of_the_ops_has_more_than_eight_parameters():
+    assert crowded(ROOT / "dpo_kernels") == PUBLIC | DROP_IN
+
+
+@pytest.mark.parametrize(("parameters", "found"), [(8, set()), (9, {"linear_x/impl.py: Inner.forward"})])
+def test_more_are_found(parameters, found, tmp_path):
+    arguments = ", ".join(["self", *(f"x{i}" for i in range(parameters - 2)), "*", "last"])
+    for folder in ("linear_x", "kernels"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "impl.py").write_text(f"class Inner:\n    def forward({arguments}): ...\n")
+    assert crowded(tmp_path) == found
