@@ -34,15 +34,16 @@ def _functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, int]]:
 
 
 def crowded(package: Path) -> set[str]:
-    """ "file: function" of all that have more, outside kernels, whose arguments are what a launch takes, and ``ops.py``,
-    which mirror flat schemas."""
+    """Functions that have more, as "file: function".
+
+    Not in kernels, whose arguments are what a launch takes, nor in ``ops.py``, which mirror flat schemas.
+    """
     found = set()
     for path in package.rglob("*.py"):
         name = path.relative_to(package).as_posix()
         if not name.startswith("kernels/") and path.name != "ops.py":
-            found |= {
-                f"{name}: {function}" for function, count in _functions(ast.parse(path.read_text())) if count > MOST
-            }
+            functions = _functions(ast.parse(path.read_text()))
+            found |= {f"{name}: {function}" for function, count in functions if count > MOST}
     return found
 
 
