@@ -17,6 +17,7 @@ from benchmarks.gpu_cuda import find_sanitizer, read_sanitizer
 from benchmarks.gpu_journal import Found, Journal
 from benchmarks.gpu_report import TARGETS, compare_targets, failures, page
 from benchmarks.gpu_sections import SECTIONS
+from benchmarks.gpu_table import Context
 from benchmarks.inputs import make_inputs
 from benchmarks.shapes import HeadShape
 
@@ -101,6 +102,29 @@ def test_without_a_device(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "torch sees no CUDA device; --dry-run runs the same on the CPU" in done.stdout
+
+
+PATHS = ("log-probs and gradients", "frozen head", "loss", "statistics", "filter", "weight_grad")
+ASKED = {
+    "cuda": [
+        f"{what}: {path}"
+        for what in ("no wait for the device", "two runs, same bits", "graph capture", "side stream", "second device")
+        for path in PATHS
+    ],
+    "options": ["statistics ", "statistics frozen head ", "filter ", "weight_grad ", "vocab-parallel "],
+    "sanitizer": [f"{tool}: {path}" for tool in ("memcheck", "racecheck") for path in ("stats", "pairs", "filter")],
+    "attention": [f"{backend}: qwen3, head dim 128, heads 8:1" for backend in ("flash3", "flash", "varlen", "sdpa")],
+    "steps": ["full", "LoRA", "gradient checkpointing", "mixture of experts", "K = 3"],
+    "limits": ["float16, frozen head, slope ", "NaN reaches the hinge loss", "variants over random batches"],
+}
+"""How checks begin that no list may lose."""
+
+
+@pytest.mark.parametrize("section", ASKED)
+def test_what_is_asked_of_a_card(section: str, tmp_path: Path) -> None:
+    context = Context(Journal(tmp_path / "gpu.jsonl"), tmp_path, dry_run=True, quick=False, deadline=0.0)
+    names = [check.name for check in SECTIONS[section].checks(context)]
+    assert [asked for asked in ASKED[section] if not any(name.startswith(asked) for name in names)] == []
 
 
 def our_rows(ms: float) -> list[dict]:

@@ -44,6 +44,12 @@ def test_a_postponed_request_is_found_once_however_often_launchers_pass_it_on():
     assert stop.requested() == 0
 
 
+def test_a_request_to_one_process_is_found_by_all(monkeypatch):
+    monkeypatch.setattr(stop.distributed, "gather", lambda own: [own, signal.SIGUSR1])
+    with pytest.raises(Stopped, match="SIGUSR1"):
+        stop.check()
+
+
 def test_a_signal_that_the_parent_ignores_stays_ignored():
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:

@@ -41,8 +41,9 @@ def test_gradient_of_index_select(rows):
         got = gradient(x.to(dtype), rows, upstream.to(dtype))
         rounded = torch.zeros_like(x).index_add(0, torch.from_numpy(rows), upstream.to(dtype).double())
         assert got.dtype == dtype
-        # the sum is exact to float32, so that one rounding to the dtype is left
-        torch.testing.assert_close(got.double(), rounded, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        # the sum is exact to float32, so that one rounding to the dtype is left: half a unit in bfloat16
+        rounding = torch.finfo(dtype).eps * (0.501 if dtype == torch.bfloat16 else 1)
+        torch.testing.assert_close(got.double(), rounded, rtol=rounding, atol=1e-6)
 
 
 def test_sums_have_the_order_of_the_picks():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from engine.model.attention.determinism import deterministic_algorithms
 from engine.packing import PackedBatch
 from engine.packing.layout import AttentionPlan
 from engine.train.setup import prepare
@@ -76,6 +78,12 @@ def test_a_gather_without_an_order_is_found(make_config, tmp_path, monkeypatch):
     assert set(unordered_of(config, tmp_path)) == {"aten::index_add"}
 
 
+def attention_backward(x, context=None):
+    query = x[None, None].requires_grad_()
+    with context or nullcontext():
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+
+
 JUDGED = {
     "twice": (lambda x, i: x.index_add(0, i * 0, x), True),
     "once": (lambda x, i: x.index_add(0, i, x), False),
@@ -86,6 +94,8 @@ JUDGED = {
     "added after sorting": (lambda x, i: x.index_put((i * 0,), x, accumulate=True), False),
     "scattered twice": (lambda x, i: x.scatter(0, (i * 0)[:, None], x), True),
     "sorted": (lambda x, i: x.sort(dim=0), False),
+    "fused attention": (lambda x, i: attention_backward(x), True),
+    "deterministic fused attention": (lambda x, i: attention_backward(x, deterministic_algorithms()), False),
 }
 
 
