@@ -130,19 +130,24 @@ def test_evaluation_after_training_is_the_evaluation_of_the_folder(lora, config,
             assert again["eval_loss"] == pytest.approx(values["eval_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", True])
-def test_an_adapter_is_compared_with_its_base_whatever_it_starts_from(start, config, tiny_model_dir, tmp_path):
-    set_seed(0)
+def save_adapter(base, start, folder) -> str:
+    """A trained adapter that started in one of peft's ways."""
     with quiet_loading():
         adapted = peft.get_peft_model(
-            AutoModelForCausalLM.from_pretrained(tiny_model_dir),
+            AutoModelForCausalLM.from_pretrained(base),
             peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=start),
         )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
-    adapter = str(tmp_path / "adapter")
-    adapted.save_pretrained(adapter)
+    adapted.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", True])
+def test_an_adapter_is_compared_with_its_base_whatever_it_starts_from(start, config, tiny_model_dir, tmp_path):
+    set_seed(0)
+    adapter = save_adapter(tiny_model_dir, start, tmp_path / "adapter")
     dataset, _ = load_dataset_groups(config.data, load_tokenizer(config.model), split="eval")
     base, logps = one_by_one(tiny_model_dir, dataset), one_by_one(tiny_model_dir, dataset, adapter)
     rewards = 0.1 * (logps - base)
@@ -150,10 +155,15 @@ def test_an_adapter_is_compared_with_its_base_whatever_it_starts_from(start, con
     values = evaluate(config, adapter)
     assert values["eval_rewards/chosen"] == pytest.approx(rewards[0::2].mean().item(), rel=1e-4, abs=1e-4)
     assert values["eval_rewards/rejected"] == pytest.approx(rewards[1::2].mean().item(), rel=1e-4, abs=1e-4)
-    # Of a run that goes on from it the adapter is the reference.
-    values = evaluate(replace(config, model=replace(config.model, adapter_name_or_path=adapter)), adapter)
+    # Of a run that goes on from it the adapter is the reference, of others too.
+    config = replace(config, model=replace(config.model, adapter_name_or_path=adapter))
+    values = evaluate(config, adapter)
     assert values["eval_logps/chosen"] == pytest.approx(logps[0::2].mean().item(), rel=1e-4, abs=1e-4)
     assert values["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
+    other = save_adapter(tiny_model_dir, True, tmp_path / "other")
+    values = evaluate(config, other)
+    rewards = 0.1 * (one_by_one(tiny_model_dir, dataset, other) - logps)
+    assert values["eval_rewards/chosen"] == pytest.approx(rewards[0::2].mean().item(), rel=1e-4, abs=1e-4)
 
 
 def test_an_adapter_without_its_config_is_an_error(config, tmp_path):

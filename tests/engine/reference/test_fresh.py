@@ -67,20 +67,24 @@ def test_a_run_goes_on_from_an_adapter_that_took_a_part_out_of_its_base(dtype, a
     assert found == pytest.approx(first_row_by_peft(config, tiny_model_dir, adapter), abs=tolerance)
 
 
-def test_in_bfloat16_a_plain_load_is_scored_in_float32(adapter, make_config):
-    scores = []
+def test_in_bfloat16_a_plain_load_is_scored_in_float32(adapter, make_config, monkeypatch):
+    scores, announced = [], []
+    monkeypatch.setattr("engine.distributed.announce", announced.append)
     for dtype in ("float32", "bfloat16"):
         config = make_config(model={"adapter_name_or_path": adapter, "dtype": dtype})
         dataset, _ = load_dataset_groups(config.data, load_tokenizer(config.model), split="train")
         scores.append(score_fresh(config.model, dataset, CPU))
     assert not scores[0].errors_S.any()
     assert (scores[1].errors_S > 0).any()
+    # Others wait for it.
+    assert announced == ["scores rows with a plain load of the adapter"] * 2
     # The weights are rounded, the sums are not.
     assert scores[1].sums_S == pytest.approx(scores[0].sums_S, abs=1.0)
 
 
+@pytest.mark.parametrize("place", ["model.adapter_name_or_path", "reference.model_name_or_path"])
 @pytest.mark.parametrize("mode", ["auto", "live"])
-def test_a_copy_that_takes_a_part_out_of_the_base_again_stops_the_run(mode, adapter, make_config, monkeypatch):
+def test_a_copy_that_takes_a_part_out_of_the_base_again_stops_the_run(mode, place, adapter, make_config, monkeypatch):
     """What is loaded so agrees with itself in every other check."""
 
     def add_again(peft, model, *, filled):
@@ -91,7 +95,10 @@ def test_a_copy_that_takes_a_part_out_of_the_base_again_stops_the_run(mode, adap
         peft.set_peft_model_state_dict(model, weights, adapter_name="reference")
 
     monkeypatch.setattr(adapters, "_add_frozen_copy", add_again)
-    config = make_config(model={"adapter_name_or_path": adapter}, reference={"mode": mode})
+    section, key = place.split(".")
+    sections = {"reference": {"mode": mode}}
+    sections.setdefault(section, {})[key] = adapter
+    config = make_config(**sections)
     with pytest.raises(UserError, match=r"start-up check: the model gives a response of row \d+ the log-prob -\d"):
         prepare(config)
 

@@ -81,6 +81,12 @@ FAULTS = [
     ),
     (
         "tokens",
+        schedule(lr_scheduler_type="polynomial", lr_scheduler_kwargs={"lr_end": -0.5}),
+        nothing,
+        r"'polynomial' cannot be built: the learning rate of step \d+ of 1,000 would be -0\.",
+    ),
+    (
+        "tokens",
         schedule(lr_scheduler_type="inverse_sqrt", lr_scheduler_kwargs={"timescale": 0}),
         nothing,
         r"'inverse_sqrt' cannot be built",
@@ -96,6 +102,7 @@ FAULTS = [
         nothing,
         r"mode none does not",
     ),
+    ("tokens", {"reference": {"mode": "stored"}, "loss": {"loss_type": "simpo"}}, nothing, r"simpo has no reference"),
     ("model", {"packing": {"tokens_per_pack": 20}}, nothing, r"tokens_per_pack is 20, but row \d+ needs \d+"),
     ("model", {"data": {"eval_dataset_name": "/nowhere/e.jsonl"}}, nothing, r"/nowhere/e\.jsonl"),
     (
