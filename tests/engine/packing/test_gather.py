@@ -41,9 +41,8 @@ def test_gradient_of_index_select(rows):
         got = gradient(x.to(dtype), rows, upstream.to(dtype))
         rounded = torch.zeros_like(x).index_add(0, torch.from_numpy(rows), upstream.to(dtype).double())
         assert got.dtype == dtype
-        # the sum is exact to float32, so that one rounding to the dtype is left: half a unit in bfloat16
-        rounding = torch.finfo(dtype).eps * (0.501 if dtype == torch.bfloat16 else 1)
-        torch.testing.assert_close(got.double(), rounded, rtol=rounding, atol=1e-6)
+        # the sum is exact to float32, so that one rounding to the dtype is left
+        torch.testing.assert_close(got.double(), rounded, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_sums_have_the_order_of_the_picks():
@@ -53,6 +52,12 @@ def test_sums_have_the_order_of_the_picks():
         in_order = (upstream[shuffle[0]] + upstream[shuffle[1]]) + upstream[shuffle[2]]
         got = gradient(torch.zeros(1, 1), np.zeros(3, dtype=np.int64), upstream[shuffle])
         assert torch.equal(got[0], in_order), shuffle
+
+
+def test_sums_in_bfloat16_are_rounded_once():
+    """To bfloat16, 256 + 1 is 256."""
+    upstream = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    assert gradient(torch.zeros(1, 1).bfloat16(), np.zeros(3, dtype=np.int64), upstream).item() == 258
 
 
 class Ordered(TorchDispatchMode):
