@@ -10,6 +10,7 @@ half an hour of a processor; after a change of one kernel, or with a new one, on
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from dpo_kernels.kernels import (
     filtered_products,
     frozen_head,
     paired_loss,
+    scale,
     slice_grad,
     softmax_grad,
     tile_logps,
@@ -134,6 +136,7 @@ def other_cases(*, every_option: bool = True) -> list[Case]:
         cases.append(Case("softmax_grad", dtype, _softmax_grad_launch(DTYPES[dtype])))
         cases.append(Case("frozen_head", dtype, _frozen_launch(DTYPES[dtype])))
         cases.append(Case("filter", dtype, _filter_launch(DTYPES[dtype])))
+        cases.append(Case("scale", dtype, functools.partial(_scale, DTYPES[dtype])))
     names = paired_loss.KERNEL_LOSSES if every_option else ("sigmoid", "nca_pair", "orpo")
     cases += [Case(f"paired_loss-{name}", "float32", _pair_launch(name)) for name in names]
     return cases
@@ -212,6 +215,10 @@ def _filter_launch(dtype: torch.dtype) -> Callable[[], Any]:
         filtered_products.filtered_db(_meta(V, dtype=dtype), _meta(N, V, dtype=dtype), _tile_lists(), first_col=0)
 
     return launch
+
+
+def _scale(dtype: torch.dtype) -> None:
+    scale.scale_(_meta(TABLE_SHAPE.V, TABLE_SHAPE.D, dtype=dtype), torch.empty((), device="meta"))
 
 
 def _softmax_grad_launch(dtype: torch.dtype) -> Callable[[], Any]:

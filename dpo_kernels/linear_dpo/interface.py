@@ -13,6 +13,8 @@ Legend: T rows (tokens), D features, V vocabulary, K statistics, P pairs, S = 2 
     As in ``dpo_kernels.linear_logps.interface``.
 ``LOSSES``
     Names of the losses that it computes, where these are not the whole table.
+``scale_(values, factor)``
+    Where there is one: ``values *= factor`` in place, one of its gradients times one number of the same device.
 """
 
 from __future__ import annotations

@@ -221,6 +221,7 @@ def _setup_context(ctx, inputs, output):
     ctx.gradients = Gradients(found.dX, found.dW, found.db)
     ctx.dtype = given.hidden.dtype
     ctx.weight_grad = given.weight_grad
+    ctx.impl, ctx.losses = given.impl, given.loss_type.split(",")
 
 
 def _backward(ctx, grad_loss, *unused):
@@ -238,10 +239,12 @@ def _backward(ctx, grad_loss, *unused):
         ctx.weight_grad.addcmul_(early.dW_VD, grad_loss)
         needs = needs._replace(weight=False)
 
+    scale = torch.mul
+    if hand_over:
+        scale = getattr(implementation("linear_dpo", ctx.impl, grad_loss, losses=ctx.losses), "scale_", Tensor.mul_)
+
     def scaled(gradient: Tensor, need: bool) -> Tensor | None:
-        if not need:
-            return None
-        return (gradient.mul_(grad_loss) if hand_over else gradient * grad_loss).to(ctx.dtype)
+        return scale(gradient, grad_loss).to(ctx.dtype) if need else None
 
     return input_gradients(Inputs, needs, *map(scaled, early, (needs.hidden, needs.weight, needs.bias)))
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dpo_kernels.chunks import Chunk, early_gradient_dtype, even_slices, plan_chunks
 from dpo_kernels.head import Gradients, Head, Needs
+from dpo_kernels.kernels import scale
 from dpo_kernels.kernels.launch import MAX_BLOCK, TileLaunch, obstacle
 from dpo_kernels.kernels.paired_loss import KERNEL_LOSSES, PairTerms, launch_pairs
 from dpo_kernels.kernels.products import add_product_
@@ -45,6 +46,7 @@ LOSSES = KERNEL_LOSSES
 """Losses of pairs that the kernels compute."""
 STATS = TOKEN_STATS
 """Token statistics that the kernels compute."""
+scale_ = scale.scale_
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
