@@ -1,0 +1,116 @@
+"""Builds the native library: every ``*.cpp`` of this folder, with whatever C++ compiler is there; needs no package.
+
+``*_kernels.cpp`` are compiled once per instruction set of the processor's family, everything else once for the oldest
+member of it; the library chooses when it is loaded.
+By hand: ``python csrc/build_native.py [--sanitize] [--output FILE]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent
+LIBRARY = "libdpo_native.so"
+COMPILERS = ("c++", "g++", "clang++")
+# Contraction would make a result depend on what a compiler merges.
+FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-pthread"),
+]
+# Two are off: gcc 12 warns of its own header for AVX-512.
+WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {
+    "x86_64": {"PLAIN": [], "AVX2": AVX2, "AVX512": AVX2 + AVX512},
+    "aarch64": {"PLAIN": [], "NEON": []},
+}
+NAMES = {"AMD64": "x86_64", "amd64": "x86_64", "arm64": "aarch64"}
+
+
+class BuildError(Exception):
+    """Why there is no library: one line."""
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: ``CXX`` of the environment, or the first that the path has.
+
+    Raises:
+        BuildError: there is none.
+    """
+    given = shlex.split(os.environ.get("CXX", ""))
+    for command in [given] if given else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            return command
+    raise BuildError(f"no C++ compiler ({' '.join(given) or ', '.join(COMPILERS)})")
+
+
+def build(output: Path, *, sanitize: bool = False, machine: str = "") -> None:
+    """Compile and link the library to ``output``, which appears whole or not at all.
+
+    Args:
+        sanitize: with the address and undefined-behaviour sanitizers.
+        machine: the processor's family; that of this machine by default.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    if not any(SOURCES.glob("*.cpp")):
+        raise BuildError(f"no sources in {SOURCES}")
+    compiler, flags = find_compiler(), FLAGS + WARNINGS + (SANITIZE if sanitize else [])
+    machine = machine or platform.machine()
+    sets = INSTRUCTION_SETS.get(NAMES.get(machine, machine), {"PLAIN": []})
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {}
+        for source in sorted(SOURCES.glob("*.cpp")):
+            for name, own in sets.items() if source.stem.endswith("_kernels") else [("", [])]:
+                chosen = [*own, f"-DDPO_ISA_{name}=1"] if name else []
+                target = f"{folder}/{source.stem}{name}.o"
+                commands[target] = [*compiler, *flags, *chosen, "-c", str(source), "-o", target]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, commands.values()))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part = output.with_name(f"{output.name}.{os.getpid()}.part")
+        try:
+            run([*compiler, *flags, "-shared", *commands, "-o", str(part)])
+            part.replace(output)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; BuildError with the first line that it calls an error."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+        raise BuildError(next((line for line in lines if "error" in line), lines[0]).strip())
+    if done.stderr:
+        print(done.stderr, file=sys.stderr)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Build the native library of dpo_kernels.")
+    parser.add_argument("--output", type=Path, default=SOURCES.parent / "dpo_kernels" / LIBRARY)
+    parser.add_argument("--sanitize", action="store_true", help="with the address and undefined-behaviour sanitizers")
+    arguments = parser.parse_args()
+    try:
+        build(arguments.output, sanitize=arguments.sanitize)
+    except BuildError as reason:
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    print(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

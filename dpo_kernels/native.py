@@ -1,0 +1,109 @@
+"""The native library (``csrc/``): finds it, says what runs, and calls its functions.
+
+The library is built when the package is installed and a C++ compiler is there; without it everything works in torch.
+Its functions take one plain struct each and are called through ctypes, which releases the interpreter's lock.
+
+``DPO_NATIVE_LIBRARY``: path of another build of the library, or "none" to do without.
+``DPO_NATIVE_ISA``: one of ISAS, to run on less than the best that the processor has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INTERFACE = 1
+"""Of the functions and structs below; a library that was built from other sources has another number."""
+ISAS = ("plain", "avx2", "avx512", "neon")
+"""Names of instruction sets."""
+BUILT = Path(__file__).with_name("libdpo_native.so")
+HOW_TO_BUILD = "install a C++ compiler (g++ or clang++), then install dpo-kernels again, or in a checkout run `make`"
+
+
+class _Loaded(NamedTuple):
+    library: ctypes.CDLL | None
+    obstacle: str
+
+
+@functools.cache
+def _load() -> _Loaded:
+    path = os.environ.get("DPO_NATIVE_LIBRARY") or str(BUILT)
+    if path == "none":
+        return _Loaded(None, "the native extension is not built: DPO_NATIVE_LIBRARY=none hides it")
+    if not Path(path).is_file():
+        return _Loaded(None, f"the native extension is not built; {HOW_TO_BUILD}")
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        return _Loaded(None, f"the native extension does not load ({error}); {HOW_TO_BUILD}")
+    if library.dpo_interface() != INTERFACE:
+        return _Loaded(None, f"the native extension {path} was built from other sources; {HOW_TO_BUILD}")
+    library.dpo_isa.restype = ctypes.c_char_p
+    wanted = os.environ.get("DPO_NATIVE_ISA", "")
+    if wanted and not library.dpo_has_isa(wanted.encode(), 1):
+        return _Loaded(None, f"DPO_NATIVE_ISA={wanted}: this processor or build has no such instruction set")
+    return _Loaded(library, "")
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None."""
+    return _load().library
+
+
+def why_not() -> str | None:
+    """Why there is no library, with what to do about it; None where there is one."""
+    return _load().obstacle or None
+
+
+def isa() -> str:
+    """The instruction set that runs."""
+    return _library().dpo_isa().decode()
+
+
+def isas() -> list[str]:
+    """The instruction sets that this processor and build have."""
+    return [name for name in ISAS if _library().dpo_has_isa(name.encode(), 0)]
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Inside, the library runs on another instruction set: for comparisons, since it holds for all threads.
+
+    Raises:
+        ValueError: this processor or build does not have it.
+    """
+    before = isa()
+    if not _library().dpo_has_isa(name.encode(), 1):
+        raise ValueError(f"instruction set must be one of {', '.join(isas())}; got {name!r}")
+    try:
+        yield
+    finally:
+        _library().dpo_has_isa(before.encode(), 1)
+
+
+def call(name: str, args: ctypes.Structure) -> None:
+    """Call ``dpo_<name>`` with its struct, which refers to memory that the caller keeps alive. Nothing is checked."""
+    getattr(_library(), f"dpo_{name}")(ctypes.byref(args))
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def threads() -> int:
+    """Of a call: as many as torch's own operators take."""
+    return torch.get_num_threads()
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, why_not()
+    return found

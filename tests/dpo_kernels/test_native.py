@@ -1,0 +1,68 @@
+"""Finding and loading the native library, and what its sources may not do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo_kernels import native
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+needs_library = pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
+load = native._load.__wrapped__
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"DPO_NATIVE_LIBRARY": "none"}, "the native extension is not built: DPO_NATIVE_LIBRARY=none hides it"),
+        ({"DPO_NATIVE_LIBRARY": "/nowhere.so"}, "the native extension is not built; install a C.. compiler .*`make`"),
+        ({"DPO_NATIVE_LIBRARY": __file__}, r"the native extension does not load \(.*; install a C"),
+    ],
+)
+def test_a_library_that_is_not_there_is_a_reason(variables: dict, reason: str, monkeypatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    loaded = load()
+    assert loaded.library is None
+    assert re.match(reason, loaded.obstacle)
+
+
+@needs_library
+def test_a_library_of_other_sources_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    loaded = load()
+    assert loaded.library is None
+    assert "was built from other sources; install" in loaded.obstacle
+
+
+@needs_library
+def test_instruction_set_by_name(monkeypatch) -> None:
+    best = native.isa()
+    assert best in native.isas()
+    assert "plain" in native.isas()
+    for name in native.isas():
+        with native.use_isa(name):
+            assert native.isa() == name
+    assert native.isa() == best
+    with pytest.raises(ValueError, match=r"instruction set must be one of plain.*; got 'sse9'"), native.use_isa("sse9"):
+        pass
+    monkeypatch.setenv("DPO_NATIVE_ISA", "sse9")
+    assert load().obstacle == "DPO_NATIVE_ISA=sse9: this processor or build has no such instruction set"
+
+
+def test_kernels_take_nothing_inline_from_the_standard_library() -> None:
+    """Of an inline function that several files define the linker keeps any one, which might be the AVX-512 copy."""
+    allowed = {"float.h", "math.h", "stdint.h", "string.h", "immintrin.h", "arm_neon.h"}
+    compiled = {*CSRC.glob("*_kernels.cpp"), *CSRC.glob("simd*.h"), CSRC / "vector_math.h"}
+    seen = set()
+    while compiled:
+        text = (path := compiled.pop()).read_text(encoding="utf-8")
+        seen.add(path)
+        assert not re.findall(r"\bstd::", text), path
+        assert set(re.findall(r"#include <(.+)>", text)) <= allowed, path
+        compiled |= {CSRC / name for name in re.findall(r'#include "(.+)"', text)} - seen
+    for path in {*CSRC.glob("*_kernels.cpp"), *CSRC.glob("simd*.h"), CSRC / "vector_math.h"}:
+        assert re.search(r"^namespace \{$", path.read_text(encoding="utf-8"), re.MULTILINE), path
