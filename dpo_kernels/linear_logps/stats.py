@@ -5,6 +5,7 @@ Legend: T rows, K statistics, v columns of a slice. z are logits, p their softma
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -36,6 +37,13 @@ class RunningStats:
         self.top_T = like_TD.new_full((T,), torch.finfo(dtype).min, dtype=dtype)
         self.top_column_T = like_TD.new_zeros(T, dtype=torch.int64)
         self.logits_T, self.entropy_T, self.square_T = (like_TD.new_zeros(T, dtype=dtype) for _ in range(3))
+
+    def part(self, rows: slice) -> RunningStats:
+        """The same of some rows, in the same memory."""
+        part = copy.copy(self)
+        for name in ("top_T", "top_column_T", "logits_T", "entropy_T", "square_T"):
+            setattr(part, name, getattr(self, name)[rows])
+        return part
 
     def fold_logits(self, z: Tensor, rows: slice, first_column: int) -> None:
         """Take in a block of logits."""

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dpo_kernels import describe, dispatch, linear_dpo_loss, linear_logps
+from dpo_kernels import describe, dispatch, linear_dpo_loss, linear_logps, native
 
 WITHOUT_TRITON = """
 import sys
@@ -70,13 +70,27 @@ def test_describe_names_the_choice_and_the_reason() -> None:
     assert describe(dtype=torch.bfloat16).dtype == "bfloat16"
 
 
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it was not built."""
+    monkeypatch.setattr(native, "_load", lambda: native._Loaded(None, "the native extension is not built; build it"))
+
+
 @pytest.mark.parametrize("op", dispatch.MODULES)
-def test_native_is_refused_and_never_replaced(op: str) -> None:
+def test_native_is_refused_and_never_replaced(op: str, no_library) -> None:
     with pytest.raises(RuntimeError, match=r"impl='native' cannot run on cpu torch\.float32: the native extension"):
         dispatch.choose(op, "native", "cpu", torch.float32)
 
 
-def test_an_explicit_request_reaches_the_op() -> None:
+@pytest.mark.parametrize("op", dispatch.MODULES)
+def test_native_is_refused_what_it_does_not_compute(op: str) -> None:
+    with pytest.raises(RuntimeError, match=r"float64: the native extension computes in float32; float64 is for torch"):
+        dispatch.choose(op, "native", "cpu", torch.float64)
+    with pytest.raises(RuntimeError, match="the native extension computes on the CPU"):
+        dispatch.choose(op, "native", "cuda", torch.bfloat16)
+
+
+def test_an_explicit_request_reaches_the_op(no_library) -> None:
     hidden, weight, labels = torch.randn(4, 3), torch.randn(7, 3), torch.tensor([1, 2, 3, 4])
     with pytest.raises(RuntimeError, match="native extension is not built"):
         linear_logps(hidden, weight, labels, impl="native")
@@ -106,6 +120,6 @@ def test_a_loss_without_a_kernel_goes_to_torch_or_is_refused(monkeypatch: pytest
 def test_auto_takes_triton_on_cuda_only_where_it_can(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "why_not", lambda *args: None)
     assert dispatch.choose(op, "auto", "cuda", torch.bfloat16).impl == "triton"
-    assert dispatch.choose(op, "auto", "cpu", torch.bfloat16).impl == "torch"
+    assert dispatch.choose(op, "auto", "meta", torch.bfloat16).impl == "triton"
     monkeypatch.setattr(dispatch, "why_not", lambda *args: "too old a GPU")
     assert dispatch.choose(op, "auto", "cuda", torch.bfloat16) == ("torch", "no Triton kernels: too old a GPU")

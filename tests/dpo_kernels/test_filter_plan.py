@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from dpo_kernels.head import Head
-from dpo_kernels.linear_logps import tile_filter, torch_chunks
+from dpo_kernels.linear_logps import slices, tile_filter
 from dpo_kernels.linear_logps.interface import Want
 from dpo_kernels.linear_logps.tile_filter import COLUMNS, FILTER_STATS, plan_filter
 from tests.dpo_kernels.filter_setup import IGNORED, IMPLS, MODULES, peaked
@@ -16,7 +16,7 @@ from tests.dpo_kernels.filter_setup import IGNORED, IMPLS, MODULES, peaked
 @pytest.mark.parametrize("impl", IMPLS)
 def test_masses_are_those_of_the_softmax(impl: str, monkeypatch) -> None:
     """Whatever the slices of the forward are; near logits of 1e4 and with a bias of -inf, too."""
-    monkeypatch.setattr(torch_chunks, "slice_width", lambda *sizes, **kind: 300)
+    monkeypatch.setattr(slices, "slice_width", lambda *sizes, **kind: 300)
     hidden, weight, labels, bias = peaked(T=9)
     for offset in (0.0, 1e4, -1e4):
         shifted = bias + offset

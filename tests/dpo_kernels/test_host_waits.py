@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpo_kernels import dispatch, linear_dpo_loss, linear_logps
+from dpo_kernels import chunks, dispatch, linear_dpo_loss, linear_logps
 from dpo_kernels.losses import LOSS_TYPES
 from tests.pretended_cuda import CUDA, pretended_cuda
 from tests.unordered_ops import unordered
@@ -76,10 +76,10 @@ def test_every_loss(cuda, loss_type):
 
 
 def test_a_pair_that_is_split(cuda, monkeypatch):
-    for module in ("torch_chunks", "triton_pairs"):
+    for module in ("pair_chunks", "triton_pairs"):
         monkeypatch.setattr(
             f"dpo_kernels.linear_dpo.{module}.plan_chunks",
-            lambda cu, *_, **__: [dispatch._load("linear_dpo", "torch").Chunk(i, 1, True) for i in range(len(cu) // 2)],
+            lambda cu, *_, **__: [chunks.Chunk(i, 1, True) for i in range(len(cu) // 2)],
         )
     hidden, weight, labels, options = head()
     cu, refs = torch.tensor([0, 5, 12, 20, T]), torch.zeros(4, device=CUDA)

@@ -11,6 +11,7 @@ from benchmarks.shapes import RESPONSE_LENGTHS
 from dpo_kernels import linear_dpo_loss, linear_logps, preference_loss
 from dpo_kernels.linear_dpo import ops
 from tests.dpo_kernels.linear_dpo_setup import IMPLS, LOSSES, Case, compose, results, upstream_of
+from tests.dpo_kernels.native_setup import NATIVE
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -29,7 +30,7 @@ def test_every_loss_and_reduction(loss_type, reduction: str, impl: str) -> None:
     torch.testing.assert_close(results(out, leaves, upstream), expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS + NATIVE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_error_at_most_twice_that_of_torch(dtype: torch.dtype, impl: str, reduction: str) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.shapes import RESPONSE_LENGTHS
 from dpo_kernels import chunks, linear_dpo_loss
-from dpo_kernels.linear_dpo import torch_chunks
-from dpo_kernels.linear_logps import torch_chunks as logps_chunks
+from dpo_kernels.linear_dpo import pair_chunks
+from dpo_kernels.linear_logps import slices
 from tests.dpo_kernels.linear_dpo_setup import LOSSES, Case, compose, results, upstream_of
 
 LONG = RESPONSE_LENGTHS["a long pair between short ones"]
@@ -35,8 +35,8 @@ def test_plan_of_chunks() -> None:
 def test_small_buffers(lengths, loss_type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers of 6 rows and D = 5: several chunks, pairs held whole, pairs split for the late scalar."""
     case = Case(lengths)
-    monkeypatch.setattr(torch_chunks, "BUFFER_BYTES", 6 * 23 * 8)
-    monkeypatch.setattr(logps_chunks, "slice_width", lambda *sizes, **kind: 10)
+    monkeypatch.setattr(pair_chunks, "BUFFER_BYTES", 6 * 23 * 8)
+    monkeypatch.setattr(slices, "slice_width", lambda *sizes, **kind: 10)
     monkeypatch.setattr(chunks, "CACHE_BYTES", 2 * 23 * 8)
     upstream = upstream_of(case, "mean")
     leaves = case.leaves()
@@ -51,7 +51,7 @@ def test_small_buffers(lengths, loss_type, monkeypatch: pytest.MonkeyPatch) -> N
 def test_late_scalar_of_a_pair_longer_than_the_buffer(lengths, loss_type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both with one unknown per pair and with two; the split must be exercised, not avoided."""
     case = Case((3, 2, *lengths, 1, 6), D=3, V=11)
-    monkeypatch.setattr(torch_chunks, "BUFFER_BYTES", 10 * 11 * 8)
+    monkeypatch.setattr(pair_chunks, "BUFFER_BYTES", 10 * 11 * 8)
     plan = chunks.plan_chunks(case.cu.tolist(), 10, 3)
     assert [chunk.split for chunk in plan] == [False, True, False]
     upstream = upstream_of(case, "sum")
@@ -73,8 +73,8 @@ def test_products_that_are_not_needed_are_not_run(monkeypatch: pytest.MonkeyPatc
         work.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
         chunks.product_(out, a, b, accumulate=accumulate)
 
-    monkeypatch.setattr(torch_chunks, "product_", counted)
-    monkeypatch.setattr(logps_chunks, "product_", counted)
+    monkeypatch.setattr(pair_chunks, "product_", counted)
+    monkeypatch.setattr(slices, "product_", counted)
 
     def products(trained, **options) -> float:
         work.clear()

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.shapes import RESPONSE_LENGTHS
 from dpo_kernels import chunks, linear_dpo_loss
-from dpo_kernels.linear_dpo import torch_chunks
+from dpo_kernels.linear_dpo import pair_chunks
 from dpo_kernels.linear_logps.stats import STATS
 from tests.dpo_kernels.linear_dpo_setup import IMPLS, Case, results
 from tests.dpo_kernels.test_token_stats import definition
@@ -51,7 +51,7 @@ def test_definitions(impl: str, head: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("lengths", RESPONSE_LENGTHS.values(), ids=RESPONSE_LENGTHS)
 def test_small_buffers(lengths, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, pairs held whole and pairs that are split."""
-    monkeypatch.setattr(torch_chunks, "BUFFER_BYTES", 6 * 23 * 8)
+    monkeypatch.setattr(pair_chunks, "BUFFER_BYTES", 6 * 23 * 8)
     monkeypatch.setattr(chunks, "CACHE_BYTES", 2 * 23 * 8)
     check(Case(lengths))
 

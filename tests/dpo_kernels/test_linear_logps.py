@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from benchmarks.shapes import TEST_SHAPES, HeadShape
 from dpo_kernels import chunks, linear_logps
-from dpo_kernels.linear_logps import torch_chunks
+from dpo_kernels.linear_logps import native, slices, torch_chunks
+from tests.dpo_kernels.native_setup import NATIVE
 
 IMPLS = ("torch", "reference")
 OPTIONS = {
@@ -82,15 +83,16 @@ def test_reference_against_cross_entropy(options: dict) -> None:
     torch.testing.assert_close(ours, run(*inputs, upstream=upstream, function=torch_logps, **rest))
 
 
+@pytest.mark.parametrize("impl", ["torch", *NATIVE])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("shape", TEST_SHAPES, ids=str)
-def test_float32_on_every_shape(shape: HeadShape, options: dict) -> None:
+def test_float32_on_every_shape(shape: HeadShape, options: dict, impl: str) -> None:
     inputs = make_inputs(shape, torch.float32, bias=options.get("bias", False), spread=2.0)
     rest = {k: v for k, v in options.items() if k != "bias"}
-    assert_as_exact_as_torch(inputs, torch.randn(shape.T), "torch", **rest)
+    assert_as_exact_as_torch(inputs, torch.randn(shape.T), impl, **rest)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS + NATIVE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["everything"]], ids=["plain", "everything"])
 def test_16_bit(impl: str, dtype: torch.dtype, options: dict) -> None:
@@ -99,7 +101,7 @@ def test_16_bit(impl: str, dtype: torch.dtype, options: dict) -> None:
     assert_as_exact_as_torch(inputs, torch.randn(60), impl, **rest)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS + NATIVE)
 def test_bfloat16_log_probs_are_not_rounded(impl: str) -> None:
     """Logits that reach the log-sum-exp in float32: 1e-3 a token, 0.02 nats a response of 1000 tokens."""
     hidden, weight, labels, _ = make_inputs(HeadShape(1000, 64, 2000), torch.bfloat16, spread=4.0)
@@ -116,7 +118,7 @@ def test_slices_do_not_change_the_result(options: dict, monkeypatch: pytest.Monk
     rest = {k: v for k, v in options.items() if k != "bias"}
     upstream = torch.randn(50)
     expected = run(hidden, weight, labels, bias, upstream, impl="reference", **rest)
-    monkeypatch.setattr(torch_chunks, "slice_width", lambda *sizes, **kind: 64)
+    monkeypatch.setattr(slices, "slice_width", lambda *sizes, **kind: 64)
     monkeypatch.setattr(chunks, "CACHE_BYTES", 5000)
     torch.testing.assert_close(run(hidden, weight, labels, bias, upstream, impl="torch", **rest), expected)
     hidden.requires_grad_()
@@ -150,7 +152,8 @@ def test_frozen_weight_is_not_multiplied_again(monkeypatch: pytest.MonkeyPatch) 
     def fail(*args):
         raise AssertionError("backward of a frozen head must not run a product")
 
-    monkeypatch.setattr(torch_chunks, "backward", fail)
+    for module in (torch_chunks, native):
+        monkeypatch.setattr(module, "backward", fail)
     logps.sum().backward()
     assert hidden.grad is not None
 
@@ -170,7 +173,7 @@ def test_gradcheck(impl: str, frozen: bool) -> None:
     assert torch.autograd.gradcheck(call, (hidden, weight, bias))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS + NATIVE)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_ignored_rows_are_exactly_zero(impl: str, frozen: bool) -> None:
     """Whatever stands in an ignored row, it gives 0, gets 0, and changes no bit elsewhere."""
@@ -191,10 +194,10 @@ def test_ignored_rows_are_exactly_zero(impl: str, frozen: bool) -> None:
         assert x.grad[labels == -100].eq(0).all()
         results.append([logps.detach(), x.grad] + ([] if frozen else [weight.grad]))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0 if impl == "torch" else 1e-6)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if impl == "reference" else 0)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS + NATIVE)
 def test_all_rows_ignored_and_no_rows(impl: str) -> None:
     for num_rows in (0, 6):
         hidden, weight, _, bias = make_inputs(HeadShape(num_rows, 5, 9), torch.float32, bias=True)
@@ -212,7 +215,7 @@ def test_ignore_index_may_be_a_token(impl: str) -> None:
     torch.testing.assert_close(run(hidden, weight, labels, ignore_index=0, impl=impl), expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS + NATIVE)
 @pytest.mark.parametrize("offset", [0.0, -1e4, 1e4])
 @pytest.mark.parametrize("spread", [1.0, 3e3])
 def test_extreme_logits(impl: str, offset: float, spread: float) -> None:
@@ -224,7 +227,7 @@ def test_extreme_logits(impl: str, offset: float, spread: float) -> None:
     assert_as_exact_as_torch((hidden, weight, labels, bias), torch.randn(40), impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS + NATIVE)
 @pytest.mark.parametrize("shape", [HeadShape(200, 1, 3), HeadShape(7, 33, 2), HeadShape(40, 16, 300)], ids=str)
 def test_saturated_softcap(impl: str, shape: HeadShape) -> None:
     """Where a softcap saturates, 1 - tanh^2 must not lose more than torch does, with a frozen head too."""
@@ -242,7 +245,7 @@ def test_saturated_softcap(impl: str, shape: HeadShape) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bias_may_mask_tokens(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias of -inf on the first slices of the vocabulary removes these tokens, and nothing turns into nan."""
-    monkeypatch.setattr(torch_chunks, "slice_width", lambda *sizes, **kind: 64)
+    monkeypatch.setattr(slices, "slice_width", lambda *sizes, **kind: 64)
     hidden, weight, _, bias = make_inputs(HeadShape(12, 5, 300), bias=True)
     labels = torch.randint(200, 300, (12,))
     bias[:200] = -torch.inf
@@ -369,7 +372,7 @@ def test_offsets_are_64_bit() -> None:
     T, V = 70_000, 65_536
     assert T * V > 2**31
     for cuda, converts in itertools.product((False, True), repeat=2):
-        width = torch_chunks.slice_width(T, 4096, V, 4, converts=converts, cuda=cuda)
+        width = slices.slice_width(T, 4096, V, 4, converts=converts, cuda=cuda)
         assert width >= 64
         assert width * T * 4 <= chunks.BUFFER_BYTES
     widths = [s.stop - s.start for s in chunks.even_slices(V, width)]

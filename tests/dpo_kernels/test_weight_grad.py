@@ -8,7 +8,7 @@ from torch.library import opcheck
 from torch.testing import assert_close
 
 from dpo_kernels import chunks, linear_dpo_loss, linear_logps
-from dpo_kernels.linear_logps import torch_chunks
+from dpo_kernels.linear_logps import slices
 from dpo_kernels.linear_logps.ops import linear_logps_backward_accumulate_op
 
 T, D, V = 23, 9, 211
@@ -40,7 +40,7 @@ def objective(mode: str, leaves, labels, **options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_adds_what_autograd_would_hand_out(monkeypatch, dtype, mode: str, impl: str) -> None:
     """Twice, on top of what is there; the weight itself gets nothing, the others get the same bits."""
-    monkeypatch.setattr(torch_chunks, "slice_width", lambda *sizes, **kind: 64)
+    monkeypatch.setattr(slices, "slice_width", lambda *sizes, **kind: 64)
     leaves, labels = make_inputs(dtype)
     exact_leaves = [t.detach().double().requires_grad_() for t in leaves]
     exact = torch.autograd.grad(objective(mode, exact_leaves, labels, impl="reference"), exact_leaves)[1]

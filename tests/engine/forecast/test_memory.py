@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from dpo_kernels import linear_logps
 from dpo_kernels.head import Head, Needs
+from dpo_kernels.linear_dpo import pair_chunks
 from dpo_kernels.linear_dpo import torch_chunks as dpo_chunks
 from dpo_kernels.linear_dpo.interface import PairScorer, Want
 from dpo_kernels.linear_logps import torch_chunks as logps_chunks
@@ -137,7 +138,7 @@ def test_peak_is_that_of_the_blocks_of_a_run(case, tmp_path, plain_tokenizer, mo
 def test_workspace_of_the_head(dtype, pairs, length, monkeypatch):
     """Bytes that an implementation says it holds, and those that are alive while it runs."""
     D, V = 64, 4000
-    monkeypatch.setattr(dpo_chunks, "BUFFER_BYTES", 2**23)
+    monkeypatch.setattr(pair_chunks, "BUFFER_BYTES", 2**23)
     hidden, weight = torch.randn(2 * pairs * length, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
     labels = torch.randint(V, (len(hidden),))
     offsets = list(range(0, len(hidden) + 1, length))
