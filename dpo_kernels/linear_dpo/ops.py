@@ -13,6 +13,7 @@ A schema is flat; ``Inputs`` mirrors it and gives the records that implementatio
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -239,7 +240,7 @@ def _backward(ctx, grad_loss, *unused):
         ctx.weight_grad.addcmul_(early.dW_VD, grad_loss)
         needs = needs._replace(weight=False)
 
-    scale = torch.mul
+    scale: Callable[[Tensor, Tensor], Tensor] = torch.mul
     if hand_over:
         scale = getattr(implementation("linear_dpo", ctx.impl, grad_loss, losses=ctx.losses), "scale_", Tensor.mul_)
 
