@@ -24,6 +24,7 @@ from . import distributed, stop
 from .config.schema import ModelConfig, RunConfig
 from .data import load_dataset_groups
 from .data.groups import PreferenceDataset, pair_places
+from .durable import CONTINUE, write_atomically
 from .errors import UserError
 from .model import (
     Policy,
@@ -41,13 +42,11 @@ from .model.adapters import import_peft
 from .model.load import shapes_alone
 from .model.quantization import check_quantization
 from .packing import Pack, build_batch, check_fits, group_costs, group_sizes, pack_groups
-from .train.durable import CONTINUE, write_atomically
-from .train.metrics import AS_TRAINED, METRICS_FILE, PREFERENCE_NAMES, TOKEN_NAMES
+from .run_folder import AS_TRAINED, BY_LENGTH, EVALUATION_FILE, METRICS_FILE, PAIRS_BY_LENGTH, read_record
+from .train.metrics import PREFERENCE_NAMES, TOKEN_NAMES
 from .train.objective import Objective
 from .train.references import full_model, prepare_references
 
-EVALUATION_FILE = "evaluation.json"
-BY_LENGTH = "eval_accuracies_by_length/"
 _SAME_ROWS = 1e-2
 """Relative difference of mean log-probs and losses that another dtype or layout may cause on the same rows."""
 _RERUN = "its numbers are above; free space or make the folder writable to have them kept, and evaluate again"
@@ -270,14 +269,14 @@ def _by_length(right: Tensor, longest: Tensor) -> dict[str, float]:
         inside = (longest >= low) & (longest <= high)
         if inside.any():
             values[f"{BY_LENGTH}{low}-{high}"] = right[inside].mean().item()
-            values[f"eval_num_pairs/{low}-{high}"] = float(inside.sum())
+            values[f"{PAIRS_BY_LENGTH}{low}-{high}"] = float(inside.sum())
         low, high = high + 1, high * 2
     return values
 
 
 def scalar_metrics(values: dict[str, float]) -> dict[str, float]:
     """The metrics of an evaluation without those by length: what a row of ``metrics.jsonl`` holds."""
-    return {k: v for k, v in values.items() if not k.startswith((BY_LENGTH, "eval_num_pairs/"))}
+    return {k: v for k, v in values.items() if not k.startswith((BY_LENGTH, PAIRS_BY_LENGTH))}
 
 
 def write_evaluation(run_dir: Path, values: dict[str, float], *, advice: str = CONTINUE) -> None:
@@ -291,13 +290,10 @@ def _as_trained(run_dir: Path, values: dict[str, float]) -> dict[str, float]:
     Args:
         values: a new evaluation. Nothing is kept when it is of other rows, as the log-probs of the same weights tell.
     """
-    path = run_dir / EVALUATION_FILE
-    if not path.exists():
-        return {}
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        log.warning("%s was damaged (%s) and is written anew", path, error)
+        before = read_record(run_dir / EVALUATION_FILE)
+    except UserError as error:
+        log.warning("it is written anew: %s", error)
         return {}
     same = ("eval_num_pairs", "eval_logps/chosen", "eval_logps/rejected", "eval_loss")
     if not all(math.isclose(before.get(name, math.nan), values[name], rel_tol=_SAME_ROWS) for name in same):
@@ -312,7 +308,7 @@ def format_evaluation(values: dict[str, float]) -> str:
     if lengths:
         lines += ["", f"{'tokens of the longest response':<30} {'accuracy':>12} {'pairs':>8}"]
         for bucket in lengths:
-            count = values[f"eval_num_pairs/{bucket}"]
+            count = values[f"{PAIRS_BY_LENGTH}{bucket}"]
             lines.append(f"{bucket:<30} {values[BY_LENGTH + bucket]:>12.4f} {count:>8.0f}")
     return "\n".join(lines)
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import distributed
+from .durable import FILE_SUFFIX
 from .errors import UserError, disk_error
-from .files import TEMPORARY_SUFFIX
 
 _PATIENCE_SECONDS = 30.0
 """How long a network file system may take to show on one machine what another one has written."""
@@ -43,7 +43,7 @@ def check_shared(folder: Path, option: str) -> None:
 
 
 def _leave_token(folder: Path, option: str) -> str:
-    token = f".shared.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+    token = f".shared.{uuid.uuid4().hex}{FILE_SUFFIX}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / token).touch()

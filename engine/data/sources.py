@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RowError, UserError
-from ..files import expanded
 from ..hub import unreachable
+from ..paths import expanded, names_a_path
 from .readers import EXTENSIONS, data_extension, read_file
 
 SPLIT_WORDS = {
@@ -93,9 +93,7 @@ def is_single_file(name: str) -> bool:
 
 def is_hub_name(name: str) -> bool:
     """Whether a dataset name can only be one of the Hub: there is no such path, and it does not look like one."""
-    path = expanded(name)
-    local = path.exists() or data_extension(path) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    return not local
+    return not (names_a_path(name) or data_extension(expanded(name)))
 
 
 def open_source(

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import DataConfig
 from ..errors import RowError, UserError
-from ..files import expanded
+from ..paths import expanded
 from .copies import Copies
 from .faults import control_pattern, text_faults, token_faults
 from .formats import Example

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ..run_folder import REPORT_PAGE
 from .corpus import STYLES, Pair, Subject, dialogues, preference_pairs, split_subjects, style_of
 from .size import DemoSize
 from .workspace import Workspace, prepare_workspace
@@ -119,7 +120,7 @@ def _run(workspace: Workspace, size: DemoSize) -> DemoResult:
     with clock.stage("samples", "Answers to questions that no training pair asks"):
         samples = _samples(workspace, held_out, size.samples)
         print(_format_samples(samples[:_SAMPLES_SHOWN]))
-    report = workspace.run / "report" / "index.html"
+    report = workspace.run / REPORT_PAGE
     result = DemoResult(before, after, samples, report, workspace.run, clock.seconds)
     print(_format_result(result, workspace, len(held_out), len(unseen)))
     return result

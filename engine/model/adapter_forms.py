@@ -15,12 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
-from ..files import expanded
-from .sources import first_line
+from ..paths import expanded
+from .sources import ADAPTER_CONFIG, MODEL_CONFIG, first_line
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PICKLED_FILE = "adapter_model.bin"
-_CONFIG_FILE = "adapter_config.json"
 READ_ERRORS = (
     RuntimeError, ValueError, TypeError, OSError, KeyError, AttributeError, ImportError, pickle.UnpicklingError,
     SafetensorError,
@@ -60,7 +59,7 @@ def base_of_adapter(source: str) -> tuple[str, str | None] | None:
     from transformers.utils import find_adapter_config_file
 
     folder = expanded(source)
-    if (folder / "config.json").exists():
+    if (folder / MODEL_CONFIG).exists():
         return None
     try:
         path = find_adapter_config_file(str(folder) if folder.is_dir() else source)
@@ -71,10 +70,12 @@ def base_of_adapter(source: str) -> tuple[str, str | None] | None:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{source} is an adapter whose {_CONFIG_FILE} is damaged: {first_line(error)}") from error
+        raise UserError(f"{source} is an adapter whose {ADAPTER_CONFIG} is damaged: {first_line(error)}") from error
     base = config.get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{source} is an adapter whose {_CONFIG_FILE} names no base_model_name_or_path: write it there")
+        raise UserError(
+            f"{source} is an adapter whose {ADAPTER_CONFIG} names no base_model_name_or_path: write it there"
+        )
     return str(base), config.get("revision")
 
 

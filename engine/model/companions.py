@@ -16,8 +16,8 @@ from transformers import GenerationConfig
 from ..config.schema import DataConfig, ModelConfig
 from ..data.tokenize import has_own_chat, template_of
 from ..errors import UserError
-from ..files import expanded
-from .sources import first_line, hub_options
+from ..paths import expanded
+from .sources import MODEL_CONFIG, first_line, hub_options
 
 _PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -27,7 +27,6 @@ _PROCESSOR_FILES = (
     "chat_template.json",
 )
 _HUB_TROUBLES = ("missing_entries", "connection_errors", "gated_repo")
-_CONFIG_FILE = "config.json"
 _TEMPLATE_FILE = "chat_template.jinja"
 
 log = logging.getLogger(__name__)
@@ -137,12 +136,12 @@ def copy_companions(model: ModelConfig, folder: Path) -> None:
     names = [name for name in _PROCESSOR_FILES if name not in old]
     source = expanded(model.model_name_or_path)
     # The config, which the model has written, says where on this machine the others are.
-    wanted = [_CONFIG_FILE, *names]
+    wanted = [MODEL_CONFIG, *names]
     found = [source / name for name in wanted] if source.is_dir() else _from_hub(model, wanted)
     if model.trust_remote_code:
         found += [path for parent in {path.parent for path in found} for path in parent.glob("*.py")]
     for path in found:
-        if path.name != _CONFIG_FILE and path.is_file() and not (folder / path.name).exists():
+        if path.name != MODEL_CONFIG and path.is_file() and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
 
 

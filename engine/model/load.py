@@ -14,7 +14,7 @@ from torch import nn
 from .. import distributed
 from ..config.schema import ModelConfig
 from ..errors import UserError
-from ..files import expanded
+from ..paths import expanded
 from .adapter_forms import base_of_adapter, is_adapter
 from .adapters import FROZEN, add_lora, continue_adapter
 from .attention import Backend, choose_backend, register_backends

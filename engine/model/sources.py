@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import expanded
 from ..hub import unreachable
+from ..paths import expanded, names_a_path
 
+MODEL_CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 STATE_FILE = "trainer_state.json"
 SHARDS = "shards"
 """Folder of a checkpoint that several processes wrote."""
@@ -29,14 +31,14 @@ def check_folder(source: str, option: str) -> None:
     if path.is_dir():
         _refuse_shards(path, f"{option}{source}")
         return
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if names_a_path(source):
         raise UserError(f"{option}{source} is not a folder: give a model folder or a Hub id such as org/name")
 
 
 def _refuse_shards(folder: Path, what: str) -> None:
     """Raise a ``UserError`` that says how a checkpoint of several processes becomes a model."""
     state = folder / STATE_FILE
-    if not (folder / SHARDS).is_dir() or not state.is_file() or (folder / "config.json").exists():
+    if not (folder / SHARDS).is_dir() or not state.is_file() or (folder / MODEL_CONFIG).exists():
         return
     step = json.loads(state.read_text(encoding="utf-8"))["step"]
     raise UserError(
@@ -70,7 +72,7 @@ def hub_options(source: str, option: str) -> dict[str, Any]:
     reason = unreachable(constants.ENDPOINT)
     if reason is None:
         return {}
-    names = ("config.json", "tokenizer_config.json", "adapter_config.json")
+    names = (MODEL_CONFIG, "tokenizer_config.json", ADAPTER_CONFIG)
     if not any(isinstance(try_to_load_from_cache(source, name), str) for name in names):
         raise UserError(
             f"{option}{source} is no folder here and not in the Hub's cache ({constants.HF_HUB_CACHE}), and "

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.groups import PreferenceDataset
 from ..errors import UserError
-from ..files import expanded
+from ..paths import expanded
 from .keys import dataset_keys
 from .store import ReferenceStore
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..durable import replace_file
 from ..errors import UserError
-from ..files import replace_file
 from .keys import KEY_SCHEMA, ModelIdentity
 from .store import ReferenceStore
 

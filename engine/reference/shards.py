@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..durable import FILE_SUFFIX, replace_file, sync
 from ..errors import UserError
-from ..files import TEMPORARY_SUFFIX, replace_file, sync
 
 KEY_BYTES = 16
 SUFFIX = ".parquet"
@@ -114,7 +114,7 @@ def remove_stale_temporaries(folder: Path) -> None:
     """Delete what killed writers left behind, once it is too old to belong to a live one."""
     oldest_live = time.time() - TEMPORARY_AGE_SECONDS
     with contextlib.suppress(OSError):
-        for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        for path in folder.glob(f"*{FILE_SUFFIX}"):
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < oldest_live:
                     path.unlink()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..files import expanded
+from ..paths import expanded
 from . import shards
 from .shards import (
     KEY_BYTES,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+from ..durable import replace_file
 from ..errors import UserError
-from ..files import replace_file
+from ..run_folder import REPORT_PAGE
 
 __all__ = ["write_report"]
 
@@ -32,7 +33,8 @@ def write_report(run_dir: Path) -> Path:
     from .style import DPI
 
     run = read_run(Path(run_dir))
-    folder = run.folder / "report"
+    page = run.folder / REPORT_PAGE
+    folder = page.parent
     try:
         folder.mkdir(exist_ok=True)
         saved = []
@@ -48,7 +50,6 @@ def write_report(run_dir: Path) -> Path:
             replace_file(path, image.getbuffer())
             width, height = figure.canvas.get_width_height()
             saved.append(SavedPicture(path.name, picture.caption, width, height))
-        page = folder / "index.html"
         replace_file(page, render(run, saved).encode("utf-8"))
     except OSError as error:
         reason = error.strerror or str(error)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..config.schema import RunConfig
+from ..run_folder import BY_LENGTH, EVALUATION_FILE, PAIRS_BY_LENGTH
 from .figures import token_counts
 from .records import RunRecords
 
@@ -106,7 +107,7 @@ def _evaluation(run: RunRecords) -> dict[str, Any]:
         columns[f"step {found[-1]['step']:,}"] = found[-1]
     if run.evaluation:
         partial = _by_length_keys(run.evaluation)
-        columns["evaluation.json"] = {f"eval_{_bare(k)}": v for k, v in run.evaluation.items() if k not in partial}
+        columns[EVALUATION_FILE] = {f"eval_{_bare(k)}": v for k, v in run.evaluation.items() if k not in partial}
     names = list(dict.fromkeys(_bare(k) for c in columns.values() for k in c if k.startswith("eval_")))
     rows = [
         {"name": name, "values": [_number(_counted(name, c.get(f"eval_{name}"))) for c in columns.values()]}
@@ -121,7 +122,7 @@ def _bare(name: str) -> str:
 
 def _by_length_keys(evaluation: Mapping[str, Any]) -> dict[str, str]:
     """The metrics of ``evaluation.json`` that hold for some lengths only, with that range."""
-    heads = ("eval_accuracies_by_length/", "eval_num_pairs/")
+    heads = (BY_LENGTH, PAIRS_BY_LENGTH)
     return {name: name.partition("/")[2] for name in evaluation if name.startswith(heads)}
 
 
@@ -130,8 +131,8 @@ def _by_length(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "tokens": tokens,
-            "accuracy": _number(evaluation.get(f"eval_accuracies_by_length/{tokens}")),
-            "pairs": _number(_counted("num_pairs", evaluation.get(f"eval_num_pairs/{tokens}"))),
+            "accuracy": _number(evaluation.get(BY_LENGTH + tokens)),
+            "pairs": _number(_counted("num_pairs", evaluation.get(PAIRS_BY_LENGTH + tokens))),
         }
         for tokens in ranges
     ]

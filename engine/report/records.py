@@ -5,8 +5,6 @@ Every file but ``metrics.jsonl`` may be missing, and the run may still be going:
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ..durable import is_complete
 from ..errors import UserError
-from ..train.durable import is_complete
+from ..run_folder import DATA_FILE, EVALUATION_FILE, METRICS_FILE, read_metrics, read_record, read_settings
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ def read_run(folder: Path) -> RunRecords:
         raise UserError(f"no run folder at {folder}: give the output_dir of a training run")
     return RunRecords(
         folder=folder,
-        rows=_read_metrics(folder / "metrics.jsonl"),
-        config=_read_config(folder / "config.yaml"),
-        data=_read_json(folder / "data.json"),
-        evaluation=_read_json(folder / "evaluation.json"),
+        rows=_read_metrics(folder / METRICS_FILE),
+        config=read_settings(folder),
+        data=read_record(folder / DATA_FILE),
+        evaluation=read_record(folder / EVALUATION_FILE),
         finished=is_complete(folder),
     )
 
@@ -91,51 +90,10 @@ def read_run(folder: Path) -> RunRecords:
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: {path.parent} is not the folder of a training run that has started")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows: dict[tuple[float, bool], dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            # A running or killed process leaves at most its last line unfinished.
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise UserError(f"{path} line {number} is not JSON ({error.msg}): remove the line") from error
-        if not isinstance(row, dict) or not _is_number(row.get("step")) or not math.isfinite(row["step"]):
-            raise UserError(f"{path} line {number} has no numeric field 'step': remove the line")
+    rows: dict[tuple[int, bool], dict[str, Any]] = {}
+    for row in read_metrics(path):
         # A resumed run repeats the steps after its checkpoint; the later line is the one that counts.
         rows[row["step"], any(key.startswith("eval_") for key in row)] = row
     if not rows:
         raise UserError(f"{path} holds no complete line yet: wait until the run has logged its first step")
     return [rows[key] for key in sorted(rows)]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} line {error.lineno} is not JSON ({error.msg}): delete the file or restore it"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__} where an object is expected: delete or restore it")
-    return content
-
-
-def _read_config(path: Path) -> dict[str, dict[str, Any]]:
-    import yaml
-
-    if not path.is_file():
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{path} is not YAML ({problem}): restore the resolved configuration of the run") from error
-    if not isinstance(content, dict):
-        return {}
-    return {str(name): section for name, section in content.items() if isinstance(section, dict)}

@@ -3,7 +3,7 @@
 ``checkpoint-<step>/`` holds the model (or adapter) in Hugging Face layout, the tokenizer, the optimizer state and
 random generators as safetensors, and ``trainer_state.json``. Several processes write their shards of model and
 optimizer state instead, see ``engine/train/sharded.py``; any number of processes reads both. There is no pickle. A
-checkpoint counts only when it is complete: see ``engine/train/durable.py``. ``checkpoint-<step>-stopped/`` is one
+checkpoint counts only when it is complete: see ``engine/durable.py``. ``checkpoint-<step>-stopped/`` is one
 that a run wrote because it was asked to end; it goes when a later one is there.
 """
 
@@ -24,13 +24,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from .. import distributed
-from ..errors import UserError
-from ..model import Policy
-from ..model.adapter_forms import ADAPTER_FILE
-from ..model.adapters import TRAINED
-from ..model.sources import STATE_FILE
-from . import sharded
-from .durable import (
+from ..durable import (
     check_content,
     disk_errors,
     is_complete,
@@ -38,6 +32,13 @@ from .durable import (
     temporary_path,
     write_folder,
 )
+from ..errors import UserError
+from ..model import Policy
+from ..model.adapter_forms import ADAPTER_CONFIG, ADAPTER_FILE
+from ..model.adapters import TRAINED
+from ..model.sources import MODEL_CONFIG, STATE_FILE
+from ..run_folder import CONFIG_FILE, METRICS_FILE
+from . import sharded
 from .optimizer_state import page_state, slots_of, state_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -47,7 +48,7 @@ FORMAT = 2
 
 _STOPPED = "-stopped"
 _NAME = re.compile(rf"checkpoint-(\d+)({_STOPPED})?")
-_RUN_FILES = ("config.yaml", "metrics.jsonl", "config.json", "adapter_config.json")
+_RUN_FILES = (CONFIG_FILE, METRICS_FILE, MODEL_CONFIG, ADAPTER_CONFIG)
 
 
 def checkpoint_path(output_dir: Path, step: int, *, stopped: bool = False) -> Path:

@@ -21,18 +21,20 @@ import yaml
 from .. import distributed
 from ..config import to_yaml
 from ..config.schema import RunConfig
-from ..files import sync
+from ..durable import FOLDER_SUFFIX, MANIFEST, disk_errors, seal, sync
 from ..model import Policy
+from ..model.adapter_forms import ADAPTER_CONFIG
 from ..model.companions import copy_companions, set_dtype
 from ..model.load import DTYPES
+from ..model.sources import MODEL_CONFIG
+from ..paths import names_a_path
+from ..run_folder import CARD_FILE
 from .checkpoint import save_weights
-from .durable import MANIFEST, TEMPORARY_SUFFIX, disk_errors, seal
 from .rounding import gather_weights
 from .storage import stored_dtypes
 
-CARD_FILE = "README.md"
 _PACKAGES = ("dpo-kernels", "torch", "transformers", "peft", "datasets")
-_LAST = ("model.safetensors.index.json", "adapter_config.json", "config.json")
+_LAST = ("model.safetensors.index.json", ADAPTER_CONFIG, MODEL_CONFIG)
 """Moved after the weights: without them no loader takes the folder for a model."""
 
 
@@ -75,7 +77,7 @@ def _write_model(
     config: RunConfig,
     card: str,
 ) -> None:
-    temporary = output_dir / f".model{TEMPORARY_SUFFIX}"
+    temporary = output_dir / f".model{FOLDER_SUFFIX}"
     with disk_errors(output_dir):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -119,9 +121,9 @@ def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float], 
         "pipeline_tag": "text-generation",
         "tags": ["preference-optimization", "dpo", *loss.loss_types, *(["lora"] if policy.has_adapter else [])],
     }
-    if _on_hub(base):
+    if not names_a_path(base):
         front["base_model"] = base
-    if _on_hub(data.dataset_name):
+    if not names_a_path(data.dataset_name):
         front["datasets"] = [data.dataset_name]
     name = Path(config.train.output_dir).name
     trained = "LoRA adapters" if policy.has_adapter else "all weights"
@@ -197,7 +199,3 @@ def _reference_words(config: RunConfig) -> str:
     other = config.reference.model_name_or_path
     own = "the adapter before training" if config.model.adapter_name_or_path else "the base model"
     return f"reference model `{other}`" if other else f"{own} as reference"
-
-
-def _on_hub(name: str) -> bool:
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()

@@ -18,15 +18,16 @@ from .. import distributed, stop
 from ..config import to_yaml
 from ..config.schema import RunConfig
 from ..data import check_files
+from ..durable import MANIFEST, remove_leftovers, write_atomically
 from ..errors import Stopped, UserError
 from ..evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
 from ..forecast.advice import KnownRun, memory_errors
 from ..model import load_policy, shard_policy
 from ..model.sources import check_folder
+from ..run_folder import CONFIG_FILE, hold_folder
 from ..shared_folders import check_shared
 from . import checkpoint as checkpoints
 from . import sharded
-from .durable import MANIFEST, remove_leftovers, run_folder, write_atomically
 from .export import export_model, package_versions
 from .feed import TrainingStep
 from .metrics import (
@@ -39,7 +40,7 @@ from .metrics import (
 )
 from .objective import Scored
 from .optimizer import GuardedUpdate, build_optimizer, build_schedule, change_total
-from .resume import CONFIG_FILE, Start, TrainResult, config_values, digests, find_start
+from .resume import Start, TrainResult, config_values, digests, find_start
 from .rounding import round_and_measure
 from .setup import Setup, check_settings, prepare, write_data_file
 from .throughput import reset_peak_memory
@@ -84,7 +85,7 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
             check_files(config.data)
             checkpoints.refuse_other_run(output_dir)
         # Held from here on: whether the folder is free must not change while model and data are loaded.
-        with run_folder(output_dir) if main else nullcontext():
+        with hold_folder(output_dir) if main else nullcontext():
             found = find_start(config, output_dir, resume) if main else (None, None)
             start, finished = distributed.broadcast(found)
             check_shared(output_dir, f"train.output_dir={output_dir}")

@@ -22,16 +22,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 from torch import Tensor
 
 from .. import distributed
+from ..durable import disk_errors, write_atomically
 from ..errors import UserError
-from .durable import disk_errors, write_atomically
+from ..run_folder import AS_TRAINED, METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FILE, read_metrics, read_settings
 from .throughput import Stopwatch, peak_memory_gib
 
-AS_TRAINED = "eval_as_trained/"
-"""Prefix of the evaluation of weights before they were rounded to what is written."""
 PREFERENCE_NAMES = (
     "loss",
     "rewards/chosen",
@@ -42,8 +40,6 @@ PREFERENCE_NAMES = (
     "logps/rejected",
 )
 TOKEN_NAMES = ("logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy")
-METRICS_FILE = "metrics.jsonl"
-WANDB_FILE = "wandb_run_id.txt"
 
 
 @dataclass(frozen=True)
@@ -196,7 +192,7 @@ class TensorBoardTracker:
     def __init__(self, output_dir: Path, *, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = output_dir / "tensorboard"
+        self.path = output_dir / TENSORBOARD_FOLDER
         self._excepthook = threading.excepthook
         threading.excepthook = self._on_thread_error
         with disk_errors(self.path):
@@ -238,7 +234,7 @@ class WandbTracker:
                 id=run_id,
                 resume="allow",
                 dir=str(output_dir),
-                config=yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8")),
+                config=read_settings(output_dir),
             )
         write_atomically(path, self._run.id + "\n")
 
@@ -300,29 +296,10 @@ def keep_rows_until(output_dir: Path, step: int, *, evaluated_at: int) -> None:
     """
     path = output_dir / METRICS_FILE
     if path.exists():
-        kept = [row for row in read_rows(path) if row["step"] <= (step if "loss" in row else evaluated_at)]
+        kept = [row for row in read_metrics(path) if row["step"] <= (step if "loss" in row else evaluated_at)]
         # That of rounded weights is made again, too: no checkpoint knows it.
         kept = [row for row in kept if not any(name.startswith(AS_TRAINED) for name in row)]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``, without a last one that a killed process left half-written.
-
-    Raises:
-        UserError: another line cannot be read.
-    """
-    rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise UserError(f"{path} line {number} is damaged: repair or remove the line") from error
-    return rows
 
 
 def log_line(row: Mapping[str, float], *, total_steps: int, seconds_left: float) -> str:

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 from ..config import load_config
 from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset
+from ..durable import check_content, is_complete, remove_leftovers
 from ..errors import UserError
+from ..run_folder import CONFIG_FILE, METRICS_FILE, read_metrics
 from . import checkpoint as checkpoints
-from .durable import check_content, is_complete, remove_leftovers
 from .feed import count_steps, total_steps
-from .metrics import METRICS_FILE, read_rows
 from .optimizer import METRIC_SCHEDULES
 
-CONFIG_FILE = "config.yaml"
 _FREE_KEYS = frozenset(
     (
         *("packing.tokens_per_pack", "packing.share_prompts", "model.attention", "model.trust_remote_code"),
@@ -140,7 +139,7 @@ def _finished(output_dir: Path) -> TrainResult:
 
 def _last_metrics(output_dir: Path) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for row in read_rows(output_dir / METRICS_FILE):
+    for row in read_metrics(output_dir / METRICS_FILE):
         metrics |= row
     return metrics
 

@@ -21,7 +21,7 @@ from ..data.groups import PreferenceDataset
 from ..evaluate import evaluate_policy, scalar_metrics
 from ..model import Policy
 from ..packing import Pack
-from .metrics import AS_TRAINED
+from ..run_folder import AS_TRAINED
 from .setup import Setup, rounding_words
 from .storage import stored_dtypes
 

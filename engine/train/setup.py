@@ -20,6 +20,7 @@ from ..config import format_diff
 from ..config.schema import RunConfig
 from ..data import LintReport, load_dataset_groups
 from ..data.groups import PreferenceDataset
+from ..durable import write_atomically
 from ..errors import UserError
 from ..forecast.advice import KnownRun, advise, forecast_run
 from ..model import (
@@ -35,7 +36,7 @@ from ..model.companions import describe_trained, take_template
 from ..model.quantization import check_quantization, check_trainable, num_weights
 from ..packing import PlanSummary, check_fits, summarize_plan
 from ..reference import check_fresh, score_fresh, weights_digest
-from .durable import write_atomically
+from ..run_folder import DATA_FILE
 from .feed import TrainingFeed, total_steps
 from .metrics import check_trackers
 from .objective import Objective
@@ -45,7 +46,6 @@ from .resume import Start, check_base, check_data, check_reference
 from .storage import check_disk
 from .throughput import FlopModel, measure_matmul_rate
 
-DATA_FILE = "data.json"
 _LENGTHS_SAVED = 50_000
 
 log = logging.getLogger(__name__)

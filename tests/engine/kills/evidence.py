@@ -10,11 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from engine.durable import MANIFEST, check_content
 from engine.errors import UserError
 from engine.model.sources import SHARDS
 from engine.reference.shards import TEMPORARY_AGE_SECONDS, read_keys, read_values
 from engine.train.checkpoint import STATE_FILE, complete_checkpoints
-from engine.train.durable import MANIFEST, check_content
 
 METRICS = "metrics.jsonl"
 PERF = "perf/"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from engine.durable import check_content
 from engine.train.checkpoint import complete_checkpoints
-from engine.train.durable import check_content
 from tests.engine.kills.cases import CASES, write_config
 from tests.engine.kills.evidence import compare, leavings, stored_values
 from tests.engine.kills.harness import Attempt, Harness

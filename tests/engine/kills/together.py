@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.train.durable import is_complete
+from engine.durable import is_complete
 from tests.engine.kills.evidence import FaultError
 from tests.engine.kills.victim import Job, Trap
 

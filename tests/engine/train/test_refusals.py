@@ -30,7 +30,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_computed(mak
     with pytest.raises(UserError, match=r"cannot create train\.output_dir=/proc/nothing"):
         train(make_config(train={"output_dir": "/proc/nothing"}))
     (tmp_path / "kept").mkdir()
-    monkeypatch.setattr("engine.train.durable.os.access", lambda path, mode: False)
+    monkeypatch.setattr("engine.run_folder.os.access", lambda path, mode: False)
     with pytest.raises(UserError, match="kept: permission denied"):
         train(make_config(train={"output_dir": str(tmp_path / "kept")}))
     assert (tmp_path / "kept").is_dir()

@@ -21,8 +21,8 @@ from safetensors.torch import load, load_file, save, save_file
 
 from engine.config import load_config
 from engine.errors import UserError
+from engine.run_folder import only_writer
 from engine.train.checkpoint import complete_checkpoints, read_state
-from engine.train.durable import only_writer
 from engine.train.loop import train
 from engine.train.metrics import JsonlTracker
 from engine.train.resume import find_start

@@ -15,8 +15,8 @@ from engine import stop
 from engine.evaluate import evaluate
 from engine.report.page import _evaluation
 from engine.report.records import read_run
+from engine.run_folder import AS_TRAINED
 from engine.train.loop import train
-from engine.train.metrics import AS_TRAINED
 from engine.train.rounding import round_weights, rounded
 from engine.train.storage import dtypes_of
 from tests.conformance.families import tiny_config, tiny_model

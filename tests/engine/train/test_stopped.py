@@ -11,10 +11,10 @@ import pytest
 
 from engine import cli
 from engine.config import to_yaml
+from engine.durable import is_complete
 from engine.reference import ReferenceStore
 from engine.train import loop
 from engine.train.checkpoint import newest_checkpoint
-from engine.train.durable import is_complete
 from engine.train.optimizer import GuardedUpdate
 from tests.engine.kills.evidence import compare, leavings
 

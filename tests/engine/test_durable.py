@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from engine.durable import (
+    MANIFEST,
+    check_content,
+    is_complete,
+    remove_folder,
+    replace_file,
+    write_atomically,
+    write_folder,
+)
 from engine.errors import UserError
-from engine.train.durable import MANIFEST, check_content, is_complete, remove_folder, write_atomically, write_folder
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fill(folder: Path) -> None:
@@ -98,7 +106,7 @@ def test_files_are_flushed_before_the_rename_and_the_folder_after_it(tmp_path, c
 
 def test_what_a_killed_process_left_is_replaced_and_never_counts(tmp_path):
     script = (
-        "import os, signal; from pathlib import Path; from engine.train.durable import write_folder\n"
+        "import os, signal; from pathlib import Path; from engine.durable import write_folder\n"
         "def fill(folder):\n (folder / 'a.bin').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
         f"write_folder(Path({str(tmp_path / 'out')!r}), fill)"
     )
@@ -147,3 +155,36 @@ def test_a_file_is_replaced_at_once(tmp_path, monkeypatch):
         write_atomically(path, "three", advice="look elsewhere")
     assert path.read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_bytes_are_replaced_whole(tmp_path):
+    path = tmp_path / "x"
+    replace_file(path, b"one")
+    replace_file(path, memoryview(b"two"))
+    replace_file(tmp_path / "empty", b"")
+    assert path.read_bytes() == b"two"
+    assert (tmp_path / "empty").read_bytes() == b""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "x"]
+
+
+def test_short_writes_are_continued(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:3]))
+    replace_file(tmp_path / "x", b"0123456789")
+    assert (tmp_path / "x").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_a_failure_leaves_what_was_there_alone(call, tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    replace_file(path, b"one")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, b"two")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"one"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import errno
-import os
 import pwd
 from pathlib import Path
 
@@ -9,43 +7,10 @@ import pytest
 
 import engine
 from engine.errors import UserError
-from engine.files import expanded, replace_file
+from engine.paths import expanded
 from engine.reference import ReferenceStore, default_store_path
 
 ENGINE = Path(engine.__file__).parent
-
-
-def test_a_file_is_replaced_whole(tmp_path):
-    path = tmp_path / "x"
-    replace_file(path, b"one")
-    replace_file(path, memoryview(b"two"))
-    replace_file(tmp_path / "empty", b"")
-    assert path.read_bytes() == b"two"
-    assert (tmp_path / "empty").read_bytes() == b""
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "x"]
-
-
-def test_short_writes_are_continued(tmp_path, monkeypatch):
-    real = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:3]))
-    replace_file(tmp_path / "x", b"0123456789")
-    assert (tmp_path / "x").read_bytes() == b"0123456789"
-
-
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_a_failure_leaves_what_was_there_alone(call, tmp_path, monkeypatch):
-    path = tmp_path / "x"
-    replace_file(path, b"one")
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, call, full)
-    with pytest.raises(OSError, match="No space left"):
-        replace_file(path, b"two")
-    monkeypatch.undo()
-    assert path.read_bytes() == b"one"
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.fixture
@@ -74,4 +39,4 @@ def test_paths_of_users_are_expanded_in_one_place():
     found = [
         path.relative_to(ENGINE).as_posix() for path in ENGINE.rglob("*.py") if ".expanduser()" in path.read_text()
     ]
-    assert sorted(found) == ["files.py", "reference/lookup.py"]
+    assert sorted(found) == ["paths.py", "reference/lookup.py"]

@@ -7,26 +7,59 @@ manifest is there and fits.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .. import files
-from ..errors import UserError, disk_error
-from ..files import replace_file, sync
+from .errors import UserError, disk_error
 
 MANIFEST = "manifest.json"
-TEMPORARY_SUFFIX = ".incomplete"
+FILE_SUFFIX = ".tmp"
+"""Of a file that is being written, under its temporary name."""
+FOLDER_SUFFIX = ".incomplete"
+"""Of such a folder."""
 _CHUNK_BYTES = 8 << 20
 CONTINUE = "free space or choose another train.output_dir, then continue with --resume"
 """What to do when a training run cannot write."""
+
+
+def replace_file(path: Path, data: bytes | memoryview) -> None:
+    """Write ``data`` under a temporary name beside ``path``, flush it to disk and rename it.
+
+    Raises:
+        OSError: it cannot be written; what was at ``path`` is untouched and nothing is left beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}{FILE_SUFFIX}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk. A rename is durable once its folder is."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -53,7 +86,7 @@ def write_atomically(path: Path, text: str, *, advice: str = CONTINUE) -> None:
 
 def temporary_path(path: Path) -> Path:
     """Where ``write_folder`` collects the files of the folder ``path``."""
-    return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    return path.with_name(f".{path.name}{FOLDER_SUFFIX}")
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -100,7 +133,7 @@ def seal(folder: Path, *, editable: Collection[str] = ()) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed writers left in ``folder``. Only for a folder that no other process writes to."""
-    for path in (p for suffix in (TEMPORARY_SUFFIX, files.TEMPORARY_SUFFIX) for p in folder.glob(f".*{suffix}")):
+    for path in (p for suffix in (FOLDER_SUFFIX, FILE_SUFFIX) for p in folder.glob(f".*{suffix}")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -109,62 +142,12 @@ def remove_leftovers(folder: Path) -> None:
 
 def remove_folder(path: Path) -> None:
     """Delete a folder; a kill in the middle leaves nothing under its name, and the rest to ``remove_leftovers``."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+    temporary = path.with_name(f".{path.name}{FOLDER_SUFFIX}")
     with disk_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)
         os.replace(path, temporary)
         sync(path.parent)
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def run_folder(folder: Path) -> Iterator[None]:
-    """Create ``folder`` where it is absent and hold it for this process; one that was created and stays empty goes.
-
-    Raises:
-        UserError: it cannot be created or written, or another process holds it.
-    """
-    existed = folder.exists()
-    with disk_errors(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as error:
-            raise UserError(f"cannot create train.output_dir={folder}: {error.strerror}; choose another") from error
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    try:
-        with only_writer(folder):
-            yield
-    finally:
-        if not existed:
-            # Fails, as it should, for a folder that holds anything.
-            with suppress(OSError):
-                folder.rmdir()
-
-
-@contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the system lets go when the process ends, however it ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{folder} is in use by another training process: wait for it, stop it, or choose another "
-                "train.output_dir"
-            ) from error
-        except OSError as error:
-            # Some network file systems have no locks; training there is as it was without one.
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
-                raise
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def is_complete(folder: Path) -> bool:
