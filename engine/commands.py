@@ -6,7 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,6 @@ from .config.schema import REFERENCE_FREE_LOSSES, RunConfig
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .data import Row
     from .data.groups import PreferenceDataset
     from .model import Policy
     from .reference import ReferenceStore
@@ -54,7 +53,7 @@ def init(options: Namespace, overrides: Sequence[str]) -> int:
 def check(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo check``"""
     config = load_config(options.config, overrides)
-    from .data.check import check
+    from .check import check
 
     found = check(config)
     print(found.text)
@@ -80,7 +79,7 @@ def plan(options: Namespace, overrides: Sequence[str]) -> int:
 def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo precompute``"""
     config = load_config(options.config, overrides)
-    from .data import load_rows
+    from .data import open_rows
     from .model.quantization import check_quantization
     from .reference.columns import check_export_path, check_export_row
     from .train.references import reference_model
@@ -89,7 +88,7 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     check_quantization(reference_model(config))
     if options.export is not None and distributed.is_main():
         check_export_path(options.export)
-        for row in islice(load_rows(config.data, split="train"), 1):
+        for row in islice(open_rows(config.data, split="train"), 1):
             check_export_row(row)
     from .forecast.advice import memory_errors
 
@@ -257,16 +256,10 @@ def _verify_columns(config: RunConfig, datasets: dict[str, PreferenceDataset]) -
 
 
 def _export(config: RunConfig, path: Path, dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> None:
-    from .data import load_rows
+    from .data import open_rows
     from .reference import export_columns, import_columns, load_ref_sums
 
-    class Rows:
-        """The source rows; a new pass over the source for every loop."""
-
-        def __iter__(self) -> Iterator[Row]:
-            return iter(load_rows(config.data, split="train"))
-
     sums = import_columns(dataset) or load_ref_sums(dataset, store, digest)
-    written, left_out = export_columns(path, Rows(), dataset, sums)
+    written, left_out = export_columns(path, open_rows(config.data, split="train"), dataset, sums)
     dropped = f"; left out {left_out:,} that training drops" if left_out else ""
     print(f"wrote {written:,} rows to {path}{dropped}")

@@ -1,22 +1,9 @@
 """Preference rows from files or the Hub, recognised, tokenised, linted."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from itertools import islice
-from typing import Literal
-
-from tqdm import tqdm
-
-from ..config.schema import DataConfig
-from ..errors import RowError, UserError
-from .columns import detect_format
-from .formats import Example, PromptsDifferError, reader_for
 from .groups import PreferenceDataset, PreferenceGroup
 from .lint import LintReport
-from .scored import expand_scores
-from .sources import Row, Source, is_hub_name, is_single_file, open_source
-from .tokenize import Encoder, make_groups
+from .read import check_files, load_dataset_groups, open_rows
+from .sources import Row
 
 __all__ = [
     "LintReport",
@@ -25,117 +12,5 @@ __all__ = [
     "Row",
     "check_files",
     "load_dataset_groups",
-    "load_rows",
+    "open_rows",
 ]
-
-Split = Literal["train", "eval"]
-
-
-def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[PreferenceDataset, LintReport]:
-    """Read one split and turn its rows into token ids.
-
-    Args:
-        data: the ``data`` section. ``max_rows`` limits the source rows of either split.
-        tokenizer: a transformers tokenizer.
-        split: ``train`` reads ``dataset_name``; ``eval`` reads ``eval_dataset_name``, or where that is not set, the
-            split ``eval_dataset_split`` of ``dataset_name``.
-
-    Returns:
-        The groups that can be trained on, in source order, and what lint found. ``group.row`` is the row's index in the
-        source, so it skips dropped rows.
-
-    Raises:
-        UserError: the data cannot be read, no row is left, or ``data.strict`` and lint found something.
-    """
-    groups, report = stream_groups(data, tokenizer, split=split)
-    dataset = PreferenceDataset(groups)
-    report.raise_if_strict(data.strict)
-    report.raise_if_empty()
-    return dataset, report
-
-
-def stream_groups(
-    data: DataConfig, tokenizer, *, split: Split, tolerant: bool = False
-) -> tuple[Iterator[PreferenceGroup], LintReport]:
-    """As ``load_dataset_groups``, a group at a time; the report is complete when the groups are used up.
-
-    With ``tolerant``, rows that training would stop at are counted and left out.
-    """
-    encoder = Encoder(tokenizer, data)
-    source = _source(data, split, tolerant=tolerant)
-    report = LintReport(source.name, tolerant=tolerant)
-    examples = _examples(source, data, encoder, report)
-    return make_groups(examples, encoder, max_length=data.max_length, report=report), report
-
-
-def load_rows(data: DataConfig, *, split: Split) -> Source:
-    """The rows of a split as they are in the source; ``Row.index`` is what ``PreferenceGroup.row`` refers to.
-
-    Can be iterated more than once, and holds no rows.
-    """
-    return _source(data, split)
-
-
-def check_files(data: DataConfig) -> None:
-    """Open local training and evaluation data and look at the first row; what is on the Hub waits.
-
-    Raises:
-        UserError: no such data, or a first row that no layout has.
-    """
-    names: dict[Split, str | None] = {"train": data.dataset_name, "eval": data.eval_dataset_name}
-    for split, name in names.items():
-        if name is not None and not is_hub_name(name):
-            for row in islice(load_rows(data, split=split), 1):
-                if data.format == "auto":
-                    detect_format(row)
-
-
-def _source(data: DataConfig, split: Split, *, tolerant: bool = False) -> Source:
-    if split == "train":
-        name, part, config = data.dataset_name, data.dataset_train_split, data.dataset_config
-    elif data.eval_dataset_name is not None:
-        name, part, config = data.eval_dataset_name, data.eval_dataset_split, None
-    elif is_single_file(data.dataset_name):
-        raise UserError(
-            f"there is no evaluation data: data.dataset_name={data.dataset_name} is one file without splits; "
-            "set data.eval_dataset_name"
-        )
-    else:
-        name, part, config = data.dataset_name, data.eval_dataset_split, data.dataset_config
-    return open_source(name, split=part, config=config, max_rows=data.max_rows, tolerant=tolerant)
-
-
-def _until_damage(source: Source, report: LintReport) -> Iterator[Row]:
-    """The rows of a source; where it cannot be read to its end, a tolerant report notes why, and they end."""
-    try:
-        yield from source
-    except UserError as error:
-        if not (report.tolerant and report.total):
-            raise
-        report.ended = str(error)
-
-
-def _examples(source: Source, data: DataConfig, encoder: Encoder, report: LintReport) -> Iterator[Example]:
-    read = None
-    rows = tqdm(_until_damage(source, report), desc=f"read {source.name}", unit=" rows", delay=3, disable=None)
-    for row in rows:
-        report.add_row()
-        try:
-            if row.fault is not None:
-                raise row.fault
-            if read is None:
-                layout = detect_format(row) if data.format == "auto" else data.format
-                read = reader_for(layout, use_messages=encoder.use_messages)
-                report.layout = layout
-            example = read(row)
-            if example.scores is not None:
-                expanded = expand_scores(example, data, report)
-                if expanded is None:
-                    continue
-                example = expanded
-        except PromptsDifferError:
-            report.add("differing_prompts", row.index)
-        except RowError as error:
-            report.refuse(error, row.index)
-        else:
-            yield example

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import RowError
@@ -19,6 +19,14 @@ COLUMNS = {
     "scored": ("prompt", "responses", "scores"),
     "tokenized": ("prompt_ids", "chosen_ids", "rejected_ids"),
 }
+_TOLD_BY_COLUMNS = ("tokenized", "kwise", "sharegpt")
+"""Layouts that no row has the columns of by chance; the first that fits is taken."""
+PROMPTS = ("prompt", "instruction", "question")
+RESPONSES = ("responses", "completions", "generations")
+SCORES = ("scores", "ratings", "rewards")
+ITEM_TEXTS = ("response", "completion", "text", "content")
+ITEM_SCORES = ("score", "overall_score", "rating", "reward")
+"""Names of the parts of a completion that is an object, as in UltraFeedback."""
 _NOTES = {
     "preference": ", and prompt unless both sides begin with it",
     "hh": " whose turns begin with '\\n\\nHuman:' and '\\n\\nAssistant:', as in Anthropic HH",
@@ -36,7 +44,7 @@ def detect_format(row: Row) -> str:
         UserError: no layout fits; names the columns that were found and those that would do.
     """
     columns = set(row.data)
-    for name in ("tokenized", "kwise", "sharegpt"):
+    for name in _TOLD_BY_COLUMNS:
         if columns.issuperset(COLUMNS[name]):
             return name
     if columns.issuperset(COLUMNS["preference"]):
@@ -45,8 +53,6 @@ def detect_format(row: Row) -> str:
         if "prompt" not in columns:
             _refuse_misspelt_prompt(row)
         return "hh" if dialogues and "prompt" not in columns else "preference"
-    from .scored import is_scored
-
     if is_scored(row.data):
         return "scored"
     known = "; ".join(f"{name}: {', '.join(names)}{_NOTES.get(name, '')}" for name, names in COLUMNS.items())
@@ -54,6 +60,23 @@ def detect_format(row: Row) -> str:
         "missing_column",
         f"{row.where}: no known layout has the columns {listed(row.data)}{_likely(row)}; expected one of {known}",
     )
+
+
+def first_present(names: tuple[str, ...], data: Mapping[str, Any]) -> str | None:
+    """The first of the names that ``data`` has a value for."""
+    return next((name for name in names if data.get(name) is not None), None)
+
+
+def is_scored(data: Mapping[str, Any]) -> bool:
+    """Whether a row has a prompt and responses with scores."""
+    responses = first_present(RESPONSES, data)
+    if first_present(PROMPTS, data) is None or responses is None:
+        return False
+    items = data[responses]
+    inside = (
+        isinstance(items, list) and bool(items) and isinstance(items[0], dict) and first_present(ITEM_SCORES, items[0])
+    )
+    return first_present(SCORES, data) is not None or bool(inside)
 
 
 def _refuse_misspelt_prompt(row: Row) -> None:
@@ -70,8 +93,6 @@ def _refuse_misspelt_prompt(row: Row) -> None:
 
 def _likely(row: Row) -> str:
     """A question for each column whose name is nearly one that is read."""
-    from .scored import PROMPTS, RESPONSES, SCORES
-
     known = dict.fromkeys(name for names in (*COLUMNS.values(), PROMPTS, RESPONSES, SCORES) for name in names)
     meant = {}
     for name in (str(name) for name in row.data if name not in known):

@@ -5,25 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .formats import Example
+from .examples import Example
 from .groups import PreferenceGroup
-
-if TYPE_CHECKING:
-    from .tokenize import Encoded, Encoder
+from .tokenize import Encoded, Encoder
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
 REPEATED_CHARACTERS = 16
 """A completion may well begin with the few words of a shorter prompt."""
 _DAMAGED = re.compile("[\ufffd\x00]")
 """What a wrong decoding leaves: the replacement character, and NUL."""
-
-
-def control_pattern(tokens: Sequence[str]) -> re.Pattern[str] | None:
-    """Matches any of a tokenizer's special tokens in a text."""
-    found = sorted((token for token in tokens if token), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, found))) if found else None
 
 
 def text_faults(example: Example, encoder: Encoder) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The layouts in which preference rows come, and the one shape that the rest of the package sees.
+"""The layouts in which preference rows come, and the readers that turn their rows into examples.
 
 =============  ======================================================================================================
 format         columns
@@ -18,59 +18,27 @@ lists: ``tools`` (list or JSON text) and ``chat_template_kwargs``.
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 from ..errors import RowError
-from .columns import ASSISTANT, COLUMNS, column, listed
+from .columns import ASSISTANT, COLUMNS, column
+from .examples import (
+    Example,
+    Message,
+    PromptsDifferError,
+    answer_messages,
+    finite_numbers,
+    messages_of,
+    prompt_messages,
+    refuse_images,
+    template_kwargs,
+)
+from .scored import read_scored
 from .sources import Row
 
-Message = dict[str, Any]
-
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-# ShareGPT speakers as LLaMA-Factory and FastChat write them; unknown ones are an error.
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-    "function_response": "tool",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row in one shape: a prompt and K completions, best first, all of one kind."""
-
-    row: int
-    where: str
-    kind: Literal["text", "messages", "ids"]
-    prompt: Any
-    """str, list of messages or list of token ids."""
-    completions: tuple[Any, ...]
-    ref_logps: tuple[float, ...] | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    scores: tuple[float, ...] | None = None
-    """One for each completion, largest first; None when the row has none."""
-    pairs: tuple[tuple[int, int], ...] | None = None
-    """See ``PreferenceGroup.pairs``."""
-
-
-class PromptsDifferError(Exception):
-    """The two sides of a row answer different prompts. Lint counts such rows and drops them."""
 
 
 def reader_for(name: str, *, use_messages: bool) -> Callable[[Row], Example]:
@@ -83,8 +51,6 @@ def reader_for(name: str, *, use_messages: bool) -> Callable[[Row], Example]:
     The function raises UserError, naming file, row and column, for a row that does not fit the layout, and
     ``PromptsDifferError`` for one whose sides answer different prompts.
     """
-    from .scored import read_scored
-
     if name == "hh":
         return _read_hh_messages if use_messages else _read_hh_text
     return {
@@ -96,76 +62,11 @@ def reader_for(name: str, *, use_messages: bool) -> Callable[[Row], Example]:
     }[name]
 
 
-def refuse_images(row: Row) -> None:
-    if row.data.get("images") or row.data.get("image"):
-        raise RowError(
-            "has_images", f"{row.where}: the row has images, but only text is supported; remove the image columns"
-        )
-
-
 def _ref_logps(row: Row) -> tuple[float, float] | None:
     values = [row.data.get(name) for name in ("ref_chosen_logps", "ref_rejected_logps")]
     if values == [None, None]:
         return None
     return tuple(finite_numbers(values, row, "ref_chosen_logps and ref_rejected_logps", "bad_reference"))  # type: ignore[return-value]
-
-
-def finite_numbers(values: Sequence[Any], row: Row, name: str, problem: str) -> list[float]:
-    good = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-    if not good:
-        raise RowError(problem, f"{row.where}: {name} must be finite numbers, got {list(values)}")
-    return [float(v) for v in values]
-
-
-def template_kwargs(row: Row) -> dict[str, Any]:
-    tools = row.data.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError("wrong_type", f"{row.where}: column 'tools' holds broken JSON: {error.msg}") from None
-    kwargs = row.data.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict):
-        kind = type(kwargs).__name__
-        raise RowError("wrong_type", f"{row.where}: column 'chat_template_kwargs' must be an object, got {kind}")
-    return {"tools": tools, **kwargs}
-
-
-def _messages(value: Any, row: Row, name: str) -> list[Message]:
-    """Check a message list (or a lone message) and give every turn ``role`` and ``content``."""
-    turns = [value] if isinstance(value, dict) else value
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        kind = type(value).__name__
-        raise RowError("wrong_type", f"{row.where}: column {name!r} must be a list of messages, got {kind}")
-    messages = []
-    for turn in turns:
-        if turn.get("role") is not None:
-            _check_content(turn, row, name)
-            messages.append(turn)
-            continue
-        if turn.get("from") is None or "value" not in turn:
-            keys = listed(turn)
-            raise RowError("bad_turn", f"{row.where}: a turn of column {name!r} has {keys}; expected role and content")
-        role = SHAREGPT_ROLES.get(str(turn["from"]).lower())
-        if role is None:
-            speakers = ", ".join(SHAREGPT_ROLES)
-            speaker = turn["from"]
-            raise RowError(
-                "bad_turn", f"{row.where}: column {name!r} has a turn from {speaker!r}; known are {speakers}"
-            )
-        rest = {key: item for key, item in turn.items() if key not in ("from", "value", "role", "content")}
-        messages.append({"role": role, "content": turn["value"], **rest})
-        _check_content(messages[-1], row, name)
-    return messages
-
-
-def _check_content(turn: Message, row: Row, name: str) -> None:
-    """Refuse a turn without content: most templates would write the word None, or nothing, in its place."""
-    content = turn.get("content")
-    if isinstance(content, str | list) or (content is None and turn.get("tool_calls")):
-        return
-    got = "none" if content is None else type(content).__name__
-    raise RowError("bad_turn", f"{row.where}: a turn of column {name!r} needs text as its content, got {got}")
 
 
 def _is_conversation(value: Any) -> bool:
@@ -187,9 +88,9 @@ def _read_preference(row: Row) -> Example:
         raise RowError(
             "wrong_type", f"{row.where}: columns must all be text or all be non-empty message lists, got {listed}"
         )
-    sides = _messages(chosen, row, "chosen"), _messages(rejected, row, "rejected")
+    sides = messages_of(chosen, row, "chosen"), messages_of(rejected, row, "rejected")
     if _is_conversation(prompt):
-        start = _messages(prompt, row, "prompt")
+        start = messages_of(prompt, row, "prompt")
     elif isinstance(prompt, str) and all(side[0]["role"] == "assistant" for side in sides):
         start = [{"role": "user", "content": prompt}]
     else:
@@ -257,17 +158,10 @@ def _read_hh_messages(row: Row) -> Example:
     return Example(row.index, row.where, "messages", messages, answers, _ref_logps(row), template_kwargs(row))
 
 
-def answer_messages(value: Any, row: Row, name: str) -> list[Message]:
-    messages = [{"role": "assistant", "content": value}] if isinstance(value, str) else _messages(value, row, name)
-    if not messages:
-        raise RowError("bad_turn", f"{row.where}: column {name!r} has a response without turns")
-    return messages
-
-
 def _read_sharegpt(row: Row) -> Example:
     refuse_images(row)
     conversation, chosen, rejected = (column(row, name, "sharegpt") for name in COLUMNS["sharegpt"])
-    prompt = _messages(conversation, row, "conversations")
+    prompt = messages_of(conversation, row, "conversations")
     system = row.data.get("system")
     if isinstance(system, str) and system and not (prompt and prompt[0]["role"] == "system"):
         prompt = [{"role": "system", "content": system}, *prompt]
@@ -312,14 +206,6 @@ def _read_kwise(row: Row) -> Example:
         return Example(row.index, row.where, "text", prompt, tuple(responses[i] for i in order), refs)
     answers = tuple(answer_messages(responses[i], row, "responses") for i in order)
     return Example(row.index, row.where, "messages", prompt_messages(prompt, row), answers, refs, template_kwargs(row))
-
-
-def prompt_messages(value: Any, row: Row) -> list[Message]:
-    """A prompt of at least one turn."""
-    messages = _messages(value, row, "prompt")
-    if not messages:
-        raise RowError("bad_turn", f"{row.where}: column 'prompt' has no turns")
-    return messages
 
 
 def _read_tokenized(row: Row) -> Example:

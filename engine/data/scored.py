@@ -6,14 +6,14 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from ..config.schema import DataConfig
 from ..errors import RowError
-from .formats import (
+from .columns import ITEM_SCORES, ITEM_TEXTS, PROMPTS, RESPONSES, SCORES, first_present
+from .examples import (
     Example,
     answer_messages,
     finite_numbers,
@@ -24,33 +24,12 @@ from .formats import (
 from .lint import LintReport
 from .sources import Row
 
-PROMPTS = ("prompt", "instruction", "question")
-RESPONSES = ("responses", "completions", "generations")
-SCORES = ("scores", "ratings", "rewards")
-ITEM_TEXTS = ("response", "completion", "text", "content")
-ITEM_SCORES = ("score", "overall_score", "rating", "reward")
-"""Names of the parts of a completion that is an object, as in UltraFeedback."""
-
-
-def _first(names: tuple[str, ...], data: Mapping[str, Any]) -> str | None:
-    return next((name for name in names if data.get(name) is not None), None)
-
 
 def _needed(row: Row, what: str, names: tuple[str, ...]) -> str:
-    found = _first(names, row.data)
+    found = first_present(names, row.data)
     if found is None:
         raise RowError("missing_column", f"{row.where}: the row needs {what}: one of {', '.join(names)}")
     return found
-
-
-def is_scored(data: Mapping[str, Any]) -> bool:
-    """Whether a row has a prompt and responses with scores."""
-    responses = _first(RESPONSES, data)
-    if _first(PROMPTS, data) is None or responses is None:
-        return False
-    items = data[responses]
-    inside = isinstance(items, list) and bool(items) and isinstance(items[0], dict) and _first(ITEM_SCORES, items[0])
-    return _first(SCORES, data) is not None or bool(inside)
 
 
 def read_scored(row: Row) -> Example:
@@ -78,7 +57,7 @@ def read_scored(row: Row) -> Example:
 
 
 def _texts_and_scores(row: Row, items: list[Any]) -> tuple[list[Any], list[float]]:
-    column = _first(SCORES, row.data)
+    column = first_present(SCORES, row.data)
     if column is not None:
         values = row.data[column]
         if not isinstance(values, list) or len(values) != len(items):
@@ -86,14 +65,14 @@ def _texts_and_scores(row: Row, items: list[Any]) -> tuple[list[Any], list[float
     else:
         values = []
         for item in items:
-            key = _first(ITEM_SCORES, item) if isinstance(item, dict) else None
+            key = first_present(ITEM_SCORES, item) if isinstance(item, dict) else None
             if key is None:
                 raise RowError("bad_score", f"{row.where}: a completion has no score: one of {', '.join(ITEM_SCORES)}")
             values.append(item[key])
     texts = []
     for item in items:
         is_turn = isinstance(item, dict) and "role" in item
-        key = _first(ITEM_TEXTS, item) if isinstance(item, dict) and not is_turn else None
+        key = first_present(ITEM_TEXTS, item) if isinstance(item, dict) and not is_turn else None
         if isinstance(item, dict) and not is_turn and key is None:
             raise RowError("bad_turn", f"{row.where}: a completion has no text: one of {', '.join(ITEM_TEXTS)}")
         texts.append(item if key is None else item[key])

@@ -3,29 +3,23 @@
 Text: the EOS text is appended to a completion that lacks it, and prompt and completion are tokenised together. Message
 lists: the chat template renders the prompt with its generation prompt, and prompt plus completion without. Either way
 the prompt is what ``tok(prompt)`` and all joint sequences begin with; where a token reaches over the boundary, the end
-of the prompt belongs to the completions. ``max_length`` then cuts the end of prompt + completion, each on its own.
+of the prompt belongs to the completions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 import jinja2
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import DataConfig
 from ..errors import RowError, UserError
 from ..paths import expanded
-from .copies import Copies
-from .faults import control_pattern, text_faults, token_faults
-from .formats import Example
-from .groups import PreferenceGroup
-from .lint import LintReport
-
-ROWS_PER_CALL = 512
+from .examples import Example
 
 
 class Encoded(NamedTuple):
@@ -53,7 +47,7 @@ class Encoder:
         added = tokenizer.added_tokens_decoder
         self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         names = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-        self.control_tokens = control_pattern(sorted(names))
+        self.control_tokens = _control_pattern(sorted(names))
         self._own_chat = has_own_chat(tokenizer)
         self._template = template_of(data)
         self.template_origin = "none (data.chat_template: none)"
@@ -195,66 +189,7 @@ def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
     return next(i for i in range(len(first)) if i >= len(second) or first[i] != second[i])
 
 
-def make_groups(
-    examples: Iterable[Example], encoder: Encoder, *, max_length: int | None, report: LintReport
-) -> Iterator[PreferenceGroup]:
-    """Tokenise, lint and truncate examples; yield the groups that are left, in order.
-
-    Holds ``ROWS_PER_CALL`` examples at a time, and ``Copies`` of what was seen.
-    """
-    copies = Copies()
-    stream = iter(examples)
-    while chunk := list(islice(stream, ROWS_PER_CALL)):
-        kept: list[PreferenceGroup] = []
-        for example, encoded in _encode_around_faults(chunk, encoder, report):
-            dropped = _unusable(encoded, max_length)
-            if dropped is not None:
-                report.add(dropped, example.row)
-                continue
-            group = PreferenceGroup(
-                row=example.row,
-                prompt_ids=np.asarray(encoded.prompt_ids, dtype=np.int32),
-                response_ids=tuple(
-                    np.asarray(ids[: _room(encoded, max_length)], dtype=np.int32) for ids in encoded.completion_ids
-                ),
-                ref_logps=example.ref_logps,
-                pairs=example.pairs,
-            )
-            for problem in (*text_faults(example, encoder), *token_faults(encoded, group, encoder)):
-                report.add(problem, example.row)
-            kept.append(group)
-        for problem, row in copies.find(kept):
-            report.add(problem, row)
-        yield from kept
-
-
-def _encode_around_faults(
-    examples: Sequence[Example], encoder: Encoder, report: LintReport
-) -> Iterator[tuple[Example, Encoded]]:
-    """Encode in one call; where a row stops that and the report takes faults, leave out only those."""
-    try:
-        encoded = encoder.encode(examples)
-    except RowError as error:
-        if len(examples) == 1 or not report.tolerant:
-            report.refuse(error, examples[0].row)
-            return
-        middle = len(examples) // 2
-        for half in (examples[:middle], examples[middle:]):
-            yield from _encode_around_faults(half, encoder, report)
-    else:
-        yield from zip(examples, encoded, strict=True)
-
-
-def _room(encoded: Encoded, max_length: int | None) -> int | None:
-    return None if max_length is None else max_length - len(encoded.prompt_ids)
-
-
-def _unusable(encoded: Encoded, max_length: int | None) -> str | None:
-    """The problem for which a row must be dropped, or None."""
-    if not encoded.prompt_ids:
-        return "no_prompt_tokens"
-    if not all(encoded.completion_ids):
-        return "no_completion_tokens"
-    if max_length is not None and len(encoded.prompt_ids) >= max_length:
-        return "prompt_too_long"
-    return None
+def _control_pattern(tokens: Sequence[str]) -> re.Pattern[str] | None:
+    """Matches any of a tokenizer's special tokens in a text."""
+    found = sorted((token for token in tokens if token), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found))) if found else None

@@ -19,8 +19,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data.columns import is_scored
 from ..data.groups import PreferenceDataset
-from ..data.scored import is_scored
 from ..data.sources import Row
 from ..errors import UserError
 

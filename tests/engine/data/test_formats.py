@@ -7,7 +7,8 @@ import json
 import pytest
 
 from engine.data.columns import detect_format
-from engine.data.formats import PromptsDifferError, reader_for, split_implicit_prompt
+from engine.data.examples import PromptsDifferError
+from engine.data.formats import reader_for, split_implicit_prompt
 from engine.data.sources import Row
 from engine.errors import UserError
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from engine.config.schema import DataConfig
-from engine.data import load_dataset_groups, load_rows
+from engine.data import load_dataset_groups, open_rows
 from engine.errors import UserError
 
 
 def test_pairs_file(pairs_jsonl, tiny_tokenizer):
     dataset, report = load_dataset_groups(DataConfig(dataset_name=str(pairs_jsonl)), tiny_tokenizer, split="train")
     assert (len(dataset), report.total, report.dropped, report.layout) == (24, 24, 0, "preference")
-    rows = list(load_rows(DataConfig(dataset_name=str(pairs_jsonl)), split="train"))
+    rows = list(open_rows(DataConfig(dataset_name=str(pairs_jsonl)), split="train"))
     for group, row in zip(dataset, rows, strict=True):
         assert group.row == row.index
         decoded = [tiny_tokenizer.decode(np.concatenate([group.prompt_ids, ids])) for ids in group.response_ids]
@@ -27,7 +27,7 @@ def test_max_rows_and_rows_that_can_be_read_again(pairs_jsonl, tiny_tokenizer):
     data = DataConfig(dataset_name=str(pairs_jsonl), dataset_train_split="train[5:]", max_rows=3)
     dataset, report = load_dataset_groups(data, tiny_tokenizer, split="train")
     assert ([group.row for group in dataset], report.total) == ([5, 6, 7], 3)
-    rows = load_rows(data, split="train")
+    rows = open_rows(data, split="train")
     assert [row.index for row in rows] == [row.index for row in rows] == [5, 6, 7]
 
 
@@ -103,7 +103,7 @@ def test_sharegpt_rows(shared_dir, chat_tokenizer):
     data = DataConfig(dataset_name=str(shared_dir / "data" / "dpo-en-demo.json"), max_length=None)
     dataset, report = load_dataset_groups(data, chat_tokenizer, split="train")
     assert (report.layout, report.total, len(dataset)) == ("sharegpt", 300, 300)
-    row = next(iter(load_rows(data, split="train"))).data
+    row = next(iter(open_rows(data, split="train"))).data
     text = chat_tokenizer.decode(np.concatenate([dataset[0].prompt_ids, dataset[0].response_ids[1]]))
     assert text == f"<|user|>{row['conversations'][0]['value']}</s><|assistant|>{row['rejected']['value']}</s>"
     assert "missing_eos" not in report.counts

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.config.schema import DataConfig, LoraConfig, ModelConfig
-from engine.data import load_dataset_groups, load_rows
+from engine.data import load_dataset_groups, open_rows
 from engine.errors import UserError
 from engine.model import load_policy
 from engine.reference import (
@@ -108,7 +108,7 @@ def test_exported_columns_come_back_as_the_reference(tmp_path, load, dataset, pa
     sums = load_ref_sums(dataset, store, model_digest(policy))
     for name in ("out.jsonl", "out.parquet"):
         path = tmp_path / name
-        rows = load_rows(DataConfig(dataset_name=str(pairs_jsonl)), split="train")
+        rows = open_rows(DataConfig(dataset_name=str(pairs_jsonl)), split="train")
         assert export_columns(path, rows, dataset, sums) == (len(dataset), 0)
         again, _ = load_dataset_groups(DataConfig(dataset_name=str(path)), tiny_tokenizer, split="train")
         imported = import_columns(again)

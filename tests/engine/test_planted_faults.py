@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from engine.check import check
 from engine.config.schema import DataConfig, LossConfig, ModelConfig, PackingConfig, RunConfig
-from engine.data.check import check
 from engine.data.lint import PROBLEMS
 
 MAX_LENGTH, TOKENS_PER_PACK = 64, 90

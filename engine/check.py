@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config.schema import RunConfig
-from ..errors import UserError
-from ..packing.plan import group_sizes
-from ..train.objective import Objective
-from . import Split, stream_groups
-from .groups import PreferenceGroup
-from .lint import PROBLEMS, LintReport
-from .tokenize import Encoder
+from .config.schema import RunConfig
+from .data.groups import PreferenceGroup
+from .data.lint import PROBLEMS, LintReport
+from .data.read import Split, stream_groups
+from .data.tokenize import Encoder
+from .errors import UserError
+from .model.load import load_tokenizer
+from .packing.plan import group_sizes
+from .train.objective import Objective
 
 PERCENTILES = (0, 50, 90, 99, 100)
 PROMPT_TOKENS_SHOWN = 48
@@ -48,8 +49,6 @@ def check(config: RunConfig) -> Checked:
     Raises:
         UserError: the data or the tokenizer cannot be opened.
     """
-    from ..model.load import load_tokenizer
-
     tokenizer = load_tokenizer(config.model)
     parts = [f"chat template: {Encoder(tokenizer, config.data).template_origin}"]
     splits: tuple[Split, ...] = ("train", "eval") if config.data.eval_dataset_name else ("train",)

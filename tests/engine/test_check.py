@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from engine.check import check
 from engine.config.schema import DataConfig, LossConfig, ModelConfig, RunConfig
-from engine.data.check import check
 from engine.errors import UserError
 
 

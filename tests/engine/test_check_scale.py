@@ -10,9 +10,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from engine.check import check
 from engine.config.schema import DataConfig, ModelConfig, RunConfig
 from engine.data import copies
-from engine.data.check import check
 from engine.data.copies import Copies, SeenKeys
 from engine.data.groups import PreferenceGroup
 
