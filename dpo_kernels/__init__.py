@@ -1,6 +1,6 @@
 """Fast, exact preference-loss ops: from hidden states to a DPO loss without the logits matrix."""
 
-from dpo_kernels.dispatch import describe
+from dpo_kernels.description import describe
 from dpo_kernels.linear_dpo.api import LinearDPOLoss, LinearDPOLossStats, linear_dpo_loss
 from dpo_kernels.linear_logps.api import TokenLogps, linear_logps
 from dpo_kernels.linear_logps.vocab_parallel import linear_logps_vocab_parallel

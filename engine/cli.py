@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         takes_requests = arguments[:1] and arguments[0] in _JOINT_COMMANDS
         with stop.listening() if takes_requests else nullcontext(), distributed.process_group():
-            code = _run(arguments)
+            code = run(arguments)
         sys.stdout.flush()
         return code
     except distributed.PeerFailure as failure:
@@ -165,6 +165,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
         if takes_config:
             commands[name].add_argument("config", metavar="CONFIG", help="configuration file, such as run.yaml")
     _add_options(commands)
+    commands["demo"].set_defaults(dispatch=run)
     return parser, commands
 
 
@@ -216,7 +217,9 @@ def _add_options(commands: dict[str, _Parser]) -> None:
     )
 
 
-def _run(arguments: list[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code; its errors are raised."""
+    arguments = list(arguments)
     parser, commands = build_parser()
     if not arguments:
         parser.print_help()
@@ -238,15 +241,14 @@ def _run(arguments: list[str]) -> int:
     if options.command is None:
         parser.print_help()
         return OK
-
-    from . import commands as bodies
-
     if distributed.size() > 1 and options.command not in _JOINT_COMMANDS:
         raise UserError(f"dpo {options.command} runs in one process: start it without torchrun")
     # peft imports it where it is installed, and it warns of kernels for the CPU that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if options.command in ("train", "evaluate", "precompute", "demo"):
         _configure_logging()
+    from . import commands as bodies
+
     return getattr(bodies, options.command)(options, overrides)
 
 

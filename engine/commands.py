@@ -7,30 +7,17 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from . import distributed
 from .config import load_config
-from .config.schema import REFERENCE_FREE_LOSSES, RunConfig
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .data.groups import PreferenceDataset
-    from .model import Policy
-    from .reference import ReferenceStore
-    from .reference.keys import ModelIdentity
-
-VERIFIED_ROWS = 256
-"""Rows that ``dpo precompute --import-columns`` recomputes."""
 
 
 def demo(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo demo``"""
     from .demo import run_demo
 
-    run_demo(options.output)
+    run_demo(options.output, options.dispatch)
     return 0
 
 
@@ -79,47 +66,27 @@ def plan(options: Namespace, overrides: Sequence[str]) -> int:
 def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo precompute``"""
     config = load_config(options.config, overrides)
-    from .data import open_rows
-    from .model.quantization import check_quantization
-    from .reference.columns import check_export_path, check_export_row
-    from .train.references import reference_model
+    from .forecast.advice import KnownRun, memory_errors
+    from .precompute import check_columns, check_settings, fill_store
 
-    distributed.set_timeout(config.train.timeout_minutes)
-    check_quantization(reference_model(config))
-    if options.export is not None and distributed.is_main():
-        check_export_path(options.export)
-        for row in islice(open_rows(config.data, split="train"), 1):
-            check_export_row(row)
-    from .forecast.advice import memory_errors
-
-    with memory_errors(config):
-        return _precompute(config, options)
-
-
-def _precompute(config: RunConfig, options: Namespace) -> int:
-    from .reference import ReferenceStore, default_store_path, identify
-
-    datasets = _datasets(config)
-    if options.import_columns:
-        _verify_columns(config, datasets)
-        return 0
-    reference = _reference_policy(config, datasets)
-    identity = identify(reference)
-    store = ReferenceStore(config.reference.store or default_store_path())
-    for name, dataset in datasets.items():
-        _fill(config, reference, identity, store, name, dataset)
-    distributed.say(f"stored in {store.path}")
-    if options.export is not None and distributed.is_main():
-        _export(config, options.export, datasets["train"], store, identity.digest)
+    check_settings(config, options.export)
+    with memory_errors(KnownRun(config)):
+        if options.import_columns:
+            check_columns(config)
+        else:
+            fill_store(config, options.export)
     return 0
 
 
 def train(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo train``"""
     config = load_config(options.config, overrides)
+    from .forecast.advice import KnownRun, memory_errors
     from .train.loop import train
 
-    train(config, resume=options.resume)
+    known = KnownRun(config, trains=True)
+    with memory_errors(known):
+        train(config, resume=options.resume, on_data=known.take)
     return 0
 
 
@@ -127,9 +94,9 @@ def evaluate(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo evaluate``"""
     config = load_config(options.config, overrides)
     from .evaluate import evaluate
-    from .forecast.advice import memory_errors
+    from .forecast.advice import KnownRun, memory_errors
 
-    with memory_errors(config):
+    with memory_errors(KnownRun(config)):
         evaluate(config, options.model)
     return 0
 
@@ -166,100 +133,10 @@ def bench(options: Namespace, overrides: Sequence[str]) -> int:
 
 
 def _tune(arguments: Sequence[str]) -> int:
-    from dpo_kernels.tuning.command import TuningError, run
+    from dpo_kernels.tuning.command import run
+    from dpo_kernels.tuning.errors import TuningError
 
     try:
         return run(arguments, prog="dpo bench tune")
     except TuningError as error:
         raise UserError(str(error)) from error
-
-
-def _datasets(config: RunConfig) -> dict[str, PreferenceDataset]:
-    from .data import load_dataset_groups
-    from .model import load_tokenizer
-
-    tokenizer = load_tokenizer(config.model)
-    datasets = {"train": load_dataset_groups(config.data, tokenizer, split="train")[0]}
-    if config.data.eval_dataset_name is not None:
-        datasets["eval"] = load_dataset_groups(config.data, tokenizer, split="eval")[0]
-    return datasets
-
-
-def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> Policy:
-    """The reference exactly as training loads it, so that both find the same rows of the store."""
-    from .model import check_dataset, check_packing, load_policy, resolve_device, shard_policy
-    from .reference import check_fresh, score_fresh
-    from .train.references import load_reference
-
-    if REFERENCE_FREE_LOSSES.issuperset(config.loss.loss_types):
-        raise UserError(f"loss.loss_type {config.loss.loss_name} needs no reference; there is nothing to compute")
-    device = resolve_device()
-    own = config.reference.model_name_or_path is None
-    fresh = score_fresh(config.model, datasets["train"], device) if own else None
-    policy = (
-        shard_policy(load_policy(config.model, device=device), device)
-        if own
-        else load_reference(config, device, datasets["train"])
-    )
-    distributed.say(f"attention: {policy.backend.name} ({policy.backend.reason})")
-    check_packing(policy, share_prompts=config.packing.share_prompts)
-    for dataset in datasets.values():
-        check_dataset(policy, dataset)
-    check_fresh(policy, fresh)
-    return policy
-
-
-def _fill(
-    config: RunConfig,
-    reference: Policy,
-    identity: ModelIdentity,
-    store: ReferenceStore,
-    name: str,
-    dataset: PreferenceDataset,
-) -> None:
-    from .reference import import_columns, precompute
-
-    if import_columns(dataset) is not None:
-        distributed.say(
-            f"{name}: the rows have reference columns, and training uses those; --import-columns checks them"
-        )
-        return
-    result = precompute(
-        reference,
-        dataset,
-        store,
-        tokens_per_pack=config.packing.tokens_per_pack,
-        share_prompts=config.packing.share_prompts,
-        identity=identity,
-    )
-    distributed.say(f"{name}: {result}")
-
-
-def _verify_columns(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> None:
-    from .reference import import_columns, verify_rows
-
-    found = {name: sums for name, dataset in datasets.items() if (sums := import_columns(dataset)) is not None}
-    if not found:
-        raise UserError(f"{config.data.dataset_name} has no columns ref_chosen_logps and ref_rejected_logps")
-    reference = _reference_policy(config, datasets)
-    for name, sums in found.items():
-        count = min(len(datasets[name]), VERIFIED_ROWS)
-        verify_rows(
-            reference,
-            datasets[name],
-            sums,
-            count=count,
-            beta=config.loss.beta,
-            share_prompts=config.packing.share_prompts,
-        )
-        distributed.say(f"{name}: the reference columns fit the model ({count:,} rows recomputed); training uses them")
-
-
-def _export(config: RunConfig, path: Path, dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> None:
-    from .data import open_rows
-    from .reference import export_columns, import_columns, load_ref_sums
-
-    sums = import_columns(dataset) or load_ref_sums(dataset, store, digest)
-    written, left_out = export_columns(path, open_rows(config.data, split="train"), dataset, sums)
-    dropped = f"; left out {left_out:,} that training drops" if left_out else ""
-    print(f"wrote {written:,} rows to {path}{dropped}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from dpo_kernels.tuning.command import TuningError, run
+from dpo_kernels.tuning.command import run
+from dpo_kernels.tuning.errors import TuningError
 
 
 def main() -> int:

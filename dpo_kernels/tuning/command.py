@@ -9,16 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dpo_kernels.tuning.errors import TuningError
+
 MODEL_SHAPES = ((2048, 128256), (4096, 128256), (3584, 152064), (2304, 256000), (4096, 32768))
 """(hidden size, vocabulary) of Llama 3.2 1B, Llama 3 8B, Qwen 2.5 7B, Gemma 2 2B and Mistral 7B."""
 DRY_SHAPE, DRY_ROWS = (32, 96), 24
 ROWS = 8192
 KERNELS = ("linear_stats", "linear_exps", "slice_grad")
 DTYPES = ("bfloat16", "float16", "float32")
-
-
-class TuningError(ValueError):
-    """Something that the user can set right, in one line."""
 
 
 class _Parser(argparse.ArgumentParser):

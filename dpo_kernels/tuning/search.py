@@ -15,7 +15,7 @@ from dpo_kernels.kernels.launch import INTERPRETING
 from dpo_kernels.kernels.offline import SHARED_MEMORY
 from dpo_kernels.kernels.tile_config import TileConfig, device_arch, dtype_name
 from dpo_kernels.tuning.candidates import candidates, neighbours, prune
-from dpo_kernels.tuning.command import TuningError
+from dpo_kernels.tuning.errors import TuningError
 from dpo_kernels.tuning.problems import Problem, Workload
 
 SHORT_ROUNDS, LONG_ROUNDS, FINALISTS = 3, 12, 5

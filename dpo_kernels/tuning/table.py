@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kernels.kernels.tile_config import TABLE_FORMAT, dtype_name, read_table
-from dpo_kernels.tuning.command import TuningError
+from dpo_kernels.tuning.errors import TuningError
 
 if TYPE_CHECKING:
     from dpo_kernels.tuning.search import Result

@@ -6,7 +6,7 @@ import json
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from .corpus import STYLES, Pair, Subject, dialogues, preference_pairs, split_su
 from .size import DemoSize
 from .workspace import Workspace, prepare_workspace
 
+Command = Callable[[Sequence[str]], int]
 SEED = 7
 _SAMPLES_SHOWN = 3
 _WIDTH = 100
@@ -74,7 +75,7 @@ class _Clock:
         self.seconds[name] = time.perf_counter() - start
 
 
-def run_demo(output_dir: Path, *, size: DemoSize | None = None) -> DemoResult:
+def run_demo(output_dir: Path, dpo: Command, *, size: DemoSize | None = None) -> DemoResult:
     """Train a tiny model from nothing and teach it a preference: no network, no accelerator, no other files.
 
     A synthetic language is generated, a tokenizer and a Llama are trained on it, and preference pairs are written;
@@ -82,6 +83,7 @@ def run_demo(output_dir: Path, *, size: DemoSize | None = None) -> DemoResult:
 
     Args:
         output_dir: folder to write to; what an earlier demo wrote there is replaced.
+        dpo: runs a command in this process, as the command line does: ``dpo(["check", "run.yaml"])``.
         size: how much is generated and trained; the default takes a minute or two on two CPU cores.
 
     Raises:
@@ -92,10 +94,10 @@ def run_demo(output_dir: Path, *, size: DemoSize | None = None) -> DemoResult:
     workspace = prepare_workspace(output_dir)
     transformers_logging.disable_progress_bar()
     with _one_thread():
-        return _run(workspace, size or DemoSize())
+        return _run(workspace, dpo, size or DemoSize())
 
 
-def _run(workspace: Workspace, size: DemoSize) -> DemoResult:
+def _run(workspace: Workspace, dpo: Command, size: DemoSize) -> DemoResult:
     clock = _Clock()
     learned, unseen = split_subjects(SEED)
     with clock.stage("starting model", "A language and a model that knows two styles of answer, kind and curt"):
@@ -104,19 +106,19 @@ def _run(workspace: Workspace, size: DemoSize) -> DemoResult:
         held_out = _make_data(workspace, size, learned, unseen)
         _write_config(workspace, size)
     with clock.stage("check", f"dpo check {workspace.config}"):
-        _dpo("check", workspace.config)
+        dpo(["check", str(workspace.config)])
     with clock.stage("plan", f"dpo plan {workspace.config}"):
-        _dpo("plan", workspace.config)
+        dpo(["plan", str(workspace.config)])
     with clock.stage("precompute", f"dpo precompute {workspace.config}"):
-        _dpo("precompute", workspace.config)
+        dpo(["precompute", str(workspace.config)])
     with clock.stage("evaluate before", f"dpo evaluate {workspace.config}"):
         before = _evaluate(workspace, None)
     with clock.stage("train", f"dpo train {workspace.config}"):
-        _dpo("train", workspace.config)
+        dpo(["train", str(workspace.config)])
     with clock.stage("evaluate after", f"dpo evaluate {workspace.config} --model {workspace.run}"):
         after = _evaluate(workspace, workspace.run)
     with clock.stage("report", f"dpo report {workspace.run}"):
-        _dpo("report", workspace.run)
+        dpo(["report", str(workspace.run)])
     with clock.stage("samples", "Answers to questions that no training pair asks"):
         samples = _samples(workspace, held_out, size.samples)
         print(_format_samples(samples[:_SAMPLES_SHOWN]))
@@ -124,16 +126,6 @@ def _run(workspace: Workspace, size: DemoSize) -> DemoResult:
     result = DemoResult(before, after, samples, report, workspace.run, clock.seconds)
     print(_format_result(result, workspace, len(held_out), len(unseen)))
     return result
-
-
-def _dpo(*arguments: str | Path) -> None:
-    """Run a ``dpo`` command in this process, as the command line does."""
-    from .. import commands
-    from ..cli import build_parser
-
-    parser, _ = build_parser()
-    options = parser.parse_args([str(argument) for argument in arguments])
-    getattr(commands, options.command)(options, [])
 
 
 def _evaluate(workspace: Workspace, model: Path | None) -> dict[str, float]:

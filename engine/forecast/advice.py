@@ -104,16 +104,30 @@ def advise(config: RunConfig, memory: Memory, device: torch.device) -> None:
 
 @dataclass
 class KnownRun:
-    """What can be said of a run's memory by the time it runs out."""
+    """What can be said of the memory of a run of ``config`` by the time it runs out."""
 
+    config: RunConfig
     trains: bool = False
     memory: Memory | None = None
     datasets: dict[str, PreferenceDataset] = field(default_factory=dict)
     device: torch.device | None = None
 
+    def take(self, datasets: dict[str, PreferenceDataset], device: torch.device) -> None:
+        """Note the data of the run; on a CUDA device, say what the run needs of it."""
+        self.datasets, self.device = datasets, device
+        memory = self.forecast() if device.type == "cuda" else None
+        if memory is not None:
+            advise(self.config, memory, device)
+
+    def forecast(self) -> Memory | None:
+        """The forecast, once there is data to make it of."""
+        if self.memory is None and self.device is not None and "train" in self.datasets:
+            self.memory = forecast_run(self.config, self.datasets["train"], self.device)
+        return self.memory
+
 
 @contextmanager
-def memory_errors(config: RunConfig, known: KnownRun | None = None) -> Iterator[None]:
+def memory_errors(known: KnownRun) -> Iterator[None]:
     """Turn running out of memory into a ``UserError`` that says what to lower, with the forecast where there is one."""
     try:
         yield
@@ -121,8 +135,6 @@ def memory_errors(config: RunConfig, known: KnownRun | None = None) -> Iterator[
         what = out_of_memory(error)
         if what is None or isinstance(error, UserError):
             raise
-        known = known or KnownRun()
-        if known.memory is None and known.device is not None and "train" in known.datasets:
-            known.memory = forecast_run(config, known.datasets["train"], known.device)
-        told = "" if known.memory is None or known.device is None else f" ({figures(known.memory, known.device)})"
-        raise UserError(f"out of {what}{told}: {remedies(config, trains=known.trains)}") from error
+        memory = known.forecast()
+        told = "" if memory is None or known.device is None else f" ({figures(memory, known.device)})"
+        raise UserError(f"out of {what}{told}: {remedies(known.config, trains=known.trains)}") from error

@@ -1,4 +1,4 @@
-"""A model's own forward in float32, whatever it computes in."""
+"""How far rounding moves a log-prob, and a model's own forward in float32, whatever it computes in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+TOKEN_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest difference of one token's log-prob, in nats, that another packing or backend may cause."""
 
 
 @contextmanager

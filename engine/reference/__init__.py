@@ -1,7 +1,6 @@
 """Reference log-probs: computed once per response, stored by content, found again by every later run."""
 
 from .columns import export_columns, import_columns
-from .fresh import FreshScores, check_fresh, score_fresh
 from .keys import dataset_keys, identify, model_digest, response_key, weights_digest
 from .lookup import default_store_path, load_ref_logps, load_ref_sums
 from .precompute import PrecomputeReport, precompute
@@ -9,10 +8,8 @@ from .store import ReferenceStore
 from .verify import verify_rows
 
 __all__ = [
-    "FreshScores",
     "PrecomputeReport",
     "ReferenceStore",
-    "check_fresh",
     "dataset_keys",
     "default_store_path",
     "export_columns",
@@ -23,7 +20,6 @@ __all__ = [
     "model_digest",
     "precompute",
     "response_key",
-    "score_fresh",
     "verify_rows",
     "weights_digest",
 ]

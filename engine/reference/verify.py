@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from .. import distributed
 from ..data.groups import PreferenceDataset
 from ..errors import UserError
+from ..model.policy import Policy
+from ..model.precision import TOKEN_TOLERANCE
 from ..packing import PackedBatch, build_batch
 from .precompute import score, scoring
 
-if TYPE_CHECKING:
-    from ..model.policy import Policy
-
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Largest difference of one token's log-prob, in nats, that another packing or backend may cause."""
 _SMALLEST_SHARE = 0.1
 REWARD = 0.01
 """Largest difference of a response, in reward: beta times that of its log-prob. Twenty steps of training cause more."""
@@ -46,16 +41,16 @@ def verify_rows(
         ref_logps: per group, per response: float32 [R] per token (``load_ref_logps``), or the sum (``load_ref_sums``,
             ``import_columns``).
         count: number of rows.
-        atol: largest allowed difference of one token, in nats; by default ``TOLERANCE`` of the compute dtype. The mean
-            over a response of n tokens, or for sums the difference divided by n, may be 1 / sqrt(n) of it, but always
-            a tenth: rounding has both signs and averages out, a wrong model does not.
+        atol: largest allowed difference of one token, in nats; by default ``TOKEN_TOLERANCE`` of the compute dtype. The
+            mean over a response of n tokens, or for sums the difference divided by n, may be 1 / sqrt(n) of it, but
+            always a tenth: rounding has both signs and averages out, a wrong model does not.
         beta: of the loss. Every response may differ by ``REWARD`` at most; a model whose own rounding between two
             layouts of these rows is larger, as in bfloat16 on some devices, by ``_ROUNDINGS`` times that.
 
     Raises:
         UserError: names the rows that differ, the largest difference, and what usually causes it.
     """
-    atol = TOLERANCE[policy.compute_dtype] if atol is None else atol
+    atol = TOKEN_TOLERANCE[policy.compute_dtype] if atol is None else atol
     chosen = _sample(dataset.lengths.packed(share_prompts=True).tolist(), count)
     batches = (build_batch([dataset[i]], share_prompts=share_prompts) for i in chosen)
     with scoring(policy):

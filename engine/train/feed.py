@@ -58,8 +58,8 @@ class TrainingStep:
     """``work.pairs`` of the other processes."""
 
     @property
-    def num_groups(self) -> int:
-        """Of the whole step, a group of several pairs counted once for each: what its loss is divided by."""
+    def num_terms(self) -> int:
+        """Losses that the whole step adds, one for each pair or ranking: what their sum is divided by."""
         return self.work.pairs + self.elsewhere
 
     @property

@@ -20,14 +20,13 @@ from ..config.schema import RunConfig
 from ..data import check_files
 from ..durable import MANIFEST, remove_leftovers, write_atomically
 from ..errors import Stopped, UserError
-from ..evaluate import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
-from ..forecast.advice import KnownRun, memory_errors
-from ..model import load_policy, shard_policy
+from ..model import load_sharded
 from ..model.sources import check_folder
 from ..run_folder import CONFIG_FILE, hold_folder
 from ..shared_folders import check_shared
 from . import checkpoint as checkpoints
 from . import sharded
+from .evaluation import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
 from .export import export_model, package_versions
 from .feed import TrainingStep
 from .metrics import (
@@ -42,7 +41,7 @@ from .objective import Scored
 from .optimizer import GuardedUpdate, build_optimizer, build_schedule, change_total
 from .resume import Start, TrainResult, config_values, digests, find_start
 from .rounding import round_and_measure
-from .setup import Setup, check_settings, prepare, write_data_file
+from .setup import OnData, Setup, check_settings, prepare, write_data_file
 from .throughput import reset_peak_memory
 
 GO_ON = "go on with --resume"
@@ -61,13 +60,14 @@ class _Evidence(NamedTuple):
     grad_norm: Tensor
 
 
-def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
+def train(config: RunConfig, *, resume: bool = False, on_data: OnData | None = None) -> TrainResult:
     """Train as ``config`` says and leave a run folder. Under ``torchrun``, all processes train one model.
 
     Args:
         resume: continue from the newest complete checkpoint of ``train.output_dir``, to the same bits that a run
             without the interruption ends with; start anew when there is none. Otherwise the folder must not hold a
             run. Another number of processes continues to rounding.
+        on_data: is told of the data before the model is loaded.
 
     Raises:
         UserError: whatever the user can correct, a loss or gradient that is not finite, or a full disk. Checkpoints
@@ -92,12 +92,10 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
             if finished is not None:
                 log.info("%s is finished: nothing is left to train", output_dir)
                 return finished
-            known = KnownRun(trains=True)
-            with memory_errors(config, known):
-                run = _Run(prepare(config, known, start), output_dir)
-                if start is not None:
-                    run.restore(start)
-                return run.train()
+            run = _Run(prepare(config, start, on_data=on_data), output_dir)
+            if start is not None:
+                run.restore(start)
+            return run.train()
 
 
 class _Run:
@@ -136,14 +134,12 @@ class _Run:
         elif self.policy.has_adapter:
             checkpoints.load_adapter(self.policy, path)
         else:
-            device = self.setup.device
-            whole = load_policy(
+            self.policy = self.setup.policy = load_sharded(
                 replace(model, model_name_or_path=str(path), revision=None),
-                device=device,
+                self.setup.device,
                 gradient_checkpointing=self.config.train.gradient_checkpointing,
+                activation_offload=self.config.train.activation_offload,
             )
-            self.policy = self.setup.policy = shard_policy(whole, device)
-            self.policy.activation_offload = self.config.train.activation_offload
             self._build_update()
         checkpoints.load_optimizer(path, state, self.optimizer, self.names)
         self._restore_schedule(start)
@@ -221,7 +217,7 @@ class _Run:
                 self._save()
         for step in self.feed.steps(self.done):
             scored = self.setup.objective.backward(self.policy, step)
-            means = scored.step_means(step.num_groups)
+            means = scored.step_means(step.num_terms)
             learning_rate = self.update.learning_rate
             grad_norm = self.update.step(means[0])
             self.meter.add(means, step.work)

@@ -67,11 +67,11 @@ class Scored(NamedTuple):
         """[7] in the order of ``metrics.PREFERENCE_NAMES``; with ``tokens`` [11], ``TOKEN_NAMES`` last."""
         return torch.cat([self._columns().mean(1), _token_means(self.tokens.sum(0))])
 
-    def step_means(self, num_groups: int) -> Tensor:
-        """``means`` of a step of ``num_groups``, of which this holds what this process did; the same on every rank."""
+    def step_means(self, num_terms: int) -> Tensor:
+        """``means`` of a step of ``num_terms`` losses, this process's among them; the same on every rank."""
         columns = self._columns()
         sums = distributed.sum_over_ranks(torch.cat([columns.sum(1), self.tokens.sum(0)]))
-        return torch.cat([sums[: len(columns)] / num_groups, _token_means(sums[len(columns) :])])
+        return torch.cat([sums[: len(columns)] / num_terms, _token_means(sums[len(columns) :])])
 
     def _columns(self) -> Tensor:
         margins = self.chosen_rewards - self.rejected_rewards
@@ -277,7 +277,7 @@ class Objective:
                 )
 
             out = policy(batch, objective)
-            (out.loss / step.num_groups).backward()
+            (out.loss / step.num_terms).backward()
             tokens = _token_columns(_sides(self._sums(out.stats, batch)), _sides(batch.lengths_S))
             rewards = (out.chosen_rewards, out.rejected_rewards)
             parts.append(_scored_pairs(out.pair_losses, *rewards, *_sides(out.logps), tokens))
@@ -288,7 +288,7 @@ class Objective:
         if "sft" not in self.config.loss_types:
             return None
         tokens = sum(p.batch.num_chosen_tokens for p in step.packs if p.counts)
-        return sum(distributed.gather(tokens)) / step.num_groups
+        return sum(distributed.gather(tokens)) / step.num_terms
 
     def _backward_logps(self, policy: Policy, step: TrainingStep) -> list[Scored]:
         parts = []
@@ -306,7 +306,7 @@ class Objective:
                 sums_SK=sums_SK,
                 mean_chosen_length=mean_length,
             )
-            (scored.losses.sum() * (pack.counts / step.num_groups)).backward()
+            (scored.losses.sum() * (pack.counts / step.num_terms)).backward()
             parts.append(scored._replace(losses=scored.losses.detach()))
         return parts
 
@@ -324,8 +324,8 @@ class Objective:
         step_S3 = torch.cat(parts)
         logps_S, ref_S, lengths_S = (column.to(sums[0].dtype) for column in step_S3.T)
         logps_S.requires_grad_()
-        scored = self.score(logps_S, ref_S if self.needs_reference else None, lengths_S, (2,) * step.num_groups)
-        (slopes_S,) = torch.autograd.grad(scored.losses.sum() / step.num_groups, logps_S)
+        scored = self.score(logps_S, ref_S if self.needs_reference else None, lengths_S, (2,) * step.num_terms)
+        (slopes_S,) = torch.autograd.grad(scored.losses.sum() / step.num_terms, logps_S)
         first = sum(len(part) for part in parts[: distributed.rank()])
         start = first
         for pack in packs:

@@ -18,18 +18,16 @@ from .. import distributed
 from ..config.schema import ModelConfig, RunConfig
 from ..data.groups import PreferenceDataset
 from ..errors import UserError
-from ..model import Policy, check_dataset, load_policy, shard_policy
+from ..model import Policy, ready_policy
 from ..model.adapter_forms import base_of_adapter
 from ..packing import Pack, PackedBatch, build_batch
 from ..reference import (
     ReferenceStore,
-    check_fresh,
     default_store_path,
     identify,
     import_columns,
     load_ref_sums,
     precompute,
-    score_fresh,
     verify_rows,
     weights_digest,
 )
@@ -117,11 +115,10 @@ def prepare_references(
     columns = {name: import_columns(dataset) for name, dataset in datasets.items()}
     tables = {name: ReferenceTable(sums) for name, sums in columns.items() if sums is not None}
     own = config.reference.model_name_or_path is None
-    reference = policy if own else load_reference(config, policy.device, next(iter(datasets.values())))
+    reference = policy if own else load_reference(config, policy.device, list(datasets.values()))
     weights = None if own else weights_digest(reference)
     options: dict[str, Any] = {"beta": config.loss.beta, "share_prompts": config.packing.share_prompts}
     for name, dataset in datasets.items():
-        check_dataset(reference, dataset)
         if name in tables:
             verify_rows(reference, dataset, tables[name].sums, **options)
     absent = {name: dataset for name, dataset in datasets.items() if name not in tables}
@@ -188,27 +185,21 @@ def full_model(model: ModelConfig) -> ModelConfig:
     return replace(model, lora=None, adapter_name_or_path=None, quantization=None)
 
 
-def load_reference(config: RunConfig, device: torch.device, dataset: PreferenceDataset) -> Policy:
-    """The reference model beside the trained one, sharded as that is.
-
-    Args:
-        dataset: a few rows of it show whether an adapter was loaded rightly.
+def load_reference(config: RunConfig, device: torch.device, datasets: Sequence[PreferenceDataset]) -> Policy:
+    """The reference model beside the trained one, ready for the packs of ``datasets``.
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: the model cannot be loaded, or used on them.
     """
     model, name = reference_model(config), config.reference.model_name_or_path
     try:
-        fresh = score_fresh(model, dataset, device)
-        policy = shard_policy(load_policy(model, device=device), device)
-        check_fresh(policy, fresh)
+        return ready_policy(model, device, datasets, share_prompts=config.packing.share_prompts)
     except UserError as error:
         if name is None:
             raise
         key = f"reference.model_name_or_path={name}"
         text = re.sub(rf"model\.(model|adapter)_name_or_path={re.escape(name)}(?!\S)", key, str(error))
         raise UserError(text if key in text else f"{key}: {text}") from error
-    return policy
 
 
 def _live_references(config: RunConfig, policy: Policy, datasets: dict[str, PreferenceDataset]) -> References:
@@ -216,9 +207,7 @@ def _live_references(config: RunConfig, policy: Policy, datasets: dict[str, Pref
     if policy.has_adapter and other is None:
         how = "its adapters off" if policy.reference_adapter is None else "the frozen copy of its adapter"
         return References("live", f"live: the model with {how}", {}, live=lambda b: _live_sums(policy, b))
-    frozen = load_reference(config, policy.device, next(iter(datasets.values())))
-    for dataset in datasets.values():
-        check_dataset(frozen, dataset)
+    frozen = load_reference(config, policy.device, list(datasets.values()))
     frozen.requires_grad_(False)
     frozen.eval()
     name = other or config.model.model_name_or_path

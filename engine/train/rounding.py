@@ -18,10 +18,10 @@ from torch import Tensor
 from .. import distributed
 from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset
-from ..evaluate import evaluate_policy, scalar_metrics
 from ..model import Policy
 from ..packing import Pack
 from ..run_folder import AS_TRAINED
+from .evaluation import evaluate_policy, scalar_metrics
 from .setup import Setup, rounding_words
 from .storage import stored_dtypes
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import set_seed
 
 from dpo_kernels import describe
 
@@ -22,20 +22,11 @@ from ..data import LintReport, load_dataset_groups
 from ..data.groups import PreferenceDataset
 from ..durable import write_atomically
 from ..errors import UserError
-from ..forecast.advice import KnownRun, advise, forecast_run
-from ..model import (
-    Policy,
-    check_dataset,
-    check_packing,
-    load_policy,
-    load_tokenizer,
-    resolve_device,
-    shard_policy,
-)
+from ..model import Policy, load_tokenizer, ready_policy, resolve_device
 from ..model.companions import describe_trained, take_template
 from ..model.quantization import check_quantization, check_trainable, num_weights
 from ..packing import PlanSummary, check_fits, summarize_plan
-from ..reference import check_fresh, score_fresh, weights_digest
+from ..reference import weights_digest
 from ..run_folder import DATA_FILE
 from .feed import TrainingFeed, total_steps
 from .metrics import check_trackers
@@ -47,6 +38,9 @@ from .storage import check_disk
 from .throughput import FlopModel, measure_matmul_rate
 
 _LENGTHS_SAVED = 50_000
+
+OnData = Callable[[dict[str, PreferenceDataset], torch.device], None]
+"""Told of a run's data and device before anything is loaded on it."""
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +62,8 @@ class Setup:
     peak_flops: float
     base: str
     """``weights_digest`` of the model before step 1."""
+    first_loss: float | None
+    """Mean sigmoid loss of a few rows before step 1; None where the policy does not start as a stored reference."""
 
     @property
     def device(self) -> torch.device:
@@ -89,11 +85,11 @@ def check_settings(config: RunConfig) -> None:
     resolve_mode(config, Objective(config.loss))
 
 
-def prepare(config: RunConfig, known: KnownRun | None = None, start: Start | None = None) -> Setup:
+def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | None = None) -> Setup:
     """Load tokenizer, data, model and references, check them, and print what will run.
 
     Args:
-        known: is given what is known of the run's memory.
+        on_data: is told of the data before the model is loaded.
         start: the checkpoint that the run goes on from, whose data and weights these must be.
 
     Raises:
@@ -112,26 +108,21 @@ def prepare(config: RunConfig, known: KnownRun | None = None, start: Start | Non
     if start is not None:
         check_data(start, config, datasets)
     device = resolve_device()
-    known = known or KnownRun()
-    known.datasets, known.device = datasets, device
-    if device.type == "cuda":
-        known.memory = forecast_run(config, datasets["train"], device)
-        if known.memory is not None:
-            advise(config, known.memory, device)
-    fresh = score_fresh(config.model, datasets["train"], device)
-    # Before the model: adapters start from random numbers.
-    set_seed(config.train.seed)
-    policy = load_policy(config.model, device=device, gradient_checkpointing=config.train.gradient_checkpointing)
-    policy = shard_policy(policy, device)
-    policy.activation_offload = config.train.activation_offload
+    if on_data is not None:
+        on_data(datasets, device)
+    policy = ready_policy(
+        config.model,
+        device,
+        list(datasets.values()),
+        share_prompts=config.packing.share_prompts,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        activation_offload=config.train.activation_offload,
+        seed=config.train.seed,
+    )
     check_disk(policy, config, done=start.step if start else 0, total=total)
-    check_packing(policy, share_prompts=config.packing.share_prompts)
-    for dataset in datasets.values():
-        check_dataset(policy, dataset)
     base = weights_digest(policy)
     if start is not None:
         check_base(start, config, base)
-    check_fresh(policy, fresh)
     references = prepare_references(config, policy, objective, datasets, say=log.info)
     objective.live_reference = references.live
     if start is not None:
@@ -148,9 +139,18 @@ def prepare(config: RunConfig, known: KnownRun | None = None, start: Start | Non
         device=device,
     )
     plan = summarize_plan(datasets["train"], config)
-    setup = Setup(config, tokenizer, policy, objective, references, datasets, lint, plan, feed, peak_flops, base)
+    first_loss = _first_loss(config, policy, references, datasets["train"])
+    setup = Setup(
+        config, tokenizer, policy, objective, references, datasets, lint, plan, feed, peak_flops, base, first_loss
+    )
     log.info("%s", describe_run(setup))
     return setup
+
+
+def _first_loss(config: RunConfig, policy: Policy, references: References, dataset: PreferenceDataset) -> float | None:
+    if "train" not in references.tables or config.reference.model_name_or_path is not None:
+        return None
+    return check_first_loss(policy, dataset, references.tables["train"], beta=config.loss.beta)
 
 
 def _load_data(
@@ -171,7 +171,7 @@ def _load_data(
 
 
 def describe_run(setup: Setup) -> str:
-    """The block that a run prints before its first step; checks the first loss where it is known."""
+    """The block that a run prints before its first step."""
     config, policy, plan = setup.config, setup.policy, setup.plan
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     total = sum(num_weights(p) for p in policy.parameters())
@@ -267,12 +267,10 @@ def _data_words(setup: Setup, name: str) -> str:
 
 
 def _first_loss_words(setup: Setup) -> str:
-    config, tables = setup.config, setup.references.tables
-    if "train" not in tables or config.reference.model_name_or_path is not None:
+    if setup.first_loss is None:
         return "none: the policy does not start as a stored reference"
-    loss = check_first_loss(setup.policy, setup.datasets["train"], tables["train"], beta=config.loss.beta)
     of = " of the two best responses" if _ranks(setup) else ""
-    return f"stored references match; sigmoid loss{of} {loss:.6f} (ln 2 = {math.log(2):.6f})"
+    return f"stored references match; sigmoid loss{of} {setup.first_loss:.6f} (ln 2 = {math.log(2):.6f})"
 
 
 def write_data_file(setup: Setup, output_dir: Path) -> None:

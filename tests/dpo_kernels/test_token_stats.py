@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from dpo_kernels import chunks, dispatch, linear_logps
+from dpo_kernels import chunks, describe, dispatch, linear_logps
 from dpo_kernels.linear_logps import slices
 from dpo_kernels.linear_logps.stats import STATS
 from tests.dpo_kernels.native_setup import NATIVE
@@ -169,6 +169,6 @@ def test_kernels_without_statistics_are_refused_and_not_chosen(monkeypatch):
     assert dispatch.choose(*arguments, ["is_top1"]).impl == "triton"
     expected = ("torch", "no Triton kernels: no kernel computes the statistics entropy")
     assert dispatch.choose(*arguments, ["entropy"]) == expected
-    description = dispatch.describe("cuda", torch.bfloat16)
+    description = describe("cuda", torch.bfloat16)
     assert (description.linear_logps.impl, description.linear_logps_stats.impl) == ("triton", "torch")
     assert "linear_logps with stats: torch (no Triton kernels: no kernel computes" in str(description)

@@ -12,9 +12,10 @@ from dpo_kernels import preference_loss
 from engine.config import build_config
 from engine.data import load_dataset_groups
 from engine.errors import UserError
-from engine.evaluate import evaluate, format_evaluation
+from engine.evaluate import evaluate
 from engine.model import load_tokenizer
 from engine.model.adapters import quiet_loading
+from engine.train.evaluation import format_evaluation
 from engine.train.loop import train
 
 peft = pytest.importorskip("peft")

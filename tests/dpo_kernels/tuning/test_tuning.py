@@ -16,6 +16,7 @@ pytest.importorskip("triton.backends.nvidia.compiler")
 
 from dpo_kernels.kernels.tile_config import TileConfig, TileTableError, read_table, table_entries
 from dpo_kernels.tuning import candidates, command, table
+from dpo_kernels.tuning.errors import TuningError
 from dpo_kernels.tuning.problems import Problem, problem_groups
 from dpo_kernels.tuning.search import Result
 
@@ -94,7 +95,7 @@ def test_without_a_device(module, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(arguments, message):
-    with pytest.raises(command.TuningError, match=message):
+    with pytest.raises(TuningError, match=message):
         command.run(arguments, prog="dpo bench tune")
 
 
@@ -191,7 +192,7 @@ def test_a_write_that_is_interrupted_leaves_the_old_table(tmp_path, monkeypatch)
 def test_a_table_that_cannot_be_written_is_named_first(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "file" / "tiles.json"):
-        with pytest.raises(command.TuningError, match=r"name (one|another file) with --output"):
+        with pytest.raises(TuningError, match=r"name (one|another file) with --output"):
             table.check_writable(path)
     with pytest.raises(TileTableError, match="file: is not JSON"):
         table.check_writable(tmp_path / "file")

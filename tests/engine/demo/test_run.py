@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from engine import cli
 from engine.config import load_config
 from engine.demo import DemoSize, ModelSize, run_demo
 from engine.errors import UserError
@@ -28,7 +29,7 @@ SMALL = DemoSize(
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "out"
     threads = torch.get_num_threads()
-    return folder, run_demo(folder, size=SMALL), threads == torch.get_num_threads()
+    return folder, run_demo(folder, cli.run, size=SMALL), threads == torch.get_num_threads()
 
 
 def test_the_preference_is_learned(finished):
@@ -62,5 +63,5 @@ def test_stored_references_are_used_and_no_cache_is_touched(finished):
 def test_nothing_is_started_in_a_foreign_folder(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="did not write"):
-        run_demo(tmp_path, size=SMALL)
+        run_demo(tmp_path, cli.run, size=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -13,7 +13,7 @@ from engine.errors import UserError
 from engine.model import load_policy
 from engine.model.adapter_forms import base_of_adapter, changes_base
 from engine.model.adapters import load_adapter
-from engine.reference.fresh import _score
+from engine.model.fresh import _score
 
 peft = pytest.importorskip("peft")
 CPU = torch.device("cpu")

@@ -85,8 +85,8 @@ class Case:
         }
         return [plan_epoch(self.dataset.lengths, **options, ranks=self.ranks, rank=r) for r in range(self.ranks)]
 
-    def step(self, packs: Sequence[Pack], num_groups: int) -> TrainingStep:
-        """What one rank does in a step of ``num_groups`` over all ranks."""
+    def step(self, packs: Sequence[Pack], num_terms: int) -> TrainingStep:
+        """What one rank does in a step of ``num_terms`` over all ranks."""
         built = tuple(
             TrainingPack(
                 build_batch([self.dataset[i] for i in pack], share_prompts=self.share_prompts),
@@ -95,7 +95,7 @@ class Case:
             for pack in packs
             if pack
         )
-        return TrainingStep(1, 1.0, built, StepWork(num_groups, 0, 0, 0, 0.0))
+        return TrainingStep(1, 1.0, built, StepWork(num_terms, 0, 0, 0, 0.0))
 
 
 @st.composite
@@ -300,8 +300,8 @@ def test_every_pair_counts_once_with_equal_weight(case):
     policy = make_policy("gpt2")
     objective = Objective(LossConfig(beta=BETA))
 
-    def embedding_gradients(packs: Sequence[Pack], num_groups: int) -> list[torch.Tensor]:
-        objective.backward(policy, case.step(packs, num_groups))
+    def embedding_gradients(packs: Sequence[Pack], num_terms: int) -> list[torch.Tensor]:
+        objective.backward(policy, case.step(packs, num_terms))
         return list(gradients(policy)["transformer.wte.weight"].split(20))
 
     groups = range(len(case.dataset))

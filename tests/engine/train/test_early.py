@@ -14,7 +14,7 @@ from engine.train.loop import train
 
 WORK = {
     "tokens": "engine.train.setup.load_dataset_groups",
-    "model": "engine.train.setup.load_policy",
+    "model": "engine.model.ready.load_policy",
     "references": "engine.train.setup.prepare_references",
     "steps": "engine.train.loop._Run",
 }

@@ -53,7 +53,7 @@ def test_number_of_steps(settings, expected):
 
 def test_an_epoch_visits_every_row_once_and_the_last_step_holds_the_rest():
     steps = list(feed(dataset(), num_train_epochs=2).steps(0))
-    assert [s.num_groups for s in steps] == [4, 4, 2, 4, 4, 2]
+    assert [s.num_terms for s in steps] == [4, 4, 2, 4, 4, 2]
     first, second = [sorted(r for s in half for r in s.rows) for half in (steps[:3], steps[3:])]
     assert first == second == list(range(10, 20))
     assert [s.rows for s in steps[:3]] != [s.rows for s in steps[3:]]

@@ -222,8 +222,8 @@ def test_token_metrics_are_means_over_the_tokens_of_the_step(name, tokens_per_pa
     else:
         pairs = [(group[0], torch.cat(group[1:])) for group in rows]
     expected = token_means(*(list(side) for side in zip(*pairs, strict=True)))
-    assert plain.step_means(step.num_groups).shape == (7,)
-    torch.testing.assert_close(scored.step_means(step.num_groups)[7:], expected, rtol=1e-5, atol=1e-5)
+    assert plain.step_means(step.num_terms).shape == (7,)
+    torch.testing.assert_close(scored.step_means(step.num_terms)[7:], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("names", ["sigmoid", "ipo", "simpo", ("sigmoid", "sft")])
@@ -239,7 +239,7 @@ def test_pairs_of_one_prompt_train_as_rows_of_their_own(names, policy):
     want = gradients(policy)
     for tokens_per_pack in (100_000, 150):
         step = one_step(data, tokens_per_pack, table)
-        assert step.num_groups == len(step.rows) == 16
+        assert step.num_terms == len(step.rows) == 16
         assert (len(step.packs) > 1) == (tokens_per_pack == 150)
         assert sum(p.batch.num_responses for p in step.packs) == 18
         scored = objective.backward(policy, step)

@@ -164,7 +164,7 @@ def test_changed_data_is_refused_before_the_model_is_loaded(make_config, pairs_j
     train(config)
     (tmp_path / "run" / "manifest.json").unlink()
     data.write_text(data.read_text().replace("yes", "sure", 1))
-    monkeypatch.setattr("engine.train.setup.load_policy", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("engine.model.ready.load_policy", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"training data is not what it was \(rows, tokenizer or chat template changed"):
         train(config, resume=True)
     shorter = make_config(data={"dataset_name": str(data), "max_length": 40}, train={"save_steps": 2})

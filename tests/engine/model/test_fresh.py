@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from engine.data import load_dataset_groups
 from engine.errors import UserError
 from engine.model import adapters, load_tokenizer
-from engine.reference import score_fresh
+from engine.model.fresh import score_fresh
 from engine.train.loop import train
 from engine.train.setup import prepare
 from tests.engine.train.conftest import default_config, read_rows
@@ -109,7 +109,7 @@ def test_a_plain_load_that_fails_is_said_unless_ours_fails_too(adapter, make_con
     def fail(*args):
         raise ValueError("it is not to be")
 
-    monkeypatch.setattr("engine.reference.fresh._load", fail)
+    monkeypatch.setattr("engine.model.fresh._load", fail)
     with pytest.raises(UserError, match=r"^start-up check: transformers and peft alone .*: it is not to be"):
         prepare(config)
     (Path(adapter) / "adapter_model.safetensors").write_bytes(b"")

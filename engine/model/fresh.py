@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,13 @@ from ..config.schema import ModelConfig
 from ..data.groups import PreferenceDataset, PreferenceGroup
 from ..errors import UserError, out_of_memory
 from ..packing import build_batch
-from .verify import TOLERANCE
-
-if TYPE_CHECKING:
-    from ..model.policy import Policy
+from .adapter_forms import READ_ERRORS
+from .adapters import quiet_loading
+from .load import DTYPES
+from .policy import Policy
+from .precision import TOKEN_TOLERANCE, float32_weights
+from .quantization import quantization_arguments, use_one_product
+from .sources import first_line, hide_weight_bars, hub_options
 
 _ROWS = 2
 _SMALLEST_SHARE = 0.1
@@ -91,7 +94,7 @@ def check_fresh(policy: Policy, scores: FreshScores | None) -> None:
                 logps_N = policy.logps(batch).double().cpu().numpy()
             sums_S = np.add.reduceat(logps_N, batch.cu_responses_S1[:-1].tolist())
             distance_S = np.abs(sums_S - scores.sums_S) / lengths
-            rounding_S = TOLERANCE[policy.compute_dtype] * np.maximum(_SMALLEST_SHARE, lengths**-0.5)
+            rounding_S = TOKEN_TOLERANCE[policy.compute_dtype] * np.maximum(_SMALLEST_SHARE, lengths**-0.5)
             allowed_S = np.maximum(rounding_S, _OWN_ERRORS * scores.errors_S / lengths)
             # Written so that a comparison with NaN counts as different.
             if not (distance_S <= allowed_S).all():
@@ -111,9 +114,6 @@ def _row(groups: list[PreferenceGroup], response: int) -> int:
 
 
 def _score(model: ModelConfig, groups: list[PreferenceGroup], device: torch.device) -> FreshScores:
-    from ..model.adapter_forms import READ_ERRORS
-    from ..model.sources import first_line
-
     sequences = [(g.prompt_ids, r) for g in groups for r in g.response_ids]
     try:
         loaded = _load(model, device)
@@ -133,8 +133,6 @@ def _score(model: ModelConfig, groups: list[PreferenceGroup], device: torch.devi
 
 def _exact_sums(loaded: Any, sequences: list[tuple[np.ndarray, np.ndarray]], device: torch.device) -> np.ndarray | None:
     """As ``_sums``, computed in float32; None where the model does not run so."""
-    from ..model.precision import float32_weights
-
     try:
         with float32_weights(loaded):
             return _sums(loaded, sequences, device)
@@ -158,11 +156,6 @@ def _sum(loaded: Any, prompt: np.ndarray, response: np.ndarray, device: torch.de
 def _load(model: ModelConfig, device: torch.device) -> Any:
     import peft
     from transformers import AutoModelForCausalLM
-
-    from ..model.adapters import quiet_loading
-    from ..model.load import DTYPES
-    from ..model.quantization import quantization_arguments, use_one_product
-    from ..model.sources import hide_weight_bars, hub_options
 
     assert model.adapter_name_or_path is not None
     dtype = DTYPES[model.dtype]

@@ -1,0 +1,5 @@
+"""What the tuner raises."""
+
+
+class TuningError(ValueError):
+    """Something that the user can set right, in one line."""

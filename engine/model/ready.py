@@ -1,0 +1,84 @@
+"""From the name of a model to a policy that is ready for the packs of some data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import set_seed
+
+from ..config.schema import ModelConfig
+from ..data.groups import PreferenceDataset
+from .checks import check_dataset, check_packing
+from .fresh import check_fresh, score_fresh
+from .load import load_policy
+from .policy import Policy
+from .shard import shard_policy
+
+
+def load_sharded(
+    model: ModelConfig,
+    device: torch.device,
+    *,
+    gradient_checkpointing: bool = False,
+    activation_offload: bool = False,
+    change: Callable[[Policy], None] | None = None,
+) -> Policy:
+    """Load a model and spread it over the processes of the run. Every rank must call it.
+
+    Args:
+        change: is given the policy before its layers are sharded.
+
+    Raises:
+        UserError: the model cannot be loaded, lacks what packs need, or cannot be spread.
+    """
+    policy = load_policy(model, device=device, gradient_checkpointing=gradient_checkpointing)
+    if change is not None:
+        change(policy)
+    policy = shard_policy(policy, device)
+    policy.activation_offload = activation_offload
+    return policy
+
+
+def ready_policy(
+    model: ModelConfig,
+    device: torch.device,
+    datasets: Sequence[PreferenceDataset],
+    *,
+    share_prompts: bool,
+    gradient_checkpointing: bool = False,
+    activation_offload: bool = False,
+    change: Callable[[Policy], None] | None = None,
+    seed: int | None = None,
+    compare: bool = True,
+) -> Policy:
+    """Load a model, spread it over the processes of the run, and find out whether it can be used. Every rank must call
+    it.
+
+    Args:
+        datasets: what it will be used on.
+        share_prompts: how their rows will be laid out.
+        change: as in ``load_sharded``.
+        seed: of the random numbers that new adapters start from; None leaves the generators as they are.
+        compare: whether an adapter is compared with what transformers and peft alone make of it, on rows of the first
+            dataset; for a policy that ``change`` leaves as the model is.
+
+    Raises:
+        UserError: as in ``load_sharded``; the model gives other numbers on packs than on its own, or the data does not
+            fit its vocabulary or length; or the adapter is not loaded rightly.
+    """
+    fresh = score_fresh(model, datasets[0], device) if compare else None
+    if seed is not None:
+        set_seed(seed)
+    policy = load_sharded(
+        model,
+        device,
+        gradient_checkpointing=gradient_checkpointing,
+        activation_offload=activation_offload,
+        change=change,
+    )
+    check_packing(policy, share_prompts=share_prompts)
+    for dataset in datasets:
+        check_dataset(policy, dataset)
+    check_fresh(policy, fresh)
+    return policy

@@ -1,0 +1,140 @@
+"""``dpo precompute``: the reference log-probs of all rows, into the store, checked, or into a file."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+from . import distributed
+from .config.schema import REFERENCE_FREE_LOSSES, RunConfig
+from .data import load_dataset_groups, open_rows
+from .data.groups import PreferenceDataset
+from .errors import UserError
+from .model import Policy, load_tokenizer, ready_policy, resolve_device
+from .model.quantization import check_quantization
+from .reference import (
+    ReferenceStore,
+    default_store_path,
+    export_columns,
+    identify,
+    import_columns,
+    load_ref_sums,
+    precompute,
+    verify_rows,
+)
+from .reference.columns import check_export_path, check_export_row
+from .reference.keys import ModelIdentity
+from .train.references import load_reference, reference_model
+
+VERIFIED_ROWS = 256
+"""Rows that ``check_columns`` recomputes."""
+
+
+def check_settings(config: RunConfig, export: Path | None) -> None:
+    """What can be said before anything is loaded.
+
+    Raises:
+        UserError: settings that cannot run, or a file that the rows cannot be exported to.
+    """
+    distributed.set_timeout(config.train.timeout_minutes)
+    check_quantization(reference_model(config))
+    if export is not None and distributed.is_main():
+        check_export_path(export)
+        for row in islice(open_rows(config.data, split="train"), 1):
+            check_export_row(row)
+
+
+def fill_store(config: RunConfig, export: Path | None = None) -> None:
+    """Compute and store what is not stored yet of the training data and, where it is set, the evaluation data.
+
+    Args:
+        export: file to write the training rows to, with their reference columns.
+
+    Raises:
+        UserError: whatever the user can correct.
+    """
+    datasets = _datasets(config)
+    reference = _reference_policy(config, datasets)
+    identity = identify(reference)
+    store = ReferenceStore(config.reference.store or default_store_path())
+    for name, dataset in datasets.items():
+        _fill(config, reference, identity, store, name, dataset)
+    distributed.say(f"stored in {store.path}")
+    if export is not None and distributed.is_main():
+        _export(config, export, datasets["train"], store, identity.digest)
+
+
+def check_columns(config: RunConfig) -> None:
+    """Recompute some rows of each dataset that has reference columns.
+
+    Raises:
+        UserError: no dataset has any, or they are not those of the reference model.
+    """
+    datasets = _datasets(config)
+    found = {name: sums for name, dataset in datasets.items() if (sums := import_columns(dataset)) is not None}
+    if not found:
+        raise UserError(f"{config.data.dataset_name} has no columns ref_chosen_logps and ref_rejected_logps")
+    reference = _reference_policy(config, datasets)
+    for name, sums in found.items():
+        count = min(len(datasets[name]), VERIFIED_ROWS)
+        verify_rows(
+            reference,
+            datasets[name],
+            sums,
+            count=count,
+            beta=config.loss.beta,
+            share_prompts=config.packing.share_prompts,
+        )
+        distributed.say(f"{name}: the reference columns fit the model ({count:,} rows recomputed); training uses them")
+
+
+def _datasets(config: RunConfig) -> dict[str, PreferenceDataset]:
+    tokenizer = load_tokenizer(config.model)
+    datasets = {"train": load_dataset_groups(config.data, tokenizer, split="train")[0]}
+    if config.data.eval_dataset_name is not None:
+        datasets["eval"] = load_dataset_groups(config.data, tokenizer, split="eval")[0]
+    return datasets
+
+
+def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> Policy:
+    """The reference exactly as training loads it, so that both find the same rows of the store."""
+    if REFERENCE_FREE_LOSSES.issuperset(config.loss.loss_types):
+        raise UserError(f"loss.loss_type {config.loss.loss_name} needs no reference; there is nothing to compute")
+    device, rows = resolve_device(), list(datasets.values())
+    if config.reference.model_name_or_path is not None:
+        policy = load_reference(config, device, rows)
+    else:
+        policy = ready_policy(config.model, device, rows, share_prompts=config.packing.share_prompts)
+    distributed.say(f"attention: {policy.backend.name} ({policy.backend.reason})")
+    return policy
+
+
+def _fill(
+    config: RunConfig,
+    reference: Policy,
+    identity: ModelIdentity,
+    store: ReferenceStore,
+    name: str,
+    dataset: PreferenceDataset,
+) -> None:
+    if import_columns(dataset) is not None:
+        distributed.say(
+            f"{name}: the rows have reference columns, and training uses those; --import-columns checks them"
+        )
+        return
+    result = precompute(
+        reference,
+        dataset,
+        store,
+        tokens_per_pack=config.packing.tokens_per_pack,
+        share_prompts=config.packing.share_prompts,
+        identity=identity,
+    )
+    distributed.say(f"{name}: {result}")
+
+
+def _export(config: RunConfig, path: Path, dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> None:
+    sums = import_columns(dataset) or load_ref_sums(dataset, store, digest)
+    written, left_out = export_columns(path, open_rows(config.data, split="train"), dataset, sums)
+    dropped = f"; left out {left_out:,} that training drops" if left_out else ""
+    print(f"wrote {written:,} rows to {path}{dropped}")

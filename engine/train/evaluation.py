@@ -1,0 +1,180 @@
+"""Metrics of a policy on held-out preference pairs: no gradients, no logits kept.
+
+Beside the metrics of training under ``eval_`` names there is the ranking accuracy, which needs no reference: how often
+the model gives the chosen response the higher log-prob, summed and per token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_kernels.chunks import to_device
+
+from .. import distributed, stop
+from ..config.schema import RunConfig
+from ..data.groups import PreferenceDataset, pair_places
+from ..durable import CONTINUE, write_atomically
+from ..model import Policy
+from ..packing import Pack, build_batch, group_costs, group_sizes, pack_groups
+from ..run_folder import BY_LENGTH, EVALUATION_FILE, PAIRS_BY_LENGTH
+from .metrics import PREFERENCE_NAMES, TOKEN_NAMES
+from .objective import Objective
+
+
+class _Scores(NamedTuple):
+    """Log-probs of all responses of a dataset, in its order."""
+
+    logps_S: Tensor
+    ref_S: Tensor | None
+    sums_SK: Tensor
+    """Of the statistics of tokens that were asked for."""
+
+
+def evaluate_policy(
+    policy: Policy,
+    dataset: PreferenceDataset,
+    objective: Objective,
+    config: RunConfig,
+    *,
+    lookup: Callable[[Pack], np.ndarray] | None,
+    progress: bool = False,
+    stoppable: bool = True,
+) -> dict[str, float]:
+    """Metrics of ``policy`` on ``dataset``; the policy's training mode is restored.
+
+    Losses that couple pairs are computed over the whole dataset at once.
+
+    Args:
+        lookup: stored reference log-probs of some groups; None for a live reference or none.
+        stoppable: whether a request to end is heeded.
+
+    Raises:
+        Stopped: between two packs, on all ranks, when any process was asked to end.
+    """
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            scores = _score_all(policy, dataset, objective, config, lookup, progress, stoppable)
+    finally:
+        policy.train(training)
+    lengths = dataset.lengths
+    per_group = tuple(lengths.responses.tolist())
+    lengths_S = torch.from_numpy(np.concatenate([n[1:] for n in lengths]))
+    places_P2 = pair_places(dataset) if dataset.has_pairs.any() else None
+    pairs_P2 = None if places_P2 is None else torch.from_numpy(places_P2)
+    scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group, pairs_P2, sums_SK=scores.sums_SK)
+    names = PREFERENCE_NAMES + TOKEN_NAMES if objective.token_stats else PREFERENCE_NAMES
+    values = dict(zip((f"eval_{n}" for n in names), scored.means().tolist(), strict=True))
+    summed, per_token = _ranking(scores.logps_S, lengths_S, per_group)
+    values["eval_ranking_accuracy"] = summed.mean().item()
+    values["eval_ranking_accuracy_per_token"] = per_token.mean().item()
+    values["eval_num_pairs"] = float(dataset.terms.sum())
+    terms_G = torch.from_numpy(dataset.terms)
+    right = summed.repeat_interleave(terms_G) if scores.ref_S is None else scored.accuracies
+    return values | _by_length(right, torch.from_numpy(lengths.longest).repeat_interleave(terms_G))
+
+
+def _score_all(
+    policy: Policy,
+    dataset: PreferenceDataset,
+    objective: Objective,
+    config: RunConfig,
+    lookup: Callable[[Pack], np.ndarray] | None,
+    progress: bool,
+    stoppable: bool,
+) -> _Scores:
+    from tqdm.auto import tqdm
+
+    packing = config.packing
+    sizes = group_sizes(dataset.lengths, share_prompts=packing.share_prompts)
+    packs = pack_groups(sizes, packing.tokens_per_pack)
+    costs_G = group_costs(dataset.lengths, share_prompts=packing.share_prompts)
+    costs = [int(costs_G[list(pack)].sum()) for pack in packs]
+    share = distributed.own_share(costs)
+    # Forward passes of a sharded model are joint: who has no pack left runs the cheapest one again.
+    cheapest = costs.index(min(costs))
+    own, columns = [], []
+    quiet = True if not (progress and distributed.is_main()) else None
+    for place in tqdm(share, desc="evaluation", unit="pack", disable=quiet):
+        if stoppable:
+            stop.check()
+        pack = packs[cheapest if place is None else place]
+        batch = build_batch([dataset[i] for i in pack], share_prompts=packing.share_prompts).to(policy.device)
+        stored = None if lookup is None else to_device(torch.from_numpy(lookup(pack)), policy.device)
+        logps_S, sums_SK = objective.score_responses(policy, batch)
+        ref_S = objective.reference(batch, stored)
+        if place is not None:
+            own.append(pack)
+            pair = torch.stack([logps_S, torch.zeros_like(logps_S) if ref_S is None else ref_S], 1)
+            columns.append(torch.cat([pair, sums_SK], 1))
+    rows_SC = torch.cat([torch.zeros(0, 2 + len(objective.token_stats)), *(rows.cpu() for rows in columns)])
+    order = _response_order(dataset, [pack for packs in distributed.gather(own) for pack in packs])
+    logps_S, ref_S, *sums = torch.cat(distributed.concat_over_ranks(rows_SC))[order].unbind(1)
+    sums_SK = torch.stack(sums, 1) if sums else logps_S.new_zeros(len(logps_S), 0)
+    return _Scores(logps_S, ref_S if objective.needs_reference else None, sums_SK)
+
+
+def _response_order(dataset: PreferenceDataset, packs: list[Pack]) -> Tensor:
+    """Where the responses of the dataset, in its order, are in the concatenated packs."""
+    counts = dataset.lengths.responses
+    first = np.concatenate([[0], np.cumsum(counts)])
+    places = np.concatenate([np.arange(first[i], first[i + 1]) for pack in packs for i in pack])
+    return torch.from_numpy(np.argsort(places, kind="stable"))
+
+
+def _ranking(logps_S: Tensor, lengths_S: Tensor, per_group: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """fp32 [G] each: whether the best response has the higher log-prob than all others, summed and per token."""
+    summed, averaged = [], []
+    means_S = logps_S / lengths_S
+    for logps, means in zip(logps_S.split(per_group), means_S.split(per_group), strict=True):
+        summed.append((logps[0] > logps[1:]).all())
+        averaged.append((means[0] > means[1:]).all())
+    return torch.stack(summed).float(), torch.stack(averaged).float()
+
+
+def _by_length(right: Tensor, longest: Tensor) -> dict[str, float]:
+    """Accuracy, and number of pairs, by the tokens of the longest response of their group in powers of two.
+
+    Args:
+        right: of each pair or ranking: the accuracy of the rewards, or of the ranking for a loss without a reference.
+    """
+    right = right.double()
+    values: dict[str, float] = {}
+    low, high = 1, 32
+    while low <= int(longest.max()):
+        inside = (longest >= low) & (longest <= high)
+        if inside.any():
+            values[f"{BY_LENGTH}{low}-{high}"] = right[inside].mean().item()
+            values[f"{PAIRS_BY_LENGTH}{low}-{high}"] = float(inside.sum())
+        low, high = high + 1, high * 2
+    return values
+
+
+def scalar_metrics(values: dict[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation without those by length: what a row of ``metrics.jsonl`` holds."""
+    return {k: v for k, v in values.items() if not k.startswith((BY_LENGTH, PAIRS_BY_LENGTH))}
+
+
+def write_evaluation(run_dir: Path, values: dict[str, float], *, advice: str = CONTINUE) -> None:
+    """Write ``evaluation.json`` of a run folder; ``advice`` is for a disk that does not take it."""
+    write_atomically(run_dir / EVALUATION_FILE, json.dumps(values, indent=1) + "\n", advice=advice)
+
+
+def format_evaluation(values: dict[str, float]) -> str:
+    """The table that ``dpo evaluate`` prints."""
+    lines = [f"{name.removeprefix('eval_'):<30} {value:>12.6g}" for name, value in scalar_metrics(values).items()]
+    lengths = [key.removeprefix(BY_LENGTH) for key in values if key.startswith(BY_LENGTH)]
+    if lengths:
+        lines += ["", f"{'tokens of the longest response':<30} {'accuracy':>12} {'pairs':>8}"]
+        for bucket in lengths:
+            count = values[f"{PAIRS_BY_LENGTH}{bucket}"]
+            lines.append(f"{bucket:<30} {values[BY_LENGTH + bucket]:>12.4f} {count:>8.0f}")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""The packages are built in layers: what a file imports, at its top or inside a function, lies below it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = {
+    "dpo_kernels": (
+        *("losses", "chunks", "kernels", "dispatch", "linear_logps", "linear_dpo", "preference", "description"),
+        *("__init__", "integrations", "tuning"),
+    ),
+    "engine": (
+        *("__init__", "errors", "endings", "distributed", "stop", "durable", "shared_folders", "paths", "hub"),
+        *("run_folder", "config", "data", "packing", "model", "reference", "train", "forecast", "report"),
+        *("check", "precompute", "evaluate", "doctor", "demo", "commands", "cli", "__main__"),
+    ),
+}
+"""The files and folders of each package, every one above those that it may import."""
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Every module's dotted name and its file."""
+    for package in LAYERS:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+FILES = dict(sources())
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
+def imported(name: str) -> Iterator[str]:
+    """The dotted names that a module imports, wherever in it that is written."""
+    package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            found = [f"{origin}.{alias.name}" for alias in node.names]
+            yield from (module if module in FILES else origin for module in found)
+
+
+GRAPH = {name: {module for module in imported(name) if module in FILES} - {name} for name in FILES}
+
+
+def layer(name: str) -> tuple[int, int]:
+    """Where a module stands: first the layers of the ops, then those of the engine."""
+    package, _, rest = name.partition(".")
+    return list(LAYERS).index(package), LAYERS[package].index(rest.partition(".")[0] or "__init__")
+
+
+def test_every_file_and_folder_has_a_layer():
+    for package, names in LAYERS.items():
+        places = [
+            path for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+        ]
+        assert sorted(path.stem for path in places) == sorted(names)
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_nothing_is_imported_from_a_higher_layer(package):
+    upward = [f"{a} -> {b}" for a in GRAPH if a.split(".")[0] == package for b in GRAPH[a] if layer(b) > layer(a)]
+    assert upward == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_the_ops_know_nothing_of_the_engine():
+    for name in FILES:
+        if name.split(".")[0] == "dpo_kernels":
+            assert not {"engine", "dpo_engine"} & {module.split(".")[0] for module in imported(name)}, name
