@@ -61,7 +61,7 @@ def test_commands_are_understood(page, tmp_path, monkeypatch):
         monkeypatch.setattr(commands, name, understand)
     for line in shell_lines(page):
         if line.startswith("dpo ") and "COMMAND" not in line:
-            assert cli._run(shlex.split(line)[1:]) == 0, line
+            assert cli.run(shlex.split(line)[1:]) == 0, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -94,7 +94,7 @@ def work(arguments):
     if distributed.rank() == {killed}:
         os.kill(os.getpid(), 9)
     distributed.barrier()
-cli._run, endings._FAREWELL_SECONDS = work, 0.5
+cli.run, endings._FAREWELL_SECONDS = work, 0.5
 distributed.leave(cli.main([]))
 """
     ended = launch([["-c", code]] * 2)
@@ -119,7 +119,7 @@ def work(arguments):
         while not distributed._group.ear.heard and time.monotonic() < until:
             time.sleep(0.05)
     distributed.barrier()
-cli._run, stop._STUCK_SECONDS = work, 0.5
+cli.run, stop._STUCK_SECONDS = work, 0.5
 distributed.leave(cli.main(["train"]))
 """
     ended = launch([["-c", code]] * 2)
@@ -261,7 +261,7 @@ def work(arguments):
         os.kill(os.getpid(), 15)
         time.sleep(60)
     distributed.barrier()
-cli._run = work
+cli.run = work
 distributed.leave(cli.main(["train"]))
 """
     ended = launch([["-c", code]] * 2)
@@ -279,7 +279,7 @@ def work(arguments):
         print(os.getpid(), flush=True)
         os._exit(3)
     distributed.barrier()
-cli._run = work
+cli.run = work
 distributed.leave(cli.main([]))
 """
     *others, silent = launch([["-c", code]] * 3)
@@ -322,7 +322,7 @@ def work(arguments):
     if distributed.rank() == 0:
         time.sleep(5)
     distributed.barrier()
-cli._run = work
+cli.run = work
 distributed.leave(cli.main([]))
 """
     ended = launch([["-c", code]] * 2)
