@@ -1,18 +1,15 @@
 """The linear head that an op runs under, as one record, and the gradients that come back through it.
 
-Legend: T rows (tokens), D features, V vocabulary.
+Legend: T rows (tokens), D features, V vocabulary, B blocks of rows, C column tiles.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from dpo_kernels.linear_logps.tile_filter import Kept
 
 
 class HeadOptions(TypedDict, total=False):
@@ -106,6 +103,15 @@ class Head(NamedTuple):
             raise ValueError(f"temperature must be positive; got {self.temperature}")
         if not -math.inf < self.logit_scale < math.inf:
             raise ValueError(f"logit_scale must be finite; got {self.logit_scale}")
+
+
+class Kept(NamedTuple):
+    """The tiles of the logits gradient that a filtered backward forms."""
+
+    order_T: Tensor
+    """int64: the row of the inputs that stands at each place; a block is R consecutive places."""
+    kept_BC: Tensor
+    """bool."""
 
 
 class Needs(NamedTuple):

@@ -17,21 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kernels.head import Kept
+
 COLUMNS = 128
 """Columns of a tile: the finest that still makes an efficient product."""
 FILTER_STATS = ("dropped_mass", "kept_tiles")
 """What a filter reports of each row; see ``linear_logps``."""
 UNIT = 2.0**-48
 """Masses are rounded up to whole units: sums of integers are exact in any order, and never too small."""
-
-
-class Kept(NamedTuple):
-    """The tiles that backward forms."""
-
-    order_T: Tensor
-    """int64: the row of the inputs that stands at each place; a block is R consecutive places."""
-    kept_BC: Tensor
-    """bool."""
 
 
 class FilterPlan(NamedTuple):
