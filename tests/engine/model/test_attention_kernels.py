@@ -96,8 +96,10 @@ def test_every_torch_takes_grouped_heads(kernels, version):
     torch.testing.assert_close(losses["varlen"], losses["sdpa"], atol=0.1, rtol=0.02)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
-@pytest.mark.parametrize("name", ["flash", "varlen"])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("flash3", "llama"), ("flash", "llama"), ("flash", "gpt_oss"), ("varlen", "llama"), ("varlen", "gpt_oss")],
+)
 def test_gradients_are_the_same_in_every_run(kernels, name, family):
     batch = build_batch(random_groups())
     policy = policy_on(Backend(name, "test"), tiny_model(family))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -112,6 +113,21 @@ def test_columns_are_checked_against_the_named_reference_model(loaded, make_conf
     wrong = make_config(reference={"model_name_or_path": config.model.model_name_or_path})
     with pytest.raises(UserError, match="differ from the model's by up to"):
         prepare_references(wrong, policy, objective, rows, say=print)
+
+
+@pytest.mark.parametrize("columns", [True, False], ids=["columns", "store"])
+def test_what_may_differ_is_reward_at_the_beta_of_the_run(columns, loaded, make_config, monkeypatch):
+    _, policy, dataset = loaded
+    with torch.no_grad():
+        batches = [build_batch([group]) for group in dataset]
+        sums = [tuple((sum_responses(policy.logps(b), b.lengths_S) + 0.002).tolist()) for b in batches]
+    if columns:
+        dataset = PreferenceDataset(replace(group, ref_logps=s) for group, s in zip(dataset, sums, strict=True))
+    monkeypatch.setattr("engine.train.references.load_ref_sums", lambda *unused: sums)
+    for beta, refused in ((0.1, nullcontext()), (10.0, pytest.raises(UserError, match=r"of reward at beta 10 "))):
+        config = make_config(loss={"beta": beta})
+        with refused:
+            prepare_references(config, policy, Objective(config.loss), {"train": dataset}, say=print)
 
 
 def test_mode_stored_names_the_missing_row(make_config, tmp_path):

@@ -139,3 +139,14 @@ def test_a_pass_over_references_stores_what_it_has(run_file, tmp_path, monkeypat
     assert cli.main(command) == 0
     assert "train: 24 rows reused" not in capsys.readouterr().out
     assert len(ReferenceStore(store)) > stored
+
+
+def test_a_request_while_references_are_stored_loses_none(run_file, tmp_path, monkeypatch, capsys):
+    command = ["precompute", str(run_file("run")), "--reference.store", str(tmp_path / "store")]
+    with monkeypatch.context() as context:
+        signal_at(context, ReferenceStore, "add", 1, signal.SIGTERM)
+        # All is done by then.
+        assert cli.main(command) == 0
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert "train: 24 rows reused" in capsys.readouterr().out
