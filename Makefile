@@ -51,7 +51,7 @@ sanitize: $(VENV)/.installed
 	$(BIN)/python csrc/build_native.py --sanitize --output $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 DPO_NATIVE_LIBRARY=$(SANITIZED) \
-		$(BIN)/python -m pytest tests/dpo_kernels/test_native*.py $(PYTEST_ARGS)
+		$(BIN)/python -m pytest tests/dpo_kernels/test_native*.py tests/engine/model/test_native*.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

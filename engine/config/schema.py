@@ -66,9 +66,9 @@ class ModelConfig:
     """Run Python code that comes with the model. Only for models whose code you have read."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype. Trained parameters and optimizer state are float32 in both cases; bfloat16 uses autocast."""
-    attention: Literal["auto", "flash3", "flash", "varlen", "sdpa"] = "auto"
-    """Attention backend: flash3 (FlashAttention 3, Hopper), flash (the flash-attn package), varlen (torch, CUDA), sdpa
-    (torch, anywhere)."""
+    attention: Literal["auto", "flash3", "flash", "varlen", "native", "sdpa"] = "auto"
+    """Attention backend: flash3 (FlashAttention 3, Hopper), flash (the flash-attn package), varlen (torch, CUDA),
+    native (C++ of this package, CPU), sdpa (torch, anywhere)."""
     lora: LoraConfig | None = None
     """Low-rank adapters; null trains all parameters."""
     adapter_name_or_path: str | None = None

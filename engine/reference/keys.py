@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 KEY_SCHEMA = 2
 """Raised when keys get other contents: a new version then does not find what an older one has stored."""
 _ATTENTION_PACKAGES = {"flash": "flash-attn", "flash3": "flash-attn-3"}
-"""The other backends are part of torch."""
+"""The other backends are part of torch or of this package."""
 _CHUNK_BYTES = 64 << 20
 # Facts about a config's origin or about generation; everything else may change what the model computes.
 _IGNORED_CONFIG = frozenset({

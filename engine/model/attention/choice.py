@@ -8,15 +8,18 @@ from typing import NamedTuple
 
 import torch
 
+from dpo_kernels import native as library
+
 from ...errors import UserError, out_of_memory
 from ...packing.layout import Segment, plan_attention
 from ..sources import first_line
-from . import kernels, sinks
+from . import kernels, native, sinks
 
 # What names must not contain: transformers gives a meaning of its own to "flash" and "sdpa".
-_SHORT = {"flash3": "fa3", "flash": "fa", "varlen": "varlen", "sdpa": "segments"}
+_SHORT = {"flash3": "fa3", "flash": "fa", "varlen": "varlen", "native": "native", "sdpa": "segments"}
 _HOPPER = (9, 0)
 KERNEL_DEVICES = ("cuda",)
+NATIVE_DEVICES = ("cpu",)
 
 
 class Kernel(NamedTuple):
@@ -37,7 +40,9 @@ KERNELS = {
     "flash": Kernel(kernels.flash, head_dim=256, softcap=True, sinks=sinks.FLASH_SINKS),
     "varlen": Kernel(kernels.varlen, head_dim=256, softcap=False, sinks=sinks.VARLEN_SINKS),
 }
-"""In order of preference; ``sdpa``, which runs anywhere, comes last."""
+"""Kernels for CUDA devices, in order of preference."""
+NAMES = (*KERNELS, "native", "sdpa")
+"""All backends in order of preference; ``native`` is for the CPU, ``sdpa`` runs anywhere."""
 
 
 class Backend(NamedTuple):
@@ -63,8 +68,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     """Choose the attention backend once, for a device and a compute dtype.
 
     Args:
-        requested: ``auto``, or one of ``flash3``, ``flash``, ``varlen``, ``sdpa``; an explicit request never falls
-            back, for no layer.
+        requested: ``auto``, or one of ``NAMES``; an explicit request never falls back, for no layer.
 
     Raises:
         UserError: the requested backend cannot run here.
@@ -87,12 +91,22 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a kernel cannot run on a device in a compute dtype, or None."""
+    """Why a backend cannot run on a device in a compute dtype, or None."""
+    if name == "native":
+        return _native_obstacle(device, dtype)
     if device.type not in KERNEL_DEVICES:
         return f"needs a CUDA device, this is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, the compute dtype is {str(dtype).removeprefix('torch.')}"
     return _probe(name, device, dtype)
+
+
+def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type not in NATIVE_DEVICES:
+        return f"needs a CPU, this is {device.type}"
+    if dtype not in native.DTYPES:
+        return f"does not compute in {str(dtype).removeprefix('torch.')}"
+    return library.why_not()
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

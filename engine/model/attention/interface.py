@@ -11,7 +11,8 @@ Shape suffixes: B = 1, H query heads, K key heads, T packed tokens, D head dimen
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ from ...errors import BackendError, UserError, out_of_memory
 from ...packing.layout import AttentionPlan
 from ..layers import layer_configs
 from ..sources import first_line
-from .choice import KERNELS, implementation_name
+from .choice import KERNELS, NAMES, implementation_name
+from .native import DTYPES, native_attention
 from .segments import open_attention, sdpa_attention
 from .sinks import attend_with_sinks
 
@@ -97,7 +99,7 @@ def packed_attention(
         chunk=None if chunk is None or attention_plan.max_seqlen_k <= chunk else chunk,
     )
     query, key, value = _compute_dtype(query, key, value)
-    name = _first_able(backends, module, max(query.shape[-1], value.shape[-1]), scores)
+    name = _first_able(backends, module, max(query.shape[-1], value.shape[-1]), query.dtype, scores)
     if name != "sdpa":
         return _run_kernel(name, module, query, key, value, attention_plan, scores), None
     options: dict[str, Any] = {"scaling": scores.scaling, "window": scores.window}
@@ -115,9 +117,11 @@ def _compute_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.to(dtype) for x in tensors]
 
 
-def _first_able(backends: tuple[str, ...], module: torch.nn.Module, head_dim: int, scores: _Scores) -> str:
+def _first_able(
+    backends: tuple[str, ...], module: torch.nn.Module, head_dim: int, dtype: torch.dtype, scores: _Scores
+) -> str:
     """The first backend that can compute a layer; what stands in for the chosen one is said once."""
-    lacks = {name: _lack(name, head_dim, scores) for name in backends}
+    lacks = {name: _lack(name, head_dim, dtype, scores) for name in backends}
     able = next((name for name in backends if lacks[name] is None), None)
     reasons = "; ".join(f"{name} {lack}" for name, lack in lacks.items() if lack)
     if able is None:
@@ -130,10 +134,12 @@ def _first_able(backends: tuple[str, ...], module: torch.nn.Module, head_dim: in
     return able
 
 
-def _lack(name: str, head_dim: int, scores: _Scores) -> str | None:
+def _lack(name: str, head_dim: int, dtype: torch.dtype, scores: _Scores) -> str | None:
     """What a backend lacks for a layer, or None."""
     if name == "sdpa":
         return None
+    if name == "native":
+        return None if dtype in DTYPES else f"does not compute in {str(dtype).removeprefix('torch.')}"
     kernel = KERNELS[name]
     if head_dim > kernel.head_dim:
         return f"takes head dimensions up to {kernel.head_dim}"
@@ -160,28 +166,40 @@ def _run_kernel(
     plan: AttentionPlan,
     scores: _Scores,
 ) -> torch.Tensor:
-    """[1, T, H, D]: one call of a variable-length kernel for the whole pack."""
+    """[1, T, H, D]: one call of a kernel for the whole pack."""
     if not query.shape[2] == key.shape[2] == value.shape[2]:
         raise ValueError(f"{key.shape[2]} keys and {value.shape[2]} values for {query.shape[2]} queries")
-    width = value.shape[-1]
-    query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in _equal_widths(query, key, value))
-    keys, values = plan.gather_keys(key_TKD), plan.gather_keys(value_TKD)
-    kernel = KERNELS[name]
-    options: dict[str, Any] = {"scaling": scores.scaling, "window": scores.window}
-    inputs = (query_THD.contiguous(), keys, values)
+    if name == "native":
+        attend: Callable[[], torch.Tensor] = partial(native_attention, query, key, value, plan, **scores._asdict())
+    else:
+        attend = _varlen_call(name, query, key, value, plan, scores)
     try:
-        if scores.sinks is not None and kernel.sinks is not None:
-            output = attend_with_sinks(kernel.sinks, *inputs, scores.sinks, plan, **options)
-        else:
-            output = kernel.attend(*inputs, plan, **options, softcap=scores.softcap)
+        output = attend()
     except (RuntimeError, TypeError, ValueError, ImportError, AttributeError, AssertionError) as error:
         if out_of_memory(error) is not None:
             raise
         raise BackendError(
             f"attention backend {name} fails in {type(module).__name__}: {type(error).__name__}: {first_line(error)}; "
-            f"set model.attention to another of {', '.join([*KERNELS, 'sdpa'])}, and see `dpo doctor`"
+            f"set model.attention to another of {', '.join(NAMES)}, and see `dpo doctor`"
         ) from error
-    return output[None, ..., :width]
+    return output[..., : value.shape[-1]]
+
+
+def _varlen_call(
+    name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scores: _Scores
+) -> Callable[[], torch.Tensor]:
+    """The call of a variable-length kernel: its inputs are ready; [1, T, H, D], padded."""
+    query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in _equal_widths(query, key, value))
+    inputs = (query_THD.contiguous(), plan.gather_keys(key_TKD), plan.gather_keys(value_TKD))
+    kernel = KERNELS[name]
+    options: dict[str, Any] = {"scaling": scores.scaling, "window": scores.window}
+
+    def attend() -> torch.Tensor:
+        if scores.sinks is not None and kernel.sinks is not None:
+            return attend_with_sinks(kernel.sinks, *inputs, scores.sinks, plan, **options)[None]
+        return kernel.attend(*inputs, plan, **options, softcap=scores.softcap)[None]
+
+    return attend
 
 
 def _check_unused(module: torch.nn.Module, arguments: dict[str, Any]) -> None:
@@ -211,9 +229,8 @@ def _equal_widths(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 def register_backends() -> None:
     """Make every backend known to transformers, alone and before those that may stand in for it. Idempotent."""
-    ordered = (*KERNELS, "sdpa")
-    for count in range(1, len(ordered) + 1):
-        for names in combinations(ordered, count):
+    for count in range(1, len(NAMES) + 1):
+        for names in combinations(NAMES, count):
 
             def attention(module, query, key, value, attention_mask=None, _names=names, **kwargs):
                 kwargs.setdefault(PLAN_ARGUMENT, None)

@@ -253,7 +253,7 @@ def test_a_backend_that_fails_is_blamed_and_not_the_family(kernels, monkeypatch)
         check_packing(policy)
     message = str(caught.value)
     assert message.startswith("attention backend flash fails in LlamaAttention: RuntimeError: CUDA error: an illegal")
-    assert "set model.attention to another of flash3, flash, varlen, sdpa" in message
+    assert "set model.attention to another of flash3, flash, varlen, native, sdpa" in message
     assert "family" not in message
     assert "\n" not in message
 
