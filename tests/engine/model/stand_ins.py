@@ -21,11 +21,11 @@ import torch
 from engine.model.attention import choice
 
 SIGNATURES = {
-    # flash_attn.flash_attn_varlen_func
+    # flash_attn.flash_attn_varlen_func, the same up to 2.8.3.post2 and in the repository on 2026-08-15
     "flash-attn 2.8.3": "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p=0.0 softmax_scale=None "
     "causal=False window_size=(-1,-1) softcap=0.0 alibi_slopes=None deterministic=False return_attn_probs=False "
     "block_table=None",
-    # flash_attn_interface.flash_attn_varlen_func
+    # flash_attn_interface.flash_attn_varlen_func of 3.0.0, in the repository on 2026-08-15
     "flash-attn 3": "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_q=None seqused_k=None "
     "softmax_scale=None causal=False qv=None q_descale=None k_descale=None v_descale=None window_size=(-1,-1) "
     "attention_chunk=0 softcap=0.0 num_splits=1 pack_gqa=None deterministic=False sm_margin=0 return_attn_probs=False",
@@ -34,6 +34,8 @@ SIGNATURES = {
     "enable_gqa=False seqused_k=None block_table=None num_splits=None",
 }
 SIGNATURES |= dict.fromkeys(("torch 2.12", "torch 2.14", "torch 2.15"), SIGNATURES["torch 2.13"])
+# the beta in the source package of flash-attn 2.8.3
+SIGNATURES["flash-attn 3.0.0.b1"] = SIGNATURES["flash-attn 3"].removesuffix(" return_attn_probs=False")
 SIGNATURES["torch 2.11"] = (
     "query key value cu_seq_q cu_seq_k max_q max_k * return_aux=None scale=None window_size=(-1,-1)"
 )
@@ -185,7 +187,7 @@ def flash_function(library: str) -> Callable[..., Any]:
         offsets = (a["cu_seqlens_q"], a["cu_seqlens_k"], a["max_seqlen_q"], a["max_seqlen_k"])
         check_inputs(*padded, *offsets)
         # the backward pass of FlashAttention 3 ignores the flag beyond 192
-        deterministic = a["deterministic"] and (library != "flash-attn 3" or q.shape[-1] <= 192)
+        deterministic = a["deterministic"] and (pads or q.shape[-1] <= 192)
         call = _call(
             *offsets[:2], a["softmax_scale"], a["window_size"], a["causal"], a["softcap"], lambda: deterministic
         )

@@ -67,12 +67,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED.keys())
-@pytest.mark.parametrize("library", ["flash-attn 3", "torch 2.11", "torch 2.15"])
+@pytest.mark.parametrize("library", ["flash-attn 3", "flash-attn 3.0.0.b1", "torch 2.11", "torch 2.15"])
 def test_stand_ins_refuse(library, change):
     offsets = {"cu_q": torch.tensor([0, 3, 5], dtype=torch.int32), "cu_k": torch.tensor([0, 3, 7], dtype=torch.int32)}
     sizes = {"q": (5, 4, 16), "k": (7, 2, 16), "v": (7, 2, 16)}
     good = {n: torch.ones(size, dtype=BF16) for n, size in sizes.items()} | offsets | {"max_q": 3, "max_k": 4}
-    if library == "flash-attn 3":
+    if library.startswith("flash-attn 3"):
         run = partial(stand_ins.flash_function(library), softmax_scale=0.25, causal=True)
     else:
         options = {} if library == "torch 2.11" else {"enable_gqa": True}
@@ -94,6 +94,18 @@ def test_every_torch_takes_grouped_heads(kernels, version):
         losses[name].sum().backward()
         assert all(p.grad is not None for p in policy.parameters())
     torch.testing.assert_close(losses["varlen"], losses["sdpa"], atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("version", ["flash-attn 3", "flash-attn 3.0.0.b1"])
+def test_every_flash3_takes_the_call(kernels, version, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["flash_attn_interface"], "flash_attn_varlen_func", stand_ins.flash_function(version)
+    )
+    batch = build_batch(random_groups())
+    found, expected = (
+        policy_on(Backend(name, "test"), tiny_model("llama")).logps(batch) for name in ("flash3", "sdpa")
+    )
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.02)
 
 
 @pytest.mark.parametrize(
