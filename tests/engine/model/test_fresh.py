@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.data import load_dataset_groups
 from engine.errors import UserError
-from engine.model import adapters, load_tokenizer
+from engine.model import adapters, fresh, load_tokenizer
 from engine.model.fresh import score_fresh
 from engine.train.loop import train
 from engine.train.setup import prepare
@@ -121,6 +122,23 @@ def test_without_an_adapter_nothing_is_loaded_twice(make_config):
     config = make_config(model={"lora": {"r": 4}})
     dataset, _ = load_dataset_groups(config.data, load_tokenizer(config.model), split="train")
     assert score_fresh(config.model, dataset, CPU) is None
+
+
+def test_a_plain_load_is_gone_before_the_model_is_loaded(adapter, make_config, monkeypatch):
+    plain, load = [], fresh._load
+
+    def remembered(*args):
+        loaded = load(*args)
+        plain.append(weakref.ref(loaded))
+        return loaded
+
+    def begin(*args, **options):
+        raise UserError(f"in memory: {[found() for found in plain]}")
+
+    monkeypatch.setattr(fresh, "_load", remembered)
+    monkeypatch.setattr("engine.model.ready.load_policy", begin)
+    with pytest.raises(UserError, match=r"^in memory: \[None\]$"):
+        prepare(make_config(model={"adapter_name_or_path": adapter}))
 
 
 @pytest.mark.parametrize("mode", ["auto", "live"])

@@ -9,7 +9,7 @@ import pytest
 
 from engine.config.schema import LoraConfig, ModelConfig
 from engine.errors import UserError
-from engine.model.quantization import check_trainable
+from engine.model.quantization import check_trainable, stored_quantization
 from engine.train.setup import prepare
 from tests.engine.train.conftest import default_config
 
@@ -40,6 +40,15 @@ def test_quantised_weights_are_never_trained_in_full(stored, pairs_jsonl, tmp_pa
     config = default_config(tmp_path, folder, pairs_jsonl, tmp_path / "store", data={"dataset_name": "not/read.json"})
     with pytest.raises(UserError, match=rf"{folder} is stored quantised \({words}\), .*model\.lora"):
         prepare(config)
+
+
+@pytest.mark.parametrize("place", ["compression_config", "quantization_config of text_config"])
+def test_it_is_found_wherever_configs_say_it(place, tiny_model_dir, tmp_path):
+    key, _, part = place.partition(" of ")
+    said = {key: STORED["gptq, 4 bits"]}
+    config = json.loads((tiny_model_dir / "config.json").read_text()) | ({part: said} if part else said)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert stored_quantization(ModelConfig(model_name_or_path=str(tmp_path))) == "gptq, 4 bits"
 
 
 def test_adapters_on_quantised_weights_and_other_checkpoints_are_let_through(stored, tiny_model_dir):
