@@ -80,6 +80,9 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
             raise UserError(f"model.attention={requested} cannot run here: {obstacle}; set model.attention to auto")
         return Backend(requested, "requested")
     obstacles = {name: _obstacle(name, device, dtype) for name in KERNELS}
+    if device.type in NATIVE_DEVICES:
+        slow = "has no vector instructions for this processor"
+        obstacles["native"] = _native_obstacle(device, dtype) or (slow if library.isa() == "plain" else None)
     first, *others = [*(name for name, obstacle in obstacles.items() if obstacle is None), "sdpa"]
     groups: dict[str, list[str]] = {}
     for name, obstacle in obstacles.items():

@@ -147,7 +147,7 @@ def test_runs_are_bitwise_equal():
 
 def test_backend_choice_is_explicit():
     cpu = torch.device("cpu")
-    assert choose_backend("auto", cpu, torch.float32).name == "sdpa"
+    assert choose_backend("auto", cpu, torch.float64).name == "sdpa"
     assert "CUDA" in choose_backend("auto", cpu, torch.bfloat16).reason
     with pytest.raises(UserError, match=r"model\.attention=varlen cannot run here: needs a CUDA device"):
         choose_backend("varlen", cpu, torch.bfloat16)

@@ -320,6 +320,25 @@ def test_an_explicit_request_runs_or_says_why_not(monkeypatch):
     )
 
 
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_auto_takes_it_on_the_cpu(isa, dtype):
+    chosen = choose_backend("auto", CPU, dtype)
+    if isa == "plain":
+        assert chosen.name == "sdpa"
+        assert "native: has no vector instructions for this processor" in chosen.reason
+    else:
+        assert (chosen.name, chosen.others) == ("native", ("sdpa",))
+        assert chosen.reason == "flash3, flash, varlen: needs a CUDA device, this is cpu"
+
+
+def test_auto_goes_without(monkeypatch):
+    monkeypatch.setattr(choice.library, "why_not", lambda: "the native extension is not built; run `make`")
+    chosen = choose_backend("auto", CPU, torch.float32)
+    assert (chosen.name, chosen.others) == ("sdpa", ())
+    assert chosen.reason.endswith("this is cpu; native: the native extension is not built; run `make`")
+
+
 def test_plans_keep_their_segments():
     plan: AttentionPlan = plan_attention(SHORT)
     assert backend._segments(plan) is backend._segments(plan)
