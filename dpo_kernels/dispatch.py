@@ -57,6 +57,8 @@ def why_not(
     A ``filtered`` backward is asked of ``linear_logps``, ``losses`` of ``linear_dpo``, ``stats`` of tokens of both.
     Depends on the arguments, this install and the chip alone.
     """
+    if impl not in MODULES[op]:
+        return f"{op} has no such implementation"
     if impl == "torch" and filtered and device.type == "cuda":
         return "leaving out products in torch would wait for the GPU"
     if impl == "triton" and importlib.util.find_spec("triton") is None:

@@ -61,7 +61,7 @@ class Backend(NamedTuple):
 
 def implementation_name(names: tuple[str, ...]) -> str:
     """The name under which transformers knows these backends, of which the first that can computes a layer."""
-    return "_".join(["dpo_packed", *(_SHORT[name] for name in names)])
+    return "_".join(["dpo_packed", *(_SHORT.get(name, name) for name in names)])
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> Backend:
