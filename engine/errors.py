@@ -86,3 +86,8 @@ def disk_error(error: BaseException) -> tuple[str, str] | None:
     if number is None:
         return None
     return DISK_ERRORS[number], f"{_FIRST.get(number, '')}choose another place"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 pack``, ``1,234 packs``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -22,6 +22,8 @@ _ORDER = {
 }
 LAYERS = {package: names.split() for package, names in _ORDER.items()}
 """Files and folders of each package, every one above those that it may import."""
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL = 410, 65, 70
+"""Lines; of functions without their docstrings. A kernel is one function."""
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -82,3 +84,17 @@ def test_the_ops_know_nothing_of_the_engine():
     for name in FILES:
         if name.split(".")[0] == "dpo_kernels":
             assert not {"engine", "dpo_engine"} & {module.split(".")[0] for module in imported(name)}, name
+
+
+def test_files_and_functions_can_be_read_at_once():
+    long = [f"{path.relative_to(ROOT)}" for path in FILES.values() if len(path.read_text().splitlines()) > LONGEST_FILE]
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[ast.get_docstring(node) is not None :]
+                first = body[0].lineno if body else node.lineno
+                lines = node.end_lineno - first + 1
+                kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+                if lines > (LONGEST_KERNEL if kernel else LONGEST_FUNCTION):
+                    long.append(f"{name}.{node.name}: {lines} lines")
+    assert long == []

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .. import distributed, stop
 from ..data.groups import PreferenceDataset, PreferenceGroup
-from ..errors import UserError, out_of_memory
+from ..errors import UserError, counted, out_of_memory
 from ..packing import PackedBatch, build_batch, check_fits, group_costs, group_sizes, pack_groups
 from ..shared_folders import check_shared
 from .keys import ModelIdentity, dataset_keys, identify
@@ -119,8 +119,10 @@ def precompute(
         packs = _plan(dataset, keys, absent, tokens_per_pack, share_prompts)
         # The first pack may take a minute.
         log.info(
-            "reference log-probs: %s of %s rows are not stored; they are computed now, in %s packs",
-            *(f"{n:,}" for n in (computed_rows, len(dataset), len(packs))),
+            "reference log-probs: %s of %s rows are not stored; they are computed now, in %s",
+            f"{computed_rows:,}",
+            f"{len(dataset):,}",
+            counted(len(packs), "pack"),
         )
         try:
             tokens = _run(policy, dataset, packs, _Buffer(store, flush_seconds), share_prompts, progress)

@@ -21,7 +21,7 @@ from ..config.schema import RunConfig
 from ..data import LintReport, load_dataset_groups
 from ..data.groups import PreferenceDataset
 from ..durable import write_atomically
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..model import Policy, load_tokenizer, ready_policy, resolve_device
 from ..model.companions import describe_trained, take_template
 from ..model.quantization import check_quantization, check_trainable, num_weights
@@ -190,7 +190,7 @@ def describe_run(setup: Setup) -> str:
         *((f"data ({name})", _data_words(setup, name)) for name in setup.datasets),
         (
             "packing",
-            f"{plan.packs:,} packs per epoch, {plan.fill:.1%} full; {plan.packed_tokens:,} tokens, "
+            f"{counted(plan.packs, 'pack')} per epoch, {plan.fill:.1%} full; {plan.packed_tokens:,} tokens, "
             f"{plan.saved_by_sharing:.1%} saved by sharing prompts",
         ),
         (

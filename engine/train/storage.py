@@ -13,7 +13,7 @@ import torch
 
 from .. import distributed
 from ..config.schema import RunConfig
-from ..errors import UserError
+from ..errors import UserError, counted
 from ..model import Policy
 from ..model.load import DTYPES
 from .checkpoint import passing_checkpoints
@@ -82,7 +82,9 @@ def check_disk(policy: Policy, config: RunConfig, *, done: int, total: int) -> N
     ends = need.once <= free + going and (not need.due or need.checkpoint <= free)
     parts = f"the model {_size(need.model)}"
     if need.due:
-        parts += f", {need.due:,} checkpoints of {_size(need.checkpoint)}, of which up to {need.kept:,} are kept"
+        parts += (
+            f", {counted(need.due, 'checkpoint')} of {_size(need.checkpoint)}, of which up to {need.kept:,} are kept"
+        )
     words = f"{_size(need.most)} ({parts}), and {_size(free)} are free in train.output_dir={folder}"
     if ends and need.most <= free + going:
         log.info("disk space: this run writes up to %s", words)
