@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.gpu_table import first_line
 from benchmarks.inputs import HeadInputs
 from benchmarks.tasks import FROZEN, GRADIENTS, LOGPS, LOSS
-from dpo_kernels import linear_dpo_loss, linear_logps, preference_loss
+from dpo_kernels import linear_dpo_loss, linear_logps, native, preference_loss
 
 BETA = 0.1
 FILTER_MASS = 1e-3
@@ -141,6 +141,15 @@ def contenders(task: str) -> list[Contender]:
     return [*found, Contender("ours: linear_dpo_loss", 1 + gradients, our_loss, ours=True)]
 
 
+def contenders_on_cpu(task: str) -> list[Contender]:
+    """As ``contenders``, and ours with native code by its name, whatever ``auto`` takes."""
+    frozen = task == FROZEN
+    if task in (LOSS, FROZEN):
+        return [*contenders(task), Contender("ours: linear_dpo_loss, native", 3 - frozen, native_loss, ours=True)]
+    products = 1 if task == LOGPS else 4
+    return [*contenders(task), Contender("ours: linear_logps, native", products, _per_token(native_logps), ours=True)]
+
+
 Logps = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [N, D], weight [V, D], labels [N]) -> log-probs [N]."""
 
@@ -188,6 +197,16 @@ def our_logps(task: Task) -> Logps:
     return linear_logps
 
 
+def native_logps(task: Task) -> Logps:
+    _check_native()
+    return functools.partial(linear_logps, impl="native")
+
+
+def _check_native() -> None:
+    if obstacle := native.why_not():
+        raise UnavailableError(obstacle)
+
+
 def our_filtered_logps(task: Task) -> Logps:
     return functools.partial(linear_logps, filter_mass=FILTER_MASS)
 
@@ -233,12 +252,18 @@ def _cce(task: Task) -> Callable[..., Tensor]:
     return imported("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
 
 
-def our_loss(task: Task) -> Callable[[], Outcome]:
+def native_loss(task: Task) -> Callable[[], Outcome]:
+    _check_native()
+    return our_loss(task, "native")
+
+
+def our_loss(task: Task, impl: str = "auto") -> Callable[[], Outcome]:
     cu_responses = task.inputs.cu_responses
 
     def run() -> Outcome:
         hidden, weight = task.leaves()
-        out = linear_dpo_loss(hidden, weight, task.inputs.labels_N, cu_responses, task.ref_logps_S, beta=BETA)
+        options: dict[str, Any] = {"beta": BETA, "impl": impl}
+        out = linear_dpo_loss(hidden, weight, task.inputs.labels_N, cu_responses, task.ref_logps_S, **options)
         return Outcome(None, out.logps, *_gradients(out.loss, hidden, weight))
 
     return run

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.contenders import FROZEN, LOSS, contenders
+from benchmarks.contenders import FROZEN, LOSS, contenders_on_cpu
 from benchmarks.head_report import Row, race_on, write_race
 
 ROUNDS = 4
@@ -18,11 +18,11 @@ MOST_FLOOR, MOST_EXTRA = 1.15, 128.0
 
 def test_linear_dpo(benchmark):
     # Compiling once is enough: with a frozen head it would take longer than all rounds.
-    frozen = [c for c in contenders(FROZEN) if c.name != "torch.compile of naive"]
-    real = race_on("real", {LOSS: contenders(LOSS), FROZEN: frozen})
+    frozen = [c for c in contenders_on_cpu(FROZEN) if c.name != "torch.compile of naive"]
+    real = race_on("real", {LOSS: contenders_on_cpu(LOSS), FROZEN: frozen})
     benchmark.pedantic(real.round, rounds=ROUNDS, iterations=1)
-    wanted = ("naive logits", "ours: linear_dpo_loss")
-    random = race_on("random", {LOSS: [c for c in contenders(LOSS) if c.name in wanted]})
+    wanted = ("naive logits", "ours: linear_dpo_loss", "ours: linear_dpo_loss, native")
+    random = race_on("random", {LOSS: [c for c in contenders_on_cpu(LOSS) if c.name in wanted]})
     for _ in range(RANDOM_ROUNDS):
         random.round()
     races = {"real": real, "random": random}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.contenders import GRADIENTS, LOGPS, contenders
+from benchmarks.contenders import GRADIENTS, LOGPS, contenders_on_cpu
 from benchmarks.head_report import race_on, write_race
 
 ROUNDS = 3
@@ -11,7 +11,7 @@ COMPILED = "torch.compile of naive"
 
 
 def test_linear_logps(benchmark):
-    entrants = {task: [c for c in contenders(task) if c.name != COMPILED] for task in (LOGPS, GRADIENTS)}
+    entrants = {task: [c for c in contenders_on_cpu(task) if c.name != COMPILED] for task in (LOGPS, GRADIENTS)}
     race = race_on("real", entrants)
     benchmark.pedantic(race.round, rounds=ROUNDS, iterations=1)
     result = write_race("linear_logps", "Per-token log-probs of a language-model head", {"real": race})

@@ -50,7 +50,7 @@ Isa current_isa() { return current().load(std::memory_order_relaxed); }
 }  // namespace dpo
 
 // Rises whenever a function or a struct of this interface changes; the loader refuses another number than its own.
-DPO_EXPORT int dpo_interface() { return 1; }
+DPO_EXPORT int dpo_interface() { return 2; }
 
 DPO_EXPORT const char* dpo_isa() { return dpo::kNames[static_cast<int>(dpo::current_isa())]; }
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_kernels import native
 from dpo_kernels.chunks import (
     BUFFER_BYTES,
     CAST_BYTES,
@@ -125,7 +126,9 @@ class _HeadGradient:
 
     def __init__(self, head: Head, needs: Needs, dtype: torch.dtype):
         device = head.weight_VD.device
-        self.dW_VD = torch.empty(head.weight_VD.shape, dtype=dtype, device=device) if needs.weight else None
+        self.dW_VD = None
+        if needs.weight:
+            self.dW_VD = native.in_huge_pages(torch.empty(head.weight_VD.shape, dtype=dtype, device=device))
         self.db_V = None
         if needs.bias and head.bias_V is not None:
             self.db_V = torch.zeros(head.bias_V.shape, dtype=dtype, device=device)
@@ -232,7 +235,7 @@ class _Call:
         n, V = x_nD.shape[0], self.head.weight_VD.shape[0]
         if self.buffer.numel() < n * V:
             self.buffer = self.buffer.new_empty(0)
-            self.buffer = self.buffer.new_empty(n * V)
+            self.buffer = native.in_huge_pages(self.buffer.new_empty(n * V))
         z_nV = self.buffer[: n * V].view(n, V)
         for columns, W_vD in weight_blocks(self.head.weight_VD):
             product_(z_nV[:, columns], x_nD, W_vD.T)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpo_kernels import native
 
@@ -66,3 +67,13 @@ def test_kernels_take_nothing_inline_from_the_standard_library() -> None:
         compiled |= {CSRC / name for name in re.findall(r'#include "(.+)"', text)} - seen
     for path in {*CSRC.glob("*_kernels.cpp"), *CSRC.glob("simd*.h"), CSRC / "vector_math.h"}:
         assert re.search(r"^namespace \{$", path.read_text(encoding="utf-8"), re.MULTILINE), path
+
+
+@needs_library
+def test_huge_pages_change_nothing_else() -> None:
+    for count in (0, 1, 2**21, 2**21 + 12345):
+        fresh = torch.arange(count, dtype=torch.float32)
+        before = fresh.clone()
+        assert native.in_huge_pages(fresh) is fresh
+        # Of memory that is in use, too: the advice is about pages, not about what they hold.
+        assert torch.equal(fresh, before)

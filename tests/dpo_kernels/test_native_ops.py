@@ -242,3 +242,19 @@ def test_compiles_whole(backend: str, isa: str) -> None:
     expected = function(*leaves)
     torch.testing.assert_close(compiled, expected)
     torch.testing.assert_close(*(torch.autograd.grad(out, leaves) for out in (compiled, expected)))
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.5])
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_upstream_factor(factor: float, keep_graph: bool) -> None:
+    """1 is not multiplied by; anything else is, and a graph that is kept gives the same again."""
+    case = Case((9, 4, 3, 6), dtype=torch.float32)
+    leaves = case.leaves()
+    out = linear_dpo_loss(*leaves[:2], case.labels, case.cu, case.ref, bias=leaves[2], impl="native")
+    found = torch.autograd.grad(out.loss * factor, leaves, retain_graph=keep_graph)
+    if keep_graph:
+        again = torch.autograd.grad(out.loss * factor, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    leaves = case.leaves()
+    out = linear_dpo_loss(*leaves[:2], case.labels, case.cu, case.ref, bias=leaves[2], impl="torch")
+    torch.testing.assert_close(found, torch.autograd.grad(out.loss * factor, leaves))
