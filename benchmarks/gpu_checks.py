@@ -27,7 +27,7 @@ from dpo_kernels.head import Head
 from dpo_kernels.kernels.frozen_head import frozen_head
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
-from dpo_kernels.kernels.tile_logps import empty_exps, linear_stats
+from dpo_kernels.kernels.tile_logps import empty_exps, score_rows
 from dpo_kernels.linear_dpo import triton_pairs
 
 IGNORED = -100
@@ -151,8 +151,8 @@ def _stats_error(device, dtype, shape, option) -> float:
     bias, options = split(option)
     inputs = make_inputs(device, dtype, shape, bias=bias)
     head = Head(inputs.weight, inputs.bias, **options)
-    found = linear_stats(inputs.hidden, head, inputs.labels, ignore_index=IGNORED)
-    return nats(found.logps_N, plain_logps(inputs.raised(), **options))
+    found = score_rows(inputs.hidden, head, inputs.labels, ignore_index=IGNORED)
+    return nats(found.logps_T, plain_logps(inputs.raised(), **options))
 
 
 def plain_slope(inputs: Inputs, upstream: Tensor, options: dict[str, Any]) -> Tensor:
@@ -168,7 +168,7 @@ def _softmax_grad_error(device, dtype, shape, option) -> float:
     upstream = torch.randn(shape[0], device=device)
     head = Head(inputs.weight, inputs.bias, **options)
     exps = empty_exps(inputs.hidden, shape[2]).fill_(float("nan"))
-    stats = linear_stats(inputs.hidden, head, inputs.labels, ignore_index=IGNORED, exps=exps)
+    stats = score_rows(inputs.hidden, head, inputs.labels, ignore_index=IGNORED, exps=exps)
     found = softmax_grad_(exps, upstream, head, inputs.labels, stats, ignore_index=IGNORED)
     return multiple(found, *(plain_slope(i, upstream, options) for i in (inputs, inputs.raised())))
 
@@ -205,7 +205,7 @@ def _frozen_head_error(device, dtype, shape, option) -> float:
     found = frozen_head(inputs.hidden, head, inputs.labels, slice_columns=width, ignore_index=IGNORED)
     upstream = torch.ones(shape[0], device=device)
     plain, exact = (plain_slope(i, upstream, options) @ i.weight for i in (inputs, inputs.raised()))
-    return max(nats(found.logps_N, plain_logps(inputs.raised(), **options)), multiple(found.dx_ND, plain, exact))
+    return max(nats(found.logps_T, plain_logps(inputs.raised(), **options)), multiple(found.dx_TD, plain, exact))
 
 
 KERNEL_CHECKS = {

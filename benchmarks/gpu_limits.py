@@ -27,7 +27,7 @@ from benchmarks.gpu_table import Check, Context, SkippedError
 from dpo_kernels import LOSS_TYPES, linear_dpo_loss, linear_logps
 from dpo_kernels.head import Head
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
-from dpo_kernels.kernels.tile_logps import empty_exps, linear_stats
+from dpo_kernels.kernels.tile_logps import empty_exps, score_rows
 from dpo_kernels.linear_logps.stats import STATS
 
 MOST_VARIANTS = 8
@@ -195,7 +195,7 @@ def _large_exps_error(context: Context, size: int) -> float:
     upstream = torch.randn(N, device=device)
     exps = empty_exps(inputs.hidden, V)
     head = Head(inputs.weight)
-    stats = linear_stats(inputs.hidden, head, inputs.labels, ignore_index=IGNORED, exps=exps)
+    stats = score_rows(inputs.hidden, head, inputs.labels, ignore_index=IGNORED, exps=exps)
     found = softmax_grad_(exps, upstream, head, inputs.labels, stats, ignore_index=IGNORED)
     rows = slice(max(0, N - 64), N)
     last = Inputs(inputs.hidden[rows], inputs.weight, inputs.labels[rows], None)

@@ -171,8 +171,8 @@ def _tile_launch(
             slice_grad.slice_grad(hidden, head, labels, lse, row, out, ignore_index=-100, lists=lists, **common)
             return
         exps = tile_logps.empty_exps(hidden, V) if kernel == "linear_exps" else None
-        tile_logps.tile_stats(
-            hidden, head, labels, row, exps=exps, row_shift_N=row if shift else None, token_stats=stats, **common
+        tile_logps.tile_partials(
+            hidden, head, labels, row, exps=exps, row_shift_T=row if shift else None, token_stats=stats, **common
         )
 
     return launch
@@ -226,7 +226,7 @@ def _softmax_grad_launch(dtype: torch.dtype) -> Callable[[], Any]:
 
     def launch() -> None:
         row, labels = _meta(N), _meta(N, dtype=torch.int64)
-        stats = tile_logps.LinearStats(row, _meta(N, dtype=torch.float64), row, _meta(-(-V // 128), N), 128)
+        stats = tile_logps.RowScores(row, _meta(N, dtype=torch.float64), row, _meta(-(-V // 128), N), 128)
         head = Head(_meta(V, 64, dtype=dtype), softcap=30.0)
         softmax_grad.softmax_grad_(_meta(N, V, dtype=dtype), row, head, labels, stats, ignore_index=-100)
 

@@ -1,6 +1,6 @@
 """Liger's fused DPO loss on this package's op: the same call, the same tuple back.
 
-Legend: B sequences of L tokens, chosen ones first; P = B / 2 pairs, N tokens that count, D features, V vocabulary.
+Legend: B sequences of L tokens, chosen ones first; P = B / 2 pairs, T tokens that count, D features, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FusedLinearDPOLoss(nn.Module):
     """Stands in for ``LigerFusedLinearDPOLoss`` of liger-kernel 0.8, which need not be installed.
 
     Only tokens that count meet the head, logits and gradients are accumulated in float32, and a gradient that arrives
-    from above the loss is exact whatever it is. Work, in products of 2 N D V operations: 3 for loss and gradients with
+    from above the loss is exact whatever it is. Work, in products of 2 T D V operations: 3 for loss and gradients with
     a trainable head, 2 with a frozen one, 1 without gradients (4, 2 and 1 with ``average_log_prob``), and 1 for a
     reference model.
 
@@ -127,22 +127,22 @@ class FusedLinearDPOLoss(nn.Module):
         """
         if self.use_ref_model and (ref_input is None or ref_weight is None):
             raise ValueError("use_ref_model=True needs ref_input and ref_weight; got None")
-        rows_N, cu_responses = self._layout(_input, target)
-        labels_N = target.reshape(-1).index_select(0, rows_N)
-        hidden_ND = _rows(_input, rows_N)
-        ref_logps_S = hidden_ND.new_zeros(target.shape[0])
+        rows_T, cu_responses = self._layout(_input, target)
+        labels_T = target.reshape(-1).index_select(0, rows_T)
+        hidden_TD = _rows(_input, rows_T)
+        ref_logps_S = hidden_TD.new_zeros(target.shape[0])
         if self.use_ref_model:
             assert ref_input is not None
             with torch.no_grad():
-                ref_logps_S = self._logps(_rows(ref_input, rows_N), ref_weight, labels_N, cu_responses, ref_bias)
+                ref_logps_S = self._logps(_rows(ref_input, rows_T), ref_weight, labels_T, cu_responses, ref_bias)
 
         if self.average_log_prob:
             loss, chosen, rejected, nll, rewards = self._averaged_loss(
-                hidden_ND, lin_weight, labels_N, cu_responses, ref_logps_S, bias
+                hidden_TD, lin_weight, labels_T, cu_responses, ref_logps_S, bias
             )
         else:
             loss, chosen, rejected, nll, rewards = self._summed_loss(
-                hidden_ND, lin_weight, labels_N, cu_responses, ref_logps_S, bias
+                hidden_TD, lin_weight, labels_T, cu_responses, ref_logps_S, bias
             )
         return loss, (chosen, rejected, *_mean_logits(_input, lin_weight, bias), nll, *rewards)
 
@@ -157,30 +157,30 @@ class FusedLinearDPOLoss(nn.Module):
         if B % 2:
             raise ValueError(f"the batch must hold chosen sequences, then as many rejected ones; got {B} sequences")
         order_B = torch.arange(B, device=target.device).view(2, B // 2).T.reshape(B)
-        sequence_N, token_N = (target[order_B] != self.ignore_index).nonzero(as_tuple=True)
-        lengths_B = torch.bincount(sequence_N, minlength=B).cpu()
+        sequence_T, token_T = (target[order_B] != self.ignore_index).nonzero(as_tuple=True)
+        lengths_B = torch.bincount(sequence_T, minlength=B).cpu()
         cu_responses = torch.cat((lengths_B.new_zeros(1), lengths_B.cumsum(0)))
-        return order_B[sequence_N] * L + token_N, cu_responses
+        return order_B[sequence_T] * L + token_T, cu_responses
 
     def _options(self) -> dict[str, Any]:
         return {"beta": self.beta, "label_smoothing": self.label_smoothing, "discopop_tau": self.discopop_tau}
 
-    def _logps(self, hidden_ND, weight, labels_N, cu_responses, bias) -> Tensor:
+    def _logps(self, hidden_TD, weight, labels_T, cu_responses, bias) -> Tensor:
         """[S], per sequence or per token."""
         logps_S = response_sums(
-            linear_logps(hidden_ND, weight, labels_N, bias=bias, ignore_index=self.ignore_index), cu_responses
+            linear_logps(hidden_TD, weight, labels_T, bias=bias, ignore_index=self.ignore_index), cu_responses
         )
         if not self.average_log_prob:
             return logps_S
         return logps_S / to_device(cu_responses.diff().clamp(min=1), logps_S.device)
 
-    def _summed_loss(self, hidden_ND, weight, labels_N, cu_responses, ref_logps_S, bias):
+    def _summed_loss(self, hidden_TD, weight, labels_T, cu_responses, ref_logps_S, bias):
         # The mean of the loss "sft" over pairs is the mean token loss of all chosen tokens.
         terms = {self.loss_type: 1.0} | ({"sft": self.alpha} if self.compute_nll_loss else {})
         out = linear_dpo_loss(
-            hidden_ND,
+            hidden_TD,
             weight,
-            labels_N,
+            labels_T,
             cu_responses,
             ref_logps_S,
             loss_type=tuple(terms),
@@ -193,8 +193,8 @@ class FusedLinearDPOLoss(nn.Module):
         nll = self._nll(chosen, cu_responses)
         return out.loss, chosen, rejected, nll, (out.chosen_rewards, out.rejected_rewards)
 
-    def _averaged_loss(self, hidden_ND, weight, labels_N, cu_responses, ref_logps_S, bias):
-        logps_S = self._logps(hidden_ND, weight, labels_N, cu_responses, bias)
+    def _averaged_loss(self, hidden_TD, weight, labels_T, cu_responses, ref_logps_S, bias):
+        logps_S = self._logps(hidden_TD, weight, labels_T, cu_responses, bias)
         chosen, rejected = logps_S[0::2], logps_S[1::2]
         out = preference_loss(
             chosen, rejected, ref_logps_S[0::2], ref_logps_S[1::2], loss_type=self.loss_type, **self._options()
@@ -211,8 +211,8 @@ class FusedLinearDPOLoss(nn.Module):
         return -chosen_sums_P.sum() / int(cu_responses.diff()[0::2].sum().clamp(min=1))
 
 
-def _rows(hidden_BLD: Tensor, rows_N: Tensor) -> Tensor:
-    return hidden_BLD.reshape(-1, hidden_BLD.shape[-1]).index_select(0, rows_N)
+def _rows(hidden_BLD: Tensor, rows_T: Tensor) -> Tensor:
+    return hidden_BLD.reshape(-1, hidden_BLD.shape[-1]).index_select(0, rows_T)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """TRL with this package's loss head: ``FusedDPOTrainer`` for ``DPOTrainer``, or ``add_fused_lm_head`` alone.
 
-Legend: B sequences of L tokens, M scored positions each (L - 1, or L with ``shift_labels``), N positions whose label
+Legend: B sequences of L tokens, M scored positions each (L - 1, or L with ``shift_labels``), T positions whose label
 counts, D features, V vocabulary.
 """
 
@@ -175,30 +175,30 @@ def _score(
     """Per-token fields, [B, M], and the mask of labels that count. Only rows of that mask meet the head."""
     mask_BM = labels_BM != IGNORE_INDEX
     (B, M), (L, D) = mask_BM.shape, hidden_BLD.shape[1:]
-    b_N, m_N = mask_BM.nonzero(as_tuple=True)
-    hidden_ND = hidden_BLD.reshape(B * L, D).index_select(0, b_N * L + m_N)
-    labels_N = labels_BM[b_N, m_N]
+    b_T, m_T = mask_BM.nonzero(as_tuple=True)
+    hidden_TD = hidden_BLD.reshape(B * L, D).index_select(0, b_T * L + m_T)
+    labels_T = labels_BM[b_T, m_T]
     if settings.cast_to_fp32:
-        hidden_ND = hidden_ND.float()
-    autocast = torch.is_autocast_enabled(hidden_ND.device.type) and not settings.cast_to_fp32
-    with torch.autocast(hidden_ND.device.type, enabled=autocast):
+        hidden_TD = hidden_TD.float()
+    autocast = torch.is_autocast_enabled(hidden_TD.device.type) and not settings.cast_to_fp32
+    with torch.autocast(hidden_TD.device.type, enabled=autocast):
         if not autocast:
-            weight, bias = weight.to(hidden_ND.dtype), None if bias is None else bias.to(hidden_ND.dtype)
-        logps_N, stats_N = linear_logps(
-            hidden_ND,
+            weight, bias = weight.to(hidden_TD.dtype), None if bias is None else bias.to(hidden_TD.dtype)
+        logps_T, stats_T = linear_logps(
+            hidden_TD,
             weight,
-            labels_N,
+            labels_T,
             bias=bias,
             softcap=settings.softcap,
             logit_scale=settings.logit_scale,
             temperature=settings.temperature,
             stats=settings.stats,
         )
-    fields_N = {"log_probs": logps_N, **stats_N}
-    if "entropy" in fields_N:
-        fields_N["entropy"] = _WithoutGradient.apply(fields_N["entropy"], hidden_ND)
-    rows_N = b_N * M + m_N
-    fields = {name: value.new_zeros(B * M).index_copy(0, rows_N, value).view(B, M) for name, value in fields_N.items()}
+    fields_T = {"log_probs": logps_T, **stats_T}
+    if "entropy" in fields_T:
+        fields_T["entropy"] = _WithoutGradient.apply(fields_T["entropy"], hidden_TD)
+    rows_T = b_T * M + m_T
+    fields = {name: value.new_zeros(B * M).index_copy(0, rows_T, value).view(B, M) for name, value in fields_T.items()}
     return fields, mask_BM
 
 

@@ -1,6 +1,6 @@
 """Gradients of hidden states, weight and bias from those tiles of a logits gradient that a filter keeps.
 
-Legend: N rows, D hidden size, V columns of a vocabulary slice, B row blocks and C column tiles of the filter. The
+Legend: T rows, D hidden size, V columns of a vocabulary slice, B row blocks and C column tiles of the filter. The
 gradient of the logits of a slice lies in a buffer of which only kept tiles were written; the others are never read.
 Each program owns a tile of its result and adds the kept tiles up in their order: no atomics, and two runs are bitwise
 equal. Lists of kept tiles are made on the device, so nothing waits for their lengths.
@@ -20,7 +20,7 @@ from dpo_kernels.kernels.logits_tile import dot, tile_position
 from dpo_kernels.kernels.tile_config import TileConfig
 
 
-@triton.jit(do_not_specialize=["first_tile", "last_tile", "N"])
+@triton.jit(do_not_specialize=["first_tile", "last_tile", "T"])
 def filtered_dx_kernel(
     grad,
     weight,
@@ -33,7 +33,7 @@ def filtered_dx_kernel(
     first_tile,
     last_tile,
     num_tiles,
-    N,
+    T,
     V,
     D,
     FIRST: tl.constexpr,
@@ -47,7 +47,7 @@ def filtered_dx_kernel(
     PRECISION: tl.constexpr,
 ):
     """dX [BLOCK_N, BLOCK_D] += gradient @ weight over the kept tiles of these rows, BLOCK_V columns a step."""
-    tile_n, tile_d = tile_position(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(D, BLOCK_D), GROUP_N)
+    tile_n, tile_d = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_N), tl.cdiv(D, BLOCK_D), GROUP_N)
     row_start = tile_n * BLOCK_N
     block = row_start // FILTER_ROWS
     ends_ptr = tile_ends_ptr + block.to(tl.int64) * (num_tiles + 1)
@@ -57,7 +57,7 @@ def filtered_dx_kernel(
     rows = row_start + tl.arange(0, BLOCK_N)
     dims = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
     dx_ptrs = dx_ptr + rows.to(tl.int64)[:, None] * dx_stride + dims[None, :]
-    inside = (rows < N)[:, None] & (dims < D)[None, :]
+    inside = (rows < T)[:, None] & (dims < D)[None, :]
     if FIRST:
         acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     else:
@@ -66,7 +66,7 @@ def filtered_dx_kernel(
         acc = tl.load(dx_ptrs, mask=inside, other=0.0)
     STEPS: tl.constexpr = FILTER_COLUMNS // BLOCK_V
     # Rows past the end read the last one: what they add up is not stored.
-    safe_rows = tl.minimum(rows, N - 1).to(tl.int64)
+    safe_rows = tl.minimum(rows, T - 1).to(tl.int64)
     for step in range(begin * STEPS, end * STEPS):
         tile = tl.load(tiles_ptr + step // STEPS) - first_tile
         col_start = tile * FILTER_COLUMNS + (step % STEPS) * BLOCK_V
@@ -85,7 +85,7 @@ def filtered_dx_kernel(
     tl.store(dx_ptrs, acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_tile", "num_blocks", "N"])
+@triton.jit(do_not_specialize=["first_tile", "num_blocks", "T"])
 def filtered_dw_kernel(
     grad,
     hidden,
@@ -98,7 +98,7 @@ def filtered_dw_kernel(
     dw_col_stride,
     first_tile,
     num_blocks,
-    N,
+    T,
     V,
     D,
     ACCUMULATE: tl.constexpr,
@@ -130,11 +130,11 @@ def filtered_dw_kernel(
         else:
             rows = row_start + tl.arange(0, BLOCK_N)
             grad_tile = tl.load(
-                grad + rows.to(tl.int64)[:, None] * grad_stride + cols[None, :], mask=(rows < N)[:, None], other=0.0
+                grad + rows.to(tl.int64)[:, None] * grad_stride + cols[None, :], mask=(rows < T)[:, None], other=0.0
             )
             hidden_tile = tl.load(
                 hidden + rows.to(tl.int64)[:, None] * hidden_stride + dims[None, :],
-                mask=(rows < N)[:, None] & (dims < D)[None, :],
+                mask=(rows < T)[:, None] & (dims < D)[None, :],
                 other=0.0,
             )
         acc = dot(grad_tile.T, hidden_tile, acc, PRECISION)
@@ -145,7 +145,7 @@ def filtered_dw_kernel(
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_tile", "num_blocks", "N"])
+@triton.jit(do_not_specialize=["first_tile", "num_blocks", "T"])
 def filtered_db_kernel(
     grad_ptr,
     db_ptr,
@@ -154,7 +154,7 @@ def filtered_db_kernel(
     grad_stride,
     first_tile,
     num_blocks,
-    N,
+    T,
     V,
     FILTER_ROWS: tl.constexpr,
     FILTER_COLUMNS: tl.constexpr,
@@ -167,12 +167,12 @@ def filtered_db_kernel(
     for i in range(0, tl.load(counts_ptr + tile)):
         rows = tl.load(blocks_ptr + i) * FILTER_ROWS + tl.arange(0, FILTER_ROWS)
         grad_ptrs = grad_ptr + rows.to(tl.int64)[:, None] * grad_stride + cols[None, :]
-        total += tl.sum(tl.load(grad_ptrs, mask=(rows < N)[:, None], other=0.0).to(tl.float32), axis=0)
+        total += tl.sum(tl.load(grad_ptrs, mask=(rows < T)[:, None], other=0.0).to(tl.float32), axis=0)
     tl.store(db_ptr + cols, total.to(db_ptr.dtype.element_ty), mask=cols < V)
 
 
 class TileLists(NamedTuple):
-    """Kept tiles of a [N, V] matrix, listed both ways; int32."""
+    """Kept tiles of a [T, V] matrix, listed both ways; int32."""
 
     rows: int
     columns: int
@@ -203,36 +203,36 @@ class TileLists(NamedTuple):
 
 
 def add_filtered_dx_(
-    dX_ND: torch.Tensor,
-    grad_NV: torch.Tensor,
+    dX_TD: torch.Tensor,
+    grad_TV: torch.Tensor,
     weight_VD: torch.Tensor,
     lists: TileLists,
     *,
     first_col: int,
     config: TileConfig | None = None,
 ) -> None:
-    """dX_ND, contiguous fp32, += grad_NV @ weight_VD over kept tiles; = for the first slice.
+    """dX_TD, contiguous fp32, += grad_TV @ weight_VD over kept tiles; = for the first slice.
 
-    grad_NV is a slice of the vocabulary that begins at `first_col`, the part below V of rows of whole tiles that are 0
+    grad_TV is a slice of the vocabulary that begins at `first_col`, the part below V of rows of whole tiles that are 0
     beyond it.
     """
-    (N, V), D = grad_NV.shape, weight_VD.shape[1]
-    config, grad, weight, meta = _launch("filtered_dx", grad_NV, weight_VD, "block_v", lists, config)
+    (T, V), D = grad_TV.shape, weight_VD.shape[1]
+    config, grad, weight, meta = _launch("filtered_dx", grad_TV, weight_VD, "block_v", lists, config)
     first_tile = first_col // lists.columns
-    with on_device(dX_ND.device):
-        filtered_dx_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(D, config.block_d),)](
+    with on_device(dX_TD.device):
+        filtered_dx_kernel[(triton.cdiv(T, config.block_n) * triton.cdiv(D, config.block_d),)](
             grad,
             weight,
-            dX_ND,
+            dX_TD,
             lists.tiles_BC,
             lists.tile_ends_BC,
-            grad_NV.stride(0),
+            grad_TV.stride(0),
             weight_VD.stride(0),
-            dX_ND.stride(0),
+            dX_TD.stride(0),
             first_tile,
             first_tile + triton.cdiv(V, lists.columns),
             lists.kept_BC.shape[1],
-            N,
+            T,
             V,
             D,
             FIRST=first_col == 0,
@@ -242,30 +242,30 @@ def add_filtered_dx_(
 
 def filtered_dw(
     out_VD: torch.Tensor,
-    grad_NV: torch.Tensor,
-    hidden_ND: torch.Tensor,
+    grad_TV: torch.Tensor,
+    hidden_TD: torch.Tensor,
     lists: TileLists,
     *,
     first_col: int,
     accumulate: bool,
     config: TileConfig | None = None,
 ) -> None:
-    """out_VD, of any strides, = grad_NV.T @ hidden_ND over kept tiles, or += with `accumulate`; summed in fp32."""
-    (N, V), D = grad_NV.shape, hidden_ND.shape[1]
-    config, grad, hidden, meta = _launch("filtered_dw", grad_NV, hidden_ND, "block_n", lists, config)
-    with on_device(hidden_ND.device):
+    """out_VD, of any strides, = grad_TV.T @ hidden_TD over kept tiles, or += with `accumulate`; summed in fp32."""
+    (T, V), D = grad_TV.shape, hidden_TD.shape[1]
+    config, grad, hidden, meta = _launch("filtered_dw", grad_TV, hidden_TD, "block_n", lists, config)
+    with on_device(hidden_TD.device):
         filtered_dw_kernel[(triton.cdiv(V, config.block_v) * triton.cdiv(D, config.block_d),)](
             grad,
             hidden,
             out_VD,
             lists.blocks_CB,
             lists.counts_C,
-            grad_NV.stride(0),
-            hidden_ND.stride(0),
+            grad_TV.stride(0),
+            hidden_TD.stride(0),
             *out_VD.stride(),
             first_col // lists.columns,
             lists.kept_BC.shape[0],
-            N,
+            T,
             V,
             D,
             ACCUMULATE=accumulate,
@@ -275,25 +275,25 @@ def filtered_dw(
 
 def _launch(
     kernel: str,
-    grad_NV: torch.Tensor,
+    grad_TV: torch.Tensor,
     operand: torch.Tensor,
     operand_rows: str,
     lists: TileLists,
     config: TileConfig | None,
 ) -> tuple[TileConfig, Any, Any, dict[str, Any]]:
     """(config, gradient, operand, meta-parameters): a tile of the operand is [`operand_rows`, block_d]."""
-    assert grad_NV.dtype == operand.dtype
+    assert grad_TV.dtype == operand.dtype
     assert operand.shape[1] == 1 or operand.stride(1) == 1, "the kernels read rows of contiguous elements"
-    D, V = operand.shape[1], grad_NV.shape[1]
+    D, V = operand.shape[1], grad_TV.shape[1]
     # Results are stored under a mask of features, which takes other D than multiples of 16 one by one.
-    aligned = tma_ready(grad_NV) and tma_ready(operand) and D % 16 == 0
-    config = config or table_config(kernel, grad_NV, D=D, V=V, heavy=False, aligned=aligned)
+    aligned = tma_ready(grad_TV) and tma_ready(operand) and D % 16 == 0
+    config = config or table_config(kernel, grad_TV, D=D, V=V, heavy=False, aligned=aligned)
     assert lists.rows % config.block_n == 0 == lists.columns % config.block_v
     use_tma = config.tma and aligned
-    grad: Any = grad_NV
+    grad: Any = grad_TV
     source: Any = operand
     if use_tma:
-        grad = TensorDescriptor.from_tensor(grad_NV, [config.block_n, config.block_v])
+        grad = TensorDescriptor.from_tensor(grad_TV, [config.block_n, config.block_v])
         source = TensorDescriptor.from_tensor(operand, [getattr(config, operand_rows), config.block_d])
     meta: dict[str, Any] = {
         "FILTER_ROWS": lists.rows,
@@ -303,7 +303,7 @@ def _launch(
         "BLOCK_D": config.block_d,
         "GROUP_N": config.group_n,
         "USE_TMA": use_tma,
-        "PRECISION": precision(grad_NV.dtype),
+        "PRECISION": precision(grad_TV.dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         **COMPILATION,
@@ -311,19 +311,19 @@ def _launch(
     return config, grad, source, meta
 
 
-def filtered_db(db_V: torch.Tensor, grad_NV: torch.Tensor, lists: TileLists, *, first_col: int) -> None:
-    """db_V, contiguous, = sums of grad_NV over the row blocks that each tile keeps, summed in fp32."""
-    N, V = grad_NV.shape
-    with on_device(grad_NV.device):
+def filtered_db(db_V: torch.Tensor, grad_TV: torch.Tensor, lists: TileLists, *, first_col: int) -> None:
+    """db_V, contiguous, = sums of grad_TV over the row blocks that each tile keeps, summed in fp32."""
+    T, V = grad_TV.shape
+    with on_device(grad_TV.device):
         filtered_db_kernel[(triton.cdiv(V, lists.columns),)](
-            grad_NV,
+            grad_TV,
             db_V,
             lists.blocks_CB,
             lists.counts_C,
-            grad_NV.stride(0),
+            grad_TV.stride(0),
             first_col // lists.columns,
             lists.kept_BC.shape[0],
-            N,
+            T,
             V,
             FILTER_ROWS=lists.rows,
             FILTER_COLUMNS=lists.columns,

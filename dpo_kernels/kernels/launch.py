@@ -69,32 +69,32 @@ def epilogue_arguments(head: Head) -> dict[str, Any]:
 class TileLaunch:
     """Arguments that the tile kernels share: operands as pointers or descriptors, strides and meta-parameters.
 
-    hidden_ND and weight_VD have the same dtype and a contiguous last dimension. `config` overrides the shipped table.
+    hidden_TD and weight_VD have the same dtype and a contiguous last dimension. `config` overrides the shipped table.
     """
 
     def __init__(
         self,
         kernel: str,
-        hidden_ND: torch.Tensor,
+        hidden_TD: torch.Tensor,
         weight_VD: torch.Tensor,
         *,
         heavy: bool,
         config: TileConfig | None = None,
     ) -> None:
-        N, D = hidden_ND.shape
+        T, D = hidden_TD.shape
         V = weight_VD.shape[0]
         assert weight_VD.shape[1] == D
-        assert hidden_ND.dtype == weight_VD.dtype
-        assert D == 1 or hidden_ND.stride(1) == weight_VD.stride(1) == 1, "the kernels read rows of contiguous elements"
-        aligned = tma_ready(hidden_ND) and tma_ready(weight_VD)
-        self.config = config or table_config(kernel, hidden_ND, D=D, V=V, heavy=heavy, aligned=aligned)
-        self.num_programs = triton.cdiv(N, self.config.block_n) * triton.cdiv(V, self.config.block_v)
-        self.strides = (hidden_ND.stride(0), weight_VD.stride(0))
+        assert hidden_TD.dtype == weight_VD.dtype
+        assert D == 1 or hidden_TD.stride(1) == weight_VD.stride(1) == 1, "the kernels read rows of contiguous elements"
+        aligned = tma_ready(hidden_TD) and tma_ready(weight_VD)
+        self.config = config or table_config(kernel, hidden_TD, D=D, V=V, heavy=heavy, aligned=aligned)
+        self.num_programs = triton.cdiv(T, self.config.block_n) * triton.cdiv(V, self.config.block_v)
+        self.strides = (hidden_TD.stride(0), weight_VD.stride(0))
         use_tma = self.config.tma and aligned
-        self.hidden: Any = hidden_ND
+        self.hidden: Any = hidden_TD
         self.weight: Any = weight_VD
         if use_tma:
-            self.hidden = TensorDescriptor.from_tensor(hidden_ND, [self.config.block_n, self.config.block_d])
+            self.hidden = TensorDescriptor.from_tensor(hidden_TD, [self.config.block_n, self.config.block_d])
             self.weight = TensorDescriptor.from_tensor(weight_VD, [self.config.block_v, self.config.block_d])
         self.meta: dict[str, Any] = {
             "BLOCK_N": self.config.block_n,
@@ -103,7 +103,7 @@ class TileLaunch:
             "GROUP_N": self.config.group_n,
             "EVEN_D": D % self.config.block_d == 0,
             "USE_TMA": use_tma,
-            "PRECISION": precision(hidden_ND.dtype),
+            "PRECISION": precision(hidden_TD.dtype),
             # Half a tile at a time leaves registers for what stands beside it.
             "SPLIT": self.config.block_v == MAX_BLOCK or (heavy and self.config.block_v == MAX_BLOCK // 2),
             "num_warps": self.config.num_warps,

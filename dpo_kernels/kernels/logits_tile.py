@@ -1,6 +1,6 @@
 """What every kernel that meets logits shares: tile order, the tile product, the epilogue and its derivative.
 
-Legend: N rows, D hidden size, V vocabulary. One tile is BLOCK_N rows by BLOCK_V columns, its sum over D in fp32.
+Legend: T rows, D hidden size, V vocabulary. One tile is BLOCK_N rows by BLOCK_V columns, its sum over D in fp32.
 The logit that enters the softmax is  softcap(scale * (hidden @ weight.T + bias)) / temperature.
 """
 
@@ -47,7 +47,7 @@ def tile_product(
     weight_stride,
     row_start,
     col_start,
-    N,
+    T,
     col_end,
     D,
     BLOCK_N: tl.constexpr,
@@ -65,7 +65,7 @@ def tile_product(
             acc = dot(hidden_tile, weight_tile.T, acc, PRECISION)
     else:
         # Rows and columns past the end read the last valid one: no mask in the loop, and the epilogue drops them.
-        rows = tl.minimum(row_start + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        rows = tl.minimum(row_start + tl.arange(0, BLOCK_N), T - 1).to(tl.int64)
         cols = tl.minimum(col_start + tl.arange(0, BLOCK_V), col_end - 1).to(tl.int64)
         dims = tl.arange(0, BLOCK_D)
         hidden_ptrs = hidden + rows[:, None] * hidden_stride + dims[None, :]

@@ -1,6 +1,6 @@
 """Paired losses in one launch: response sums, loss, and the slope of each response spread over its rows.
 
-Legend: N rows, P pairs, S = 2 P responses in order chosen_0, rejected_0, chosen_1, ...
+Legend: T rows, P pairs, S = 2 P responses in order chosen_0, rejected_0, chosen_1, ...
 One program a pair. Formulas and their sources are in `dpo_kernels.losses`, the definition that tests compare these
 with; what is added here is the derivative by each log-prob sum. Losses that couple pairs are not here.
 """
@@ -283,27 +283,27 @@ class PairScores(NamedTuple):
     logps_S: torch.Tensor
     slopes_S: torch.Tensor
     """d (reduced loss) / d logps."""
-    grad_N: torch.Tensor
+    grad_T: torch.Tensor
     """The slope of its response for every row."""
 
 
 def launch_pairs(
-    logps_N: torch.Tensor, terms: PairTerms, *, first_pair: int, num_pairs: int, first_row: int
+    logps_T: torch.Tensor, terms: PairTerms, *, first_pair: int, num_pairs: int, first_row: int
 ) -> PairScores:
-    """Score consecutive pairs whose rows, from `first_row` of the call on, have log-probs logps_N (fp32)."""
+    """Score consecutive pairs whose rows, from `first_row` of the call on, have log-probs logps_T (fp32)."""
     unknown = set(terms.names) - set(KERNEL_LOSSES)
     assert not unknown, f"no kernel for {unknown}"
-    device = logps_N.device
+    device = logps_T.device
     losses_P = torch.empty(num_pairs, dtype=torch.float32, device=device)
     sums_S, slopes_S = torch.empty(2, 2 * num_pairs, dtype=torch.float32, device=device)
-    grad_N = torch.empty_like(logps_N)
+    grad_T = torch.empty_like(logps_T)
     responses = slice(2 * first_pair, 2 * (first_pair + num_pairs))
     # The exclusive-optimum loss is infinite without smoothing; its table entry takes 1e-3 instead.
     epsilon = terms.label_smoothing or 1e-3
     with on_device(device):
         for position, (name, weight) in enumerate(zip(terms.names, terms.weights, strict=True)):
             paired_loss_kernel[(num_pairs,)](
-                logps_N,
+                logps_T,
                 terms.cu_S1[responses.start :],
                 None if terms.ref_logps_S is None else terms.ref_logps_S[responses],
                 None if terms.lengths_S is None else terms.lengths_S[responses],
@@ -312,7 +312,7 @@ def launch_pairs(
                 losses_P,
                 sums_S,
                 slopes_S,
-                grad_N,
+                grad_T,
                 first_row,
                 weight,
                 terms.beta,
@@ -329,7 +329,7 @@ def launch_pairs(
                 num_warps=4,
                 **COMPILATION,
             )
-    return PairScores(losses_P, sums_S, slopes_S, grad_N)
+    return PairScores(losses_P, sums_S, slopes_S, grad_T)
 
 
 def _form(name: str) -> str:

@@ -1,6 +1,6 @@
 """From partials of tiles to numbers of rows: log-sum-exp and log-prob, merged slice by slice in a fixed order.
 
-Legend: N rows, V vocabulary (or a slice of it), T column tiles.
+Legend: T rows, V vocabulary (or a slice of it), J column tiles.
 The sums that `tile_logps` leaves of each tile are on a shift of the tile's own, and without the label; here they meet
 on one shift of the row, and the label comes back in.
 """
@@ -31,7 +31,7 @@ MERGED_ROWS = 16
         "row_sum_ptr",
         "logps_ptr",
         "lse_ptr",
-        "N",
+        "T",
         "V",
         "num_tiles",
     ]
@@ -45,27 +45,27 @@ def merge_stats_kernel(
     row_sum_ptr,
     logps_ptr,
     lse_ptr,
-    N,
+    T,
     V,
     num_tiles,
     ignore_index,
     HAS_STATE: tl.constexpr,
     FINISH: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
     """Without FINISH the merged shift and sum go back to row_shift and row_sum; HAS_STATE starts from them."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < N
+    row_mask = rows < T
     row_shift = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if HAS_STATE:
         row_shift = tl.load(row_shift_ptr + rows, mask=row_mask, other=0.0)
         row_sum = tl.load(row_sum_ptr + rows, mask=row_mask, other=1.0)
-    for start in range(0, num_tiles, BLOCK_T):
-        tiles = start + tl.arange(0, BLOCK_T)
+    for start in range(0, num_tiles, BLOCK_J):
+        tiles = start + tl.arange(0, BLOCK_J)
         mask = (tiles < num_tiles)[:, None] & row_mask[None, :]
-        partial = tiles.to(tl.int64)[:, None] * N + rows[None, :]
+        partial = tiles.to(tl.int64)[:, None] * T + rows[None, :]
         tile_shift = tl.load(tile_shift_ptr + partial, mask=mask, other=float("-inf"))
         tile_sum = tl.load(tile_sum_ptr + partial, mask=mask, other=0.0)
         new_shift = tl.maximum(row_shift, tl.max(tile_shift, axis=0))
@@ -94,85 +94,85 @@ def merge_stats_kernel(
         tl.store(row_sum_ptr + rows, row_sum, mask=row_mask)
 
 
-class TileStats(NamedTuple):
+class TilePartials(NamedTuple):
     """Partials of each row over tiles of `width` columns: sum of exp(z - shift) over all columns but the label's."""
 
-    shift_TN: torch.Tensor
-    sum_TN: torch.Tensor
+    shift_JT: torch.Tensor
+    sum_JT: torch.Tensor
     width: int
-    token_stats_5TN: torch.Tensor | None = None
+    token_stats_5JT: torch.Tensor | None = None
 
 
 class RowState(NamedTuple):
     """Of each row, over the slices met so far: shift, sum of exp(z - shift), label's logit once a slice held it."""
 
-    shift_N: torch.Tensor
-    sum_N: torch.Tensor
-    label_logit_N: torch.Tensor
-    token_stats_7N: torch.Tensor | None = None
+    shift_T: torch.Tensor
+    sum_T: torch.Tensor
+    label_logit_T: torch.Tensor
+    token_stats_7T: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, hidden_ND: torch.Tensor, *, token_stats: bool) -> RowState:
-        """Room for N rows."""
+    def empty(cls, hidden_TD: torch.Tensor, *, token_stats: bool) -> RowState:
+        """Room for T rows."""
         numbers = 3 + (NUM_STATE if token_stats else 0)
-        found = torch.empty(numbers, hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
+        found = torch.empty(numbers, hidden_TD.shape[0], dtype=torch.float32, device=hidden_TD.device)
         return cls(found[0], found[1], found[2], found[3:] if token_stats else None)
 
 
-def merge_stats(stats: TileStats, state: RowState, *, first: bool) -> None:
+def merge_partials(partials: TilePartials, state: RowState, *, first: bool) -> None:
     """Merge the partials of one more slice into `state`, in place; `first` starts it anew."""
-    _launch_merge(stats, state, None, None, None, V=0, ignore_index=0, first=first)
-    merge_tokens(stats, state, first=first)
+    _launch_merge(partials, state, None, None, None, V=0, ignore_index=0, first=first)
+    merge_tokens(partials, state, first=first)
 
 
-def merge_tokens(stats: TileStats, state: RowState, *, first: bool) -> None:
-    """Of `merge_stats` the part that is for statistics of tokens."""
-    if stats.token_stats_5TN is not None:
-        assert state.token_stats_7N is not None
-        partials = (stats.shift_TN, stats.sum_TN, stats.token_stats_5TN)
-        merge_token_stats(state.token_stats_7N, *partials, first=first)
+def merge_tokens(partials: TilePartials, state: RowState, *, first: bool) -> None:
+    """Of `merge_partials` the part that is for statistics of tokens."""
+    if partials.token_stats_5JT is not None:
+        assert state.token_stats_7T is not None
+        of_tiles = (partials.shift_JT, partials.sum_JT, partials.token_stats_5JT)
+        merge_token_stats(state.token_stats_7T, *of_tiles, first=first)
 
 
-def finish_stats(
-    stats: TileStats, state: RowState, labels_N: torch.Tensor, *, V: int, ignore_index: int, first: bool
+def finish_rows(
+    partials: TilePartials, state: RowState, labels_T: torch.Tensor, *, V: int, ignore_index: int, first: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logps_N, lse_N) over a vocabulary of V, from `state` (unless `first`) and the partials of the last slice."""
-    logps_N = torch.empty_like(state.label_logit_N)
-    lse_N = torch.empty_like(logps_N, dtype=torch.float64)
-    _launch_merge(stats, state, labels_N, logps_N, lse_N, V=V, ignore_index=ignore_index, first=first)
-    return logps_N, lse_N
+    """(logps_T, lse_T) over a vocabulary of V, from `state` (unless `first`) and the partials of the last slice."""
+    logps_T = torch.empty_like(state.label_logit_T)
+    lse_T = torch.empty_like(logps_T, dtype=torch.float64)
+    _launch_merge(partials, state, labels_T, logps_T, lse_T, V=V, ignore_index=ignore_index, first=first)
+    return logps_T, lse_T
 
 
 def _launch_merge(
-    stats: TileStats,
+    partials: TilePartials,
     state: RowState,
-    labels_N: torch.Tensor | None,
-    logps_N: torch.Tensor | None,
-    lse_N: torch.Tensor | None,
+    labels_T: torch.Tensor | None,
+    logps_T: torch.Tensor | None,
+    lse_T: torch.Tensor | None,
     *,
     V: int,
     ignore_index: int,
     first: bool,
 ) -> None:
-    num_tiles, N = stats.shift_TN.shape
-    with on_device(stats.shift_TN.device):
-        merge_stats_kernel[(triton.cdiv(N, MERGED_ROWS),)](
-            stats.shift_TN,
-            stats.sum_TN,
-            state.label_logit_N,
-            labels_N,
-            state.shift_N,
-            state.sum_N,
-            logps_N,
-            lse_N,
-            N,
+    num_tiles, T = partials.shift_JT.shape
+    with on_device(partials.shift_JT.device):
+        merge_stats_kernel[(triton.cdiv(T, MERGED_ROWS),)](
+            partials.shift_JT,
+            partials.sum_JT,
+            state.label_logit_T,
+            labels_T,
+            state.shift_T,
+            state.sum_T,
+            logps_T,
+            lse_T,
+            T,
             V,
             num_tiles,
             ignore_index,
             HAS_STATE=not first,
-            FINISH=labels_N is not None,
+            FINISH=labels_T is not None,
             BLOCK_N=MERGED_ROWS,
-            BLOCK_T=64,
+            BLOCK_J=64,
             num_warps=4,
             **COMPILATION,
         )

@@ -1,6 +1,6 @@
 """Gradient of label log-probs with respect to the biased products of a vocabulary slice, recomputed from hidden states.
 
-Legend: N rows, D hidden size, V columns of the slice. One product over the slice, its tiles turned to
+Legend: T rows, D hidden size, V columns of the slice. One product over the slice, its tiles turned to
 g * (onehot - exp(z - lse)) * dz/dbiased from the fp32 accumulators and written once in the compute dtype.
 """
 
@@ -27,7 +27,7 @@ from dpo_kernels.kernels.tile_config import TileConfig
 from dpo_kernels.kernels.tile_logps import check_whole_tiles
 
 
-@triton.jit(do_not_specialize=["labels_ptr", "lse_ptr", "grad_ptr", "first_col", "N"])
+@triton.jit(do_not_specialize=["labels_ptr", "lse_ptr", "grad_ptr", "first_col", "T"])
 def slice_grad_kernel(
     hidden,
     weight,
@@ -43,7 +43,7 @@ def slice_grad_kernel(
     kept_stride,
     first_col,
     ignore_index,
-    N,
+    T,
     V,
     D,
     logit_scale,
@@ -68,7 +68,7 @@ def slice_grad_kernel(
         num_tiles_v = tl.cdiv(V, FILTER_COLUMNS) * (FILTER_COLUMNS // BLOCK_V)
     else:
         num_tiles_v = tl.cdiv(V, BLOCK_V)
-    tile_n, tile_v = tile_position(tl.program_id(0), tl.cdiv(N, BLOCK_N), num_tiles_v, GROUP_N)
+    tile_n, tile_v = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_N), num_tiles_v, GROUP_N)
     row_start = tile_n * BLOCK_N
     col_start = tile_v * BLOCK_V
     if FILTERED:
@@ -76,7 +76,7 @@ def slice_grad_kernel(
         if tl.load(kept_ptrs + (first_col + col_start) // FILTER_COLUMNS) == 0:
             return
     rows = row_start + tl.arange(0, BLOCK_N)
-    row_mask = rows < N
+    row_mask = rows < T
     # What belongs to rows is loaded ahead of the product, which hides how long that takes.
     labels = tl.load(labels_ptr + rows, mask=row_mask, other=ignore_index)
     used = labels != ignore_index
@@ -93,7 +93,7 @@ def slice_grad_kernel(
     cols = col_start + tl.arange(0, BLOCK_V)
     acc = bias_tile(bias_ptr, cols, V, BLOCK_N, BLOCK_V, HAS_BIAS)
     acc = tile_product(
-        acc, hidden, weight, hidden_stride, weight_stride, row_start, col_start, N, V, D,
+        acc, hidden, weight, hidden_stride, weight_stride, row_start, col_start, T, V, D,
         BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
     )  # fmt: skip
     # Wide tiles in halves: a whole one beside its gradient would spill registers.
@@ -123,49 +123,49 @@ def slice_grad_kernel(
 
 
 def slice_grad(
-    hidden_ND: torch.Tensor,
+    hidden_TD: torch.Tensor,
     head: Head,
-    labels_N: torch.Tensor,
-    lse_N: torch.Tensor,
-    grad_N: torch.Tensor,
-    out_NV: torch.Tensor,
+    labels_T: torch.Tensor,
+    lse_T: torch.Tensor,
+    grad_T: torch.Tensor,
+    out_TV: torch.Tensor,
     *,
     first_col: int,
     ignore_index: int,
     lists: TileLists | None = None,
     config: TileConfig | None = None,
 ) -> None:
-    """Fill out_NV with d(sum grad * logps)/dbiased for a slice of the vocabulary that begins at column `first_col`.
+    """Fill out_TV with d(sum grad * logps)/dbiased for a slice of the vocabulary that begins at column `first_col`.
 
-    out_NV is a buffer of whole tiles (`empty_exps`), whose first N rows and V columns count; columns of the last tile
-    past V get 0. lse_N is fp64 (or fp32), grad_N fp32; `head` is the slice's own. Ignored rows get exactly 0.
+    out_TV is a buffer of whole tiles (`empty_exps`), whose first T rows and V columns count; columns of the last tile
+    past V get 0. lse_T is fp64 (or fp32), grad_T fp32; `head` is the slice's own. Ignored rows get exactly 0.
     With `lists` only tiles that these keep are computed and written.
     """
-    (N, D), V = hidden_ND.shape, head.weight_VD.shape[0]
+    (T, D), V = hidden_TD.shape, head.weight_VD.shape[0]
     kernel = "slice_grad" if lists is None else "filtered_grad"
-    tile = TileLaunch(kernel, hidden_ND, head.weight_VD, heavy=head.softcap is not None, config=config)
+    tile = TileLaunch(kernel, hidden_TD, head.weight_VD, heavy=head.softcap is not None, config=config)
     num_programs = tile.num_programs
-    check_whole_tiles(out_NV, tile.config, N, V)
+    check_whole_tiles(out_TV, tile.config, T, V)
     if lists is not None:
         assert lists.rows % tile.config.block_n == 0 == lists.columns % tile.config.block_v
         whole_columns = triton.cdiv(V, lists.columns) * lists.columns
-        num_programs = triton.cdiv(N, tile.config.block_n) * (whole_columns // tile.config.block_v)
-    with on_device(hidden_ND.device):
+        num_programs = triton.cdiv(T, tile.config.block_n) * (whole_columns // tile.config.block_v)
+    with on_device(hidden_TD.device):
         slice_grad_kernel[(num_programs,)](
             tile.hidden,
             tile.weight,
             head.bias_V,
-            labels_N,
-            lse_N,
-            grad_N,
-            out_NV,
+            labels_T,
+            lse_T,
+            grad_T,
+            out_TV,
             None if lists is None else lists.kept_BC,
             *tile.strides,
-            out_NV.stride(0),
+            out_TV.stride(0),
             0 if lists is None else lists.kept_BC.stride(0),
             first_col,
             ignore_index,
-            N,
+            T,
             V,
             D,
             **epilogue_arguments(head),

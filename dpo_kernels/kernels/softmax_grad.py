@@ -1,7 +1,7 @@
 """Gradient of label log-probs with respect to the biased products, in place over a chunk of exponentials.
 
-Legend: N rows of the chunk, V vocabulary, T tiles of WIDTH columns that share a shift.
-`tile_logps.linear_stats` left exp(z - shift), times the softcap's part of dz/dbiased, and 0 at the label. With
+Legend: T rows of the chunk, V vocabulary, J tiles of WIDTH columns that share a shift.
+`tile_logps.score_rows` left exp(z - shift), times the softcap's part of dz/dbiased, and 0 at the label. With
 p = softmax(z) and upstream gradient g, d(g * logp)/dbiased is g * (onehot - p) * dz/dbiased: one factor per row and
 tile, and a value of its own at the label.
 """
@@ -15,11 +15,11 @@ import triton.language as tl
 from dpo_kernels.head import Head
 from dpo_kernels.kernels.launch import COMPILATION, final_scalars, on_device
 from dpo_kernels.kernels.logits_tile import linear_slope, logits_slope, one_minus_exp
-from dpo_kernels.kernels.tile_logps import LinearStats
+from dpo_kernels.kernels.tile_logps import RowScores
 
 
 @triton.jit(
-    do_not_specialize=["grad_ptr", "label_logit_ptr", "logps_ptr", "lse_ptr", "labels_ptr", "tile_shift_ptr", "N"]
+    do_not_specialize=["grad_ptr", "label_logit_ptr", "logps_ptr", "lse_ptr", "labels_ptr", "tile_shift_ptr", "T"]
 )
 def softmax_grad_kernel(
     exp_ptr,
@@ -30,7 +30,7 @@ def softmax_grad_kernel(
     labels_ptr,
     tile_shift_ptr,
     exp_stride,
-    N,
+    T,
     V,
     num_tiles,
     ignore_index,
@@ -40,11 +40,11 @@ def softmax_grad_kernel(
     HAS_SOFTCAP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tiles = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row_mask = rows < N
+    tiles = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    row_mask = rows < T
     labels = tl.load(labels_ptr + rows, mask=row_mask, other=ignore_index)
     used = labels != ignore_index
     grad = tl.load(grad_ptr + rows, mask=used, other=0.0)
@@ -55,7 +55,7 @@ def softmax_grad_kernel(
     label_value = grad * one_minus_exp(logps) * slope
 
     mask = (used & row_mask)[:, None] & (tiles < num_tiles)[None, :]
-    partial = tiles.to(tl.int64)[None, :] * N + rows[:, None]
+    partial = tiles.to(tl.int64)[None, :] * T + rows[:, None]
     shift = tl.load(tile_shift_ptr + partial, mask=mask, other=float("-inf"))
     row_factor = -grad * linear_slope(logit_scale, temperature)
     factor = row_factor[:, None] * tl.exp((shift - lse[:, None]).to(tl.float32))
@@ -72,39 +72,39 @@ def softmax_grad_kernel(
 
 def softmax_grad_(
     exps: torch.Tensor,
-    grad_N: torch.Tensor,
+    grad_T: torch.Tensor,
     head: Head,
-    labels_N: torch.Tensor,
-    stats: LinearStats,
+    labels_T: torch.Tensor,
+    scores: RowScores,
     *,
     ignore_index: int,
 ) -> torch.Tensor:
-    """Overwrite `exps` with d(sum grad * logps)/dbiased and return its [N, V] part; exactly 0 on ignored rows.
+    """Overwrite `exps` with d(sum grad * logps)/dbiased and return its [T, V] part; exactly 0 on ignored rows.
 
-    grad_N is fp32, the upstream gradient of each row's log-prob; `stats` come from the call that filled `exps`.
+    grad_T is fp32, the upstream gradient of each row's log-prob; `scores` come from the call that filled `exps`.
     """
-    N, V = labels_N.shape[0], head.weight_VD.shape[0]
-    num_tiles = triton.cdiv(V, stats.width)
-    block_n, block_t = 8, 512 // stats.width
+    T, V = labels_T.shape[0], head.weight_VD.shape[0]
+    num_tiles = triton.cdiv(V, scores.width)
+    block_n, block_t = 8, 512 // scores.width
     with on_device(exps.device):
-        softmax_grad_kernel[(triton.cdiv(N, block_n), triton.cdiv(num_tiles, block_t))](
+        softmax_grad_kernel[(triton.cdiv(T, block_n), triton.cdiv(num_tiles, block_t))](
             exps,
-            grad_N,
-            stats.label_logit_N,
-            stats.logps_N,
-            stats.lse_N,
-            labels_N,
-            stats.tile_shift_TN,
+            grad_T,
+            scores.label_logit_T,
+            scores.logps_T,
+            scores.lse_T,
+            labels_T,
+            scores.tile_shift_JT,
             exps.stride(0),
-            N,
+            T,
             V,
             num_tiles,
             ignore_index,
             **final_scalars(head),
-            WIDTH=stats.width,
+            WIDTH=scores.width,
             BLOCK_N=block_n,
-            BLOCK_T=block_t,
+            BLOCK_J=block_t,
             num_warps=4,
             **COMPILATION,
         )
-    return exps[:N, :V]
+    return exps[:T, :V]

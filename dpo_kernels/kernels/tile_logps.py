@@ -1,10 +1,10 @@
 """Log-probs of labels from hidden states and a head weight, without the logits: one product over the head (1G).
 
-Legend: N rows, D hidden size, V vocabulary (or a slice of it), T column tiles.
+Legend: T rows, D hidden size, V vocabulary (or a slice of it), J column tiles.
 1. linear_stats_fwd_kernel: logits tile -> per row a shift, the sum of exp(z - shift), and the label's logit. On request
    also exp(z - shift) itself, times the softcap's part of dz/dbiased: the raw material of every gradient. The rest of
    dz/dbiased, one number, comes later: in float16 there is no room for it beside e^10.
-2. `row_state`: the T partials of a row -> log-sum-exp and log-prob, in a fixed order.
+2. `row_state`: the J partials of a row -> log-sum-exp and log-prob, in a fixed order.
 Sums leave the label out, so that 1 - p[label] keeps its accuracy when p[label] is near 1. Tiles share no state: no
 atomics, no locks, and two runs are bitwise equal.
 """
@@ -29,7 +29,7 @@ from dpo_kernels.kernels.logits_tile import (
     tile_position,
     tile_product,
 )
-from dpo_kernels.kernels.row_state import RowState, TileStats, finish_stats, merge_stats, merge_tokens
+from dpo_kernels.kernels.row_state import RowState, TilePartials, finish_rows, merge_partials, merge_tokens
 from dpo_kernels.kernels.tile_config import TileConfig
 from dpo_kernels.kernels.tile_mass import tile_mass
 from dpo_kernels.kernels.token_stats import NUM_PARTIALS, finish_token_stats, write_partials
@@ -48,7 +48,7 @@ PARTIAL_BYTES = 128 * 2**20
         "token_stats_ptr",
         "token_stats_stride",
         "first_col",
-        "N",
+        "T",
     ]
 )
 def linear_stats_fwd_kernel(
@@ -67,7 +67,7 @@ def linear_stats_fwd_kernel(
     exp_stride,
     token_stats_stride,
     first_col,
-    N,
+    T,
     V,
     D,
     logit_scale,
@@ -90,11 +90,11 @@ def linear_stats_fwd_kernel(
     SPLIT: tl.constexpr,
     JOINED: tl.constexpr,
 ):
-    tile_n, tile_v = tile_position(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
+    tile_n, tile_v = tile_position(tl.program_id(0), tl.cdiv(T, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
     row_start = tile_n * BLOCK_N
     col_start = tile_v * BLOCK_V
     rows = row_start + tl.arange(0, BLOCK_N)
-    row_mask = rows < N
+    row_mask = rows < T
     # What belongs to rows is loaded ahead of the product, which hides how long that takes.
     label_cols = local_labels(tl.load(labels_ptr + rows, mask=row_mask, other=-1), first_col)
     row_shift = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -105,7 +105,7 @@ def linear_stats_fwd_kernel(
     cols = col_start + tl.arange(0, BLOCK_V)
     acc = bias_tile(bias_ptr, cols, V, BLOCK_N, BLOCK_V, HAS_BIAS)
     acc = tile_product(
-        acc, hidden, weight, hidden_stride, weight_stride, row_start, col_start, N, V, D,
+        acc, hidden, weight, hidden_stride, weight_stride, row_start, col_start, T, V, D,
         BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, USE_TMA, PRECISION,
     )  # fmt: skip
 
@@ -138,7 +138,7 @@ def linear_stats_fwd_kernel(
         exps = exp(part - tl.where(shift == float("-inf"), 0.0, shift)[:, None])
         total += tl.sum(exps, axis=1)
         if not JOINED or half == HALVES - 1:
-            partial = (half_start // (BLOCK_V if JOINED else HALF)).to(tl.int64) * N + rows
+            partial = (half_start // (BLOCK_V if JOINED else HALF)).to(tl.int64) * T + rows
             tl.store(tile_shift_ptr + partial, shift, mask=row_mask)
             tl.store(tile_sum_ptr + partial, total, mask=row_mask)
             total = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -169,33 +169,33 @@ def tile_shift(z, row_shift, HAS_ROW_SHIFT: tl.constexpr, SHIFT_SLACK: tl.conste
     return shift
 
 
-class LinearStats(NamedTuple):
+class RowScores(NamedTuple):
     """What one product tells of each row."""
 
-    logps_N: torch.Tensor
+    logps_T: torch.Tensor
     """fp32 log-prob of the label, 0 where ignored."""
-    lse_N: torch.Tensor
+    lse_T: torch.Tensor
     """fp64 log-sum-exp: near 1e4 fp32 is too coarse to give softmax = exp(z - lse) back."""
-    label_logit_N: torch.Tensor
+    label_logit_T: torch.Tensor
     """fp32 logit of the label; anything where it is ignored or no class."""
-    tile_shift_TN: torch.Tensor
+    tile_shift_JT: torch.Tensor
     """fp32 shift of each `width` columns: all of them with `exps`, else of the last slice."""
     width: int
-    token_stats_KN: torch.Tensor | None = None
+    token_stats_KT: torch.Tensor | None = None
     """fp32, in the order of `token_stats.TOKEN_STATS`, when asked for."""
-    mass_NC: torch.Tensor | None = None
+    mass_TC: torch.Tensor | None = None
     """fp32 probability of tiles of `mass_columns` columns without the label's own, when asked for."""
 
 
-def empty_exps(hidden_ND: torch.Tensor, V: int) -> torch.Tensor:
-    """Room for `tile_stats` to write exponentials in, padded to whole tiles; its first N rows and V columns count."""
-    rows = triton.cdiv(hidden_ND.shape[0], MAX_BLOCK) * MAX_BLOCK
-    return torch.empty(rows, triton.cdiv(V, MAX_BLOCK) * MAX_BLOCK, dtype=hidden_ND.dtype, device=hidden_ND.device)
+def empty_exps(hidden_TD: torch.Tensor, V: int) -> torch.Tensor:
+    """Room for exponentials (see `tile_partials`), padded to whole tiles; its first T rows and V columns count."""
+    rows = triton.cdiv(hidden_TD.shape[0], MAX_BLOCK) * MAX_BLOCK
+    return torch.empty(rows, triton.cdiv(V, MAX_BLOCK) * MAX_BLOCK, dtype=hidden_TD.dtype, device=hidden_TD.device)
 
 
-def check_whole_tiles(buffer: torch.Tensor, config: TileConfig, N: int, V: int) -> None:
+def check_whole_tiles(buffer: torch.Tensor, config: TileConfig, T: int, V: int) -> None:
     """Kernels write whole tiles, without a mask."""
-    rows, columns = triton.cdiv(N, config.block_n) * config.block_n, triton.cdiv(V, config.block_v) * config.block_v
+    rows, columns = triton.cdiv(T, config.block_n) * config.block_n, triton.cdiv(V, config.block_v) * config.block_v
     assert buffer.stride(1) == 1
     assert buffer.shape[0] >= rows, (buffer.shape, rows)
     assert buffer.shape[1] >= columns, (buffer.shape, columns)
@@ -206,110 +206,111 @@ def partial_width(tile: TileLaunch, *, joined: bool) -> int:
     return tile.config.block_v if joined or not tile.meta["SPLIT"] else tile.config.block_v // 2
 
 
-def tile_stats(
-    hidden_ND: torch.Tensor,
+def tile_partials(
+    hidden_TD: torch.Tensor,
     head: Head,
-    labels_N: torch.Tensor,
-    label_logit_N: torch.Tensor,
+    labels_T: torch.Tensor,
+    label_logit_T: torch.Tensor,
     *,
     first_col: int = 0,
     exps: torch.Tensor | None = None,
-    row_shift_N: torch.Tensor | None = None,
+    row_shift_T: torch.Tensor | None = None,
     token_stats: bool = False,
     config: TileConfig | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> TileStats:
+) -> TilePartials:
     """Partials of a slice of the vocabulary, which begins at column `first_col`; `head` is the slice's own.
 
-    Fills label_logit_N where the label is one of these columns, and `exps` (from `empty_exps`) with
-    exp(z - shift) * dz/dbiased / (logit_scale / temperature), 0 at the label. With row_shift_N a tile keeps the row's
+    Fills label_logit_T where the label is one of these columns, and `exps` (from `empty_exps`) with
+    exp(z - shift) * dz/dbiased / (logit_scale / temperature), 0 at the label. With row_shift_T a tile keeps the row's
     shift unless it would overflow.
-    With `token_stats` the result holds their partials, too. `out` is where shifts and sums go, [T, N] each.
+    With `token_stats` the result holds their partials, too. `out` is where shifts and sums go, [J, T] each.
     """
-    (N, D), V = hidden_ND.shape, head.weight_VD.shape[0]
+    (T, D), V = hidden_TD.shape, head.weight_VD.shape[0]
     kernel = "linear_stats" if exps is None else "linear_exps"
     heavy = token_stats or head.softcap is not None
-    tile = TileLaunch(kernel, hidden_ND, head.weight_VD, heavy=heavy, config=config)
+    tile = TileLaunch(kernel, hidden_TD, head.weight_VD, heavy=heavy, config=config)
     if exps is not None:
-        check_whole_tiles(exps, tile.config, N, V)
+        check_whole_tiles(exps, tile.config, T, V)
     # Less to hold beside exponentials; without them a filter wants narrow tiles, and the same numbers as without one.
     joined = exps is not None and not token_stats
     width = partial_width(tile, joined=joined)
     # Whole tiles, so that the second half of the last one, which may lie past V, has its place too.
     num_tiles = triton.cdiv(V, tile.config.block_v) * (tile.config.block_v // width)
     if out is None:
-        shift_TN = torch.empty((num_tiles, N), dtype=torch.float32, device=hidden_ND.device)
-        sum_TN = torch.empty_like(shift_TN)
+        shift_JT = torch.empty((num_tiles, T), dtype=torch.float32, device=hidden_TD.device)
+        sum_JT = torch.empty_like(shift_JT)
     else:
-        shift_TN, sum_TN = out
-    assert shift_TN.shape == sum_TN.shape == (num_tiles, N)
-    partials_5TN = shift_TN.new_empty(NUM_PARTIALS, *shift_TN.shape) if token_stats else None
-    with on_device(hidden_ND.device):
+        shift_JT, sum_JT = out
+    assert shift_JT.shape == sum_JT.shape == (num_tiles, T)
+    partials_5JT = shift_JT.new_empty(NUM_PARTIALS, *shift_JT.shape) if token_stats else None
+    with on_device(hidden_TD.device):
         linear_stats_fwd_kernel[(tile.num_programs,)](
             tile.hidden,
             tile.weight,
             head.bias_V,
-            labels_N,
-            row_shift_N,
-            shift_TN,
-            sum_TN,
-            label_logit_N,
+            labels_T,
+            row_shift_T,
+            shift_JT,
+            sum_JT,
+            label_logit_T,
             exps,
-            partials_5TN,
+            partials_5JT,
             *tile.strides,
             0 if exps is None else exps.stride(0),
-            shift_TN.numel(),
+            shift_JT.numel(),
             first_col,
-            N,
+            T,
             V,
             D,
             **epilogue_arguments(head),
-            HAS_ROW_SHIFT=row_shift_N is not None,
+            HAS_ROW_SHIFT=row_shift_T is not None,
             WRITE_EXP=exps is not None,
             TOKEN_STATS=token_stats,
             JOINED=joined,
             # exp(10) is below the largest float16, 6.6e4; exp(24) is no more than fp32 sums take without loss.
-            SHIFT_SLACK=10.0 if hidden_ND.dtype == torch.float16 else 24.0,
+            SHIFT_SLACK=10.0 if hidden_TD.dtype == torch.float16 else 24.0,
             **tile.meta,
         )
-    return TileStats(shift_TN, sum_TN, width, partials_5TN)
+    return TilePartials(shift_JT, sum_JT, width, partials_5JT)
 
 
-def linear_stats(
-    hidden_ND: torch.Tensor,
+def score_rows(
+    hidden_TD: torch.Tensor,
     head: Head,
-    labels_N: torch.Tensor,
+    labels_T: torch.Tensor,
     *,
     ignore_index: int,
     exps: torch.Tensor | None = None,
     token_stats: bool = False,
     mass_columns: int | None = None,
     config: TileConfig | None = None,
-) -> LinearStats:
-    """Log-probs and log-sum-exps of N > 0 rows over the whole vocabulary; `exps` and `token_stats` as in `tile_stats`.
+) -> RowScores:
+    """Log-probs and log-sum-exps of T > 0 rows over the whole vocabulary.
 
+    `exps` and `token_stats` are as in `tile_partials`.
     With `mass_columns` also the mass of each row's tiles of as many columns.
     A label outside [0, V) that is not ignored gives NaN and reads nothing.
     Workspace: PARTIAL_BYTES; with `exps` or `mass_columns` the shifts and sums of all tiles, too.
     """
-    N, V = hidden_ND.shape[0], head.weight_VD.shape[0]
+    T, V = hidden_TD.shape[0], head.weight_VD.shape[0]
     heavy = token_stats or head.softcap is not None
     kernel = "linear_stats" if exps is None else "linear_exps"
-    tile = TileLaunch(kernel, hidden_ND, head.weight_VD, heavy=heavy, config=config)
-    state = RowState.empty(hidden_ND, token_stats=token_stats)
+    tile = TileLaunch(kernel, hidden_TD, head.weight_VD, heavy=heavy, config=config)
+    state = RowState.empty(hidden_TD, token_stats=token_stats)
     width = partial_width(tile, joined=exps is not None and not token_stats)
-    columns = V if exps is not None else stats_columns(N, width, token_stats=token_stats)
+    columns = V if exps is not None else stats_columns(T, width, token_stats=token_stats)
     whole = None
     if mass_columns is not None:
         num_tiles = triton.cdiv(V, tile.config.block_v) * (tile.config.block_v // width)
-        whole = torch.empty(2, num_tiles, N, dtype=torch.float32, device=hidden_ND.device)
+        whole = torch.empty(2, num_tiles, T, dtype=torch.float32, device=hidden_TD.device)
     for start in range(0, V, columns):
         tiles = slice(start // width, (start + columns) // width)
-        stats = tile_stats(
-            hidden_ND,
+        partials = tile_partials(
+            hidden_TD,
             head.columns(slice(start, start + columns)),
-            labels_N,
-            state.label_logit_N,
+            labels_T,
+            state.label_logit_T,
             first_col=start,
             exps=exps,
             token_stats=token_stats,
@@ -317,22 +318,22 @@ def linear_stats(
             out=None if whole is None else (whole[0, tiles], whole[1, tiles]),
         )
         if start + columns < V:
-            merge_stats(stats, state, first=start == 0)
+            merge_partials(partials, state, first=start == 0)
             # Given back before the next ones are asked for.
-            del stats
-    merge_tokens(stats, state, first=start == 0)
-    logps_N, lse_N = finish_stats(stats, state, labels_N, V=V, ignore_index=ignore_index, first=start == 0)
-    token_stats_KN = None
-    if state.token_stats_7N is not None:
-        rows = (labels_N, state.label_logit_N, logps_N, lse_N)
-        token_stats_KN = finish_token_stats(state.token_stats_7N, *rows, V=V, ignore_index=ignore_index)
-    mass_NC = None
+            del partials
+    merge_tokens(partials, state, first=start == 0)
+    logps_T, lse_T = finish_rows(partials, state, labels_T, V=V, ignore_index=ignore_index, first=start == 0)
+    token_stats_KT = None
+    if state.token_stats_7T is not None:
+        rows = (labels_T, state.label_logit_T, logps_T, lse_T)
+        token_stats_KT = finish_token_stats(state.token_stats_7T, *rows, V=V, ignore_index=ignore_index)
+    mass_TC = None
     if whole is not None and mass_columns is not None:
-        mass_NC = tile_mass(whole[0], whole[1], lse_N, width=width, columns=mass_columns, V=V)
-    return LinearStats(logps_N, lse_N, state.label_logit_N, stats.shift_TN, width, token_stats_KN, mass_NC)
+        mass_TC = tile_mass(whole[0], whole[1], lse_T, width=width, columns=mass_columns, V=V)
+    return RowScores(logps_T, lse_T, state.label_logit_T, partials.shift_JT, width, token_stats_KT, mass_TC)
 
 
-def stats_columns(N: int, width: int, *, token_stats: bool) -> int:
+def stats_columns(T: int, width: int, *, token_stats: bool) -> int:
     """Columns of a slice, in whole tiles, whose partials of `width` columns take PARTIAL_BYTES."""
-    tile_bytes = N * 4 * (2 + NUM_PARTIALS if token_stats else 2)
+    tile_bytes = T * 4 * (2 + NUM_PARTIALS if token_stats else 2)
     return max(1, PARTIAL_BYTES // tile_bytes * width // MAX_BLOCK) * MAX_BLOCK

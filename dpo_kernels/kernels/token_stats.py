@@ -1,6 +1,6 @@
 """Statistics of each row's distribution from the tiles of the forward product: no further product.
 
-Legend: N rows, V vocabulary, T column tiles, K statistics in the order of TOKEN_STATS. z are logits, p their softmax.
+Legend: T rows, V vocabulary, J column tiles, K statistics in the order of TOKEN_STATS. z are logits, p their softmax.
 Like the sums of `tile_logps`, partials leave the label out; finishing adds it.
 
 1. write_partials: five numbers of each row and tile, in the epilogue of the forward product.
@@ -36,24 +36,24 @@ def write_partials(z, exps, shift, cols, label_cols, V, partial_ptr, plane, mask
     tl.store(partial_ptr + 4 * plane, tl.max(tl.where(before, float("-inf"), z), axis=1), mask=mask)
 
 
-@triton.jit(do_not_specialize=["partial_ptr", "tile_shift_ptr", "tile_sum_ptr", "state_ptr", "plane", "N", "num_tiles"])
+@triton.jit(do_not_specialize=["partial_ptr", "tile_shift_ptr", "tile_sum_ptr", "state_ptr", "plane", "T", "num_tiles"])
 def merge_token_stats_kernel(
     partial_ptr,
     tile_shift_ptr,
     tile_sum_ptr,
     state_ptr,
     plane,
-    N,
+    T,
     num_tiles,
     FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
     """The tiles of one more slice into the state; FIRST starts it."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < N
+    row_mask = rows < T
     plane = tl.cast(plane, tl.int64)
-    state_plane = tl.cast(N, tl.int64)
+    state_plane = tl.cast(T, tl.int64)
     state_ptrs = state_ptr + rows
     if FIRST:
         row_shift = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
@@ -71,10 +71,10 @@ def merge_token_stats_kernel(
         row_logits = tl.load(state_ptrs + 4 * state_plane, mask=row_mask, other=0.0)
         row_before = tl.load(state_ptrs + 5 * state_plane, mask=row_mask, other=0.0)
         row_after = tl.load(state_ptrs + 6 * state_plane, mask=row_mask, other=0.0)
-    for start in range(0, num_tiles, BLOCK_T):
-        tiles = start + tl.arange(0, BLOCK_T)
+    for start in range(0, num_tiles, BLOCK_J):
+        tiles = start + tl.arange(0, BLOCK_J)
         mask = (tiles < num_tiles)[:, None] & row_mask[None, :]
-        partial = tiles.to(tl.int64)[:, None] * N + rows[None, :]
+        partial = tiles.to(tl.int64)[:, None] * T + rows[None, :]
         shift = tl.load(tile_shift_ptr + partial, mask=mask, other=float("-inf"))
         tile_sum = tl.load(tile_sum_ptr + partial, mask=mask, other=0.0)
         new_shift = tl.maximum(row_shift, tl.max(shift, axis=0))
@@ -104,7 +104,7 @@ def merge_token_stats_kernel(
     tl.store(state_ptrs + 6 * state_plane, row_after, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["state_ptr", "labels_ptr", "label_logit_ptr", "logps_ptr", "lse_ptr", "stats_ptr", "N"])
+@triton.jit(do_not_specialize=["state_ptr", "labels_ptr", "label_logit_ptr", "logps_ptr", "lse_ptr", "stats_ptr", "T"])
 def finish_token_stats_kernel(
     state_ptr,
     labels_ptr,
@@ -112,14 +112,14 @@ def finish_token_stats_kernel(
     logps_ptr,
     lse_ptr,
     stats_ptr,
-    N,
+    T,
     V,
     ignore_index,
     BLOCK_N: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < N
-    plane = tl.cast(N, tl.int64)
+    row_mask = rows < T
+    plane = tl.cast(T, tl.int64)
     labels = tl.load(labels_ptr + rows, mask=row_mask, other=ignore_index)
     used = labels != ignore_index
     label_logit = tl.load(label_logit_ptr + rows, mask=used & (labels >= 0) & (labels < V), other=float("nan"))
@@ -150,58 +150,58 @@ def finish_token_stats_kernel(
 
 
 def merge_token_stats(
-    state_7N: torch.Tensor,
-    shift_TN: torch.Tensor,
-    sum_TN: torch.Tensor,
-    partials_5TN: torch.Tensor,
+    state_7T: torch.Tensor,
+    shift_JT: torch.Tensor,
+    sum_JT: torch.Tensor,
+    partials_5JT: torch.Tensor,
     *,
     first: bool,
 ) -> None:
     """Merge the partials of one more slice into the state, in place; `first` starts it anew."""
-    num_tiles, N = shift_TN.shape
-    with on_device(state_7N.device):
-        merge_token_stats_kernel[(triton.cdiv(N, 32),)](
-            partials_5TN,
-            shift_TN,
-            sum_TN,
-            state_7N,
-            partials_5TN.stride(0),
-            N,
+    num_tiles, T = shift_JT.shape
+    with on_device(state_7T.device):
+        merge_token_stats_kernel[(triton.cdiv(T, 32),)](
+            partials_5JT,
+            shift_JT,
+            sum_JT,
+            state_7T,
+            partials_5JT.stride(0),
+            T,
             num_tiles,
             FIRST=first,
             BLOCK_N=32,
-            BLOCK_T=32,
+            BLOCK_J=32,
             num_warps=4,
             **COMPILATION,
         )
 
 
 def finish_token_stats(
-    state_7N: torch.Tensor,
-    labels_N: torch.Tensor,
-    label_logit_N: torch.Tensor,
-    logps_N: torch.Tensor,
-    lse_N: torch.Tensor,
+    state_7T: torch.Tensor,
+    labels_T: torch.Tensor,
+    label_logit_T: torch.Tensor,
+    logps_T: torch.Tensor,
+    lse_T: torch.Tensor,
     *,
     V: int,
     ignore_index: int,
 ) -> torch.Tensor:
-    """[K, N] in fp32 from a state over the whole vocabulary; a top-1 hit is 1, ignored rows are 0."""
-    N = labels_N.shape[0]
-    stats_KN = torch.empty(len(TOKEN_STATS), N, dtype=torch.float32, device=labels_N.device)
-    with on_device(labels_N.device):
-        finish_token_stats_kernel[(triton.cdiv(N, 128),)](
-            state_7N,
-            labels_N,
-            label_logit_N,
-            logps_N,
-            lse_N,
-            stats_KN,
-            N,
+    """[K, T] in fp32 from a state over the whole vocabulary; a top-1 hit is 1, ignored rows are 0."""
+    T = labels_T.shape[0]
+    stats_KT = torch.empty(len(TOKEN_STATS), T, dtype=torch.float32, device=labels_T.device)
+    with on_device(labels_T.device):
+        finish_token_stats_kernel[(triton.cdiv(T, 128),)](
+            state_7T,
+            labels_T,
+            label_logit_T,
+            logps_T,
+            lse_T,
+            stats_KT,
+            T,
             V,
             ignore_index,
             BLOCK_N=128,
             num_warps=4,
             **COMPILATION,
         )
-    return stats_KN
+    return stats_KT

@@ -27,7 +27,7 @@ from dpo_kernels.kernels.launch import MAX_BLOCK, TileLaunch, obstacle
 from dpo_kernels.kernels.paired_loss import KERNEL_LOSSES, PairTerms, launch_pairs
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
-from dpo_kernels.kernels.tile_logps import LinearStats, empty_exps, linear_stats, partial_width
+from dpo_kernels.kernels.tile_logps import RowScores, empty_exps, partial_width, score_rows
 from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
 from dpo_kernels.linear_dpo.interface import PairLosses, PairScorer, Want
 
@@ -232,14 +232,14 @@ class _Call:
     def whole_pairs(self, chunk: Chunk, offsets: list[int]) -> tuple[Tensor, Tensor]:
         """Slopes are known before the gradients are formed."""
         rows = slice(offsets[0], offsets[-1])
-        stats = self._stats(rows)
-        logps_n = self._log_probs(stats)
+        scored = self._score_blocks(rows)
+        logps_n = self._log_probs(scored)
         scores = launch_pairs(
             logps_n, self.terms, first_pair=chunk.first_pair, num_pairs=chunk.num_pairs, first_row=rows.start
         )
-        if stats:
-            grad_n = scores.grad_N if self.unit is None else scores.grad_N / self._raise_unit(scores.slopes_S)
-            gradient_nV = self._products_gradient(rows, grad_n, stats)
+        if scored:
+            grad_n = scores.grad_T if self.unit is None else scores.grad_T / self._raise_unit(scores.slopes_S)
+            gradient_nV = self._products_gradient(rows, grad_n, scored)
             if self.dX_TD is not None:
                 add_product_(self.dX_TD[rows], gradient_nV, self.head.weight_VD, first=True)
                 if self.unit is not None:
@@ -278,11 +278,11 @@ class _Call:
             db_V = None if self.db_V is None else torch.zeros_like(self.db_V)
             for part in even_slices(stop - start, max_rows):
                 rows = slice(start + part.start, start + part.stop)
-                stats = self._stats(rows)
-                logps.append(self._log_probs(stats))
-                gradient_nV = self._products_gradient(rows, torch.full_like(logps[-1], 1 / waiting), stats)
+                scored = self._score_blocks(rows)
+                logps.append(self._log_probs(scored))
+                gradient_nV = self._products_gradient(rows, torch.full_like(logps[-1], 1 / waiting), scored)
                 # Given back before the next ones are asked for.
-                del stats
+                del scored
                 if self.dX_TD is not None:
                     add_product_(self.dX_TD[rows], gradient_nV, self.head.weight_VD, first=True)
                 if dW_VD is not None:
@@ -308,11 +308,11 @@ class _Call:
                 self.db_V.addcmul_(db_V, slope)
         return scores.losses_P, scores.logps_S
 
-    def _stats(self, rows: slice) -> list[LinearStats]:
+    def _score_blocks(self, rows: slice) -> list[RowScores]:
         """Log-probs of some rows, launch by launch; their exponentials stay in the buffer."""
         hidden_nD, labels_n = self.hidden_TD[rows], self.labels_T[rows]
-        stats = [
-            linear_stats(
+        scored = [
+            score_rows(
                 hidden_nD[block],
                 self.head,
                 labels_n[block],
@@ -322,21 +322,21 @@ class _Call:
             )
             for block in self._blocks(hidden_nD.shape[0])
         ]
-        self.found_stats += [block.token_stats_KN for block in stats if block.token_stats_KN is not None]
-        return stats
+        self.found_stats += [block.token_stats_KT for block in scored if block.token_stats_KT is not None]
+        return scored
 
-    def _log_probs(self, stats: list[LinearStats]) -> Tensor:
-        return torch.cat([self.hidden_TD.new_empty(0, dtype=torch.float32), *(block.logps_N for block in stats)])
+    def _log_probs(self, scored: list[RowScores]) -> Tensor:
+        return torch.cat([self.hidden_TD.new_empty(0, dtype=torch.float32), *(block.logps_T for block in scored)])
 
-    def _products_gradient(self, rows: slice, grad_n: Tensor, stats: list[LinearStats]) -> Tensor:
+    def _products_gradient(self, rows: slice, grad_n: Tensor, scored: list[RowScores]) -> Tensor:
         labels_n = self.labels_T[rows]
-        for block, block_stats in zip(self._blocks(labels_n.shape[0]), stats, strict=True):
+        for block, block_scores in zip(self._blocks(labels_n.shape[0]), scored, strict=True):
             softmax_grad_(
                 self.exps[block.start :],
                 grad_n[block],
                 self.head,
                 labels_n[block],
-                block_stats,
+                block_scores,
                 ignore_index=self.ignore_index,
             )
         return self.exps[: labels_n.shape[0], : self.head.weight_VD.shape[0]]

@@ -21,7 +21,7 @@ from dpo_kernels.kernels.launch import TileLaunch, multiprocessors, obstacle
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.tile_config import MAX_BLOCK
-from dpo_kernels.kernels.tile_logps import PARTIAL_BYTES, empty_exps, linear_stats, partial_width
+from dpo_kernels.kernels.tile_logps import PARTIAL_BYTES, empty_exps, partial_width, score_rows
 from dpo_kernels.kernels.token_stats import NUM_PARTIALS, TOKEN_STATS
 from dpo_kernels.linear_logps.interface import Scores, Want
 from dpo_kernels.linear_logps.tile_filter import COLUMNS
@@ -56,8 +56,8 @@ def forward(hidden_TD: Tensor, head: Head, labels_T: Tensor, *, ignore_index: in
         logps_T, lse_T, dx_TD, stats_KT = frozen_head(hidden_TD, head, labels_T, slice_columns=columns, **common)
     else:
         mass_columns = COLUMNS if want.tile_mass else None
-        found = linear_stats(hidden_TD, head, labels_T, mass_columns=mass_columns, **common)
-        logps_T, lse_T, stats_KT, mass_TC = found.logps_N, found.lse_N, found.token_stats_KN, found.mass_NC
+        found = score_rows(hidden_TD, head, labels_T, mass_columns=mass_columns, **common)
+        logps_T, lse_T, stats_KT, mass_TC = found.logps_T, found.lse_T, found.token_stats_KT, found.mass_TC
     if stats_KT is not None:
         stats_KT = torch.stack([stats_KT[STATS.index(name)] for name in want.stats])
     return Scores(logps_T, lse_T, dx_TD, stats_KT, mass_TC)

@@ -1,6 +1,6 @@
 """What is tuned: the launches that the ops make at a model's shape, on tensors of the tuner's own.
 
-Legend: N rows, D hidden size, V columns of one launch: the vocabulary, or a slice of it.
+Legend: T rows, D hidden size, V columns of one launch: the vocabulary, or a slice of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dpo_kernels.head import Head
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
 from dpo_kernels.kernels.tile_config import TileConfig, tile_config
-from dpo_kernels.kernels.tile_logps import LinearStats, empty_exps, linear_stats, tile_stats
+from dpo_kernels.kernels.tile_logps import RowScores, empty_exps, score_rows, tile_partials
 from dpo_kernels.kernels.token_stats import TOKEN_STATS
 from dpo_kernels.linear_dpo.triton_pairs import chunk_rows
 from dpo_kernels.linear_logps.triton_tiles import slice_columns
@@ -28,7 +28,7 @@ class Problem:
 
     kernel: str
     dtype: torch.dtype
-    N: int
+    T: int
     D: int
     V: int
     heavy: bool
@@ -92,28 +92,28 @@ class Workload:
 
     def __init__(self, problem: Problem, device: torch.device):
         self.problem = problem
-        N, D, V, dtype = problem.N, problem.D, problem.V, problem.dtype
+        T, D, V, dtype = problem.T, problem.D, problem.V, problem.dtype
         meta = device.type == "meta"
         generator = None if meta else torch.Generator(device).manual_seed(0)
-        self.hidden_ND = torch.randn(N, D, device=device, generator=generator, dtype=dtype)
+        self.hidden_TD = torch.randn(T, D, device=device, generator=generator, dtype=dtype)
         # Logits of order 1, as a model's are.
         weight_VD = torch.randn(V, D, device=device, generator=generator, dtype=dtype).mul_(D**-0.5)
         self.head = Head(weight_VD, softcap=30.0 if problem.heavy else None)
-        self.labels_N = torch.randint(V, (N,), device=device, generator=generator)
-        self.row_N = torch.ones(N, device=device)
-        self.buffer = self.hidden_ND.new_empty(0)
-        self.lse_N = self.row_N.double()
+        self.labels_T = torch.randint(V, (T,), device=device, generator=generator)
+        self.row_T = torch.ones(T, device=device)
+        self.buffer = self.hidden_TD.new_empty(0)
+        self.lse_T = self.row_T.double()
         if problem.kernel != "linear_stats":
-            self.buffer = empty_exps(self.hidden_ND, V)
+            self.buffer = empty_exps(self.hidden_TD, V)
         if problem.kernel == "slice_grad" and not meta:
-            self.lse_N = self._stats(None).lse_N
+            self.lse_T = self._scores(None).lse_T
 
-    def launch(self, config: TileConfig) -> LinearStats | None:
+    def launch(self, config: TileConfig) -> RowScores | None:
         """What is timed."""
         if self.problem.kernel == "slice_grad":
             self._slice_grad(self.head, config)
             return None
-        return self._stats(config)
+        return self._scores(config)
 
     def launch_heaviest(self, config: TileConfig) -> None:
         """With everything on that the configuration has to serve: what compilation is checked with."""
@@ -122,13 +122,13 @@ class Workload:
             self._slice_grad(head, config)
             return
         exps = self.buffer if self.problem.kernel == "linear_exps" else None
-        tile_stats(
-            self.hidden_ND,
+        tile_partials(
+            self.hidden_TD,
             head,
-            self.labels_N,
-            self.row_N,
+            self.labels_T,
+            self.row_T,
             exps=exps,
-            row_shift_N=None if exps is None else self.row_N,
+            row_shift_T=None if exps is None else self.row_T,
             token_stats=self.problem.heavy,
             config=config,
         )
@@ -136,45 +136,45 @@ class Workload:
     def result(self, config: TileConfig) -> list[torch.Tensor]:
         """What the launch computes, in a form that does not depend on tile shapes; gradients lie in the buffer."""
         self.buffer.fill_(float("nan"))
-        stats = self.launch(config)
-        if stats is None:
-            return [self.buffer[: self.problem.N, : self.problem.V]]
-        numbers = [stats.logps_N, stats.lse_N]
-        if stats.token_stats_KN is not None:
+        scores = self.launch(config)
+        if scores is None:
+            return [self.buffer[: self.problem.T, : self.problem.V]]
+        numbers = [scores.logps_T, scores.lse_T]
+        if scores.token_stats_KT is not None:
             # A hit may be won or lost by rounding, where two logits are near equal.
             numbers += [
-                row_N for name, row_N in zip(TOKEN_STATS, stats.token_stats_KN, strict=True) if name != "is_top1"
+                row_T for name, row_T in zip(TOKEN_STATS, scores.token_stats_KT, strict=True) if name != "is_top1"
             ]
         if self.problem.kernel == "linear_stats":
             return numbers
-        gradient_NV = softmax_grad_(
+        gradient_TV = softmax_grad_(
             self.buffer,
-            self.row_N,
+            self.row_T,
             self.head,
-            self.labels_N,
-            stats,
+            self.labels_T,
+            scores,
             ignore_index=IGNORED,
         )
-        return [*numbers, gradient_NV]
+        return [*numbers, gradient_TV]
 
     def _slice_grad(self, head: Head, config: TileConfig) -> None:
         slice_grad(
-            self.hidden_ND,
+            self.hidden_TD,
             head,
-            self.labels_N,
-            self.lse_N,
-            self.row_N,
+            self.labels_T,
+            self.lse_T,
+            self.row_T,
             self.buffer,
             first_col=0,
             ignore_index=IGNORED,
             config=config,
         )
 
-    def _stats(self, config: TileConfig | None) -> LinearStats:
-        return linear_stats(
-            self.hidden_ND,
+    def _scores(self, config: TileConfig | None) -> RowScores:
+        return score_rows(
+            self.hidden_TD,
             self.head,
-            self.labels_N,
+            self.labels_T,
             ignore_index=IGNORED,
             exps=self.buffer if self.problem.kernel == "linear_exps" else None,
             token_stats=self.problem.heavy and self.problem.kernel != "slice_grad",

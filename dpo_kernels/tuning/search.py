@@ -48,7 +48,7 @@ class Result:
         problem = self.group[0]
         told = [f"{count} {reason}" for reason, count in sorted(self.flaws.items())]
         told += [f"WRONG NUMBERS: {text}" for text in self.wrong]
-        sizes = ", ".join(f"N={p.N} D={p.D} V={p.V}" for p in self.group)
+        sizes = ", ".join(f"N={p.T} D={p.D} V={p.V}" for p in self.group)
         left_out = f" ({'; '.join(told)})" if told else ""
         return f"{problem.kernel} {dtype_name(problem.dtype)} {sizes}: {self.tried} timed{left_out}"
 
@@ -69,7 +69,7 @@ class Result:
             "device": machine_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,
-            "ms": [{"N": p.N, "D": p.D, "V": p.V, "shipped": before, "best": after} for p, before, after in times],
+            "ms": [{"N": p.T, "D": p.D, "V": p.V, "shipped": before, "best": after} for p, before, after in times],
         }
 
 

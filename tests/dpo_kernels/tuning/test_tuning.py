@@ -106,7 +106,7 @@ def test_every_dense_kernel_of_the_tables_is_tuned():
 
 def test_problems_are_the_launches_of_the_ops():
     groups = problem_groups(command.KERNELS, [(4096, 128256)], dtype=torch.bfloat16, rows=8192, heavy=False)
-    found = {(p.kernel, p.N, p.D, p.V) for group in groups for p in group}
+    found = {(p.kernel, p.T, p.D, p.V) for group in groups for p in group}
     assert ("linear_stats", 8192, 4096, 128256) in found
     assert LLAMA in [p for group in groups for p in group]
     assert ("linear_exps", 8192, 4096, 10240) in found

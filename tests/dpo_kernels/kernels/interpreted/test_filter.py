@@ -14,7 +14,7 @@ from dpo_kernels.head import Head
 from dpo_kernels.kernels.filtered_products import TileLists, add_filtered_dx_, filtered_db, filtered_dw
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.tile_config import TileConfig
-from dpo_kernels.kernels.tile_logps import empty_exps, linear_stats
+from dpo_kernels.kernels.tile_logps import empty_exps, score_rows
 from dpo_kernels.linear_logps import reference
 from dpo_kernels.linear_logps.ops import linear_logps_backward_op, linear_logps_op
 from dpo_kernels.linear_logps.tile_filter import COLUMNS, FILTER_STATS, Kept, kept_elements
@@ -196,7 +196,7 @@ def test_masses_are_those_of_the_softmax(config, scale):
     p = z.softmax(-1) * others
     expected = torch.stack([part.sum(-1) for part in p.split(COLUMNS, dim=1)], dim=1)
     known = used & (problem.labels >= 140)
-    assert_close(stats.mass_NC[known].double(), expected[known], rtol=1e-4 if scale == 1 else 5e-2, atol=1e-12)
+    assert_close(stats.mass_TC[known].double(), expected[known], rtol=1e-4 if scale == 1 else 5e-2, atol=1e-12)
 
 
 class Slice:
@@ -206,12 +206,12 @@ class Slice:
         kept = torch.rand(-(-N // ROWS), first_tile + -(-V // COLUMNS) + 1) < 0.5
         self.lists = TileLists.make(kept, rows=ROWS, columns=COLUMNS)
         self.first_col = first_tile * COLUMNS
-        kept_NV = kept[:, first_tile:].repeat_interleave(ROWS, 0)[:N].repeat_interleave(COLUMNS, 1)
+        kept_TV = kept[:, first_tile:].repeat_interleave(ROWS, 0)[:N].repeat_interleave(COLUMNS, 1)
         width = -(-V // COLUMNS) * COLUMNS
         dense = torch.randn(N, width).to(dtype)
         dense[:, V:] = 0
-        self.grad = dense.masked_fill(~kept_NV[:, :width], torch.nan)[:, :V]
-        self.exact = dense.masked_fill(~kept_NV[:, :width], 0)[:, :V].double()
+        self.grad = dense.masked_fill(~kept_TV[:, :width], torch.nan)[:, :V]
+        self.exact = dense.masked_fill(~kept_TV[:, :width], 0)[:, :V].double()
         self.hidden, self.weight = torch.randn(N, D).to(dtype), torch.randn(V, D).to(dtype)
 
 
@@ -253,7 +253,7 @@ def test_products_of_16_bits(dtype):
 def test_gradient_of_kept_tiles_alone_is_written(config):
     """In whole tiles, 0 past the last column."""
     problem = Problem.make(150, 300, 16)
-    lse = linear_stats(problem.hidden, problem.head, problem.labels, ignore_index=IGNORED).lse_N
+    lse = score_rows(problem.hidden, problem.head, problem.labels, ignore_index=IGNORED).lse_T
     kept = torch.tensor([[True, False, True], [False, False, False], [False, True, True]])
     lists = TileLists.make(kept, rows=ROWS, columns=COLUMNS)
     buffer, upstream = empty_exps(problem.hidden, 300).fill_(torch.nan), torch.randn(150)
@@ -262,11 +262,11 @@ def test_gradient_of_kept_tiles_alone_is_written(config):
         ignore_index=IGNORED, config=config,
     )  # fmt: skip
     buffer = buffer[:150, :384]
-    kept_NV = kept.repeat_interleave(ROWS, 0)[:150].repeat_interleave(COLUMNS, 1)
-    assert buffer[~kept_NV].isnan().all()
-    assert buffer[:, 300:][kept_NV[:, 300:]].eq(0).all()
+    kept_TV = kept.repeat_interleave(ROWS, 0)[:150].repeat_interleave(COLUMNS, 1)
+    assert buffer[~kept_TV].isnan().all()
+    assert buffer[:, 300:][kept_TV[:, 300:]].eq(0).all()
     exact = problem.product_gradient(upstream)
-    inside = kept_NV[:, :300]
+    inside = kept_TV[:, :300]
     assert_close(buffer[:, :300][inside].double(), exact[inside], rtol=1e-4, atol=1e-6)
 
 

@@ -30,7 +30,7 @@ def recomputed(problem: Problem, upstream: torch.Tensor, config: TileConfig = SM
     """The gradient by slices, from the log-sum-exp alone."""
     V = problem.weight.shape[0]
     common = {"ignore_index": IGNORED, "config": config}
-    lse = problem.stats(config).lse_N
+    lse = problem.stats(config).lse_T
     out = torch.full((len(problem.labels), V), torch.nan, dtype=problem.hidden.dtype)
     buffer = empty_exps(problem.hidden, min(V, width)).fill_(torch.nan)
     for start in range(0, V, width):
@@ -194,11 +194,11 @@ def compare_frozen(problem: Problem, slice_columns: int, config: TileConfig = SM
     rival_logps, rival_lse, rival_hidden, *_ = problem.reference(torch.float32)
     (rival_dx,) = torch.autograd.grad(rival_logps.sum(), rival_hidden)
     scale = max(1, lse.detach().abs().max().item())
-    assert_as_good(got.logps_N, rival_logps.detach(), logps.detach(), 4e-7 * scale)
-    assert_as_good(got.lse_N, rival_lse.detach(), lse.detach(), 4e-7)
-    assert got.dx_ND.dtype == problem.hidden.dtype
-    assert_as_good(got.dx_ND, rival_dx, dx, 3 * rounding(problem.hidden.dtype) + 1e-6 * scale)
-    assert (got.dx_ND[problem.labels == IGNORED] == 0).all()
+    assert_as_good(got.logps_T, rival_logps.detach(), logps.detach(), 4e-7 * scale)
+    assert_as_good(got.lse_T, rival_lse.detach(), lse.detach(), 4e-7)
+    assert got.dx_TD.dtype == problem.hidden.dtype
+    assert_as_good(got.dx_TD, rival_dx, dx, 3 * rounding(problem.hidden.dtype) + 1e-6 * scale)
+    assert (got.dx_TD[problem.labels == IGNORED] == 0).all()
     return got
 
 
@@ -236,7 +236,7 @@ def test_frozen_head_confident_rows():
     got = frozen(problem, 128)
     logps, _, leaf, *_ = problem.reference()
     (dx,) = torch.autograd.grad(logps.sum(), leaf)
-    torch.testing.assert_close(got.dx_ND.double(), dx, rtol=0.03, atol=0)
+    torch.testing.assert_close(got.dx_TD.double(), dx, rtol=0.03, atol=0)
 
 
 def test_frozen_head_two_runs_are_bitwise_equal():

@@ -22,8 +22,8 @@ class Batch:
         self.mix = resolve_loss(names, weights)
         self.lengths = torch.tensor(lengths)
         self.cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        self.logps_N = -2 * torch.rand(sum(lengths))
-        sums = torch.stack([part.sum() for part in self.logps_N.split(list(lengths))])
+        self.logps_T = -2 * torch.rand(sum(lengths))
+        sums = torch.stack([part.sum() for part in self.logps_T.split(list(lengths))])
         self.ref_S = sums + torch.randn(len(lengths)) + offset * torch.tensor([1.0, -1.0]).repeat(len(lengths) // 2)
         self.scale_P = torch.rand(len(lengths) // 2) + 0.5
         self.options = options
@@ -42,12 +42,12 @@ class Batch:
         """All pairs, or some, whose rows then begin at 0."""
         num_pairs = len(self.scale_P) if num_pairs is None else num_pairs
         start, stop = self.cu[2 * first_pair].item(), self.cu[2 * (first_pair + num_pairs)].item()
-        rows = self.logps_N[start:stop]
+        rows = self.logps_T[start:stop]
         return launch_pairs(rows, self.terms, first_pair=first_pair, num_pairs=num_pairs, first_row=start)
 
     def expected(self, dtype: torch.dtype = torch.float64):
         """(losses, sums, slopes) from the table and autograd."""
-        rows = self.logps_N.to(dtype)
+        rows = self.logps_T.to(dtype)
         sums = torch.stack([part.sum() for part in rows.split(self.lengths.tolist())]).requires_grad_()
         ref = self.ref_S.to(dtype) if self.mix.needs_reference else None
         pairs = make_pairs(sums, ref, self.lengths.to(dtype), torch.tensor(3.5, dtype=dtype), self.options)
@@ -64,7 +64,7 @@ def compare(batch: Batch, tolerance: float = 4e-6, dtype: torch.dtype = torch.fl
         torch.testing.assert_close(
             value, expected, rtol=tolerance, atol=tolerance * scale, msg=lambda text, name=name: f"{name}: {text}"
         )
-    assert torch.equal(got.grad_N, got.slopes_S.repeat_interleave(batch.lengths))
+    assert torch.equal(got.grad_T, got.slopes_S.repeat_interleave(batch.lengths))
 
 
 def test_every_loss_that_does_not_couple_pairs_has_a_kernel():
@@ -87,7 +87,7 @@ def test_saturated_margins(name, offset):
 @pytest.mark.parametrize("name", KERNEL_LOSSES)
 def test_numbers_that_are_not_finite(name, smoothing, value):
     """Loss and slopes are nan, or infinite, where the table's are: from log-probs, references and weights of pairs."""
-    places = [("logps_N", [0]), ("logps_N", [2]), ("logps_N", [0, 2]), ("ref_S", [0]), ("ref_S", [1])]
+    places = [("logps_T", [0]), ("logps_T", [2]), ("logps_T", [0, 2]), ("ref_S", [0]), ("ref_S", [1])]
     # sft knows nothing of the rejected response, whose slope here is 0 times the weight.
     if value != value and name != "sft":
         places.append(("scale_P", [0]))
@@ -107,7 +107,7 @@ def test_without_smoothing(name):
 def test_orpo_near_certainty():
     """Log-prob per token at 0 and just below it, where the clamp, one rounding unit of fp32, keeps the odds finite."""
     batch = Batch((2, 2, 1, 1), names="orpo")
-    batch.logps_N[:] = torch.tensor([0.0, 0.0, -1e-7, -1e-6, -1e-5, -50.0])
+    batch.logps_T[:] = torch.tensor([0.0, 0.0, -1e-7, -1e-6, -1e-5, -50.0])
     compare(batch, tolerance=1e-4, dtype=torch.float32)
 
 
@@ -133,7 +133,7 @@ def test_some_pairs_of_a_call():
     whole, part = batch.launch(), batch.launch(1, 2)
     assert torch.equal(part.losses_P, whole.losses_P[1:3])
     assert torch.equal(part.slopes_S, whole.slopes_S[2:6])
-    assert torch.equal(part.grad_N, whole.grad_N[batch.cu[2] : batch.cu[6]])
+    assert torch.equal(part.grad_T, whole.grad_T[batch.cu[2] : batch.cu[6]])
 
 
 def test_empty_responses_only():

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dpo_kernels.head import Head
-from dpo_kernels.kernels.row_state import RowState, finish_stats, merge_stats
+from dpo_kernels.kernels.row_state import RowState, finish_rows, merge_partials
 from dpo_kernels.kernels.tile_config import TileConfig
-from dpo_kernels.kernels.tile_logps import empty_exps, linear_stats, tile_stats
+from dpo_kernels.kernels.tile_logps import empty_exps, score_rows, tile_partials
 from tests.dpo_kernels.kernels.interpreted.twin import (
     IGNORED,
     Problem,
@@ -28,13 +28,13 @@ def compare(problem: Problem, config: TileConfig | None = None):
     stats = problem.stats(config)
     exact, lse, *_ = problem.reference()
     rival, rival_lse, *_ = problem.reference(torch.float32)
-    assert stats.logps_N.dtype == torch.float32
-    assert (stats.logps_N[problem.labels == IGNORED] == 0).all()
+    assert stats.logps_T.dtype == torch.float32
+    assert (stats.logps_T[problem.labels == IGNORED] == 0).all()
     # A few rounding units of the largest logit: two correct fp32 sums differ by as much.
     floor = 4e-7
     scale = lse.detach().abs().max().item()
-    assert_as_good(stats.logps_N, rival.detach(), exact.detach(), floor * max(1, scale))
-    assert_as_good(stats.lse_N, rival_lse.detach(), lse.detach(), floor)
+    assert_as_good(stats.logps_T, rival.detach(), exact.detach(), floor * max(1, scale))
+    assert_as_good(stats.lse_T, rival_lse.detach(), lse.detach(), floor)
     return stats
 
 
@@ -70,8 +70,8 @@ def test_each_option(options):
 def test_tensor_descriptors_change_nothing():
     problem = Problem.make(37, 150, 48)
     pointers, descriptors = compare(problem, SMALL), compare(problem, TMA)
-    assert torch.equal(pointers.logps_N, descriptors.logps_N)
-    assert torch.equal(pointers.lse_N, descriptors.lse_N)
+    assert torch.equal(pointers.logps_T, descriptors.logps_T)
+    assert torch.equal(pointers.lse_T, descriptors.lse_T)
 
 
 def test_rows_that_descriptors_cannot_take_are_read_through_pointers():
@@ -82,7 +82,7 @@ def test_all_rows_ignored():
     problem = Problem.make(5, 70)
     problem.labels[:] = IGNORED
     stats = compare(problem, SMALL)
-    assert torch.equal(stats.logps_N, torch.zeros(5))
+    assert torch.equal(stats.logps_T, torch.zeros(5))
 
 
 @pytest.mark.parametrize("label", [0, 63, 64, 127, 128, 149])
@@ -98,10 +98,10 @@ def test_any_ignore_index(ignore_index):
     expected = problem.reference()[0].detach()
     labels = problem.labels.clone()
     labels[2] = ignore_index
-    stats = linear_stats(problem.hidden, problem.head, labels, ignore_index=ignore_index, config=SMALL)
+    stats = score_rows(problem.hidden, problem.head, labels, ignore_index=ignore_index, config=SMALL)
     kept = torch.arange(6) != 2
-    torch.testing.assert_close(stats.logps_N[kept].double(), expected[kept], atol=1e-5, rtol=1e-6)
-    assert stats.logps_N[2] == 0
+    torch.testing.assert_close(stats.logps_T[kept].double(), expected[kept], atol=1e-5, rtol=1e-6)
+    assert stats.logps_T[2] == 0
 
 
 @pytest.mark.parametrize("label", [-1, -7, 70, 71, 2**31 + 3, 2**40, -(2**40)])
@@ -110,10 +110,10 @@ def test_a_label_outside_the_vocabulary_reads_nothing_and_is_nan(label):
     clean = compare(problem, SMALL)
     labels = problem.labels.clone()
     labels[2] = label
-    stats = linear_stats(problem.hidden, problem.head, labels, ignore_index=IGNORED, config=SMALL)
-    assert stats.logps_N[2].isnan()
+    stats = score_rows(problem.hidden, problem.head, labels, ignore_index=IGNORED, config=SMALL)
+    assert stats.logps_T[2].isnan()
     others = torch.arange(6) != 2
-    assert torch.equal(stats.logps_N[others], clean.logps_N[others])
+    assert torch.equal(stats.logps_T[others], clean.logps_T[others])
 
 
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
@@ -142,7 +142,7 @@ def test_confident_rows_keep_their_relative_accuracy():
     weight = torch.tensor([[9.0, 0, 0], [0, 15.0, 0], [0, 0, 20.0]])
     problem = Problem(torch.eye(3), Head(weight), torch.arange(3))
     stats = compare(problem, SMALL)
-    torch.testing.assert_close(stats.logps_N.double(), problem.reference()[0].detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats.logps_T.double(), problem.reference()[0].detach(), rtol=1e-5, atol=0)
 
 
 def test_strided_rows():
@@ -151,14 +151,14 @@ def test_strided_rows():
     problem.hidden = torch.cat([problem.hidden, problem.hidden], dim=1)[:, :16]
     problem.head = Head(torch.cat([problem.weight, problem.weight], dim=0)[::2].contiguous()[:70])
     strided = compare(problem, SMALL)
-    assert strided.logps_N.shape == compact.logps_N.shape
+    assert strided.logps_T.shape == compact.logps_T.shape
 
 
 def test_two_runs_are_bitwise_equal():
     problem = Problem.make(40, 300, dtype=torch.bfloat16, softcap=5.0)
     first, second = compare(problem, SMALL), compare(problem, SMALL)
-    assert torch.equal(first.logps_N, second.logps_N)
-    assert torch.equal(first.lse_N, second.lse_N)
+    assert torch.equal(first.logps_T, second.logps_T)
+    assert torch.equal(first.lse_T, second.lse_T)
 
 
 @pytest.mark.parametrize("config", [SMALL, WIDE], ids=["small", "wide"])
@@ -173,7 +173,7 @@ def test_exponentials(config, dtype, softcap):
     products = problem.hidden.double() @ problem.weight.double().T * 0.5
     z = products if softcap is None else softcap * torch.tanh(products / softcap)
     slope = torch.ones_like(z) if softcap is None else 1 - (z / softcap) ** 2
-    shift = stats.tile_shift_TN.double()[columns // stats.width].T
+    shift = stats.tile_shift_JT.double()[columns // stats.width].T
     expected = torch.exp(z - shift) * slope
     expected[columns[None, :] == problem.labels[:, None]] = 0
     assert not exps[:19, :150].isnan().any()
@@ -186,20 +186,20 @@ def test_slices_merge_to_the_whole():
     state = RowState(*torch.empty(3, 11))
     bounds = [0, 128, 129, 301]
     for start, stop in itertools.pairwise(bounds):
-        stats = tile_stats(
+        stats = tile_partials(
             problem.hidden,
             problem.head.columns(slice(start, stop)),
             problem.labels,
-            state.label_logit_N,
+            state.label_logit_T,
             first_col=start,
             config=SMALL,
         )
-        merge_stats(stats, state, first=start == 0)
-    none = stats._replace(shift_TN=stats.shift_TN[:0], sum_TN=stats.sum_TN[:0])
-    logps, lse = finish_stats(none, state, problem.labels, V=301, ignore_index=IGNORED, first=False)
+        merge_partials(stats, state, first=start == 0)
+    none = stats._replace(shift_JT=stats.shift_JT[:0], sum_JT=stats.sum_JT[:0])
+    logps, lse = finish_rows(none, state, problem.labels, V=301, ignore_index=IGNORED, first=False)
     whole = compare(problem, SMALL)
-    torch.testing.assert_close(logps, whole.logps_N, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(lse, whole.lse_N, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logps, whole.logps_T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse, whole.lse_T, rtol=1e-6, atol=1e-6)
 
 
 def test_offsets_past_two_to_the_31():

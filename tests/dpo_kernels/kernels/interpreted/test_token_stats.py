@@ -11,7 +11,7 @@ from dpo_kernels.head import Head
 from dpo_kernels.kernels import tile_logps
 from dpo_kernels.kernels.frozen_head import frozen_head
 from dpo_kernels.kernels.tile_config import TileConfig
-from dpo_kernels.kernels.tile_logps import linear_stats
+from dpo_kernels.kernels.tile_logps import score_rows
 from dpo_kernels.kernels.token_stats import TOKEN_STATS
 from dpo_kernels.linear_dpo import triton_pairs
 from dpo_kernels.linear_logps.reference import logits, token_stats
@@ -35,8 +35,8 @@ def compare(problem: Problem, config: TileConfig = SMALL, atol: float = 3e-6):
     common = {"ignore_index": IGNORED, "token_stats": True, "config": config}
     inputs = (problem.hidden, problem.head, problem.labels)
     exact = expected(problem)
-    whole = linear_stats(*inputs, **common).token_stats_KN
-    sliced = frozen_head(*inputs, slice_columns=64, **common).token_stats_KN
+    whole = score_rows(*inputs, **common).token_stats_KT
+    sliced = frozen_head(*inputs, slice_columns=64, **common).token_stats_KT
     for got in (whole, sliced):
         assert (got[:, problem.labels == IGNORED] == 0).all()
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=atol, equal_nan=True)
@@ -61,7 +61,7 @@ def test_slices_of_the_vocabulary(columns, monkeypatch):
     monkeypatch.setattr(tile_logps, "PARTIAL_BYTES", 1)
     compare(problem)
     sliced = problem.stats(SMALL, **options)
-    for name in ("logps_N", "lse_N", "token_stats_KN", "mass_NC"):
+    for name in ("logps_T", "lse_T", "token_stats_KT", "mass_TC"):
         torch.testing.assert_close(getattr(sliced, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
 
 

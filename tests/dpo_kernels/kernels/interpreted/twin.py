@@ -10,7 +10,7 @@ import torch
 
 from dpo_kernels.head import Head
 from dpo_kernels.kernels.tile_config import TileConfig
-from dpo_kernels.kernels.tile_logps import LinearStats, linear_stats
+from dpo_kernels.kernels.tile_logps import RowScores, score_rows
 from dpo_kernels.linear_logps.reference import logps as reference_logps
 
 IGNORED = -100
@@ -51,9 +51,9 @@ class Problem:
     def set_bias(self, bias_V: torch.Tensor) -> None:
         self.head = self.head._replace(bias_V=bias_V)
 
-    def stats(self, config: TileConfig | None, **outputs: Any) -> LinearStats:
+    def stats(self, config: TileConfig | None, **outputs: Any) -> RowScores:
         """What `linear_stats` finds, with `outputs` such as exps."""
-        return linear_stats(self.hidden, self.head, self.labels, ignore_index=IGNORED, config=config, **outputs)
+        return score_rows(self.hidden, self.head, self.labels, ignore_index=IGNORED, config=config, **outputs)
 
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
         """(logps, lse, hidden, weight, bias): leaves in `dtype`, log-probs differentiable."""
