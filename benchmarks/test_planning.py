@@ -50,7 +50,7 @@ def plan_and_measure(ranks: int) -> None:
     rounds = []
     for _ in range(ROUNDS):
         start = [clock() for clock in clocks]
-        packs = sum(map(len, plan_epoch(lengths, **OPTIONS, ranks=ranks)))
+        packs = sum(map(len, plan_epoch(lengths, PackingConfig(**OPTIONS), ranks=ranks)))
         rounds.append([clock() - begun for clock, begun in zip(clocks, start, strict=True)])
     print(json.dumps({"rounds": rounds, "gib_before": before, "peak_gib": peak_memory_gib(CPU), "packs": packs}))
 

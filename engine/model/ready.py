@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import set_seed
 
-from ..config.schema import ModelConfig
+from ..config.schema import ModelConfig, TrainConfig
 from ..data.groups import PreferenceDataset
 from .checks import check_dataset, check_packing
 from .fresh import check_fresh, score_fresh
@@ -46,10 +46,8 @@ def ready_policy(
     datasets: Sequence[PreferenceDataset],
     *,
     share_prompts: bool,
-    gradient_checkpointing: bool = False,
-    activation_offload: bool = False,
+    train: TrainConfig | None = None,
     change: Callable[[Policy], None] | None = None,
-    seed: int | None = None,
     compare: bool = True,
 ) -> Policy:
     """Load a model, spread it over the processes of the run, and find out whether it can be used. Every rank must call
@@ -58,8 +56,9 @@ def ready_policy(
     Args:
         datasets: what it will be used on.
         share_prompts: how their rows will be laid out.
+        train: of a policy that will be trained: how it saves memory, and the seed that new adapters start from. None
+            leaves the generators of random numbers as they are.
         change: as in ``load_sharded``.
-        seed: of the random numbers that new adapters start from; None leaves the generators as they are.
         compare: whether an adapter is compared with what transformers and peft alone make of it, on rows of the first
             dataset; for a policy that ``change`` leaves as the model is.
 
@@ -68,15 +67,14 @@ def ready_policy(
             fit its vocabulary or length; or the adapter is not loaded rightly.
     """
     fresh = score_fresh(model, datasets[0], device) if compare else None
-    if seed is not None:
-        set_seed(seed)
-    policy = load_sharded(
-        model,
-        device,
-        gradient_checkpointing=gradient_checkpointing,
-        activation_offload=activation_offload,
-        change=change,
-    )
+    memory = {}
+    if train is not None:
+        set_seed(train.seed)
+        memory = {
+            "gradient_checkpointing": train.gradient_checkpointing,
+            "activation_offload": train.activation_offload,
+        }
+    policy = load_sharded(model, device, change=change, **memory)
     check_packing(policy, share_prompts=share_prompts)
     for dataset in datasets:
         check_dataset(policy, dataset)

@@ -12,6 +12,7 @@ from heapq import heappop, heappush, heapreplace
 
 import numpy as np
 
+from ..config.schema import PackingConfig
 from ..data.groups import PreferenceDataset
 from ..data.lengths import GroupLengths
 from ..errors import UserError
@@ -122,11 +123,8 @@ def _spread(sizes: np.ndarray, costs: np.ndarray, tokens_per_pack: int, packs: i
 
 def plan_epoch(
     lengths: Sequence[np.ndarray],
+    packing: PackingConfig,
     *,
-    pairs_per_step: int,
-    tokens_per_pack: int,
-    share_prompts: bool = True,
-    shuffle: bool = True,
     seed: int = 42,
     epoch: int = 0,
     ranks: int = 1,
@@ -134,36 +132,33 @@ def plan_epoch(
 ) -> list[Step]:
     """The packs of ``rank`` in the steps of one epoch: a pure function of the arguments.
 
-    Every group occurs once over all ranks. Each step holds ``pairs_per_step`` groups, the last one what is left over;
-    which ones does not depend on the ranks. In a step every rank has the same number of packs, of about the same cost,
-    the dearest first; a pack is empty where a step has fewer groups than packs.
+    Every group occurs once over all ranks. Each step holds ``packing.pairs_per_step`` groups, the last one what is left
+    over; which ones does not depend on the ranks. In a step every rank has the same number of packs, of about the same
+    cost, the dearest first; a pack is empty where a step has fewer groups than packs.
 
     Args:
         lengths: per group, [1 + K] token counts: prompt, then each response.
-        pairs_per_step: groups per optimizer step.
-        tokens_per_pack: most tokens in one forward pass.
-        share_prompts: whether the prompt is laid out once, or once per response.
-        shuffle: whether the groups are visited in an order drawn from ``(seed, epoch)`` or in source order.
+        packing: with ``shuffle`` the groups are visited in an order drawn from ``(seed, epoch)``, else in source order.
         seed: base seed.
         epoch: 0-based number of the epoch.
         ranks: processes that share each step.
         rank: 0-based number of one of them.
 
     Raises:
-        ValueError: a group is larger than ``tokens_per_pack``, or there is no such rank.
+        ValueError: a group is larger than ``packing.tokens_per_pack``, or there is no such rank.
     """
     if not 0 <= rank < ranks:
         raise ValueError(f"rank must be in 0..{ranks - 1} for ranks={ranks}, got {rank}")
     lengths = GroupLengths.of(lengths)
-    sizes = group_sizes(lengths, share_prompts=share_prompts)
-    costs = group_costs(lengths, share_prompts=share_prompts)
-    order = np.random.default_rng((seed, epoch)).permutation(len(sizes)) if shuffle else np.arange(len(sizes))
+    sizes = group_sizes(lengths, share_prompts=packing.share_prompts)
+    costs = group_costs(lengths, share_prompts=packing.share_prompts)
+    order = np.random.default_rng((seed, epoch)).permutation(len(sizes)) if packing.shuffle else np.arange(len(sizes))
     steps: list[Step] = []
-    for start in range(0, len(order), pairs_per_step):
-        members = order[start : start + pairs_per_step]
-        packs = pack_groups(sizes[members], tokens_per_pack)
+    for start in range(0, len(order), packing.pairs_per_step):
+        members = order[start : start + packing.pairs_per_step]
+        packs = pack_groups(sizes[members], packing.tokens_per_pack)
         if ranks > 1:
-            packs = _balance(sizes[members], costs[members], tokens_per_pack, len(packs), ranks)[rank]
+            packs = _balance(sizes[members], costs[members], packing.tokens_per_pack, len(packs), ranks)[rank]
         steps.append(tuple(tuple(members[list(pack)].tolist()) for pack in packs))
     return steps
 

@@ -67,15 +67,7 @@ def plan_first_epoch(dataset: PreferenceDataset, config: RunConfig) -> list[Step
     """
     packing, train = config.packing, config.train
     check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts)
-    return plan_epoch(
-        dataset.lengths,
-        pairs_per_step=packing.pairs_per_step,
-        tokens_per_pack=packing.tokens_per_pack,
-        share_prompts=packing.share_prompts,
-        shuffle=packing.shuffle,
-        seed=train.seed,
-        epoch=0,
-    )
+    return plan_epoch(dataset.lengths, packing, seed=train.seed)
 
 
 def summarize_plan(dataset: PreferenceDataset, config: RunConfig, steps: list[Step] | None = None) -> PlanSummary:

@@ -129,18 +129,8 @@ class TrainingFeed:
         self._shortest = int(self._packed_G.argmin())
 
     def _plan_epoch(self, epoch: int) -> list[Step]:
-        packing = self.packing
-        return plan_epoch(
-            self.lengths,
-            pairs_per_step=packing.pairs_per_step,
-            tokens_per_pack=packing.tokens_per_pack,
-            share_prompts=packing.share_prompts,
-            shuffle=packing.shuffle,
-            seed=self.seed,
-            epoch=epoch,
-            ranks=distributed.size(),
-            rank=distributed.rank(),
-        )
+        places = {"ranks": distributed.size(), "rank": distributed.rank()}
+        return plan_epoch(self.lengths, self.packing, seed=self.seed, epoch=epoch, **places)
 
     def steps(self, done: int) -> Iterator[TrainingStep]:
         """The steps after the first ``done``, on the device.

@@ -115,9 +115,7 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
         device,
         list(datasets.values()),
         share_prompts=config.packing.share_prompts,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        activation_offload=config.train.activation_offload,
-        seed=config.train.seed,
+        train=config.train,
     )
     check_disk(policy, config, done=start.step if start else 0, total=total)
     base = weights_digest(policy)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.config.schema import PackingConfig
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError
 from engine.packing import check_fits, group_costs, group_sizes, pack_groups, plan_epoch
@@ -17,6 +18,10 @@ pytestmark = pytest.mark.property
 group_lengths = st.lists(
     st.lists(st.integers(1, 60), min_size=3, max_size=6).map(lambda n: np.asarray(n, np.int64)), min_size=1, max_size=60
 )
+
+
+def planned(lengths, *, seed=42, epoch=0, ranks=1, rank=0, **packing):
+    return plan_epoch(lengths, PackingConfig(**packing), seed=seed, epoch=epoch, ranks=ranks, rank=rank)
 
 
 @given(st.lists(st.integers(1, 100), max_size=80), st.integers(100, 300))
@@ -34,7 +39,7 @@ def test_best_fit_decreasing_fills_the_tightest_pack():
 @given(group_lengths, st.integers(1, 9), st.integers(700, 1500), st.booleans(), st.integers(0, 3))
 def test_steps_do_not_depend_on_the_budget(lengths, pairs, budget, share, seed):
     def plan(tokens_per_pack, share_prompts):
-        return plan_epoch(
+        return planned(
             lengths,
             pairs_per_step=pairs,
             tokens_per_pack=tokens_per_pack,
@@ -55,9 +60,9 @@ def test_steps_do_not_depend_on_the_budget(lengths, pairs, budget, share, seed):
 @given(group_lengths, st.integers(1, 9), st.integers(700, 1500), st.booleans(), st.integers(0, 3), st.integers(1, 3))
 def test_ranks_share_the_groups_of_each_step(lengths, pairs, budget, share, seed, ranks):
     options = {"pairs_per_step": pairs, "tokens_per_pack": budget, "share_prompts": share, "seed": seed}
-    alone = plan_epoch(lengths, **options)
-    plans = [plan_epoch(lengths, **options, ranks=ranks, rank=rank) for rank in range(ranks)]
-    assert plans == [plan_epoch(lengths, **options, ranks=ranks, rank=rank) for rank in range(ranks)]
+    alone = planned(lengths, **options)
+    plans = [planned(lengths, **options, ranks=ranks, rank=rank) for rank in range(ranks)]
+    assert plans == [planned(lengths, **options, ranks=ranks, rank=rank) for rank in range(ranks)]
     if ranks == 1:
         assert plans == [alone]
     sizes = group_sizes(lengths, share_prompts=share)
@@ -74,7 +79,7 @@ def test_ranks_work_equally_long(ranks):
     lengths = [np.minimum(generator.lognormal(5, 0.8, 3).astype(np.int64) + 1, 1000) for _ in range(2048)]
     costs = group_costs(lengths)
     options = {"pairs_per_step": 256, "tokens_per_pack": 8192, "ranks": ranks}
-    plans = [plan_epoch(lengths, **options, rank=rank) for rank in range(ranks)]
+    plans = [planned(lengths, **options, rank=rank) for rank in range(ranks)]
     for parts in zip(*plans, strict=True):
         cost = np.array([[costs[list(pack)].sum() for pack in packs] for packs in parts])
         assert cost.max(0).sum() <= 1.05 * cost.sum() / ranks
@@ -82,17 +87,17 @@ def test_ranks_work_equally_long(ranks):
 
 def test_a_rank_without_groups_has_empty_packs():
     lengths = [np.array([2, 3, 4])]
-    plans = [plan_epoch(lengths, pairs_per_step=4, tokens_per_pack=9, ranks=3, rank=rank) for rank in range(3)]
+    plans = [planned(lengths, pairs_per_step=4, tokens_per_pack=9, ranks=3, rank=rank) for rank in range(3)]
     assert plans == [[((0,),)], [((),)], [((),)]]
     with pytest.raises(ValueError, match=r"rank must be in 0\.\.1 for ranks=2, got 2"):
-        plan_epoch(lengths, pairs_per_step=4, tokens_per_pack=9, ranks=2, rank=2)
+        planned(lengths, pairs_per_step=4, tokens_per_pack=9, ranks=2, rank=2)
 
 
 def test_an_even_spread_that_does_not_fit_takes_more_packs():
     lengths = [np.array([n - 2, 1, 1]) for n in (50, 50, 34, 33, 33)]
     options = {"pairs_per_step": 5, "tokens_per_pack": 100}
-    assert plan_epoch(lengths, **options, shuffle=False) == [((0, 1), (2, 3, 4))]
-    plans = [plan_epoch(lengths, **options, shuffle=False, ranks=2, rank=rank) for rank in range(2)]
+    assert planned(lengths, **options, shuffle=False) == [((0, 1), (2, 3, 4))]
+    plans = [planned(lengths, **options, shuffle=False, ranks=2, rank=rank) for rank in range(2)]
     assert plans == [[((3, 4), (2,))], [((0,), (1,))]]
 
 
@@ -106,9 +111,9 @@ def test_costs():
 def test_epochs_differ_and_source_order_is_kept_without_shuffle():
     lengths = [np.array([2, 3, 4])] * 20
     options = {"pairs_per_step": 20, "tokens_per_pack": 9}
-    first, second = (plan_epoch(lengths, **options, epoch=e) for e in (0, 1))
+    first, second = (planned(lengths, **options, epoch=e) for e in (0, 1))
     assert first != second
-    ordered = plan_epoch(lengths, **{**options, "pairs_per_step": 3}, shuffle=False)
+    ordered = planned(lengths, **{**options, "pairs_per_step": 3}, shuffle=False)
     assert [i for step in ordered for pack in step for i in pack] == list(range(20))
 
 
