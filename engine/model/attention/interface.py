@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from ..layers import layer_configs
 from ..sources import first_line
 from .choice import KERNELS, NAMES, implementation_name
 from .native import DTYPES, native_attention
+from .scores import Scores
 from .segments import open_attention, sdpa_attention
 from .sinks import attend_with_sinks
 
@@ -35,16 +36,6 @@ PLAN_ARGUMENT = "attention_plan"
 _NOT_FOR_SCORES = {"position_ids", "cache_position"}
 _ALIGNMENT = 8
 """Kernels take head dimensions that are multiples of this."""
-
-
-class _Scores(NamedTuple):
-    """What a layer does with its scores."""
-
-    scaling: float
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-    chunk: int | None
 
 
 def packed_attention(
@@ -91,7 +82,7 @@ def packed_attention(
         sliding_window = _of_layer(module, "sliding_window")
     # Llama 4: a layer does not look beyond its chunk
     chunk = _of_layer(module, "attention_chunk_size") if kind == "chunked_attention" else None
-    scores = _Scores(
+    scores = Scores(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
@@ -118,7 +109,7 @@ def _compute_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _first_able(
-    backends: tuple[str, ...], module: torch.nn.Module, head_dim: int, dtype: torch.dtype, scores: _Scores
+    backends: tuple[str, ...], module: torch.nn.Module, head_dim: int, dtype: torch.dtype, scores: Scores
 ) -> str:
     """The first backend that can compute a layer; what stands in for the chosen one is said once."""
     lacks = {name: _lack(name, head_dim, dtype, scores) for name in backends}
@@ -134,7 +125,7 @@ def _first_able(
     return able
 
 
-def _lack(name: str, head_dim: int, dtype: torch.dtype, scores: _Scores) -> str | None:
+def _lack(name: str, head_dim: int, dtype: torch.dtype, scores: Scores) -> str | None:
     """What a backend lacks for a layer, or None."""
     if name == "sdpa":
         return None
@@ -164,13 +155,13 @@ def _run_kernel(
     key: torch.Tensor,
     value: torch.Tensor,
     plan: AttentionPlan,
-    scores: _Scores,
+    scores: Scores,
 ) -> torch.Tensor:
     """[1, T, H, D]: one call of a kernel for the whole pack."""
     if not query.shape[2] == key.shape[2] == value.shape[2]:
         raise ValueError(f"{key.shape[2]} keys and {value.shape[2]} values for {query.shape[2]} queries")
     if name == "native":
-        attend: Callable[[], torch.Tensor] = partial(native_attention, query, key, value, plan, **scores._asdict())
+        attend: Callable[[], torch.Tensor] = partial(native_attention, query, key, value, plan, scores)
     else:
         attend = _varlen_call(name, query, key, value, plan, scores)
     try:
@@ -186,7 +177,7 @@ def _run_kernel(
 
 
 def _varlen_call(
-    name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scores: _Scores
+    name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scores: Scores
 ) -> Callable[[], torch.Tensor]:
     """The call of a variable-length kernel: its inputs are ready; [1, T, H, D], padded."""
     query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in _equal_widths(query, key, value))

@@ -16,24 +16,14 @@ from torch import Tensor
 from dpo_kernels import native
 
 from ...packing.layout import AttentionPlan
+from .scores import Scores
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """In the order of their codes."""
 _OPTIONS = "float scaling, int window, int chunk, float softcap"
 
 
-def native_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: AttentionPlan,
-    *,
-    scaling: float,
-    window: int | None = None,
-    chunk: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def native_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scores: Scores) -> Tensor:
     """Attention of a pack over keys and values that are not gathered.
 
     Args:
@@ -41,18 +31,15 @@ def native_attention(
         key: [1, K, T, D], K dividing H.
         value: [1, K, T, V].
         plan: the pack's plan.
-        scaling: factor of the scores.
-        window: a token attends to at most this many tokens, itself included.
-        chunk: a token attends to none before its chunk of this many.
-        softcap: scores become ``softcap * tanh(scores / softcap)``.
-        sinks: [H], one more score for every query of a head, whose value is zero.
+        scores: options of the layer.
 
     Returns:
         [1, T, H, V].
     """
     inputs = [x[0].transpose(0, 1) for x in (query, key, value)]
-    sinks = None if sinks is None else sinks.to(torch.float32)
-    output, _ = packed_attention_op(*inputs, sinks, _segments(plan), scaling, window or 0, chunk or 0, softcap or 0.0)
+    sinks = None if scores.sinks is None else scores.sinks.to(torch.float32)
+    options = (scores.scaling, scores.window or 0, scores.chunk or 0, scores.softcap or 0.0)
+    output, _ = packed_attention_op(*inputs, sinks, _segments(plan), *options)
     return output[None]
 
 

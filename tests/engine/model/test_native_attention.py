@@ -12,6 +12,7 @@ from dpo_kernels import native
 from engine.errors import BackendError, UserError
 from engine.model.attention import Backend, choice, choose_backend, interface, register_backends
 from engine.model.attention import native as backend
+from engine.model.attention.scores import Scores
 from engine.model.attention.segments import open_attention
 from engine.model.checks import check_packing
 from engine.model.load import disable_dropout
@@ -60,6 +61,11 @@ SHAPES = {
 }
 
 
+def native_attention(query, key, value, plan, *, chunk=None, **options) -> torch.Tensor:
+    """With its options as keywords, as attention in the open has them."""
+    return backend.native_attention(query, key, value, plan, Scores(chunk=chunk, **options))
+
+
 class Problem:
     """Random inputs, as a model hands them on: [1, heads, T, width] of memory in the order of tokens."""
 
@@ -93,7 +99,7 @@ def isa(request) -> Iterator[str]:
 
 def assert_as_exact(problem: Problem) -> None:
     """At most twice as far from float64 as scores in the open in the same dtype, in the sum of squares."""
-    found, same_dtype = problem.run(backend.native_attention), problem.run(open_attention)
+    found, same_dtype = problem.run(native_attention), problem.run(open_attention)
     exact = problem.run(open_attention, torch.float64)
     for name, got, plain, want in zip(
         ("output", "query", "key", "value", "sinks"), found, same_dtype, exact, strict=False
@@ -121,7 +127,7 @@ def test_large_scores_are_exact(isa):
 @needs_library
 def test_chunks_are_windows_that_do_not_move(isa):
     problem = Problem(SHAPES["grouped"])
-    found = problem.run(backend.native_attention, chunk=16)
+    found = problem.run(native_attention, chunk=16)
     cut = [Segment(s, min(s + 16, stop), s, s) for start, stop, *_ in SHORT[:1] for s in range(start, stop, 16)]
     problem.plan = plan_attention(cut)
     problem.inputs = [x[:, :, :90] for x in problem.inputs]
@@ -138,7 +144,7 @@ def test_threads_and_runs_change_no_bit(name):
     try:
         for threads in (1, 1, 2, 3, 16):
             torch.set_num_threads(threads)
-            results.append(problem.run(backend.native_attention))
+            results.append(problem.run(native_attention))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -152,7 +158,7 @@ def test_nan_and_infinity_pass_as_in_the_open(isa, which, value):
     problem = Problem(SHAPES["grouped"])
     # the first row of a segment, which is all that its other rows have in common
     problem.inputs[which][:, :, 151] = value
-    found, plain = problem.run(backend.native_attention)[0], problem.run(open_attention)[0]
+    found, plain = problem.run(native_attention)[0], problem.run(open_attention)[0]
     torch.testing.assert_close(found, plain, equal_nan=True, atol=1e-5, rtol=1e-5)
     assert found[:, :151].isfinite().all()
     if which:
@@ -162,11 +168,11 @@ def test_nan_and_infinity_pass_as_in_the_open(isa, which, value):
 @needs_library
 def test_nan_in_a_response_stays_there(isa):
     problem = Problem(SHAPES["grouped"])
-    clean = problem.run(backend.native_attention)
+    clean = problem.run(native_attention)
     rows = slice(90, 130)
     for x in problem.inputs[:3]:
         x[:, :, rows] = float("nan")
-    found = problem.run(backend.native_attention)
+    found = problem.run(native_attention)
     others = torch.ones(problem.plan.segments[-1].stop, dtype=torch.bool)
     others[rows] = False
     assert torch.equal(found[0][:, others], clean[0][:, others])
@@ -180,16 +186,16 @@ def test_nan_in_a_response_stays_there(isa):
 @needs_library
 def test_any_strides(isa):
     problem = Problem(SHAPES["grouped"])
-    want = problem.run(backend.native_attention)
+    want = problem.run(native_attention)
     for i, x in enumerate(problem.inputs):
         problem.inputs[i] = x.repeat_interleave(2, dim=3)[..., ::2] if i else x.contiguous()
     problem.upstream = problem.upstream.transpose(1, 3).contiguous().transpose(1, 3)
-    assert all(torch.equal(a, b) for a, b in zip(problem.run(backend.native_attention), want, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(problem.run(native_attention), want, strict=True))
     # what autograd hands on for a sum
     problem.upstream = torch.ones(()).expand_as(problem.upstream)
-    ones = problem.run(backend.native_attention)
+    ones = problem.run(native_attention)
     problem.upstream = problem.upstream.contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(ones, problem.run(backend.native_attention), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ones, problem.run(native_attention), strict=True))
 
 
 def _op_arguments(problem: Problem, **changes) -> dict:
