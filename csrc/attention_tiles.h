@@ -16,7 +16,7 @@ constexpr int kTileRows = 8, kTileVectors = 2;
 #elif defined(DPO_ISA_AVX2)
 constexpr int kTileRows = 6, kTileVectors = 2;
 #elif defined(DPO_ISA_NEON)
-constexpr int kTileRows = 6, kTileVectors = 4;
+constexpr int kTileRows = 5, kTileVectors = 4;
 #else
 constexpr int kTileRows = 2, kTileVectors = 4;
 #endif
