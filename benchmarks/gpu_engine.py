@@ -51,8 +51,9 @@ EXPERTS = {
     "model_type": "qwen3_moe",
     **SIZES,
     "head_dim": 64,
+    # Every token goes to every expert: rounding that changes a route would change everything after it.
     "num_experts": 4,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 4,
     "moe_intermediate_size": 128,
 }
 

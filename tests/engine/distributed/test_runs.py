@@ -1,7 +1,8 @@
 """Two and three processes against one: trajectory, gradients, evaluation, references; resumed by any number of them.
 
 One process runs the same configuration here. Losses, gradient norms and weights are compared within 1e-5 of their
-largest value; rewards are beta times differences of float32 log-prob sums, so within 1e-5 of the largest of those.
+largest value; rewards are beta times differences of float32 log-prob sums, so within 1e-5 of the largest of those, and
+means of logits within 1e-5 of a logit.
 """
 
 from __future__ import annotations
@@ -179,6 +180,9 @@ def assert_same_run(run: Path, expected: Path) -> None:
         scale = want.abs().max()
         if "rewards/" in name and "accurac" not in name:
             scale = torch.tensor(0.1 * max(abs(row[key]) for row in wanted for key in row if "logps/" in key))
+        if "logits/" in name:
+            # Logits of about 0.16 cancel in their mean to a hundredth of that; the rounding is theirs.
+            scale = scale.clamp(min=0.16)
         assert (got - want).abs().max() <= RELATIVE * scale, f"{name}: {got} {want}"
     files = [path.name for path in expected.glob("*.safetensors")]
     assert len(files) == 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 
-from engine.config.schema import LossConfig
+from engine.config.schema import LossConfig, PackingConfig
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.model.attention import Backend, register_backends
 from engine.model.policy import Policy
@@ -77,13 +77,13 @@ class Case:
 
     def plans(self) -> list[list[tuple[Pack, ...]]]:
         """Steps of each rank."""
-        options = {
-            "pairs_per_step": self.pairs_per_step,
-            "tokens_per_pack": self.tokens_per_pack,
-            "share_prompts": self.share_prompts,
-            "seed": self.seed,
-        }
-        return [plan_epoch(self.dataset.lengths, **options, ranks=self.ranks, rank=r) for r in range(self.ranks)]
+        packing = PackingConfig(
+            pairs_per_step=self.pairs_per_step,
+            tokens_per_pack=self.tokens_per_pack,
+            share_prompts=self.share_prompts,
+        )
+        plan = partial(plan_epoch, self.dataset.lengths, packing, seed=self.seed, ranks=self.ranks)
+        return [plan(rank=rank) for rank in range(self.ranks)]
 
     def step(self, packs: Sequence[Pack], num_terms: int) -> TrainingStep:
         """What one rank does in a step of ``num_terms`` over all ranks."""
