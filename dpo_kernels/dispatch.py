@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from dpo_kernels import native
+
 IMPLS = ("auto", "triton", "native", "torch", "reference")
 
 MODULES = {
@@ -98,7 +100,10 @@ def choose(
             raise RuntimeError(f"{op} impl={impl!r} cannot run on {device.type} {dtype}: {obstacle}")
         return Choice(impl, "requested")
     if device.type == "cpu":
-        return Choice("torch", "cpu tensors: row and vocabulary chunks in torch")
+        obstacle = why_not(op, "native", device, dtype, stats, filtered, losses)
+        if obstacle is None:
+            return Choice("native", f"cpu tensors: row and vocabulary chunks, with native code for {native.isa()}")
+        return Choice("torch", f"cpu tensors: row and vocabulary chunks in torch: {obstacle}")
     obstacle = why_not(op, "triton", device, dtype, stats, filtered, losses)
     if obstacle is None:
         return Choice("triton", f"{device.type} tensors and Triton kernels")

@@ -63,10 +63,13 @@ def test_works_without_triton() -> None:
 
 def test_describe_names_the_choice_and_the_reason() -> None:
     description = describe("cpu")
-    assert (description.linear_logps.impl, description.linear_dpo_loss.impl) == ("torch", "torch")
+    impl = "torch" if native.library() is None else "native"
+    assert (description.linear_logps.impl, description.linear_dpo_loss.impl) == (impl, impl)
     text = str(description)
     assert text.startswith("dpo_kernels on cpu float32 (torch ")
-    assert "linear_dpo_loss: torch (cpu tensors" in text
+    assert f"linear_dpo_loss: {impl} (cpu tensors" in text
+    assert (native.why_not() or f"native code for {native.isa()}") in text
+    assert describe("cpu", torch.float64).linear_dpo_loss.impl == "torch"
     assert describe(dtype=torch.bfloat16).dtype == "bfloat16"
 
 
@@ -80,6 +83,9 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_native_is_refused_and_never_replaced(op: str, no_library) -> None:
     with pytest.raises(RuntimeError, match=r"impl='native' cannot run on cpu torch\.float32: the native extension"):
         dispatch.choose(op, "native", "cpu", torch.float32)
+    choice = dispatch.choose(op, "auto", "cpu", torch.float32)
+    assert choice.impl == "torch"
+    assert choice.reason.endswith("the native extension is not built; build it")
 
 
 @pytest.mark.parametrize("op", dispatch.MODULES)

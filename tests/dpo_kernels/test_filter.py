@@ -17,6 +17,7 @@ from dpo_kernels.linear_logps.ops import (
     linear_logps_op,
 )
 from tests.dpo_kernels.filter_setup import IGNORED, IMPLS, peaked, run
+from tests.dpo_kernels.native_setup import NATIVE
 
 
 @pytest.mark.parametrize("num_rows", [0, 3])
@@ -148,8 +149,9 @@ def test_a_gpu_without_kernels_is_refused(monkeypatch) -> None:
     for impl in ("auto", "torch"):
         with pytest.raises(RuntimeError, match="would wait for the GPU"):
             dispatch.choose("linear_logps", impl, *arguments)
-    assert dispatch.choose("linear_logps", "auto", "cpu", torch.float32, (), True).impl == "torch"
+    on_cpu = NATIVE[0] if NATIVE else "torch"
+    assert dispatch.choose("linear_logps", "auto", "cpu", torch.float32, (), True).impl == on_cpu
     found = describe("cuda", torch.bfloat16)
     assert (found.linear_logps.impl, found.linear_logps_filtered.impl) == ("torch", "none")
     assert "linear_logps with filter_mass: none (linear_logps cannot run on cuda" in str(found)
-    assert describe("cpu").linear_logps_filtered.impl == "torch"
+    assert describe("cpu").linear_logps_filtered.impl == on_cpu
