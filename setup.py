@@ -25,10 +25,10 @@ class BuildWithLibrary(build_py):
     def run(self):
         super().run()
         library = self.library()
-        library.unlink(missing_ok=True)
         try:
+            library.unlink(missing_ok=True)
             native.build(library)
-        except native.BuildError as reason:
+        except (native.BuildError, OSError) as reason:
             print(f"dpo-kernels: the native library is left out: {reason}", file=sys.stderr)
 
     def library(self):

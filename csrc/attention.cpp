@@ -136,9 +136,22 @@ bool backward(const AttentionArgs& args) {
   return done;
 }
 
+// False when there is no memory for the lists of tasks, either.
+bool with_memory(bool (*direction)(const AttentionArgs&), const AttentionArgs& args) noexcept {
+  try {
+    return direction(args);
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+}
+
 }  // namespace
 }  // namespace dpo
 
-DPO_EXPORT void dpo_attention_forward(dpo::AttentionArgs* args) noexcept { args->failed = !dpo::forward(*args); }
+DPO_EXPORT void dpo_attention_forward(dpo::AttentionArgs* args) noexcept {
+  args->failed = !dpo::with_memory(dpo::forward, *args);
+}
 
-DPO_EXPORT void dpo_attention_backward(dpo::AttentionArgs* args) noexcept { args->failed = !dpo::backward(*args); }
+DPO_EXPORT void dpo_attention_backward(dpo::AttentionArgs* args) noexcept {
+  args->failed = !dpo::with_memory(dpo::backward, *args);
+}

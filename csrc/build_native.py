@@ -27,7 +27,7 @@ FLAGS = [
     *("-ffp-contract=off", "-fno-math-errno", "-pthread"),
 ]
 # Two are off: gcc 12 warns of its own header for AVX-512.
-WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -48,7 +48,10 @@ def find_compiler() -> list[str]:
     Raises:
         BuildError: there is none.
     """
-    given = shlex.split(os.environ.get("CXX", ""))
+    try:
+        given = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX={os.environ['CXX']}: {error}") from error
     for command in [given] if given else [[name] for name in COMPILERS]:
         if shutil.which(command[0]):
             return command
@@ -60,15 +63,17 @@ def build(output: Path, *, sanitize: bool = False, machine: str = "") -> None:
 
     Args:
         sanitize: with the address and undefined-behaviour sanitizers.
-        machine: the processor's family; that of this machine by default.
+        machine: the processor's family; by default what the compiler compiles for.
 
     Raises:
         BuildError: there is no compiler, or it fails.
     """
+    if sys.platform == "win32":
+        raise BuildError("it is not built on Windows")
     if not any(SOURCES.glob("*.cpp")):
         raise BuildError(f"no sources in {SOURCES}")
     compiler, flags = find_compiler(), FLAGS + WARNINGS + (SANITIZE if sanitize else [])
-    machine = machine or platform.machine()
+    machine = machine or target_of(compiler)
     sets = INSTRUCTION_SETS.get(NAMES.get(machine, machine), {"PLAIN": []})
     with tempfile.TemporaryDirectory() as folder:
         commands = {}
@@ -88,9 +93,21 @@ def build(output: Path, *, sanitize: bool = False, machine: str = "") -> None:
             part.unlink(missing_ok=True)
 
 
+def target_of(compiler: list[str]) -> str:
+    """The family of processors that a compiler compiles for; that of this machine where it does not tell."""
+    try:
+        done = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{compiler[0]} does not run: {error.strerror or error}") from error
+    return done.stdout.strip().partition("-")[0] or platform.machine()
+
+
 def run(command: list[str]) -> None:
     """Run a compiler; BuildError with the first line that it calls an error."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run: {error.strerror or error}") from error
     if done.returncode:
         lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
         raise BuildError(next((line for line in lines if "error" in line), lines[0]).strip())

@@ -1,5 +1,9 @@
 #include "isa.h"
 
+#if defined(DPO_X86)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstring>
 #include <initializer_list>
@@ -9,6 +13,14 @@ namespace {
 
 constexpr const char* kNames[] = {"plain", "avx2", "avx512", "neon"};
 
+#if defined(DPO_X86)
+// __builtin_cpu_supports knows this one from gcc 11 and clang 18 on.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+#endif
+
 bool has(Isa isa) {
   switch (isa) {
     case Isa::plain:
@@ -16,7 +28,7 @@ bool has(Isa isa) {
 #if defined(DPO_X86)
     // Asks the operating system too, which must save the wider registers.
     case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     case Isa::avx512:
       return has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

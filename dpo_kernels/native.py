@@ -24,9 +24,12 @@ INTERFACE = 2
 """Of the functions and structs below; a library that was built from other sources has another number."""
 ISAS = ("plain", "avx2", "avx512", "neon")
 """Names of instruction sets."""
-BUILT = Path(__file__).with_name("libdpo_native.so")
+BUILT = Path(__file__).resolve().with_name("libdpo_native.so")
 HUGE_BYTES = 8 * 2**20
-HOW_TO_BUILD = "install a C++ compiler (g++ or clang++), then install dpo-kernels again, or in a checkout run `make`"
+HOW_TO_BUILD = (
+    "install a C++ compiler (g++ or clang++), then install dpo-kernels again, or in a checkout run "
+    "`python csrc/build_native.py`"
+)
 
 
 class _Loaded(NamedTuple):
@@ -43,9 +46,10 @@ def _load() -> _Loaded:
         return _Loaded(None, f"the native extension is not built; {HOW_TO_BUILD}")
     try:
         library = ctypes.CDLL(path)
-    except OSError as error:
+        interface = library.dpo_interface()
+    except (OSError, AttributeError) as error:
         return _Loaded(None, f"the native extension does not load ({error}); {HOW_TO_BUILD}")
-    if library.dpo_interface() != INTERFACE:
+    if interface != INTERFACE:
         return _Loaded(None, f"the native extension {path} was built from other sources; {HOW_TO_BUILD}")
     library.dpo_isa.restype = ctypes.c_char_p
     library.dpo_want_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]

@@ -49,6 +49,7 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    _state.request, _state.promise = 0, ""
     source, sink = os.pipe()
     os.set_blocking(sink, False)
     # Python runs handlers between two of its own instructions: a thread hears signals inside long calls, too.
@@ -61,6 +62,8 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
+        # A signal that comes now is noted and interrupts nothing of what follows.
+        _state.promise = _state.promise or "this process ends"
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)

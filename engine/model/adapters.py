@@ -89,14 +89,22 @@ def _not_adapted(causal_lm: nn.Module, special: list[str]) -> str | None:
 
 
 def _more_than_products(causal_lm: nn.Module) -> list[str]:
-    """Names of linear layers with a forward of the model's own: a router may return a pair."""
+    """Names of linear layers of the model's own kind that give something else: a router may return a pair."""
     own = {type(module).__module__ for module in causal_lm.modules() if isinstance(module, PreTrainedModel)}
     return [
         name
         for name, module in causal_lm.named_modules()
         if isinstance(module, nn.Linear)
         and next(kind.__module__ for kind in type(module).__mro__ if "forward" in vars(kind)) in own
+        and not _gives_a_row(module)
     ]
+
+
+def _gives_a_row(layer: nn.Linear) -> bool:
+    """Whether a layer turns a row into a row, as a linear layer does."""
+    with torch.no_grad():
+        given = layer(layer.weight.new_zeros(1, layer.in_features))
+    return isinstance(given, torch.Tensor) and given.shape == (1, layer.out_features)
 
 
 def _check_names(causal_lm: nn.Module, targets: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _ctypes
 import re
 from pathlib import Path
 
@@ -19,8 +20,12 @@ load = native._load.__wrapped__
     ("variables", "reason"),
     [
         ({"DPO_NATIVE_LIBRARY": "none"}, "the native extension is not built: DPO_NATIVE_LIBRARY=none hides it"),
-        ({"DPO_NATIVE_LIBRARY": "/nowhere.so"}, "the native extension is not built; install a C.. compiler .*`make`"),
+        (
+            {"DPO_NATIVE_LIBRARY": "/nowhere.so"},
+            "the native extension is not built; install a C.. .*build_native.py`",
+        ),
         ({"DPO_NATIVE_LIBRARY": __file__}, r"the native extension does not load \(.*; install a C"),
+        ({"DPO_NATIVE_LIBRARY": _ctypes.__file__}, r"the native extension does not load \(.*dpo_interface"),
     ],
 )
 def test_a_library_that_is_not_there_is_a_reason(variables: dict, reason: str, monkeypatch) -> None:

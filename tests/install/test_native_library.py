@@ -23,7 +23,9 @@ def checkout(source, tmp_path) -> Path:
 def compiler(folder: Path, script: str) -> Path:
     """A C++ compiler that does what the shell script says; ``$target`` is the file it should write."""
     program = folder / "compiler"
-    program.write_text(f'#!/bin/sh\nfor target; do :; done\necho "$@" >> {folder}/commands\n{script}\n')
+    quiet = '[ "$1" = -dumpmachine ] && exit'
+    lines = ["#!/bin/sh", quiet, "for target; do :; done", f'echo "$@" >> {folder}/commands', script]
+    program.write_text("\n".join(lines) + "\n")
     program.chmod(0o755)
     return program
 
@@ -64,6 +66,15 @@ def test_compiler_of_the_environment_that_is_not_there_is_named(checkout, tmp_pa
     absent = tmp_path / "no-such-compiler"
     reason = run_setup(checkout, "build_py", "--build-lib", str(tmp_path / "site"), path=tmp_path, compiler=absent)
     assert reason == f"no C++ compiler ({absent})"
+
+
+def test_a_compiler_that_does_not_run_is_named(checkout, tmp_path):
+    garbage = tmp_path / "garbage"
+    garbage.write_text("no program")
+    garbage.chmod(0o755)
+    reason = run_setup(checkout, "build_py", "--build-lib", str(tmp_path / "site"), path=tmp_path, compiler=garbage)
+    assert reason == f"{garbage} does not run: Exec format error"
+    assert (tmp_path / "site" / "dpo_kernels" / "native.py").is_file()
 
 
 @pytest.mark.parametrize("built", [True, False])

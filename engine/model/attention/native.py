@@ -82,6 +82,7 @@ def packed_attention_op(query, key, value, sinks, segments, scaling, window, chu
     ``Segment``; a ``window``, ``chunk`` or ``softcap`` of 0 is none.
     """
     _check(query, key, value, sinks, segments)
+    sinks = None if sinks is None else sinks.contiguous()
     output, scales = _empty_outputs(query, value)
     tensors = {"query": query, "key": key, "value": value, "sinks": sinks, "segments": segments}
     _call("forward", **tensors, output=output, scales=scales, options=(scaling, window, chunk, softcap))
@@ -98,6 +99,8 @@ def packed_attention_backward_op(
     grad, query, key, value, sinks, segments, output, scales, scaling, window, chunk, softcap
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values and sinks, the last float32 and empty without sinks."""
+    sinks = None if sinks is None else sinks.contiguous()
+    output, scales = output.contiguous(), scales.contiguous()
     grads = _empty_gradients(query, key, value, sinks)
     grad_query, grad_key, grad_value, grad_sinks = grads
     tensors = {"query": query, "key": key, "value": value, "sinks": sinks, "segments": segments}
@@ -153,6 +156,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, segm
     """Raise ``ValueError`` for what the C++ would read or write beyond."""
     if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"expected one dtype of {DTYPES}, got {query.dtype}, {key.dtype}, {value.dtype}")
+    if segments.dtype != torch.int64 or segments.ndim != 2 or segments.shape[1] != 4:
+        raise ValueError(f"expected int64 [segments, 4] segments, got {segments.dtype} {list(segments.shape)}")
+    given = (query, key, value, segments, *(() if sinks is None else (sinks,)))
+    if elsewhere := {x.device.type for x in given} - {"cpu"}:
+        raise ValueError(f"native attention computes on the CPU, got tensors on {', '.join(sorted(elsewhere))}")
     tokens, heads, width = query.shape
     key_heads = key.shape[1]
     if key.shape != (tokens, key_heads, width) or value.shape[:2] != (tokens, key_heads) or heads % key_heads:
@@ -193,6 +201,10 @@ def _call(
     segments = segments.contiguous()
     pointers = {"query": query, "key": key, "value": value, "segments": segments, "grad_output": grad_output, **others}
     scaling, window, chunk, softcap = options
+    if window < 0 or chunk < 0:
+        raise ValueError(f"window and chunk must be 0 (none) or positive, got {window} and {chunk}")
+    # More than there are tokens is all of them.
+    window, chunk = (min(size, query.shape[0]) for size in (window, chunk))
     args = _Args(
         **{name: native.pointer(x) for name, x in pointers.items()},
         **{f"{name}_token": x.stride(0) for name, x in strided.items()},
@@ -212,7 +224,7 @@ def _call(
     )
     native.call(f"attention_{direction}", args)
     if args.failed:
-        raise torch.OutOfMemoryError(f"attention over {query.shape[0]} tokens: no memory for its scratch")
+        raise MemoryError(f"attention over {query.shape[0]} tokens: no memory for its scratch")
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -231,6 +231,9 @@ MALFORMED = {
     "tokens": ({"value": torch.zeros(168, 2, 32)}, "do not match"),
     "dtypes": ({"value": torch.zeros(169, 2, 32, dtype=BF16)}, "expected one dtype"),
     "float64": ({n: torch.zeros(169, 2, 32).double() for n in ("query", "key", "value")}, "expected one dtype"),
+    "numbers of 32 bits": ({"segments": torch.tensor([[0, 169, 0, 0]], dtype=torch.int32)}, "expected int64 .*int32"),
+    "no rows of four": ({"segments": torch.tensor([0, 169, 0, 0])}, r"expected int64 \[segments, 4\]"),
+    "a window below 0": ({"window": -1}, "0 .none. or positive, got -1"),
     "sinks": ({"sinks": torch.zeros(3)}, r"expected float32 \[4\] sinks"),
 }
 
@@ -241,12 +244,21 @@ def test_malformed_inputs_are_refused(changes, message):
         backend.packed_attention_op(**_op_arguments(Problem(SHAPES["grouped"]), **changes))
 
 
+@pytest.mark.parametrize("sinks", [torch.linspace(-1, 1, 8)[::2], torch.tensor(0.5).expand(4)], ids=["strided", "one"])
+def test_sinks_lie_as_they_like(sinks):
+    inputs = _op_arguments(Problem(SHAPES["grouped"]))
+    found, expected = (
+        backend.packed_attention_op(**{**inputs, "sinks": given})[0] for given in (sinks, sinks.clone().contiguous())
+    )
+    assert torch.equal(found, expected)
+
+
 def test_no_memory_is_said(monkeypatch):
     def full(name, args):
         args.failed = 1
 
     monkeypatch.setattr(native, "call", full)
-    with pytest.raises(torch.OutOfMemoryError, match="169 tokens"):
+    with pytest.raises(MemoryError, match="169 tokens"):
         backend.packed_attention_op(**_op_arguments(Problem(SHAPES["grouped"])))
 
 
