@@ -244,6 +244,7 @@ def test_malformed_inputs_are_refused(changes, message):
         backend.packed_attention_op(**_op_arguments(Problem(SHAPES["grouped"]), **changes))
 
 
+@needs_library
 @pytest.mark.parametrize("sinks", [torch.linspace(-1, 1, 8)[::2], torch.tensor(0.5).expand(4)], ids=["strided", "one"])
 def test_sinks_lie_as_they_like(sinks):
     inputs = _op_arguments(Problem(SHAPES["grouped"]))
