@@ -52,6 +52,9 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
     """
     peft = import_peft("model.lora")
     targets = lora.target_modules
+    if isinstance(targets, str) and targets.isidentifier():
+        # To peft it would be a pattern of whole paths, which no layer matches.
+        targets = (targets,)
     if isinstance(targets, tuple):
         _check_names(causal_lm, targets)
     special = _more_than_products(causal_lm)

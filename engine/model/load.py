@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import distributed
@@ -31,6 +31,17 @@ _RANDOM_ATTRIBUTE = re.compile(r"drop|jitter")
 def resolve_device() -> torch.device:
     """The device to train on: the current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _damaged(folder: Path) -> Path | None:
+    """The first file of weights that does not open."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return file
+    return None
 
 
 def load_tokenizer(model: ModelConfig):
@@ -179,7 +190,10 @@ def _read_causal_lm(model: ModelConfig, device: torch.device, backend: Backend, 
             raise own_code from error
         if not Path(model.model_name_or_path).is_dir():
             raise not_found(source, error) from error
-        raise UserError(f"{source} does not load as a causal language model: {first_line(error)}") from error
+        why = first_line(error)
+        if isinstance(error, SafetensorError) and (file := _damaged(Path(model.model_name_or_path))) is not None:
+            why = f"{file.name} is damaged ({why}); copy it again"
+        raise UserError(f"{source} does not load as a causal language model: {why}") from error
     if getattr(causal_lm.config.get_text_config(), "output_router_logits", False):
         raise UserError(
             f"{source}: its config sets output_router_logits, which asks for an auxiliary router loss that packs do "

@@ -283,6 +283,7 @@ def test_stored_references_of_a_continued_adapter_are_its_own(base, trained, tmp
     [
         (("q_proj", "v_prj"), r"no layer of LlamaForCausalLM is called v_prj; did you mean v_proj\?"),
         (("qkv",), r"called qkv; its layers are called act_fn, down_proj, .*v_proj"),
+        ("q_porj", r"called q_porj; did you mean q_proj\?"),
         (("self_attn.q_proj", "0.mlp.up_porj"), r"called 0\.mlp\.up_porj; did you mean up_proj\?"),
     ],
 )
@@ -307,7 +308,7 @@ def test_a_router_that_is_a_linear_layer_of_its_own_kind_is_left_alone(tmp_path)
         load_policy(replace(base, lora=LoraConfig(r=4, target_modules=("q_proj", "router"))), device=CPU)
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "fc1"), ("q_proj",), r".*\.q_proj"])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "fc1"), ("q_proj",), "q_proj", r".*\.q_proj"])
 def test_of_a_composite_the_text_model_alone_is_adapted(targets, tmp_path):
     model = tiny_model(tiny_config("gemma3"))
     assert any("vision_tower" in name and name.endswith("q_proj") for name, _ in model.named_modules())

@@ -159,6 +159,11 @@ def test_what_does_not_load_is_named(tiny_model_dir, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty does not load as a causal language model"):
         load_policy(ModelConfig(model_name_or_path=str(tmp_path / "empty")), device=CPU)
+    damaged = shutil.copytree(tiny_model_dir, tmp_path / "damaged")
+    whole = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"damaged does not load .*: model\.safetensors is damaged .*; copy it again"):
+        load_policy(ModelConfig(model_name_or_path=str(damaged)), device=CPU)
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
