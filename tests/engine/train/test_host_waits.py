@@ -11,6 +11,7 @@ import pytest
 
 from dpo_kernels import dispatch
 from dpo_kernels.losses import LOSS_TYPES
+from engine.model.attention import choice
 from engine.train import feed, loop, references
 from engine.train.setup import Setup, prepare
 from tests.pretended_cuda import CUDA, PretendedCuda, on_host, pretended_cuda
@@ -34,8 +35,9 @@ class Inline:
 @pytest.fixture(autouse=True)
 def inline_feed(monkeypatch):
     monkeypatch.setattr(feed, "ThreadPoolExecutor", Inline)
-    # No kernels without a GPU: what is left of the choice is the way of the GPU in torch.
+    # No kernels without a GPU, and no native code on one: what is left of the choice is the way of the GPU in torch.
     monkeypatch.setattr(dispatch, "why_not", lambda op, impl, *unused: None if impl == "torch" else "pretended")
+    monkeypatch.setattr(choice.library, "why_not", lambda: "pretended")
 
 
 def waiting(function, run, cuda: PretendedCuda, waits: set[int]):
