@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from dpo_kernels.hf import logit_options, router_loss, whole
 from dpo_kernels.integrations.versions import require_series
 from dpo_kernels.linear_logps.api import linear_logps
 from dpo_kernels.linear_logps.stats import STATS
@@ -78,7 +78,7 @@ def add_fused_lm_head(
     if is_deepspeed_zero3_enabled():
         raise NotImplementedError("the fused head does not support DeepSpeed ZeRO-3: use ZeRO-2 or FSDP")
     text_config = model.config.get_text_config()
-    softcap, logit_scale = _read_logit_options(text_config)
+    softcap, logit_scale = logit_options(text_config)
     stats = tuple(name for name in STATS if name in outputs)
     settings = _HeadSettings(text_config, softcap, logit_scale, temperature, cast_lm_head_to_fp32, stats)
     original_forward = model.forward
@@ -125,20 +125,6 @@ def _head_in_trl() -> Iterator[None]:
         dpo_trainer.add_fused_lm_head = theirs
 
 
-def _read_logit_options(config: Any) -> tuple[float | None, float]:
-    """Softcap and factor of the raw logits, under the names that transformers models give them."""
-    softcap = getattr(config, "final_logit_softcapping", None)
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        factor = getattr(config, name, None)
-        if factor is not None:
-            return softcap, float(factor)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return softcap, 1.0
-    # Granite and MiniCPM divide by it, HyperCLOVA X alone multiplies.
-    return softcap, float(scaling) if config.model_type == "hyperclovax" else 1 / float(scaling)
-
-
 def _fused_forward(
     model: Any,
     settings: _HeadSettings,
@@ -164,7 +150,7 @@ def _fused_forward(
     loss = -fields["log_probs"].sum() / count
     aux_loss = None
     if kwargs.get("output_router_logits"):
-        aux_loss = _router_loss(settings.text_config, body.router_logits, kwargs.get("attention_mask"))
+        aux_loss = router_loss(settings.text_config, body.router_logits, kwargs.get("attention_mask"))
         loss = loss + getattr(settings.text_config, "router_aux_loss_coef", 0.0) * aux_loss
     return FusedCausalLMOutput(loss=loss, label_mask=mask_BM, aux_loss=aux_loss, **fields)
 
@@ -229,25 +215,4 @@ def _read_head(model: Any) -> tuple[Tensor, Tensor | None]:
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"the output layer of {type(model).__name__} is {kind}; expected a linear layer of floats")
-    return _whole(weight), None if bias is None else _whole(bias)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """A sharded head gathered; its gradient is the mean over ranks, as data parallelism defines it."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    mesh = parameter.device_mesh
-    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda grad: grad / mesh.size())
-    return whole
-
-
-def _router_loss(config: Any, router_logits: Any, attention_mask: Tensor | None) -> Any:
-    """Load-balancing loss of a mixture of experts; every such family in transformers has the one of Mixtral."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    num_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    if router_logits is None or num_experts is None:
-        raise ValueError(f"output_router_logits=True, but {config.model_type} returns no router logits")
-    return load_balancing_loss_func(router_logits, num_experts, config.num_experts_per_tok, attention_mask)
+    return whole(weight), None if bias is None else whole(bias)

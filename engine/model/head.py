@@ -5,19 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from dpo_kernels.head import Head
+from dpo_kernels.hf import logit_options
 
 from ..errors import UserError
-
-# What models call a factor of their logits, and whether they multiply (1) or divide (-1) by it.
-_FACTORS = {
-    "logit_scale": 1,
-    "lm_head_multiplier": 1,
-    "logits_scaling": -1,
-    "logits_mup_width_multiplier": -1,
-}
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# The same name with the opposite meaning.
-_EXCEPTIONS = {"hyperclovax": {"logits_scaling": 1}}
 
 
 def read_head(model: nn.Module) -> Head:
@@ -35,9 +25,5 @@ def read_head(model: nn.Module) -> Head:
         raise UserError(f"{name}: adapters on the output layer are not supported; leave lm_head out of target_modules")
     if not isinstance(layer, nn.Linear):
         raise UserError(f"{name}: the output layer is {type(layer).__name__}, expected a linear layer")
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
-    scale = 1.0
-    for attribute, power in (_FACTORS | _EXCEPTIONS.get(config.model_type, {})).items():
-        scale *= float(getattr(config, attribute, None) or 1.0) ** power
+    softcap, scale = logit_options(model.config.get_text_config())  # type: ignore[union-attr, operator]
     return Head(layer.weight, layer.bias, softcap, scale)

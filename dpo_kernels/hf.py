@@ -1,0 +1,375 @@
+"""The ops in a training loop of one's own around a Hugging Face model: rows from a batch, and a head inside the model.
+
+``attach_head(model)`` once, then ``model(**batch, objective=pair_loss(ref_logps, beta=0.1)).loss.backward()``. The op
+runs inside the model's forward, so that the hooks of DDP, FSDP2 and accelerate fire around it. The model is only used
+through what transformers models have in common; ``examples/own_loop.py`` is a whole loop.
+
+Legend: B sequences of L tokens, D features, V vocabulary, T rows whose label counts, S = B responses, r rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+from dpo_kernels.chunks import to_device
+from dpo_kernels.head import Head
+from dpo_kernels.linear_dpo.api import LinearDPOLoss, linear_dpo_loss
+from dpo_kernels.linear_dpo.ops import response_sums
+from dpo_kernels.linear_logps.api import linear_logps
+
+Order = Literal["halves", "interleaved"]
+ORDERS = ("halves", "interleaved")
+IGNORE_INDEX = -100
+FEATURES_MULTIPLE = 16
+"""Features that adapters add to a row are padded with zeros to a multiple of this, which kernels load at once."""
+
+_FACTORS = {
+    "logit_scale": 1,
+    "output_multiplier": 1,
+    "lm_head_multiplier": 1,
+    "logits_scaling": -1,
+    "logits_mup_width_multiplier": -1,
+}
+"""What models call a factor of their logits, and whether they multiply (1) or divide (-1) by it."""
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_EXCEPTIONS = {"hyperclovax": {"logits_scaling": 1}}
+"""The same name with the opposite meaning."""
+
+
+class CompletionRows(NamedTuple):
+    """What ``linear_logps`` and ``linear_dpo_loss`` take of a batch: chosen_0, rejected_0, chosen_1, ... end to end."""
+
+    hidden_TD: Tensor
+    """Each the state that predicts the label beside it: the one before it in its sequence."""
+    labels_T: Tensor
+    cu_responses: Tensor
+    """int64 [S + 1], on the CPU."""
+
+
+Objective = Callable[[CompletionRows, Head], Any]
+"""What runs inside the model's forward. Its result is what the forward returns."""
+
+
+def completion_rows(
+    hidden_BLD: Tensor,
+    *,
+    labels: Tensor | None = None,
+    input_ids: Tensor | None = None,
+    completion_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    order: Order = "halves",
+    ignore_index: int = IGNORE_INDEX,
+) -> CompletionRows:
+    """The rows of a padded batch whose labels count, each beside the state that predicts it.
+
+    Labels are shifted here and nowhere else: the token at position t is predicted by the state at t - 1. A first token
+    has no such state and is left out, and so is what ``attention_mask`` calls padding or would predict from padding.
+
+    Args:
+        hidden_BLD: [B, L, D], the last hidden states.
+        labels: [B, L], as transformers takes them: not shifted, ``ignore_index`` where a token does not count. Or
+        input_ids, completion_mask: [B, L] each, as TRL's collator makes them: 1 where a token is of the completion.
+            Beside ``labels`` the ids are compared with them, so that labels that were shifted already are refused.
+        attention_mask: [B, L] of 0 and 1, padding on either side; None for no padding.
+        order: "halves", all chosen and then all rejected, as TRL collates them; or "interleaved", chosen and rejected
+            in turn.
+
+    Raises:
+        ValueError: says what was passed and what to pass.
+    """
+    if hidden_BLD.ndim != 3:
+        raise ValueError(f"hidden states must have shape [sequences, tokens, features]; got {list(hidden_BLD.shape)}")
+    (B, L), device = hidden_BLD.shape[:2], hidden_BLD.device
+    _check_order(order, B)
+    for name, tensor in {
+        "labels": labels, "input_ids": input_ids, "completion_mask": completion_mask, "attention_mask": attention_mask
+    }.items():  # fmt: skip
+        if tensor is not None and tensor.shape != (B, L):
+            hint = ": pass the 2-d mask of the tokenizer" if name == "attention_mask" else ""
+            raise ValueError(f"{name} must have shape [{B}, {L}], like the tokens; got {list(tensor.shape)}{hint}")
+    labels_BL, counts_BL = _labels(labels, input_ids, completion_mask, ignore_index)
+    labels_BL, counts_BL = labels_BL.to(device), counts_BL.to(device).clone()
+    counts_BL[:, 0] = False
+    if attention_mask is not None:
+        real_BL = attention_mask.to(device) != 0
+        if bool((attention_mask > 1).any()):
+            raise ValueError("attention_mask must hold 0 and 1; numbers above 1 look like packed sequences")
+        counts_BL &= real_BL
+        counts_BL[:, 1:] &= real_BL[:, :-1]
+    rank_B = torch.arange(B, device=device)
+    sequences_B = rank_B.view(2, B // 2).T.reshape(B) if order == "halves" else rank_B
+    sequence_T, token_T = counts_BL[sequences_B].nonzero(as_tuple=True)
+    lengths_B = torch.bincount(sequence_T, minlength=B).cpu()
+    cu_responses = torch.cat((lengths_B.new_zeros(1), lengths_B.cumsum(0)))
+    rows_T = sequences_B[sequence_T] * L + token_T
+    hidden_TD = hidden_BLD.reshape(B * L, -1).index_select(0, rows_T - 1)
+    return CompletionRows(hidden_TD, labels_BL.reshape(-1).index_select(0, rows_T), cu_responses)
+
+
+def _check_order(order: str, B: int) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
+    if B % 2:
+        how = "chosen sequences, then as many rejected ones" if order == "halves" else "chosen and rejected in turn"
+        raise ValueError(f"a batch of pairs must hold {how}; got {B} sequences")
+
+
+def _labels(
+    labels: Tensor | None, input_ids: Tensor | None, completion_mask: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Unshifted labels and which of them count."""
+    if labels is None:
+        if input_ids is None or completion_mask is None:
+            raise ValueError("pass labels, with -100 where a token does not count, or input_ids and completion_mask")
+        return input_ids, completion_mask.to(input_ids.device) != 0
+    if completion_mask is not None:
+        raise ValueError("pass labels or completion_mask, not both: they say the same thing")
+    counts_BL = labels != ignore_index
+    if input_ids is not None:
+        other_BL = counts_BL & (labels != input_ids.to(labels.device))
+        if bool(other_BL.any()):
+            b, t = other_BL.nonzero()[0].tolist()
+            shifted = t + 1 < labels.shape[1] and int(labels[b, t]) == int(input_ids[b, t + 1])
+            hint = "; they seem to be shifted already" if shifted else ""
+            raise ValueError(
+                f"labels must be the input_ids, not shifted, or {ignore_index}; got label {int(labels[b, t])} for "
+                f"token {int(input_ids[b, t])} at [{b}, {t}]{hint}"
+            )
+    return labels, counts_BL
+
+
+def pair_loss(ref_logps: Tensor | None, **options: Any) -> Objective:
+    """The objective ``linear_dpo_loss``: the model's forward then returns its ``LinearDPOLoss``.
+
+    Args:
+        ref_logps: [S], as ``response_logps`` gives them: chosen_0, rejected_0, chosen_1, ...; None for losses without a
+            reference. Any device. They do not travel as an argument of the model, where FSDP2 would round them to the
+            dtype of its parameters.
+        options: keywords of ``linear_dpo_loss``: ``loss_type``, ``beta`` and so on.
+    """
+
+    def objective(rows: CompletionRows, head: Head) -> Any:
+        device = rows.hidden_TD.device
+        ref = None if ref_logps is None else to_device(ref_logps, device)
+        moved: dict[str, Any] = {name: to_device(x, device) for name, x in options.items() if isinstance(x, Tensor)}
+        given: dict[str, Any] = {**options, **moved, **head.options}
+        return linear_dpo_loss(rows.hidden_TD, head.weight_VD, rows.labels_T, rows.cu_responses, ref, **given)
+
+    return objective
+
+
+def response_logps(rows: CompletionRows, head: Head) -> Tensor:
+    """The objective of a reference model: fp32 [S], log-probs summed per response, chosen_0, rejected_0, ..."""
+    logps_T = linear_logps(rows.hidden_TD, head.weight_VD, rows.labels_T, **head.options)
+    return response_sums(logps_T, rows.cu_responses)
+
+
+def attach_head(model: Any, *, order: Order = "halves", check: bool = True) -> None:
+    """Let ``model(..., labels=..., objective=...)`` run an objective on completion rows instead of forming logits.
+
+    Without ``objective`` the forward is the original one, with its signature, so generation is as before. The forward
+    takes ``labels``, or ``completion_mask`` beside ``input_ids``, as ``completion_rows`` does. Adapters on the head are
+    part of it, dropout included; adapters that are off (``disable_adapter``) are not. With ``output_router_logits`` in
+    the config the router's loss, times its coefficient, is added to an objective's ``loss``.
+
+    Args:
+        model: a causal language model of transformers, or a peft model around one; before or after ``fully_shard``,
+            before DDP and ``accelerator.prepare``.
+        order: how batches are laid out, as in ``completion_rows``.
+        check: compare the log-probs of four tokens with the model's own logits, and refuse a model whose logits are
+            more than its config says. Left out by itself where parameters are sharded or have no values yet.
+
+    Raises:
+        ValueError: a model whose output layer is not a linear one, or which gives other log-probs.
+    """
+    _check_order(order, 2)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("attach_head takes the model itself: call it before DistributedDataParallel(model)")
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(causal_lm, "get_output_embeddings") or not hasattr(causal_lm, "base_model"):
+        raise ValueError(f"attach_head takes a causal language model of transformers; got {type(causal_lm).__name__}")
+    _check_layer(causal_lm)
+    original = causal_lm.forward
+
+    # Generation checks its keyword arguments against the signature of forward.
+    @functools.wraps(type(causal_lm).forward)
+    def forward(self, *args, objective: Objective | None = None, **kwargs):
+        if objective is None:
+            return original(*args, **kwargs)
+        return _forward(self, objective, order, args, kwargs)
+
+    causal_lm.forward = types.MethodType(forward, causal_lm)
+    if check and not any(p.is_meta or isinstance(p, DTensor) for p in causal_lm.parameters()):
+        try:
+            _check_logits(causal_lm)
+        except ValueError:
+            causal_lm.forward = original
+            raise
+
+
+def _forward(model: Any, objective: Objective, order: Order, args: tuple, kwargs: dict[str, Any]) -> Any:
+    labels, completion_mask = kwargs.pop("labels", None), kwargs.pop("completion_mask", None)
+    kwargs["use_cache"] = False
+    config = model.config.get_text_config()
+    routed = bool(getattr(config, "output_router_logits", False))
+    if routed:
+        kwargs["output_router_logits"] = True
+    # Llama 4 keeps its body elsewhere than its prefix says, and is then its own base_model.
+    body = (model.model if model.base_model is model else model.base_model)(*args, **kwargs)
+    rows = completion_rows(
+        body.last_hidden_state,
+        labels=labels,
+        input_ids=kwargs.get("input_ids", args[0] if args else None),
+        completion_mask=completion_mask,
+        attention_mask=kwargs.get("attention_mask", args[1] if len(args) > 1 else None),
+        order=order,
+    )
+    hidden_TD, head = read_head(model, rows.hidden_TD)
+    found = objective(rows._replace(hidden_TD=hidden_TD), head)
+    if routed and hasattr(found, "loss"):
+        aux = router_loss(config, body.router_logits, kwargs.get("attention_mask"))
+        found = found._replace(loss=found.loss + config.router_aux_loss_coef * aux)
+    return found
+
+
+def _check_layer(model: Any) -> Any:
+    """The output layer, without the wrapper of a peft that trains a copy of it."""
+    layer = model.get_output_embeddings()
+    if hasattr(layer, "modules_to_save"):
+        if layer.disable_adapters or not layer.active_adapters:
+            return layer.original_module
+        return layer.modules_to_save[layer.active_adapters[0]]
+    base = layer.base_layer if hasattr(layer, "lora_A") else layer
+    weight = getattr(base, "weight", None)
+    if not isinstance(base, nn.Linear) or weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"the output layer of {type(model).__name__} is {type(base).__name__}; expected a linear layer of floats, "
+            "or one with LoRA on it (for other adapters and quantised heads leave lm_head out of the targets)"
+        )
+    return layer
+
+
+def read_head(model: Any, hidden_TD: Tensor) -> tuple[Tensor, Head]:
+    """Hidden states and head for the ops. Softcap and scale come from the model's config.
+
+    With LoRA on the output layer, x W^T + s A(x) B^T is [x, s A(x)] [W, B]^T: the update is neither rounded to the
+    weight's dtype nor added to it, and the dropout of an adapter acts where peft has it act.
+
+    Returns:
+        Hidden states, [T, D] or with adapters [T, D + some], and the head, [V, D] or [V, D + some].
+
+    Raises:
+        ValueError: an output layer that is not linear, or adapters of another kind on it.
+    """
+    layer = _check_layer(model)
+    base = layer.base_layer if hasattr(layer, "lora_A") else layer
+    if layer is not base and layer.disable_adapters and layer.merged:
+        # As the layer's own forward does.
+        layer.unmerge()
+    weight, bias = whole(base.weight), None if base.bias is None else whole(base.bias)
+    if isinstance(base.weight, DTensor) and not torch.is_autocast_enabled(hidden_TD.device.type):
+        # Where FSDP2 gathers, it gives a parameter the dtype in which it computes; here it did not.
+        weight, bias = weight.to(hidden_TD.dtype), None if bias is None else bias.to(hidden_TD.dtype)
+    softcap, scale = logit_options(model.config.get_text_config())
+    if layer is not base and not layer.disable_adapters and not layer.merged:
+        hidden_TD, weight, bias = _with_adapters(layer, hidden_TD, weight, bias)
+    return hidden_TD, Head(weight, bias, softcap, scale)
+
+
+def _with_adapters(
+    layer: Any, hidden_TD: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    features, columns, width = [hidden_TD], [weight], 0
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        if name in getattr(layer, "lora_variant", {}):
+            kind = type(layer.lora_variant[name]).__name__.removesuffix("Variant")
+            raise ValueError(f"adapter {name!r} on the output layer is {kind}, expected plain LoRA: leave lm_head out")
+        dropped_TD = layer.lora_dropout[name](hidden_TD)
+        down, up = whole(layer.lora_A[name].weight), whole(layer.lora_B[name].weight)
+        down_Tr = F.linear(dropped_TD.to(down.dtype), down) * layer.scaling[name]
+        features.append(down_Tr.to(hidden_TD.dtype))
+        columns.append(up.to(weight.dtype))
+        width += up.shape[1]
+        up_bias = layer.lora_B[name].bias
+        if up_bias is not None:
+            shift = (whole(up_bias) * layer.scaling[name]).to(weight.dtype)
+            bias = shift if bias is None else bias + shift
+    if not width:
+        return hidden_TD, weight, bias
+    padding = -width % FEATURES_MULTIPLE
+    hidden_TD, weight = torch.cat(features, dim=1), torch.cat(columns, dim=1)
+    return F.pad(hidden_TD, (0, padding)), F.pad(weight, (0, padding)), bias
+
+
+def logit_options(text_config: Any) -> tuple[float | None, float]:
+    """Softcap and factor of the raw logits, under the names that transformers models give them in their text config."""
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(text_config, name, None))), None)
+    scale = 1.0
+    for name, power in (_FACTORS | _EXCEPTIONS.get(text_config.model_type, {})).items():
+        scale *= float(getattr(text_config, name, None) or 1.0) ** power
+    return softcap, scale
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A sharded parameter gathered; its gradient is the mean over ranks, as data parallelism defines it."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    full = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda grad: grad / mesh.size())
+    return full
+
+
+def router_loss(text_config: Any, router_logits: Any, attention_mask: Tensor | None) -> Any:
+    """Load-balancing loss of a mixture of experts; every such family in transformers has the one of Mixtral.
+
+    Raises:
+        ValueError: the model returns no router logits.
+    """
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    num_experts = getattr(text_config, "num_experts", None) or getattr(text_config, "num_local_experts", None)
+    if router_logits is None or num_experts is None:
+        raise ValueError(f"output_router_logits=True, but {text_config.model_type} returns no router logits")
+    return load_balancing_loss_func(router_logits, num_experts, text_config.num_experts_per_tok, attention_mask)
+
+
+@torch.no_grad()
+def _check_logits(model: Any) -> None:
+    """Raise ValueError where the head of the config is not the head of the model."""
+    modes = {module: module.training for module in model.modules()}
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(1, 5, device=device)[None] % model.config.get_text_config().vocab_size
+    model.eval()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        found = model(input_ids=ids.repeat(2, 1), labels=ids.repeat(2, 1), objective=_token_logps)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    expected = logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None].to(logits.device)).squeeze(1)
+    off = float((found[:3].to(expected) - expected).abs().max())
+    if not off <= 1e-3 + 8 * torch.finfo(logits.dtype).eps * float(logits.abs().max()):
+        raise ValueError(
+            f"{type(model).__name__} gives log-probs that differ by {off:.3g} nats from its hidden states under its "
+            "head: it does more with its logits than its config says; use linear_logps with the options that it needs"
+        )
+
+
+def _token_logps(rows: CompletionRows, head: Head) -> Tensor:
+    return linear_logps(rows.hidden_TD, head.weight_VD, rows.labels_T, **head.options)
+
+
+__all__ = ["CompletionRows", "LinearDPOLoss", "attach_head", "completion_rows", "pair_loss", "read_head",
+           "response_logps"]  # fmt: skip
