@@ -17,6 +17,7 @@ finally:
 
 FOLDERS = {"dpo_kernels": "dpo_kernels", "dpo_engine": "engine"}
 """Package -> its folder. ``engine`` alone is a name that other projects use."""
+KERNELS = "hopper_logits.cu"
 
 
 class BuildWithLibrary(build_py):
@@ -24,6 +25,9 @@ class BuildWithLibrary(build_py):
 
     def run(self):
         super().run()
+        if not self.editable_mode:
+            # Compiled where it runs; a checkout has it in csrc/.
+            self.copy_file(str(ROOT / "csrc" / KERNELS), str(Path(self.build_lib) / "dpo_kernels" / KERNELS))
         library = self.library()
         try:
             library.unlink(missing_ok=True)
@@ -37,6 +41,8 @@ class BuildWithLibrary(build_py):
 
     def get_outputs(self, include_bytecode=True):
         outputs = super().get_outputs(include_bytecode)
+        if not self.editable_mode:
+            outputs = [*outputs, str(Path(self.build_lib) / "dpo_kernels" / KERNELS)]
         return [*outputs, str(self.library())] if self.library().exists() else outputs
 
 

@@ -231,7 +231,10 @@ def profile(context: Context, run: Callable[[], Any], title: str, runs: int = 3)
     with (context.folder / "profile.txt").open("a") as file:
         file.write(f"{title}: {runs} runs\n{table}\n\n")
     for event in sorted(averages, key=lambda e: getattr(e, order), reverse=True)[:10]:
-        context.row(event.key[:90], **{"ms per run": getattr(event, order) / 1e3 / runs, "calls": event.count / runs})
+        context.row(
+            event.key[:90],
+            **{"kernel": event.key[:90], "ms per run": getattr(event, order) / 1e3 / runs, "calls": event.count / runs},
+        )
     return _idle(found) if cuda else {}
 
 

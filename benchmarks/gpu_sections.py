@@ -24,7 +24,7 @@ SECTIONS = {
     "limits": Section("Edges", _from("gpu_limits:limit_checks"), 1, 150),
     "sanitizer": Section("compute-sanitizer", _from("gpu_cuda:sanitizer_checks"), 1, 150, shards=3),
     "head": Section("The head, raced", _from("gpu_numbers:head_checks"), 2, 150),
-    "training": Section("Training, measured", _from("gpu_training:training_checks"), 3, 95),
+    "training": Section("Training, measured", _from("gpu_training:training_checks"), 3, 160),
     "profile": Section("Where the head's time goes", _from("gpu_numbers:profile_checks"), 4, 25),
     "sizes": Section("Sizes past 2^31", _from("gpu_limits:size_checks"), 5, 35),
     "shapes": Section("The head at other shapes", _from("gpu_numbers:shape_checks"), 6, 40),

@@ -22,6 +22,7 @@ from benchmarks.gpu_numbers import profile
 from benchmarks.gpu_table import Check, Context, SkippedError, first_line
 
 PAIRS_PER_STEP = 64
+LEARNING_RATE = 1e-5
 LAYERS: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 128256,
@@ -48,6 +49,9 @@ def training_checks(context: Context) -> Iterator[Check]:
         yield Check(f"steps: {name}", partial(_measure_steps, context, options), seconds=60)
     yield Check("profile of a step", partial(_profile_step, context), seconds=60)
     yield Check("dpo train", partial(_train_command, context), seconds=120)
+    if not context.quick:
+        yield Check("beside TRL", partial(_beside_trl, context), seconds=200)
+        yield Check("dpo demo", partial(_demo, context), seconds=120)
 
 
 class _Steps:
@@ -120,33 +124,100 @@ def _profile_step(context: Context) -> dict[str, Any]:
 
 def _train_command(context: Context) -> dict[str, Any]:
     """``dpo train`` on a generated model and generated pairs: tokens per second, and where the loss went."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = _save_job(Path(scratch), tiny=context.dry_run)
+        return {**_train_ours(context, Path(scratch)), "note": model}
+
+
+def _train_ours(context: Context, folder: Path) -> dict[str, Any]:
     try:
         from engine.config.load import build_config
         from engine.train.loop import train
     except ImportError as error:
         raise SkippedError(f"the engine does not import here: {first_line(error)}") from error
+    config = build_config(
+        {
+            "model": {"model_name_or_path": str(folder / "model"), "dtype": context.dtype_name},
+            "data": {"dataset_name": str(folder / "pairs.jsonl"), "max_length": 1024},
+            "packing": {"pairs_per_step": _pairs_per_step(context), "tokens_per_pack": 16384},
+            "optim": {"learning_rate": LEARNING_RATE},
+            "reference": {"store": str(folder / "store")},
+            "train": {"output_dir": str(folder / "run"), "logging_steps": 1, "report_to": []},
+        },
+        "benchmark",
+    )
+    start = time.perf_counter()
+    result = train(config)
+    seconds = time.perf_counter() - start
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    names = ("perf/tokens_per_second", "perf/pairs_per_second", "perf/mfu", "perf/shared_fraction")
+    columns: dict[str, Any] = {name: statistics.median(row[name] for row in _steady(rows)) for name in names}
+    columns |= {"steps": result.steps, "peak GiB": rows[-1]["perf/peak_memory_gib"], "whole run, s": seconds}
+    return {**columns, "first loss": rows[0]["loss"], "last loss": rows[-1]["loss"]}
+
+
+def _pairs_per_step(context: Context) -> int:
+    return 4 if context.dry_run else PAIRS_PER_STEP
+
+
+def _steady(steps: list[Any]) -> list[Any]:
+    """Compilation of the first steps' kernels is not training."""
+    return steps[len(steps) // 3 :]
+
+
+def _beside_trl(context: Context) -> dict[str, Any]:
+    """The same model, pairs and steps by TRL, which is given batches of two sizes, and by ``dpo train`` before it."""
+    try:
+        import trl
+    except ImportError as error:
+        raise SkippedError(f"TRL does not import here: {first_line(error)}") from error
+    from benchmarks.trl_peer import train_with_trl
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = _save_job(folder, tiny=context.dry_run)
-        config = build_config(
-            {
-                "model": {"model_name_or_path": str(folder / "model"), "dtype": context.dtype_name},
-                "data": {"dataset_name": str(folder / "pairs.jsonl"), "max_length": 1024},
-                "packing": {"pairs_per_step": 4 if context.dry_run else PAIRS_PER_STEP, "tokens_per_pack": 16384},
-                "optim": {"learning_rate": 1e-5},
-                "reference": {"store": str(folder / "store")},
-                "train": {"output_dir": str(folder / "run"), "logging_steps": 1, "report_to": []},
-            },
-            "benchmark",
-        )
-        result = train(config)
-        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    # Compilation of the first steps' kernels is not training.
-    steady = rows[len(rows) // 3 :]
-    names = ("perf/tokens_per_second", "perf/pairs_per_second", "perf/mfu", "perf/shared_fraction")
-    columns: dict[str, Any] = {name: statistics.median(row[name] for row in steady) for name in names}
-    columns |= {"steps": result.steps, "peak GiB": rows[-1]["perf/peak_memory_gib"], "note": model}
-    return {**columns, "first loss": rows[0]["loss"], "last loss": rows[-1]["loss"]}
+        note = _save_job(folder, tiny=context.dry_run)
+        ours = _train_ours(context, folder)
+        context.row("dpo train", trainer="dpo train", **ours)
+        columns: dict[str, Any] = {"note": f"TRL {trl.__version__}; {note}"}
+        pairs = _pairs_per_step(context)
+        for micro_batches in (1,) if context.dry_run else (4, 2):
+            context.free_memory()
+            if not context.dry_run:
+                torch.cuda.reset_peak_memory_stats()
+            name = f"TRL, batches of {pairs // micro_batches} pairs"
+            if not context.begin(name):
+                continue
+            start = time.perf_counter()
+            theirs = train_with_trl(
+                folder / "model",
+                folder / "pairs.jsonl",
+                folder / f"trl-{micro_batches}",
+                pairs_per_step=pairs,
+                micro_batches=micro_batches,
+                learning_rate=LEARNING_RATE,
+                max_steps=2 if context.dry_run else 12,
+                cuda=not context.dry_run,
+            )
+            seconds = time.perf_counter() - start
+            rate = pairs / statistics.median(_steady(theirs.step_seconds))
+            row = {"perf/pairs_per_second": rate, "steps": len(theirs.step_seconds), "whole run, s": seconds}
+            row |= {"first loss": theirs.log_history[0]["loss"], "last loss": theirs.log_history[-1]["loss"]}
+            if not context.dry_run:
+                row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+            del theirs
+            context.row(name, trainer=name, **row)
+            columns[f"ours over {name}"] = ours["perf/pairs_per_second"] / rate
+    return columns
+
+
+def _demo(context: Context) -> dict[str, Any]:
+    """``dpo demo`` on this device: everything from data to report on the embedded job."""
+    from engine.cli import main
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "demo"
+        code = main(["demo", "--output", str(folder)])
+        return {"ok": code == 0, "note": f"{len(list(folder.rglob('*')))} files"}
 
 
 def _save_job(folder: Path, *, tiny: bool) -> str:

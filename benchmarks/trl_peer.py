@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ class TrlRun:
     precompute_seconds: float
     train_seconds: float
     final_weights: dict[str, torch.Tensor]
+    step_seconds: list[float]
 
 
 def hh_pairs(lines: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -48,6 +50,7 @@ def train_with_trl(
     peft_config: Any = None,
     adapter_dir: Path | None = None,
     save_to: Path | None = None,
+    cuda: bool = False,
     **config_options,
 ) -> TrlRun:
     """Train one epoch or ``max_steps`` steps in source order with ``DPOTrainer``, float32 on the CPU.
@@ -60,9 +63,10 @@ def train_with_trl(
         adapter_dir: the values that the fresh adapter starts with; without ``peft_config``, a trained adapter to
             continue, whose frozen copy TRL takes as the reference.
         save_to: a folder for the trained model, as TRL leaves it.
+        cuda: on the GPU instead, in bfloat16 with float32 weights.
     """
     import datasets
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -81,8 +85,8 @@ def train_with_trl(
         train_sampling_strategy="sequential",
         precompute_ref_log_probs=True,
         gradient_checkpointing=gradient_checkpointing,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not cuda,
+        bf16=cuda,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -101,6 +105,17 @@ def train_with_trl(
             self.precompute_seconds += time.perf_counter() - start
             return result
 
+    class Clock(TrainerCallback):
+        """When each step ended, on the device."""
+
+        def __init__(self):
+            self.times: list[float] = []
+
+        def on_step_end(self, *args, **kwargs):
+            if cuda:
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
     continued = adapter_dir is not None and peft_config is None
     if continued:
         model = _with_adapter(model, adapter_dir)
@@ -109,6 +124,8 @@ def train_with_trl(
     )
     if adapter_dir is not None and not continued:
         _set_adapter(trainer.model, adapter_dir)
+    clock = Clock()
+    trainer.add_callback(clock)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -119,6 +136,7 @@ def train_with_trl(
         precompute_seconds=trainer.precompute_seconds,
         train_seconds=seconds,
         final_weights={name: p.detach().clone() for name, p in trainer.model.named_parameters()},
+        step_seconds=[after - before for before, after in itertools.pairwise([start, *clock.times])],
     )
 
 

@@ -25,6 +25,8 @@ class Description(NamedTuple):
     linear_dpo_loss: Choice
     torch_version: str
     triton_version: str | None
+    hopper: str = ""
+    """Whether tiles of logits are computed by ``csrc/hopper_logits.cu``, or why not; empty without Triton kernels."""
 
     def __str__(self) -> str:
         triton = f"triton {self.triton_version}" if self.triton_version else "no triton"
@@ -36,6 +38,7 @@ class Description(NamedTuple):
             "linear_dpo_loss": self.linear_dpo_loss,
         }
         lines += [f"  {name}: {choice.impl} ({choice.reason})" for name, choice in choices.items()]
+        lines += [f"  tiles of logits: {self.hopper}"] if self.hopper else []
         return "\n".join(lines)
 
 
@@ -44,6 +47,15 @@ def _choose_filtered(device: torch.device, dtype: torch.dtype) -> Choice:
         return choose("linear_logps", "auto", device, dtype, filtered=True)
     except RuntimeError as error:
         return Choice("none", str(error))
+
+
+def _hopper(device: torch.device, dtype: torch.dtype) -> str:
+    if choose("linear_logps", "auto", device, dtype).impl != "triton":
+        return ""
+    from dpo_kernels.kernels import hopper
+
+    obstacle = hopper.why_not(device, dtype)
+    return "hopper (csrc/hopper_logits.cu)" if obstacle is None else f"triton (no Hopper kernels: {obstacle})"
 
 
 def describe(device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Description:
@@ -68,4 +80,5 @@ def describe(device: str | torch.device | None = None, dtype: torch.dtype = torc
         linear_dpo_loss=choose("linear_dpo", "auto", device, dtype),
         torch_version=torch.__version__,
         triton_version=version,
+        hopper=_hopper(device, dtype),
     )

@@ -11,6 +11,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dpo_kernels.head import Head
+from dpo_kernels.kernels import hopper
 from dpo_kernels.kernels.tile_config import MAX_BLOCK, TileConfig, device_arch, tile_config
 
 INTERPRETING = bool(triton.knobs.runtime.interpret)
@@ -91,6 +92,8 @@ class TileLaunch:
         self.num_programs = triton.cdiv(T, self.config.block_n) * triton.cdiv(V, self.config.block_v)
         self.strides = (hidden_TD.stride(0), weight_VD.stride(0))
         use_tma = self.config.tma and aligned
+        self.by_hopper = self.config.hopper and aligned and hopper.takes(hidden_TD)
+        """Whether ``kernels.hopper`` does what this launch would do."""
         self.hidden: Any = hidden_TD
         self.weight: Any = weight_VD
         if use_tma:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from dpo_kernels.head import Head
+from dpo_kernels.kernels import hopper
 from dpo_kernels.kernels.filtered_products import TileLists
 from dpo_kernels.kernels.launch import TileLaunch, epilogue_arguments, on_device
 from dpo_kernels.kernels.logits_tile import (
@@ -146,6 +147,20 @@ def slice_grad(
     tile = TileLaunch(kernel, hidden_TD, head.weight_VD, heavy=head.softcap is not None, config=config)
     num_programs = tile.num_programs
     check_whole_tiles(out_TV, tile.config, T, V)
+    if lists is None and tile.by_hopper and head.softcap is None:
+        hopper.launch(
+            hopper.GRADIENT,
+            hidden_TD,
+            head,
+            labels_T,
+            first_col=first_col,
+            ignore_index=ignore_index,
+            group=tile.config.group_n,
+            out=out_TV,
+            lse=lse_T.double().contiguous(),
+            grad=grad_T.contiguous(),
+        )
+        return
     if lists is not None:
         assert lists.rows % tile.config.block_n == 0 == lists.columns % tile.config.block_v
         whole_columns = triton.cdiv(V, lists.columns) * lists.columns

@@ -45,6 +45,8 @@ class TileConfig:
     num_warps: int
     num_stages: int
     tma: bool = False
+    hopper: bool = False
+    """Where ``kernels.hopper`` can, it takes the place of Triton for this tile."""
 
     def __post_init__(self) -> None:
         for name in ("block_n", "block_v", "block_d", "num_warps"):
@@ -197,8 +199,8 @@ def _entry(where: str, entry: Any, widest: int) -> tuple[Bounds, TileConfig]:
     bounds = dict(_items(entry["bounds"], f"{where}.bounds", (*_SIZES, *_FLAGS)))
     _check_numbers(f"{where}.bounds", bounds, flags=_FLAGS)
     names = {field.name for field in fields(TileConfig)}
-    _check_keys(entry["config"], f"{where}.config", names - {"tma"}, {"tma"})
-    _check_numbers(f"{where}.config", entry["config"], flags=("tma",))
+    _check_keys(entry["config"], f"{where}.config", names - {"tma", "hopper"}, {"tma", "hopper"})
+    _check_numbers(f"{where}.config", entry["config"], flags=("tma", "hopper"))
     try:
         config = TileConfig(**entry["config"])
     except ValueError as error:

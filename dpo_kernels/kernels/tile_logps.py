@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from dpo_kernels.head import Head
+from dpo_kernels.kernels import hopper
 from dpo_kernels.kernels.launch import MAX_BLOCK, TileLaunch, epilogue_arguments, on_device
 from dpo_kernels.kernels.logits_tile import (
     bias_tile,
@@ -243,6 +244,25 @@ def tile_partials(
     else:
         shift_JT, sum_JT = out
     assert shift_JT.shape == sum_JT.shape == (num_tiles, T)
+    # exp(10) is below the largest float16, 6.6e4; exp(24) is no more than fp32 sums take without loss.
+    shift_slack = 10.0 if hidden_TD.dtype == torch.float16 else 24.0
+    if tile.by_hopper and not heavy:
+        hopper.launch(
+            hopper.STATS if exps is None else hopper.EXPS,
+            hidden_TD,
+            head,
+            labels_T,
+            first_col=first_col,
+            ignore_index=-1,
+            group=tile.config.group_n,
+            shift_slack=shift_slack,
+            out=exps,
+            row_shift=row_shift_T,
+            tile_shift=shift_JT,
+            tile_sum=sum_JT,
+            label_logit=label_logit_T,
+        )
+        return TilePartials(shift_JT, sum_JT, width)
     partials_5JT = shift_JT.new_empty(NUM_PARTIALS, *shift_JT.shape) if token_stats else None
     with on_device(hidden_TD.device):
         linear_stats_fwd_kernel[(tile.num_programs,)](
@@ -268,8 +288,7 @@ def tile_partials(
             WRITE_EXP=exps is not None,
             TOKEN_STATS=token_stats,
             JOINED=joined,
-            # exp(10) is below the largest float16, 6.6e4; exp(24) is no more than fp32 sums take without loss.
-            SHIFT_SLACK=10.0 if hidden_TD.dtype == torch.float16 else 24.0,
+            SHIFT_SLACK=shift_slack,
             **tile.meta,
         )
     return TilePartials(shift_JT, sum_JT, width, partials_5JT)

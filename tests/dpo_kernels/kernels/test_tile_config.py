@@ -13,7 +13,8 @@ import torch
 from dpo_kernels.kernels import tile_config as tables
 
 BOUNDS = {"min_D": 2049, "max_D": 4096, "min_V": 65537, "max_V": 131072, "heavy": False, "aligned": True}
-CONFIG = {"block_n": 64, "block_v": 256, "block_d": 64, "group_n": 16, "num_warps": 8, "num_stages": 2, "tma": True}
+CONFIG = {"block_n": 64, "block_v": 256, "block_d": 64, "group_n": 16, "num_warps": 8, "num_stages": 2}
+CONFIG |= {"tma": True, "hopper": False}
 ENTRY = {"bounds": BOUNDS, "config": CONFIG, "measured": {"device": "none"}}
 TABLE = {"format": 1, "archs": {"sm_90": {"linear_stats": {"bfloat16": [ENTRY]}}}}
 PROBLEM = {"arch": "sm_90", "dtype": torch.bfloat16, "D": 4096, "V": 128256, "heavy": False, "aligned": True}
