@@ -9,11 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .config.schema import RunConfig
+from .data.columns import SHOWN_BY, layouts
 from .data.groups import PreferenceGroup
 from .data.lint import PROBLEMS, LintReport
 from .data.read import Split, stream_groups
 from .data.tokenize import Encoder
 from .errors import UserError
+from .inputs import check_inputs
 from .model.load import load_tokenizer
 from .packing.plan import group_sizes
 from .train.objective import Objective
@@ -49,6 +51,7 @@ def check(config: RunConfig) -> Checked:
     Raises:
         UserError: the data or the tokenizer cannot be opened.
     """
+    check_inputs(config, tokenizer_only=True)
     tokenizer = load_tokenizer(config.model)
     parts = [f"chat template: {Encoder(tokenizer, config.data).template_origin}"]
     splits: tuple[Split, ...] = ("train", "eval") if config.data.eval_dataset_name else ("train",)
@@ -78,6 +81,8 @@ def _check_split(config: RunConfig, tokenizer, split: Split) -> tuple[str, LintR
         for problem in _run_faults(group, config):
             report.add(problem, group.row)
     parts = [report.format()]
+    if SHOWN_BY in parts[0]:
+        parts.append(layouts())
     if shown is not None:
         parts += [_format_lengths(lengths, config.data.max_length), _format_example(shown, tokenizer)]
     reasons = _verdicts(report, config.data.strict)

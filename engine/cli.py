@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from . import distributed, stop
 from .config.fields import iter_keys, nearest
 from .config.help import config_help
-from .errors import Stopped, UserError, disk_error, out_of_memory
+from .errors import SeveralErrors, Stopped, UserError, disk_fault, out_of_memory
 
 OK, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:
             _discard_output()
-        print(f"error: {message}", file=sys.stderr)
+        print("".join(f"error: {line}\n" for line in message.splitlines()), end="", file=sys.stderr)
         return USER_ERROR
 
 
@@ -126,14 +126,16 @@ def _discard_output() -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for a problem that the user can fix, or None for a fault of ours."""
+    """A line for each problem that the user can fix, or None for a fault of ours."""
+    if isinstance(error, SeveralErrors):
+        return "\n".join(filter(None, map(explain, error.errors)))
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     for cause in _causes(error):
         if isinstance(cause, UserError):
             return explain(cause)
-        if (found := disk_error(cause)) is not None:
-            return f"{getattr(cause, 'filename', None) or 'output'}: {found[0]}; {found[1]}"
+        if (found := disk_fault(cause)) is not None:
+            return f"{getattr(cause, 'filename', None) or 'output'}: {found.what}; {found.remedy()}"
         # by name, since importing torch to compare types is slow
         if type(cause).__name__ == "TileTableError":
             return str(cause)

@@ -51,8 +51,10 @@ def plan(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo plan``"""
     config = load_config(options.config, overrides)
     from .data import load_dataset_groups
+    from .inputs import check_inputs
     from .model import load_tokenizer
 
+    check_inputs(config, splits=("train",), tokenizer_only=True)
     dataset, report = load_dataset_groups(config.data, load_tokenizer(config.model), split="train")
     if report.dropped:
         print(f"{report.dropped:,} of {report.total:,} rows are dropped; `dpo check {options.config}` says why\n")

@@ -76,8 +76,10 @@ def _machine() -> Rows:
     memory = psutil.virtual_memory()
     yield "memory", f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available"
     if not torch.cuda.is_available():
-        built = torch.version.cuda or torch.version.hip
-        yield "gpu", f"none found (torch is built for {built})" if built else "none (torch is a CPU build)"
+        yield (
+            "gpu",
+            f"none found (torch is built for {built})" if (built := _toolkit()) else "none (torch is a CPU build)",
+        )
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -85,7 +87,15 @@ def _machine() -> Rows:
             f"gpu {index}",
             f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB",
         )
-    yield "cuda", f"{torch.version.cuda}, cudnn {torch.backends.cudnn.version()}"
+    yield "toolkit", f"{_toolkit()}, cudnn {torch.backends.cudnn.version()}"
+
+
+def _toolkit() -> str | None:
+    """What this torch is built for, such as ``CUDA 13.0``; None for the CPU alone."""
+    import torch
+
+    names = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": torch.version.xpu}
+    return next((f"{name} {version}" for name, version in names.items() if version), None)
 
 
 def _choices() -> Rows:
@@ -102,9 +112,9 @@ def _choices() -> Rows:
         chosen = dpo_kernels.describe(device, dtype)
         for op in ("linear_logps", "linear_logps_filtered", "linear_dpo_loss"):
             choice = getattr(chosen, op)
-            yield f"{op} {name}", f"{choice.impl}: {choice.reason}"
+            yield f"{op} {name}", f"{choice.impl} ({choice.reason})"
         backend = choose_backend("auto", device, dtype)
-        yield f"attention {name}", f"{backend.name}: {backend.reason}"
+        yield f"attention {name}", f"{backend.name} ({backend.reason})"
 
 
 def _places() -> Rows:

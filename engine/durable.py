@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import UserError, disk_error
+from .errors import UserError, disk_fault
 
 MANIFEST = "manifest.json"
 FILE_SUFFIX = ".tmp"
@@ -25,8 +25,8 @@ FILE_SUFFIX = ".tmp"
 FOLDER_SUFFIX = ".incomplete"
 """Of such a folder."""
 _CHUNK_BYTES = 8 << 20
-CONTINUE = "free space or choose another train.output_dir, then continue with --resume"
-"""What to do when a training run cannot write."""
+CONTINUE = "choose another train.output_dir, then continue with --resume"
+"""What to do when a training run cannot write, beside what the fault itself calls for."""
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
@@ -63,24 +63,25 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path, *, advice: str = CONTINUE) -> Iterator[None]:
-    """Turn a full, read-only or failing disk into a ``UserError`` that names ``path`` and says what to do."""
+def disk_errors(path: Path, *, elsewhere: str = CONTINUE) -> Iterator[None]:
+    """Turn a full, read-only or failing disk into a ``UserError`` that names ``path`` and says what to do about the
+    fault, or ``elsewhere``."""
     try:
         yield
     except Exception as error:
-        found = disk_error(error)
+        found = disk_fault(error)
         if found is None:
             raise
-        raise UserError(f"cannot write {path}: {found[0]}; {advice}") from error
+        raise UserError(f"cannot write {path}: {found.what}; {found.remedy(elsewhere)}") from error
 
 
-def write_atomically(path: Path, text: str, *, advice: str = CONTINUE) -> None:
+def write_atomically(path: Path, text: str, *, elsewhere: str = CONTINUE) -> None:
     """Replace ``path`` by a file of ``text``; a reader sees the old file or the new one.
 
     Raises:
-        UserError: the disk is full or not writable; it ends with ``advice``.
+        UserError: the disk is full or not writable; it ends with ``elsewhere``.
     """
-    with disk_errors(path, advice=advice):
+    with disk_errors(path, elsewhere=elsewhere):
         replace_file(path, text.encode("utf-8"))
 
 

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import errno
 import signal
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
-DISK_ERRORS = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file is larger than this system allows",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.ENOTDIR: "a part of the path is not a folder",
-    errno.EIO: "the disk reported an input/output error",
+
+class DiskFault(NamedTuple):
+    """What is wrong with a disk, a folder or a file on it."""
+
+    what: str
+    first: str = ""
+    """What to do about it; empty where only another place helps."""
+
+    def remedy(self, elsewhere: str = "choose another place") -> str:
+        """What to do: about the fault, or elsewhere."""
+        return f"{self.first} or {elsewhere}" if self.first else elsewhere
+
+
+DISK_FAULTS = {
+    errno.ENOSPC: DiskFault("no space left on the disk", "free space"),
+    errno.EDQUOT: DiskFault("the disk quota is used up", "free space"),
+    errno.EFBIG: DiskFault("the file is larger than this system allows", "raise the limit (ulimit -f)"),
+    errno.EROFS: DiskFault("the file system is read-only", "make it writable"),
+    errno.EACCES: DiskFault("permission denied", "check owner and mode"),
+    errno.EPERM: DiskFault("permission denied", "check owner and mode"),
+    errno.ENAMETOOLONG: DiskFault("the name is too long"),
+    errno.ENOTDIR: DiskFault("a part of the path is a file, not a folder", "move that file away"),
+    errno.EEXIST: DiskFault("a file of that name is in the way", "move it away"),
+    errno.EISDIR: DiskFault("a folder of that name is in the way", "move it away"),
+    errno.EIO: DiskFault("the disk reported an input/output error", "check the disk"),
+    errno.ESTALE: DiskFault("the network file system has lost the file", "mount it again"),
 }
-_FIRST = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space or ") | dict.fromkeys(
-    (errno.EROFS, errno.EACCES, errno.EPERM), "check owner and mode or "
-)
 
 
 _GPU_MEMORY = ("CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -30,6 +45,35 @@ class UserError(Exception):
 
     The command line prints it as ``error: <message>`` and exits with code 2.
     """
+
+
+class SeveralErrors(UserError):  # noqa: N818 - it is several
+    """Problems that are told at once; the command line prints a line for each."""
+
+    def __init__(self, *errors: UserError):
+        super().__init__(*errors)
+        self.errors = errors
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.errors))
+
+
+def raise_all(checks: Iterable[Callable[[], object]]) -> None:
+    """Call every check, and raise the ``UserError`` of each that fails, all at once.
+
+    Raises:
+        UserError: of the only check that fails, or a ``SeveralErrors``.
+    """
+    found: list[UserError] = []
+    for check in checks:
+        try:
+            check()
+        except SeveralErrors as several:
+            found += several.errors
+        except UserError as error:
+            found.append(error)
+    if found:
+        raise found[0] if len(found) == 1 else SeveralErrors(*found)
 
 
 class Stopped(KeyboardInterrupt):
@@ -74,18 +118,21 @@ class RowError(UserError):
         self.problem = problem
 
 
-def disk_error(error: BaseException) -> tuple[str, str] | None:
-    """(what is wrong, what to do) for an error of the system about a file; None for another one."""
+def disk_fault(error: BaseException) -> DiskFault | None:
+    """What an error of the system says of a file; None for another error, or one that says nothing of disks."""
     if isinstance(error, UserError):
         return None
     number = error.errno if isinstance(error, OSError) else None
-    if number not in DISK_ERRORS:
+    if number not in DISK_FAULTS:
         # safetensors, tokenizers and pyarrow carry the system's error only in their text
         text = str(error)
-        number = next((n for n in DISK_ERRORS if f"os error {n})" in text or f"[Errno {n}]" in text), None)
-    if number is None:
-        return None
-    return DISK_ERRORS[number], f"{_FIRST.get(number, '')}choose another place"
+        number = next((n for n in DISK_FAULTS if f"os error {n})" in text or f"[Errno {n}]" in text), None)
+    return None if number is None else DISK_FAULTS[number]
+
+
+def write_fault(error: OSError) -> DiskFault:
+    """What stands in the way of a write, in the system's own words where there are no better ones."""
+    return disk_fault(error) or DiskFault(error.strerror or str(error))
 
 
 def counted(number: int, noun: str) -> str:

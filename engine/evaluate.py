@@ -13,7 +13,8 @@ from . import distributed
 from .config.schema import ModelConfig, RunConfig
 from .data import load_dataset_groups
 from .data.groups import PreferenceDataset
-from .errors import UserError
+from .errors import UserError, raise_all
+from .inputs import check_inputs
 from .model import Policy, check_folder, load_adapter, load_tokenizer, ready_policy, resolve_device
 from .model.adapter_forms import changes_base, is_adapter
 from .model.adapters import import_peft
@@ -27,7 +28,7 @@ from .train.references import full_model, prepare_references
 
 _SAME_ROWS = 1e-2
 """Relative difference of mean log-probs and losses that another dtype or layout may cause on the same rows."""
-_RERUN = "its numbers are above; free space or make the folder writable to have them kept, and evaluate again"
+_RERUN = "move the run elsewhere, then evaluate again to have its numbers, which are above, kept"
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     """
     distributed.set_timeout(config.train.timeout_minutes)
     check_quantization(config.model)
-    if model_path is not None:
-        check_folder(model_path, "--model ")
+    own = [] if model_path is None else [partial(check_folder, model_path, "--model ")]
+    raise_all([*own, partial(check_inputs, config, splits=("eval",))])
     tokenizer = load_tokenizer(config.model)
     dataset, _ = load_dataset_groups(config.data, tokenizer, split="eval")
     packing = config.packing
@@ -64,7 +65,7 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     values = evaluate_policy(trained, dataset, objective, config, lookup=references.lookup("eval"), progress=True)
     log.info(format_evaluation(values))
     if distributed.is_main() and model_path is not None and (Path(model_path) / METRICS_FILE).exists():
-        write_evaluation(Path(model_path), values | _as_trained(Path(model_path), values), advice=_RERUN)
+        write_evaluation(Path(model_path), values | _as_trained(Path(model_path), values), elsewhere=_RERUN)
     return values
 
 

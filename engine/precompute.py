@@ -10,6 +10,7 @@ from .config.schema import REFERENCE_FREE_LOSSES, RunConfig
 from .data import load_dataset_groups, open_rows
 from .data.groups import PreferenceDataset
 from .errors import UserError
+from .inputs import check_inputs
 from .model import Policy, load_tokenizer, ready_policy, resolve_device
 from .model.quantization import check_quantization
 from .reference import (
@@ -37,6 +38,7 @@ def check_settings(config: RunConfig, export: Path | None) -> None:
         UserError: settings that cannot run, or a file that the rows cannot be exported to.
     """
     distributed.set_timeout(config.train.timeout_minutes)
+    check_inputs(config)
     check_quantization(reference_model(config))
     if export is not None and distributed.is_main():
         check_export_path(export)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import distributed
 from .durable import FILE_SUFFIX
-from .errors import UserError, disk_error
+from .errors import UserError, write_fault
 
 _PATIENCE_SECONDS = 30.0
 """How long a network file system may take to show on one machine what another one has written."""
@@ -48,8 +48,8 @@ def _leave_token(folder: Path, option: str) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / token).touch()
     except OSError as error:
-        found = disk_error(error) or (error.strerror, "choose another place")
-        raise UserError(f"cannot write to {option}: {found[0]}; {found[1]}") from error
+        found = write_fault(error)
+        raise UserError(f"cannot write to {option}: {found.what}; {found.remedy()}") from error
     return token
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from ..errors import UserError
 from .fields import nearest, show
-from .load import build_config, read_yaml, to_dict
+from .load import TRL_FILE, build_config, read_yaml, to_dict
 from .trl_file import TrlFile
 from .trl_keys import CONVERTED, NEW_RESULT, SAME_RESULT
 
@@ -29,12 +29,13 @@ _ATTENTION = {"flash_attention_2": "flash", "sdpa": "sdpa"}
 _SMOOTHED_IN_TRL = {"exo_pair", "robust", "aot", "aot_unpaired"}
 _REQUIRED = {"model": "model_name_or_path", "data": "dataset_name"}
 
-Effect = Literal["same", "new"]
+Effect = Literal["missing", "new", "same"]
+_TITLES = {"missing": "These are missing:", "new": "These change the result:", "same": "The result stays the same:"}
 
 
 @dataclass(frozen=True)
 class Note:
-    """What became of a key. ``effect`` says whether the run still learns the same."""
+    """What became of a key. ``effect`` says whether the run still learns the same, or does not start without it."""
 
     key: str
     effect: Effect
@@ -50,9 +51,9 @@ class Conversion:
     notes: list[Note] = field(default_factory=list)
 
     def report(self) -> str:
-        """The notes for people, what changes the result first."""
+        """The notes for people, what a run does not start without first."""
         parts = []
-        for effect, title in (("new", "These change the result:"), ("same", "The result stays the same:")):
+        for effect, title in _TITLES.items():
             keys: dict[str, list[str]] = {}
             for note in self.notes:
                 if note.effect == effect:
@@ -79,8 +80,8 @@ def convert_trl(path: str | Path, *, num_processes: int | None = None) -> Conver
         UserError: the file cannot be read, or a value is one that TRL would refuse, too.
     """
     if not Path(path).exists():
-        raise UserError(f"{path}: no such file; give the path of the YAML file that `trl dpo --config` takes")
-    trl, _ = read_yaml(path)
+        raise UserError(f"{path}: no such file; give the path of {TRL_FILE}")
+    trl, _ = read_yaml(path, TRL_FILE)
     if isinstance(trl.get("model"), dict) or isinstance(trl.get("data"), dict):
         raise UserError(f"{path}: has the sections of a run configuration already; nothing to convert")
     converter = _Converter(TrlFile(str(path), {str(k): v for k, v in trl.items()}))
@@ -206,7 +207,7 @@ class _Converter:
             self._new("truncation_mode", "only keep_start is supported, which cuts the end of the response")
         for section, key in _REQUIRED.items():
             if not self.result.values[section].get(key):
-                self._new(key, f"not in the file; add {section}.{key}, or pass --{section}.{key} VALUE")
+                self.result.notes.append(Note(key, "missing", f"set {section}.{key}, or pass --{section}.{key} VALUE"))
 
     def _mixture(self) -> None:
         mixture = self.trl.take("datasets")

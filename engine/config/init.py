@@ -6,7 +6,7 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, write_fault
 from .from_trl import Conversion, convert_trl
 
 
@@ -47,4 +47,6 @@ def _write_new(path: Path, text: str) -> None:
     except OSError as error:
         if path.is_file() and path.stat().st_size < len(text):
             os.unlink(path)
-        raise UserError(f"{path}: cannot be written: {error.strerror}; choose another place with --output") from None
+        found = write_fault(error)
+        advice = found.remedy("choose another place with --output")
+        raise UserError(f"{path}: cannot be written: {found.what}; {advice}") from None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, raise_all
 from .fields import (
     TypeMismatch,
     coerce,
@@ -25,6 +26,18 @@ from .fields import (
 )
 from .overrides import parse_overrides
 from .schema import RunConfig
+
+RUN_FILE = "the YAML file of a run"
+TRL_FILE = "the YAML file that `trl dpo --config` takes"
+_SAMPLES = {RUN_FILE: "sections such as `loss:`", TRL_FILE: "keys such as `learning_rate: 5.0e-6`"}
+_REMEDIES = {
+    RUN_FILE: "`dpo init` writes one",
+    TRL_FILE: "write the arguments of DPOConfig, and model_name_or_path and dataset_name, into one as lines such as "
+    "`beta: 0.1`, and convert that",
+}
+_OTHER_KINDS = {".py": "a Python script", ".ipynb": "a notebook", ".sh": "a shell script"} | dict.fromkeys(
+    (".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".safetensors"), "data"
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -81,12 +94,18 @@ def diff_from_defaults(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     return dict(_differences(config, ""))
 
 
-def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
+def read_yaml(path: str | Path, expected: str = RUN_FILE) -> tuple[dict[str, Any], dict[str, int]]:
     """The mapping in a YAML file and the line of every dotted key.
+
+    Args:
+        expected: ``RUN_FILE`` or ``TRL_FILE``.
 
     Raises:
         UserError: the file cannot be read, is not YAML, is not a mapping, or has a key twice.
     """
+    kind = "a folder" if Path(path).is_dir() else _OTHER_KINDS.get(Path(path).suffix.lower())
+    if kind is not None:
+        raise UserError(f"{path} is {kind}, where {expected} belongs; {_REMEDIES[expected]}")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -110,7 +129,7 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
     finally:
         loader.dispose()
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections such as `loss:`, got {show(values)}")
+        raise UserError(f"{path}: expected {_SAMPLES[expected]}, got {show(values)}; {_REMEDIES[expected]}")
     return values, lines
 
 
@@ -148,9 +167,14 @@ class _Builder:
 
     def __init__(self, source: str, lines: dict[str, int], overridden: set[str]) -> None:
         self.source, self.lines, self.overridden = source, lines, overridden
+        self.values: dict[str, Any] = {}
 
     def build(self, values: dict[str, Any]) -> RunConfig:
+        self.values = values
         return self._build(RunConfig, values, "")
+
+    def _refuse(self, missing: str) -> None:
+        raise UserError(f"{self.source}: {missing} is missing; add it to the file or pass --{missing} VALUE")
 
     def _where(self, key: str) -> str:
         if key in self.overridden:
@@ -175,10 +199,8 @@ class _Builder:
             elif not is_optional(hint):
                 # a section whose keys are all commented out is null in YAML
                 arguments[name] = self._build(nested, {}, key + ".")
-        for field in dataclasses.fields(cls):
-            if field.name not in arguments and _is_required(field):
-                key = prefix + field.name
-                raise UserError(f"{self.source}: {key} is missing; add it to the file or pass --{key} VALUE")
+        if any(_is_required(field) and field.name not in arguments for field in dataclasses.fields(cls)):
+            raise_all(partial(self._refuse, key) for key in _missing(RunConfig, self.values, ""))
         try:
             return cls(**arguments)
         except ValueError as error:
@@ -224,6 +246,19 @@ def _first_mentioned(keys: Iterable[str], message: str) -> str | None:
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _missing(cls: type, values: Any, prefix: str) -> Iterator[str]:
+    """Required keys that the file lacks, of all sections that it has or must have."""
+    present = values if isinstance(values, dict) else {}
+    for field in dataclasses.fields(cls):
+        hint = type_hints(cls)[field.name]
+        nested = dataclass_in(hint)
+        if nested is None:
+            if _is_required(field) and field.name not in present:
+                yield prefix + field.name
+        elif present.get(field.name) is not None or not is_optional(hint):
+            yield from _missing(nested, present.get(field.name), f"{prefix}{field.name}.")
 
 
 def _all(config: Any, prefix: str) -> list[tuple[str, tuple[Any, Any]]]:

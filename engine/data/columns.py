@@ -31,6 +31,8 @@ _NOTES = {
     "preference": ", and prompt unless both sides begin with it",
     "hh": " whose turns begin with '\\n\\nHuman:' and '\\n\\nAssistant:', as in Anthropic HH",
 }
+SHOWN_BY = "`dpo check` lists the columns of every layout"
+_NAMES_LISTED, _NAME_WIDTH = 8, 40
 _NEAR = 0.8
 """Likeness, of 1, from which a name may be a misspelt one."""
 _SAME = 0.9
@@ -55,11 +57,17 @@ def detect_format(row: Row) -> str:
         return "hh" if dialogues and "prompt" not in columns else "preference"
     if is_scored(row.data):
         return "scored"
-    known = "; ".join(f"{name}: {', '.join(names)}{_NOTES.get(name, '')}" for name, names in COLUMNS.items())
+    hint = _likely(row) or "; rename them, or set data.format to one of " + ", ".join(COLUMNS)
     raise RowError(
-        "missing_column",
-        f"{row.where}: no known layout has the columns {listed(row.data)}{_likely(row)}; expected one of {known}",
+        "missing_column", f"{row.where}: no known layout has the columns {listed(row.data)}{hint}; {SHOWN_BY}"
     )
+
+
+def layouts() -> str:
+    """The columns of every layout, a line each."""
+    width = max(map(len, COLUMNS))
+    lines = [f"  {name:<{width}}  {', '.join(names)}{_NOTES.get(name, '')}" for name, names in COLUMNS.items()]
+    return "\n".join(["columns of the layouts that are known (data.format)", *lines])
 
 
 def first_present(names: tuple[str, ...], data: Mapping[str, Any]) -> str | None:
@@ -98,7 +106,8 @@ def _likely(row: Row) -> str:
     for name in (str(name) for name in row.data if name not in known):
         if close := difflib.get_close_matches(name.lower(), known, n=1, cutoff=_NEAR):
             meant[name] = close[0]
-    return "".join(f" (is {name} meant to be {right}?)" for name, right in meant.items() if right not in row.data)
+    absent = {name: right for name, right in meant.items() if right not in row.data}
+    return "".join(f" (is {name} meant to be {right}?)" for name, right in list(absent.items())[:_NAMES_LISTED])
 
 
 def _other_layout(row: Row, layout: str) -> str:
@@ -111,8 +120,10 @@ def _other_layout(row: Row, layout: str) -> str:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Names for a message, in the order of the alphabet."""
-    return ", ".join(sorted(str(n) for n in names)) or "none"
+    """Names for a message, in the order of the alphabet; of many, or very long ones, a part."""
+    found = sorted(name if len(name) <= _NAME_WIDTH else f"{name[:_NAME_WIDTH]}..." for name in map(str, names))
+    more = len(found) - _NAMES_LISTED
+    return (", ".join(found[:_NAMES_LISTED]) or "none") + (f" and {more} more" if more > 0 else "")
 
 
 def column(row: Row, name: str, layout: str) -> Any:

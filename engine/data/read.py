@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config.schema import DataConfig
-from ..errors import RowError, UserError
+from ..errors import RowError, UserError, raise_all
 from .columns import detect_format
 from .copies import Copies
 from .examples import Example, PromptsDifferError
@@ -71,24 +72,33 @@ def open_rows(data: DataConfig, *, split: Split) -> Source:
     return _source(data, split)
 
 
-def check_files(data: DataConfig) -> None:
-    """Open local training and evaluation data and look at the first row; what is on the Hub waits.
+def check_files(data: DataConfig, *, splits: Sequence[Split] = ("train", "eval"), first_rows: bool = True) -> None:
+    """Open local data; what is on the Hub waits.
+
+    Args:
+        first_rows: also read the first row.
 
     Raises:
-        UserError: no such data, or a first row that no layout has.
+        UserError: no such data, or a first row that no layout has; for all splits at once.
     """
     names: dict[Split, str | None] = {"train": data.dataset_name, "eval": data.eval_dataset_name}
-    for split, name in names.items():
-        if name is not None and not is_hub_name(name):
-            for row in islice(open_rows(data, split=split), 1):
-                if data.format == "auto":
-                    detect_format(row)
+    local = [split for split in splits if (name := names[split]) is not None and not is_hub_name(name)]
+    raise_all(partial(_check_split, data, split, first_rows) for split in local)
+
+
+def _check_split(data: DataConfig, split: Split, first_rows: bool) -> None:
+    rows = open_rows(data, split=split)
+    for row in islice(rows, 1) if first_rows else ():
+        if data.format == "auto":
+            detect_format(row)
 
 
 def _source(data: DataConfig, split: Split, *, tolerant: bool = False) -> Source:
+    option = "data.dataset_name"
     if split == "train":
         name, part, config = data.dataset_name, data.dataset_train_split, data.dataset_config
     elif data.eval_dataset_name is not None:
+        option = "data.eval_dataset_name"
         name, part, config = data.eval_dataset_name, data.eval_dataset_split, None
     elif is_single_file(data.dataset_name):
         raise UserError(
@@ -97,7 +107,7 @@ def _source(data: DataConfig, split: Split, *, tolerant: bool = False) -> Source
         )
     else:
         name, part, config = data.dataset_name, data.eval_dataset_split, data.dataset_config
-    return open_source(name, split=part, config=config, max_rows=data.max_rows, tolerant=tolerant)
+    return open_source(name, split=part, config=config, max_rows=data.max_rows, tolerant=tolerant, option=option)
 
 
 def _until_damage(source: Source, report: LintReport) -> Iterator[Row]:

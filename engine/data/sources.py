@@ -103,6 +103,7 @@ def open_source(
     config: str | None = None,
     max_rows: int | None = None,
     tolerant: bool = False,
+    option: str = "data.dataset_name",
 ) -> Source:
     """Open one split of a dataset.
 
@@ -112,6 +113,7 @@ def open_source(
         config: configuration of a Hub dataset.
         max_rows: read no more than the first rows of the split.
         tolerant: yield unreadable rows of a file with their fault, and read on, as ``read_file`` does.
+        option: what the name is the value of, for messages.
 
     Raises:
         UserError: nothing there, no such split, or an unknown kind of file. Faults inside a file are raised when its
@@ -128,7 +130,7 @@ def open_source(
     elif is_hub_name(name):
         rows = _hub_rows(name, match["name"], config)
     else:
-        raise UserError(f"{name} does not exist; check data.dataset_name and data.eval_dataset_name")
+        raise UserError(f"{option}={name} does not exist: give a data file, a folder of them, or a Hub id")
     return Source(name, rows, match["start"], match["stop"], max_rows)
 
 

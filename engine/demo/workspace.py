@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, write_fault
 
 MARKER = ".dpo-demo"
 _MARKER_TEXT = "Written by `dpo demo`, which replaces what it made here when it runs again.\n"
@@ -71,5 +71,7 @@ def prepare_workspace(folder: Path) -> Workspace:
                 path.unlink(missing_ok=True)
         workspace.train_data.parent.mkdir()
     except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another place with --output") from error
+        found = write_fault(error)
+        advice = found.remedy("choose another place with --output")
+        raise UserError(f"cannot write to {folder}: {found.what}; {advice}") from error
     return workspace

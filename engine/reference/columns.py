@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from ..data.columns import is_scored
 from ..data.groups import PreferenceDataset
 from ..data.sources import Row
-from ..errors import UserError
+from ..errors import UserError, write_fault
 
 PAIR_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 RANKED_COLUMN = "ref_logps"
@@ -183,5 +183,6 @@ def _replace(path: Path, write: Callable[[IO[bytes]], int]) -> int:
     except OSError as error:
         if error.errno is None:
             raise
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another file") from error
+        found = write_fault(error)
+        raise UserError(f"cannot write {path}: {found.what}; {found.remedy('choose another file')}") from error
     return result

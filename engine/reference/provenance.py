@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 from ..durable import replace_file
-from ..errors import UserError
 from .keys import KEY_SCHEMA, ModelIdentity
+from .shards import cannot_write
 from .store import ReferenceStore
 
 PROFILE_FILE = "profile.json"
@@ -30,10 +30,7 @@ def note_profile(store: ReferenceStore, identity: ModelIdentity) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
     except OSError as error:
-        raise UserError(
-            f"cannot write reference log-probs to {path.parent}: {error.strerror or error}; free space there, make it "
-            "writable, or choose another folder with reference.store"
-        ) from error
+        raise cannot_write(path.parent, error) from error
 
 
 def why_absent(store: ReferenceStore, identity: ModelIdentity) -> str | None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..durable import FILE_SUFFIX, replace_file, sync
-from ..errors import UserError
+from ..errors import UserError, write_fault
 
 KEY_BYTES = 16
 SUFFIX = ".parquet"
@@ -56,11 +56,15 @@ def write_shard(folder: Path, values: Mapping[bytes, np.ndarray]) -> Path:
         sync(folder.parent)
         replace_file(path, data)
     except OSError as error:
-        raise UserError(
-            f"cannot write reference log-probs to {folder}: {error.strerror or error}; "
-            "free space there, make it writable, or choose another folder with reference.store"
-        ) from error
+        raise cannot_write(folder, error) from error
     return path
+
+
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    """For a folder of the store that does not take a file."""
+    found = write_fault(error)
+    advice = found.remedy("choose another folder with reference.store")
+    return UserError(f"cannot write reference log-probs to {folder}: {found.what}; {advice}")
 
 
 def read_keys(path: Path) -> np.ndarray:

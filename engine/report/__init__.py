@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 from ..durable import replace_file
-from ..errors import UserError
+from ..errors import UserError, write_fault
 from ..run_folder import REPORT_PAGE
 
 __all__ = ["write_report"]
@@ -52,6 +52,7 @@ def write_report(run_dir: Path) -> Path:
             saved.append(SavedPicture(path.name, picture.caption, width, height))
         replace_file(page, render(run, saved).encode("utf-8"))
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write the report to {folder} ({reason}): free space, or check the folder") from error
+        found = write_fault(error)
+        advice = found.remedy("move the run elsewhere")
+        raise UserError(f"cannot write the report to {folder}: {found.what}; {advice}") from error
     return page

@@ -163,9 +163,9 @@ def scalar_metrics(values: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in values.items() if not k.startswith((BY_LENGTH, PAIRS_BY_LENGTH))}
 
 
-def write_evaluation(run_dir: Path, values: dict[str, float], *, advice: str = CONTINUE) -> None:
-    """Write ``evaluation.json`` of a run folder; ``advice`` is for a disk that does not take it."""
-    write_atomically(run_dir / EVALUATION_FILE, json.dumps(values, indent=1) + "\n", advice=advice)
+def write_evaluation(run_dir: Path, values: dict[str, float], *, elsewhere: str = CONTINUE) -> None:
+    """Write ``evaluation.json`` of a run folder; ``elsewhere`` is what to do where the disk does not take it."""
+    write_atomically(run_dir / EVALUATION_FILE, json.dumps(values, indent=1) + "\n", elsewhere=elsewhere)
 
 
 def format_evaluation(values: dict[str, float]) -> str:

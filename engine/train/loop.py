@@ -17,11 +17,10 @@ from transformers import set_seed
 from .. import distributed, stop
 from ..config import to_yaml
 from ..config.schema import RunConfig
-from ..data import check_files
 from ..durable import MANIFEST, remove_leftovers, write_atomically
 from ..errors import Stopped, UserError
+from ..inputs import check_inputs
 from ..model import load_sharded
-from ..model.sources import check_folder
 from ..run_folder import CONFIG_FILE, hold_folder
 from ..shared_folders import check_shared
 from . import checkpoint as checkpoints
@@ -81,8 +80,7 @@ def train(config: RunConfig, *, resume: bool = False, on_data: OnData | None = N
         if main and not resume:
             # First what another folder would not help.
             check_settings(config)
-            check_folder(config.model.model_name_or_path, "model.model_name_or_path=")
-            check_files(config.data)
+            check_inputs(config, first_rows=True)
             checkpoints.refuse_other_run(output_dir)
         # Held from here on: whether the folder is free must not change while model and data are loaded.
         with hold_folder(output_dir) if main else nullcontext():

@@ -16,7 +16,7 @@ from dpo_kernels.tuning.command import build_parser
 from engine import cli, commands
 from engine.config.fields import iter_keys
 from engine.config.help import config_help
-from engine.errors import UserError
+from engine.errors import SeveralErrors, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SURFACE = Path(__file__).with_name("cli_surface.txt")
@@ -203,6 +203,13 @@ def test_a_user_error_behind_another_exception_is_found(refused, monkeypatch):
     error.__cause__ = UserError("row 3 is broken")
     monkeypatch.setattr(commands, "report", _raise(error))
     assert refused("report", "run") == "error: row 3 is broken"
+
+
+def test_several_user_errors_are_a_line_each(monkeypatch, capsys):
+    several = SeveralErrors(UserError("row 3\n is broken"), UserError("row 4 is broken"))
+    monkeypatch.setattr(commands, "report", _raise(several))
+    assert cli.main(["report", "run"]) == 2
+    assert capsys.readouterr().err == "error: row 3 is broken\nerror: row 4 is broken\n"
 
 
 def test_faults_of_ours_keep_their_traceback(monkeypatch):

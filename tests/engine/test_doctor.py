@@ -7,6 +7,7 @@ import re
 from importlib import metadata
 
 import pytest
+import torch
 
 import dpo_kernels
 from engine import doctor
@@ -28,6 +29,21 @@ def test_a_healthy_machine():
         assert part in text
     assert re.search(r"sdpa bfloat16, gradients +ok", text)
     assert text.endswith("healthy")
+
+
+NO_GPU = [
+    ("13.0", None, "none found (torch is built for CUDA 13.0)"),
+    (None, "7.1", "none found (torch is built for ROCm 7.1)"),
+    (None, None, "none (torch is a CPU build)"),
+]
+
+
+@pytest.mark.parametrize(("cuda", "hip", "words"), NO_GPU)
+def test_a_machine_without_a_gpu(monkeypatch, cuda, hip, words):
+    for name, version in {"cuda": cuda, "hip": hip, "xpu": None}.items():
+        monkeypatch.setattr(torch.version, name, version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ("gpu", words) in list(doctor._machine())
 
 
 def test_wrong_numbers_are_found(monkeypatch):

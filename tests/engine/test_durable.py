@@ -151,10 +151,36 @@ def test_a_file_is_replaced_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*x\.json: no space left"):
         write_atomically(path, "three")
-    with pytest.raises(UserError, match=r"no space left on the disk; look elsewhere$"):
-        write_atomically(path, "three", advice="look elsewhere")
+    with pytest.raises(UserError, match=r"no space left on the disk; free space or look elsewhere$"):
+        write_atomically(path, "three", elsewhere="look elsewhere")
     assert path.read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def _a_file_is_a_part(folder: Path) -> Path:
+    (folder / "a").write_text("")
+    return folder / "a" / "x.json"
+
+
+def _a_folder_is_in_the_way(folder: Path) -> Path:
+    (folder / "x.json" / "full").mkdir(parents=True)
+    return folder / "x.json"
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (_a_file_is_a_part, "a part of the path is a file, not a folder; move that file away or choose another tr"),
+        (_a_folder_is_in_the_way, "a folder of that name is in the way; move it away or choose another train.output"),
+        (lambda folder: folder / ("x" * 999), "the name is too long; choose another train.output_dir, then continue"),
+    ],
+)
+def test_advice_fits_what_the_system_refuses(tmp_path, place, words):
+    path = place(tmp_path)
+    with pytest.raises(UserError) as refused:
+        write_atomically(path, "one")
+    assert words in str(refused.value)
+    assert "free space" not in str(refused.value)
 
 
 def test_bytes_are_replaced_whole(tmp_path):

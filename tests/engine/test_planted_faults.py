@@ -8,6 +8,7 @@ import pytest
 
 from engine.check import check
 from engine.config.schema import DataConfig, LossConfig, ModelConfig, PackingConfig, RunConfig
+from engine.data.columns import layouts
 from engine.data.lint import PROBLEMS
 
 MAX_LENGTH, TOKENS_PER_PACK = 64, 90
@@ -316,6 +317,7 @@ def test_first_row_without_columns_does_not_hide_the_layout(make_tokenizer, tmp_
     checked = run_check(tmp_path, make_tokenizer(), path)
     assert found(checked) == {"broken_row": [2], "missing_column": [0]}
     assert "the first: " + f"{path}, row 0 (line 1): no known layout has the columns question" in checked.text
+    assert layouts() in checked.text
 
 
 def test_messages_among_texts_without_a_template(make_tokenizer, tmp_path):

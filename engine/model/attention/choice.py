@@ -81,7 +81,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         return Backend(requested, "requested")
     obstacles = {name: _obstacle(name, device, dtype) for name in KERNELS}
     if device.type in NATIVE_DEVICES:
-        slow = "has no vector instructions for this processor"
+        slow = "it has no vector instructions for this processor"
         obstacles["native"] = _native_obstacle(device, dtype) or (slow if library.isa() == "plain" else None)
     first, *others = [*(name for name, obstacle in obstacles.items() if obstacle is None), "sdpa"]
     groups: dict[str, list[str]] = {}
@@ -90,7 +90,8 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
             break
         groups.setdefault(obstacle, []).append(name)
     passed_over = [f"{', '.join(names)}: {obstacle}" for obstacle, names in groups.items()]
-    return Backend(first, "; ".join(passed_over) or "first choice", tuple(others))
+    reason = "passed over " + "; ".join(passed_over) if passed_over else "first choice"
+    return Backend(first, reason, tuple(others))
 
 
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -98,17 +99,17 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None
     if name == "native":
         return _native_obstacle(device, dtype)
     if device.type not in KERNEL_DEVICES:
-        return f"needs a CUDA device, this is {device.type}"
+        return f"a CUDA device is needed, and this is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, the compute dtype is {str(dtype).removeprefix('torch.')}"
+        return f"bfloat16 or float16 is needed, and the compute dtype is {str(dtype).removeprefix('torch.')}"
     return _probe(name, device, dtype)
 
 
 def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in NATIVE_DEVICES:
-        return f"needs a CPU, this is {device.type}"
+        return f"a CPU is needed, and this is {device.type}"
     if dtype not in native.DTYPES:
-        return f"does not compute in {str(dtype).removeprefix('torch.')}"
+        return f"it does not compute in {str(dtype).removeprefix('torch.')}"
     return library.why_not()
 
 
@@ -120,7 +121,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _probe(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Import a kernel and run it forward and backward on a handful of tokens; what went wrong, or None."""
     if name == "flash3" and _capability(device) != _HOPPER:
-        return "is for Hopper (compute capability 9.0)"
+        return "it is for Hopper (compute capability 9.0)"
     try:
         if missing := _missing(name):
             return missing
@@ -134,11 +135,11 @@ def _probe(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
             # what fails on the device is known only then
             torch.cuda.synchronize(device)
     except (ImportError, OSError) as error:
-        return f"is installed but does not import: {first_line(error)}"
+        return f"it is installed but does not import: {first_line(error)}"
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as error:
         if out_of_memory(error) is not None:
             raise
-        return f"fails here: {type(error).__name__}: {first_line(error)}"
+        return f"it fails here: {type(error).__name__}: {first_line(error)}"
     return None
 
 

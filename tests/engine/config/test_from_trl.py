@@ -219,9 +219,23 @@ def test_other_save_strategies_are_explained(convert, strategy):
 
 def test_required_keys_may_come_from_the_command_line(convert, tmp_path):
     conversion = convert("dataset_name: d\n")
-    assert "--model.model_name_or_path VALUE" in _notes(conversion, "new")["model_name_or_path"]
+    assert "--model.model_name_or_path VALUE" in _notes(conversion, "missing")["model_name_or_path"]
+    assert "model_name_or_path" not in _notes(conversion, "new")
+    assert conversion.report().startswith("These are missing:\n  model_name_or_path: set model.model_name_or")
     (tmp_path / "run.yaml").write_text(conversion.to_yaml())
     assert load_config(tmp_path / "run.yaml", ["--model.model_name_or_path", "m"]).model.model_name_or_path == "m"
+
+
+@pytest.mark.parametrize("name", ["train_dpo.py", "train_dpo"])
+def test_a_script_is_told_from_a_file_of_keys(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("from trl import DPOConfig\n\nargs = DPOConfig(beta=0.2)\n")
+    with pytest.raises(
+        UserError, match=r"write the arguments of DPOConfig, .* as lines such as `beta: 0\.1`"
+    ) as caught:
+        convert_trl(path)
+    told = "is a Python script, where" if path.suffix else "expected keys such as `learning_rate: 5.0e-6`, got the str"
+    assert told in str(caught.value)
 
 
 def test_a_mixture_of_one_is_a_dataset_and_of_two_is_not(convert):

@@ -15,7 +15,7 @@ from engine.config import build_config, diff_from_defaults, format_diff, load_co
 from engine.config.fields import iter_keys
 from engine.config.init import template_text
 from engine.config.schema import LoraConfig
-from engine.errors import UserError
+from engine.errors import SeveralErrors, UserError
 
 BASE = "model: {model_name_or_path: m}\ndata: {dataset_name: d}\n"
 
@@ -130,11 +130,21 @@ def test_refusals_name_file_line_key_and_remedy(refusal, text, parts):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="no such file; write one with `dpo init"):
         load_config(tmp_path / "absent.yaml")
-    with pytest.raises(UserError, match="directory"):
+    with pytest.raises(UserError, match=r"is a folder, where the YAML file of a run belongs; `dpo init` writes one"):
         load_config(tmp_path)
+    for name, kind in (("run.py", "a Python script"), ("rows.jsonl", "data"), ("run.ipynb", "a notebook")):
+        with pytest.raises(UserError, match=f"{name} is {kind}, where the YAML file of a run belongs"):
+            load_config(tmp_path / name)
     (tmp_path / "latin.yaml").write_bytes("model: {model_name_or_path: \xe9}".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.yaml: not UTF-8"):
         load_config(tmp_path / "latin.yaml")
+
+
+def test_every_key_that_is_missing_is_named_at_once(load):
+    with pytest.raises(SeveralErrors) as caught:
+        load("loss: {beta: 0.2}\n")
+    starts = [str(error).split(": ", 1)[1].split(";")[0] for error in caught.value.errors]
+    assert starts == ["model.model_name_or_path is missing", "data.dataset_name is missing"]
 
 
 def test_overrides_go_before_the_file(load):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from engine.data.columns import detect_format
+from engine.data.columns import COLUMNS, SHOWN_BY, detect_format, layouts
 from engine.data.examples import PromptsDifferError
 from engine.data.formats import reader_for, split_implicit_prompt
 from engine.data.sources import Row
@@ -203,7 +203,7 @@ CHAT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"question": "q", "chosen": "c"}, "no known layout has the columns chosen, question; expected one of pref"),
+        ({"question": "q", "chosen": "c"}, "no known layout has the columns chosen, question; rename them, or set "),
         (PAIR | {"chosen": None}, "column 'chosen' is empty; found columns chosen, prompt, rejected; preference rows"),
         (PAIR | {"prompt": None}, "column 'prompt' is empty"),
         (PAIR | {"chosen": 3}, "all be text or all be non-empty message lists, got prompt: str, chosen: int"),
@@ -250,8 +250,18 @@ def test_columns_of_no_layout_name_near_ones_and_all_layouts():
         detect_format(row(Prompt="p", choosen="c", rejected="r", id=1))
     text = str(error.value)
     assert text.startswith("f.jsonl, row 4 (line 5): no known layout has the columns Prompt, choosen, id, rejected (is")
-    assert "(is Prompt meant to be prompt?) (is choosen meant to be chosen?); expected one of preference: " in text
-    assert r"hh: chosen, rejected whose turns begin with '\n\nHuman:' and '\n\nAssistant:', as in Anthropic HH" in text
+    assert text.endswith("(is Prompt meant to be prompt?) (is choosen meant to be chosen?); " + SHOWN_BY)
+    listed = layouts().splitlines()
+    assert all(any(line.split()[0] == name for line in listed[1:]) for name in COLUMNS)
+    assert r"chosen, rejected whose turns begin with '\n\nHuman:' and '\n\nAssistant:', as in Anthropic HH" in layouts()
+
+
+@pytest.mark.parametrize("name", [lambda i: f"column_{i:02}", lambda i: f"chosen{i:02}", lambda i: f"{i:02}" * 100])
+def test_many_or_long_columns_are_told_in_short(name):
+    with pytest.raises(UserError) as error:
+        detect_format(row(**{name(i): "x" for i in range(60)}))
+    assert " and 52 more" in str(error.value)
+    assert len(str(error.value)) < 700
 
 
 def test_columns_of_another_layout_name_it():

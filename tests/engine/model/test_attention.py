@@ -149,7 +149,7 @@ def test_backend_choice_is_explicit():
     cpu = torch.device("cpu")
     assert choose_backend("auto", cpu, torch.float64).name == "sdpa"
     assert "CUDA" in choose_backend("auto", cpu, torch.bfloat16).reason
-    with pytest.raises(UserError, match=r"model\.attention=varlen cannot run here: needs a CUDA device"):
+    with pytest.raises(UserError, match=r"model\.attention=varlen cannot run here: a CUDA device is needed"):
         choose_backend("varlen", cpu, torch.bfloat16)
     cuda = torch.device("cuda")
     assert "compute dtype is float32" in choose_backend("auto", cuda, torch.float32).reason

@@ -169,7 +169,7 @@ def test_auto_takes_the_first_that_runs(kernels, monkeypatch):
     monkeypatch.setattr(choice, "_capability", lambda device: (10, 0))
     backend = choose_backend("auto", CPU, BF16)
     assert (backend.name, backend.others) == ("flash", ("varlen", "sdpa"))
-    assert backend.reason == "flash3: is for Hopper (compute capability 9.0)"
+    assert backend.reason == "passed over flash3: it is for Hopper (compute capability 9.0)"
     assert choose_backend("flash", CPU, BF16).others == ()
 
 
@@ -211,7 +211,7 @@ def test_what_does_not_run_is_passed_over_with_the_reason(kernels, monkeypatch, 
     backend = choose_backend("auto", CPU, BF16)
     assert backend.name == "varlen"
     assert backend.others == ("sdpa",)
-    assert backend.reason.startswith("flash3: FlashAttention 3 is not installed; flash: ")
+    assert backend.reason.startswith("passed over flash3: FlashAttention 3 is not installed; flash: ")
     with pytest.raises(UserError, match=r"^model\.attention=flash cannot run here: .*" + reason) as caught:
         choose_backend("flash", CPU, BF16)
     assert str(caught.value).endswith("; set model.attention to auto")

@@ -326,9 +326,13 @@ def test_a_layer_in_another_dtype_falls_back_alone(monkeypatch, capsys):
 def test_an_explicit_request_runs_or_says_why_not(monkeypatch):
     if native.library() is not None:
         assert choose_backend("native", CPU, BF16) == Backend("native", "requested")
-        with pytest.raises(UserError, match=r"^model\.attention=native cannot run here: does not compute in float64; "):
+        with pytest.raises(
+            UserError, match=r"^model\.attention=native cannot run here: it does not compute in float64; "
+        ):
             choose_backend("native", CPU, torch.float64)
-    with pytest.raises(UserError, match=r"^model\.attention=native cannot run here: needs a CPU, this is cuda; "):
+    with pytest.raises(
+        UserError, match=r"^model\.attention=native cannot run here: a CPU is needed, and this is cuda; "
+    ):
         choose_backend("native", torch.device("cuda"), BF16)
     monkeypatch.setattr(choice.library, "why_not", lambda: "the native extension is not built; run `make`")
     with pytest.raises(UserError) as caught:
@@ -345,10 +349,10 @@ def test_auto_takes_it_on_the_cpu(isa, dtype):
     chosen = choose_backend("auto", CPU, dtype)
     if isa == "plain":
         assert chosen.name == "sdpa"
-        assert "native: has no vector instructions for this processor" in chosen.reason
+        assert "native: it has no vector instructions for this processor" in chosen.reason
     else:
         assert (chosen.name, chosen.others) == ("native", ("sdpa",))
-        assert chosen.reason == "flash3, flash, varlen: needs a CUDA device, this is cpu"
+        assert chosen.reason == "passed over flash3, flash, varlen: a CUDA device is needed, and this is cpu"
 
 
 def test_auto_goes_without(monkeypatch):

@@ -115,7 +115,7 @@ def test_a_full_disk_keeps_the_old_export(tmp_path, source_rows, kept, sums, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("engine.reference.columns.os.fsync", full)
-    with pytest.raises(UserError, match=r"cannot write .*out\.jsonl: No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write .*out\.jsonl: no space left on the disk; free space or cho"):
         export_columns(path, source_rows, kept, sums)
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
     assert path.read_text() == "old"

@@ -168,6 +168,6 @@ def test_a_full_disk_keeps_the_earlier_report_whole(make_run, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot write the report .*No space left"):
+    with pytest.raises(UserError, match=r"cannot write the report .*: no space left on the disk; free space or move"):
         write_report(folder)
     assert {p.name: p.read_bytes() for p in report.iterdir()} == before
