@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+    trainer_utils,
+)
 
 from benchmarks.trl_peer import train_with_trl
 from engine.config import build_config
@@ -24,6 +32,8 @@ LEARNING_RATE = 1e-3
 ABSOLUTE = 1e-4
 """In nats per token."""
 
+KEEPS_SEVERAL_EOS = hasattr(trainer_utils, "_align_special_token")
+"""Earlier trainers of transformers write the tokenizer's EOS alone into config.json, and all of them for generation."""
 IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 CASES: dict[str, tuple[dict[str, str | None], list[int] | int]] = {
@@ -84,14 +94,23 @@ def save_base(folder: Path, eos: list[int] | int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def listed(ids: list[int] | int) -> list[int]:
+    return ids if isinstance(ids, list) else [ids]
+
+
 def assert_same_descriptions(ours: Path, theirs: Path) -> None:
     configs = [json.loads((run / "config.json").read_text()) for run in (ours, theirs)]
     # TRL leaves the cache of generation switched off, which is a setting of its training.
-    for key in {*configs[1], "dtype"} - {"use_cache"}:
+    for key in {*configs[1], "dtype"} - {"use_cache", *([] if KEEPS_SEVERAL_EOS else ["eos_token_id"])}:
         assert configs[0].get(key) == configs[1].get(key), key
     found, wanted = (GenerationConfig.from_pretrained(run) for run in (ours, theirs))
+    tokenizers = [AutoTokenizer.from_pretrained(run) for run in (ours, theirs)]
+    if not KEEPS_SEVERAL_EOS:
+        own = tokenizers[1].eos_token_id
+        assert (configs[1]["eos_token_id"], own in listed(configs[0]["eos_token_id"])) == (own, True)
+        assert set(listed(found.eos_token_id)) == set(listed(wanted.eos_token_id))
+        wanted.eos_token_id = found.eos_token_id
     for name in IDS:
         assert getattr(found, name) == getattr(wanted, name), name
-    tokenizers = [AutoTokenizer.from_pretrained(run) for run in (ours, theirs)]
     for name in (*IDS, "chat_template"):
         assert getattr(tokenizers[0], name) == getattr(tokenizers[1], name), name
