@@ -29,6 +29,9 @@ AS_TRAINED = "eval_as_trained/"
 """Prefix of the evaluation of weights before they were rounded to what is written."""
 BY_LENGTH = "eval_accuracies_by_length/"
 PAIRS_BY_LENGTH = "eval_num_pairs/"
+EXPERTS = "experts/"
+EXPERT_LAYER = f"{EXPERTS}layer_"
+"""Prefix of the load of experts in single layers."""
 
 
 @contextmanager

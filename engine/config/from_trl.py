@@ -262,6 +262,14 @@ class _Converter:
         elif weights == [1] or weights == [1.0]:
             self.trl.take("loss_weights")
         self._copy("loss", "beta", "discopop_tau")
+        if (coefficient := self.trl.take("router_aux_loss_coef")) is not None:
+            loss["router_aux_loss_coef"] = weight = self.trl.as_number("router_aux_loss_coef", coefficient)
+            if weight:
+                self._new(
+                    "router_aux_loss_coef",
+                    "TRL balances experts within micro-batches and averages, here within whole steps; the same where a "
+                    "step is one micro-batch of one process",
+                )
         smoothing = self.trl.number("label_smoothing", 0.0)
         if smoothing and _SMOOTHED_IN_TRL & set(types):
             loss["label_smoothing"] = smoothing

@@ -168,6 +168,9 @@ class LossConfig:
     """Target reward margin of simpo."""
     cpo_alpha: float = 1.0
     """Weight of the likelihood term of cpo."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss of a mixture of experts; null is the model's own, 0 leaves it out. Without it
+    a step of several packs or processes saves a forward pass."""
 
     def __post_init__(self) -> None:
         if len(self.loss_types) == 1:
@@ -176,6 +179,10 @@ class LossConfig:
         _require(self.beta > 0, f"loss.beta must be positive, got {self.beta}")
         _require(
             0 <= self.label_smoothing < 0.5, f"loss.label_smoothing must be in [0, 0.5), got {self.label_smoothing}"
+        )
+        _require(
+            self.router_aux_loss_coef is None or 0 <= self.router_aux_loss_coef < math.inf,
+            f"loss.router_aux_loss_coef must not be negative, got {self.router_aux_loss_coef}",
         )
         _require(self.discopop_tau > 0, f"loss.discopop_tau must be positive, got {self.discopop_tau}")
         _require(

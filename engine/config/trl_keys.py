@@ -97,7 +97,6 @@ NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_prompt_length": ((None,), "removed from TRL; only data.max_length cuts, from the end of the response"),
     "max_completion_length": ((None,), "removed from TRL; only data.max_length cuts, from the end of the response"),
     "ref_model_init_kwargs": ((None, {}), "removed from TRL; the reference loads as the model does"),
-    "router_aux_loss_coef": ((None, 0, 0.0), "no load-balancing loss is added for mixtures of experts"),
     "neftune_noise_alpha": ((None,), "noise in the embeddings is not supported"),
     "optim_args": ((None, ""), "optimizer options are keys of optim, such as optim.adam_beta2"),
     "optim_target_modules": ((None,), "low-rank gradient optimizers are not supported"),
@@ -132,7 +131,7 @@ _converted(
     "datasets dataset_name dataset_config dataset_train_split dataset_test_split max_length truncation_mode "
     "per_device_train_batch_size gradient_accumulation_steps num_processes accelerate_config train_sampling_strategy"
 )
-_converted("loss_type loss_weights beta discopop_tau label_smoothing precompute_ref_log_probs")
+_converted("loss_type loss_weights beta discopop_tau label_smoothing precompute_ref_log_probs router_aux_loss_coef")
 _converted(
     "optim learning_rate lr_scheduler_type lr_scheduler_kwargs weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm warmup_steps warmup_ratio"

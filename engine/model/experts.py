@@ -4,20 +4,64 @@ Grouped matrix products have no autocast rule: under autocast, experts whose wei
 float32, several times slower, and on a GPU expert by expert, with the host waiting in between. The implementation that
 is registered here hands transformers' own grouped products the weights and hidden states in the dtype of autocast, as
 autocast does for linear layers. Weights stay float32, and so do their gradients. Routers are no experts: what
-transformers computes there in float32 stays so.
+transformers computes there in float32 stays so. It also counts, where it is asked to, which experts tokens go to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
 
 EXPERTS = "dpo_grouped_mm"
 """The name under which transformers knows it."""
+
+
+class ExpertCount:
+    """How many tokens went to each expert, layer by layer, in the order in which the layers ran."""
+
+    def __init__(self, weights_T: Tensor):
+        self._weights_T = weights_T
+        self.layers: list[Tensor] = []
+        """float64 [experts] each."""
+
+    def add(self, module: nn.Module, top_k_index: Tensor) -> None:
+        """Count one layer's choices, [tokens, k]; not those of a layer that sees other rows than the pack's."""
+        if len(top_k_index) != len(self._weights_T):
+            return
+        experts: int = module.num_experts  # type: ignore[assignment]
+        # A place more for choices that stand for no expert. A token chooses an expert once: no two writes meet.
+        chosen_TE = self._weights_T.new_zeros(len(top_k_index), experts + 1, dtype=torch.float32)
+        chosen_TE.scatter_(1, top_k_index.clamp(0, experts), 1.0)
+        self.layers.append((chosen_TE[:, :experts] * self._weights_T[:, None]).sum(0, dtype=torch.float64))
+
+
+_counting: ContextVar[ExpertCount | None] = ContextVar("expert_count", default=None)
+
+
+@contextmanager
+def counting_experts(weights_T: Tensor) -> Iterator[ExpertCount]:
+    """Count which experts tokens go to in the forward passes inside.
+
+    Args:
+        weights_T: what each token counts.
+    """
+    count = ExpertCount(weights_T)
+    token = _counting.set(count)
+    try:
+        yield count
+    finally:
+        _counting.reset(token)
 
 
 class _Cast:
@@ -44,6 +88,11 @@ def grouped_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     Returns:
         [tokens, features], in the dtype of the products.
     """
+    if (count := _counting.get()) is not None:
+        count.add(module, top_k_index)
+    if hidden_states.dtype == torch.float64:
+        # torch has no grouped products of it
+        return batched_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
     device_type = hidden_states.device.type
     if not torch.is_autocast_enabled(device_type):
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)

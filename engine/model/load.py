@@ -194,11 +194,6 @@ def _read_causal_lm(model: ModelConfig, device: torch.device, backend: Backend, 
         if isinstance(error, SafetensorError) and (file := _damaged(Path(model.model_name_or_path))) is not None:
             why = f"{file.name} is damaged ({why}); copy it again"
         raise UserError(f"{source} does not load as a causal language model: {why}") from error
-    if getattr(causal_lm.config.get_text_config(), "output_router_logits", False):
-        raise UserError(
-            f"{source}: its config sets output_router_logits, which asks for an auxiliary router loss that packs do "
-            "not compute; set it to false in config.json"
-        )
     if getattr(causal_lm, "_hf_peft_config_loaded", False):
         raise _not_a_model(source)
     return causal_lm

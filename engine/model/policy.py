@@ -16,6 +16,7 @@ from ..packing.layout import PackedBatch
 from .attention import PLAN_ARGUMENT, Backend
 from .head import read_head
 from .offload import OffloadedActivations
+from .routers import RouterSums, router_arguments, sum_routers
 
 R = TypeVar("R")
 
@@ -82,31 +83,44 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Final hidden states of all packed tokens, [T, D]."""
+        return self._body_output(batch).last_hidden_state[0]
+
+    def _body_output(self, batch: PackedBatch, *, router_logits: bool = False) -> Any:
+        """What the body returns of all packed tokens, the logits of its routers where they are asked for."""
         model: Any = self.causal_lm
         # Llama 4 keeps its body elsewhere than its prefix says, and is then its own base_model
         body = model.model if model.base_model is model else model.base_model
         with OffloadedActivations(batch.num_tokens) if self.activation_offload else nullcontext():
-            output = body(
+            return body(
                 input_ids=batch.input_ids_T[None],
                 position_ids=batch.position_ids_T[None],
                 use_cache=False,
+                **router_arguments(self.config, router_logits),
                 **{PLAN_ARGUMENT: batch.plan},
             )
-        return output.last_hidden_state[0]
 
-    def forward(self, batch: PackedBatch, objective: Callable[[torch.Tensor, Head], R]) -> R:
+    def forward(
+        self, batch: PackedBatch, objective: Callable[[torch.Tensor, Head], R], *, top_k: int | None = None
+    ) -> R | tuple[R, RouterSums]:
         """Run the body on a pack and ``objective`` on the rows that predict completion tokens.
 
         Args:
             batch: a pack on the model's device.
             objective: called with hidden [N, D], in the order of ``batch.labels_N``, and the head.
+            top_k: of a mixture whose routers are to be summed: the experts that a token goes to.
 
         Returns:
-            What the objective returns.
+            What the objective returns; with ``top_k`` also the sums of the routers.
         """
         with self.autocast():
-            hidden_ND = batch.gather_predicting(self.hidden_states(batch))
-            return self.run_objective(hidden_ND, objective)
+            if top_k is None:
+                hidden_TD = self.hidden_states(batch)
+            else:
+                output = self._body_output(batch, router_logits=True)
+                hidden_TD = output.last_hidden_state[0]
+                sums = sum_routers(getattr(output, "router_logits", None), batch.repeats_T, top_k)
+            result = self.run_objective(batch.gather_predicting(hidden_TD), objective)
+        return result if top_k is None else (result, sums)
 
     def run_objective(self, hidden_ND: torch.Tensor, objective: Callable[[torch.Tensor, Head], R]) -> R:
         """Call ``objective`` with the head. A head that is a unit of its own is gathered around this."""
@@ -119,7 +133,11 @@ class Policy(nn.Module):
 
     def logps(self, batch: PackedBatch) -> torch.Tensor:
         """fp32 [N]: log-prob of every completion token, in the order of ``batch.labels_N``."""
-        return self(batch, lambda hidden, head: linear_logps(hidden, head.weight_VD, batch.labels_N, **head.options))
+        return self(batch, self.logps_of(batch))
+
+    def logps_of(self, batch: PackedBatch) -> Callable[[torch.Tensor, Head], torch.Tensor]:
+        """The objective that gives ``logps``."""
+        return lambda hidden, head: linear_logps(hidden, head.weight_VD, batch.labels_N, **head.options)
 
     @contextmanager
     def reference_mode(self) -> Iterator[None]:

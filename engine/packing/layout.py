@@ -81,6 +81,8 @@ class PackedBatch:
     """int64 [T]."""
     position_ids_T: torch.Tensor
     """int64 [T]."""
+    repeats_T: torch.Tensor
+    """int64 [T]: how many responses read each token: all those of its group where a prompt is shared, else one."""
     plan: AttentionPlan
     rows_N: torch.Tensor
     """int64 [N]: packed row whose hidden state predicts each completion token. The last row of a shared prompt occurs
@@ -152,6 +154,7 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
     """
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
+    repeats: list[np.ndarray] = []
     predicting: list[np.ndarray] = []
     segments: list[Segment] = []
     end = 0
@@ -167,12 +170,15 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
                 prompt_start, start = end, end
                 ids += [prompt, response]
                 positions.append(np.arange(len(prompt) + len(response)))
+                readers = len(group.response_ids) if share_prompts else 1
+                repeats += [np.full(len(prompt), readers), np.ones(len(response))]
                 end += len(prompt) + len(response)
                 segments.append(Segment(start, end, start, start))
             else:
                 start = end
                 ids.append(response)
                 positions.append(np.arange(len(prompt), len(prompt) + len(response)))
+                repeats.append(np.ones(len(response)))
                 end += len(response)
                 segments.append(Segment(start, end, prompt_start, prompt_start + len(prompt)))
             predicting.append(np.arange(end - len(response) - 1, end - 1))
@@ -184,6 +190,7 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
     return PackedBatch(
         input_ids_T=_int64(ids),
         position_ids_T=_int64(positions),
+        repeats_T=_int64(repeats),
         plan=plan_attention(segments),
         rows_N=_int64([rows_N]),
         labels_N=_int64(responses),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..run_folder import EXPERT_LAYER, EXPERTS
 from .style import (
     CHOSEN,
     EVAL,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 LN2_LOSSES = ("sigmoid", "sigmoid_norm", "robust")
 """Losses that are ln 2 for every pair while the policy equals the reference."""
+_LOADS = (("busiest", REJECTED), ("idlest", CHOSEN))
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,46 @@ def throughput(run: RunRecords) -> Figure | None:
     return figure
 
 
+def experts(run: RunRecords) -> Figure | None:
+    """How evenly a mixture spreads its tokens."""
+    if not all(_has(run, EXPERTS + side) for side, _ in _LOADS):
+        return None
+    balanced = _has(run, "aux_loss")
+    subtitle = "share of a layer's tokens that its busiest and its idlest expert get; largest and smallest over layers"
+    figure, axes = new_figure("Expert load", subtitle, rows=1 + balanced)
+    for side, colour in _LOADS:
+        series = run.series(EXPERTS + side)
+        assert series is not None
+        draw_series(axes[0], type(series)(series.steps, 100 * series.values), f"{side} expert", colour)
+    _label(axes[0], run, "% of tokens", last=not balanced)
+    axes[0].set_ylim(bottom=0)
+    if balanced:
+        _train_and_evaluation(axes[1], run, "aux_loss")
+        _label(axes[1], run, "load-balancing loss")
+    return figure
+
+
+def expert_layers(run: RunRecords) -> Figure | None:
+    """The same, layer by layer, in the last logged interval."""
+    from matplotlib.ticker import MaxNLocator
+
+    row = next((row for row in reversed(run.rows) if f"{EXPERT_LAYER}0/busiest" in row), None)
+    if row is None:
+        return None
+    figure, (axes,) = new_figure("Expert load by layer", f"share of a layer's tokens, at step {row['step']:,}")
+    for side, colour in _LOADS:
+        shares: list[float] = []
+        while (share := row.get(f"{EXPERT_LAYER}{len(shares)}/{side}")) is not None:
+            shares.append(100 * share)
+        axes.plot(range(len(shares)), shares, marker="o", markersize=4.5, color=colour, linewidth=1.4, label=side)
+    axes.set_xlabel("layer with experts")
+    axes.set_ylabel("% of tokens")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    legend(axes)
+    return figure
+
+
 def lengths(run: RunRecords) -> Figure | None:
     """Token counts of prompts and responses; each panel is a histogram, with its median marked."""
     parts = [
@@ -215,6 +257,8 @@ PICTURES = (
     Picture("rewards", "Where the margin comes from: chosen going up, or rejected going down.", rewards),
     Picture("logps", "Log-probabilities of whole responses under the policy.", logps),
     Picture("optimizer", "Learning rate schedule and gradient norm.", optimizer),
+    Picture("experts", "How evenly the experts of a mixture are used.", experts),
+    Picture("expert_layers", "Which layers of a mixture use their experts unevenly.", expert_layers),
     Picture("throughput", "Speed, packing and memory while training.", throughput),
     Picture("lengths", "Tokens per prompt and response in the training data.", lengths),
 )

@@ -26,6 +26,7 @@ from ..packing import Pack, build_batch, group_costs, group_sizes, pack_groups
 from ..run_folder import BY_LENGTH, EVALUATION_FILE, PAIRS_BY_LENGTH
 from .metrics import PREFERENCE_NAMES, TOKEN_NAMES
 from .objective import Objective
+from .routing import Routing
 
 
 class _Scores(NamedTuple):
@@ -49,7 +50,7 @@ def evaluate_policy(
 ) -> dict[str, float]:
     """Metrics of ``policy`` on ``dataset``; the policy's training mode is restored.
 
-    Losses that couple pairs are computed over the whole dataset at once.
+    Losses that couple pairs are computed over the whole dataset at once, and so is that which balances experts.
 
     Args:
         lookup: stored reference log-probs of some groups; None for a live reference or none.
@@ -59,10 +60,11 @@ def evaluate_policy(
         Stopped: between two packs, on all ranks, when any process was asked to end.
     """
     training = policy.training
+    routing = Routing(policy, config.loss)
     policy.eval()
     try:
         with torch.no_grad():
-            scores = _score_all(policy, dataset, objective, config, lookup, progress, stoppable)
+            scores = _score_all(routing, dataset, objective, config, lookup, progress, stoppable)
     finally:
         policy.train(training)
     lengths = dataset.lengths
@@ -72,7 +74,11 @@ def evaluate_policy(
     pairs_P2 = None if places_P2 is None else torch.from_numpy(places_P2)
     scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group, pairs_P2, sums_SK=scores.sums_SK)
     names = PREFERENCE_NAMES + TOKEN_NAMES if objective.token_stats else PREFERENCE_NAMES
-    values = dict(zip((f"eval_{n}" for n in names), scored.means().tolist(), strict=True))
+    aux_loss = routing.aux_loss()
+    means = routing.add_to(scored.means().to(policy.device))
+    values = dict(zip((f"eval_{n}" for n in names), means.tolist(), strict=True))
+    if aux_loss is not None:
+        values["eval_aux_loss"] = aux_loss.item()
     summed, per_token = _ranking(scores.logps_S, lengths_S, per_group)
     values["eval_ranking_accuracy"] = summed.mean().item()
     values["eval_ranking_accuracy_per_token"] = per_token.mean().item()
@@ -83,7 +89,7 @@ def evaluate_policy(
 
 
 def _score_all(
-    policy: Policy,
+    routing: Routing,
     dataset: PreferenceDataset,
     objective: Objective,
     config: RunConfig,
@@ -93,7 +99,7 @@ def _score_all(
 ) -> _Scores:
     from tqdm.auto import tqdm
 
-    packing = config.packing
+    packing, device = config.packing, routing.policy.device
     sizes = group_sizes(dataset.lengths, share_prompts=packing.share_prompts)
     packs = pack_groups(sizes, packing.tokens_per_pack)
     costs_G = group_costs(dataset.lengths, share_prompts=packing.share_prompts)
@@ -107,9 +113,9 @@ def _score_all(
         if stoppable:
             stop.check()
         pack = packs[cheapest if place is None else place]
-        batch = build_batch([dataset[i] for i in pack], share_prompts=packing.share_prompts).to(policy.device)
-        stored = None if lookup is None else to_device(torch.from_numpy(lookup(pack)), policy.device)
-        logps_S, sums_SK = objective.score_responses(policy, batch)
+        batch = build_batch([dataset[i] for i in pack], share_prompts=packing.share_prompts).to(device)
+        stored = None if lookup is None else to_device(torch.from_numpy(lookup(pack)), device)
+        logps_S, sums_SK, _ = objective.score_responses(routing, batch, counts=place is not None)
         ref_S = objective.reference(batch, stored)
         if place is not None:
             own.append(pack)

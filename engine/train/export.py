@@ -28,7 +28,7 @@ from ..model.companions import copy_companions, set_dtype
 from ..model.load import DTYPES
 from ..model.sources import MODEL_CONFIG
 from ..paths import names_a_path
-from ..run_folder import CARD_FILE
+from ..run_folder import CARD_FILE, EXPERT_LAYER
 from .checkpoint import save_weights
 from .rounding import gather_weights
 from .storage import stored_dtypes
@@ -131,7 +131,8 @@ def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float], 
         trained += f" on the base in {model.quantization}"
     if model.adapter_name_or_path:
         trained += f", continued from `{model.adapter_name_or_path}`"
-    rows = "\n".join(f"| `{key}` | {value:.6g} |" for key, value in metrics.items() if not key.startswith("perf/"))
+    shown = {key: value for key, value in metrics.items() if not key.startswith(("perf/", EXPERT_LAYER))}
+    rows = "\n".join(f"| `{key}` | {value:.6g} |" for key, value in shown.items())
     versions = "\n".join(f"- {package} {version}" for package, version in package_versions().items())
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}

@@ -214,11 +214,14 @@ class _Run:
             if self.done % settings.save_steps == 0:
                 self._save()
         for step in self.feed.steps(self.done):
-            scored = self.setup.objective.backward(self.policy, step)
-            means = scored.step_means(step.num_terms)
+            objective = self.setup.objective
+            scored = objective.backward(self.policy, step)
+            routing = objective.routing
+            assert routing is not None
+            means = routing.add_to(scored.step_means(step.num_terms))
             learning_rate = self.update.learning_rate
             grad_norm = self.update.step(means[0])
-            self.meter.add(means, step.work)
+            self.meter.add(means, step.work, aux_loss=routing.aux_loss(), expert_tokens=routing.expert_tokens)
             self._remember(step, scored, means[0], grad_norm)
             self.done, self.epoch = step.number, step.epoch
             log_now = step.number % settings.logging_steps == 0 or step.number == total

@@ -4,7 +4,11 @@ Names and averages are TRL's: every value is a mean over the pairs of a step, th
 interval; ``grad_norm`` (before clipping) and ``learning_rate`` are those of the last step. ``TOKEN_NAMES`` are means
 over the completion tokens of a step instead: of the mean logit over the vocabulary, for chosen and for rejected
 responses; of the entropy, over both; of the hits of the largest logit, over the chosen ones. TRL takes them over a
-micro-batch, and their mean over micro-batches: the same without accumulation. ``num_tokens`` counts prompt
+micro-batch, and their mean over micro-batches: the same without accumulation. ``aux_loss`` is the load-balancing loss
+of a mixture of experts, which ``loss`` has in it with its coefficient. ``experts/layer_<n>/busiest`` and ``.../idlest``
+are the shares that these experts have of the places that the tokens of the interval took in a layer, even shares being
+one over the number of experts; ``experts/busiest`` is the largest of them over layers, ``experts/idlest`` the smallest.
+``num_tokens`` counts prompt
 and response of every sequence, so the prompt of a pair twice, however it was computed, and so does
 ``perf/tokens_per_second``; times ``1 - perf/shared_fraction`` it is the tokens that went through the model.
 """
@@ -27,7 +31,16 @@ from torch import Tensor
 from .. import distributed
 from ..durable import disk_errors, write_atomically
 from ..errors import UserError
-from ..run_folder import AS_TRAINED, METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FILE, read_metrics, read_settings
+from ..run_folder import (
+    AS_TRAINED,
+    EXPERT_LAYER,
+    EXPERTS,
+    METRICS_FILE,
+    TENSORBOARD_FOLDER,
+    WANDB_FILE,
+    read_metrics,
+    read_settings,
+)
 from .throughput import Stopwatch, peak_memory_gib
 
 PREFERENCE_NAMES = (
@@ -74,22 +87,39 @@ class IntervalMeter:
         self._sums = torch.zeros(len(PREFERENCE_NAMES), dtype=torch.float64, device=self.device)
         self._token_sums = torch.zeros(len(TOKEN_NAMES), dtype=torch.float64, device=self.device)
         self._steps = self._token_steps = 0
+        self._aux_sum: Tensor | None = None
+        self._expert_tokens: list[Tensor] = []
         self._work: list[StepWork] = []
         self._since = self.watch.total
 
-    def add(self, values: Tensor, work: StepWork) -> None:
+    def add(
+        self,
+        values: Tensor,
+        work: StepWork,
+        *,
+        aux_loss: Tensor | None = None,
+        expert_tokens: Sequence[Tensor] = (),
+    ) -> None:
         """Count one step.
 
         Args:
             values: [7], the means of the step over all processes, in the order of ``PREFERENCE_NAMES``, on the device;
                 or [11], followed by those of ``TOKEN_NAMES``.
             work: of this process.
+            aux_loss: the load-balancing loss of the step over all processes, a float64 scalar.
+            expert_tokens: float64 [experts] for each layer with experts: the tokens of this process that went to each.
         """
         first = len(PREFERENCE_NAMES)
         self._sums += values[:first]
         if len(values) > first:
             self._token_sums += values[first:]
             self._token_steps += 1
+        if aux_loss is not None:
+            self._aux_sum = aux_loss if self._aux_sum is None else self._aux_sum + aux_loss
+        if self._expert_tokens:
+            self._expert_tokens = [a + b for a, b in zip(self._expert_tokens, expert_tokens, strict=True)]
+        else:
+            self._expert_tokens = list(expert_tokens)
         self._steps += 1
         self._work.append(work)
 
@@ -107,6 +137,9 @@ class IntervalMeter:
         if self._token_steps:
             values = [value / self._token_steps for value in sums[len(PREFERENCE_NAMES) :]]
             row |= dict(zip(TOKEN_NAMES, values, strict=True))
+        if self._aux_sum is not None:
+            row["aux_loss"] = self._aux_sum.item() / self._steps
+        row |= _expert_shares(self._expert_tokens)
         row |= {
             "num_tokens": self.num_tokens,
             "perf/tokens_per_second": total.unshared_tokens / elapsed,
@@ -124,7 +157,13 @@ class IntervalMeter:
         """What a checkpoint needs so that the next row is the same after a resume, apart from its speeds."""
         tokens = self.num_tokens + _total(self._work).unshared_tokens
         state = {"num_tokens": tokens, "steps": self._steps, "sums": self._sums.tolist()}
-        return state | {"token_steps": self._token_steps, "token_sums": self._token_sums.tolist()}
+        state |= {"token_steps": self._token_steps, "token_sums": self._token_sums.tolist()}
+        if self._aux_sum is not None:
+            state["aux_sum"] = self._aux_sum.item()
+        if self._expert_tokens:
+            # Of all processes: the next row may be of another number of them.
+            state["expert_tokens"] = [layer.tolist() for layer in _over_ranks(self._expert_tokens)]
+        return state
 
     def load(self, state: Mapping[str, Any]) -> None:
         self._reset()
@@ -135,6 +174,27 @@ class IntervalMeter:
         self._token_steps = state.get("token_steps", 0)
         sums = state.get("token_sums", [0.0] * len(TOKEN_NAMES))
         self._token_sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        if "aux_sum" in state:
+            self._aux_sum = torch.tensor(state["aux_sum"], dtype=torch.float64, device=self.device)
+        own = 1.0 if distributed.is_main() else 0.0
+        layers = [torch.tensor(tokens, dtype=torch.float64) for tokens in state.get("expert_tokens", ())]
+        self._expert_tokens = [own * layer.to(self.device) for layer in layers]
+
+
+def _over_ranks(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    flat = distributed.sum_over_ranks(torch.cat(list(layers)))
+    return flat.split([len(layer) for layer in layers])
+
+
+def _expert_shares(layers: Sequence[Tensor]) -> dict[str, float]:
+    """The share of the busiest and of the idlest expert of each layer, and over layers; nothing without experts."""
+    if not layers:
+        return {}
+    shares = [(counts / counts.sum()).tolist() for counts in (layer.cpu() for layer in _over_ranks(layers))]
+    row = {f"{EXPERTS}busiest": max(map(max, shares)), f"{EXPERTS}idlest": min(map(min, shares))}
+    for n, layer in enumerate(shares):
+        row |= {f"{EXPERT_LAYER}{n}/busiest": max(layer), f"{EXPERT_LAYER}{n}/idlest": min(layer)}
+    return row
 
 
 def _total(work: Sequence[StepWork]) -> StepWork:

@@ -13,6 +13,8 @@ of scored completions, each of which counts as any other. Ways that lead there:
 
 - Several pairs of one group: ``linear_logps`` on every pack, each response once, then the loss of its pairs.
 
+To each of them ``engine/train/routing.py`` adds the load-balancing loss of a mixture of experts.
+
 Legend: N completion tokens, S responses, G groups (or pairs of groups), P pairs, K responses of a group.
 """
 
@@ -37,6 +39,7 @@ from ..errors import UserError
 from ..model import Policy
 from ..packing import PackedBatch
 from .feed import TrainingStep
+from .routing import Routing, same_random_numbers
 
 RANKING_LOSS = "plackett_luce"
 TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
@@ -97,6 +100,8 @@ class Objective:
         self.config = config
         self.token_stats = TOKEN_STATS if token_metrics else ()
         self.live_reference = live_reference
+        self.routing: Routing | None = None
+        """What the routers of a mixture did in the newest step."""
         self.ranks = RANKING_LOSS in config.loss_types
         self.mix = None if self.ranks else resolve_loss(config.loss_types, config.loss_weights)
 
@@ -150,10 +155,14 @@ class Objective:
             return self.live_reference(batch)
         return stored_S
 
-    def score_responses(self, policy: Policy, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """(fp32 [S], log-probs; [S, K], detached sums of the K statistics of tokens), in one product."""
-        out = policy(batch, lambda hidden, head: self._token_logps(hidden, head, batch))
-        return sum_responses(out.logps, batch.lengths_S), self._sums(out.stats, batch)
+    def score_responses(
+        self, routing: Routing, batch: PackedBatch, *, counts: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(fp32 [S], log-probs; [S, K], detached sums of the K statistics of tokens; what ``routing`` adds to the
+        loss), in one product.
+        """
+        out, extra = routing.run(batch, lambda hidden, head: self._token_logps(hidden, head, batch), counts=counts)
+        return sum_responses(out.logps, batch.lengths_S), self._sums(out.stats, batch), extra
 
     def _token_logps(self, hidden_ND: Tensor, head: Head, batch: PackedBatch) -> TokenLogps:
         return linear_logps(hidden_ND, head.weight_VD, batch.labels_N, stats=self.token_stats, **head.options)
@@ -241,11 +250,14 @@ class Objective:
         Returns:
             Detached scores of what this process did, in pack order.
         """
+        self.routing = Routing(policy, self.config, count_experts=True)
         if self.couples_pairs and (len(step.packs) > 1 or distributed.size() > 1):
-            return self._backward_coupled(policy, step)
+            return self._backward_coupled(policy, step, self.routing)
+        self.routing.look_ahead(step.packs)
         fused = not self.couples_pairs and all(k == 2 for p in step.packs for k in p.batch.responses_per_group)
         one_pass = self._backward_pairs if fused else self._backward_logps
-        counted = [scored for pack, scored in zip(step.packs, one_pass(policy, step), strict=True) if pack.counts]
+        scores = one_pass(policy, step, self.routing)
+        counted = [scored for pack, scored in zip(step.packs, scores, strict=True) if pack.counts]
         return _concatenated(counted) if counted else self._nothing(policy.device)
 
     def _nothing(self, device: torch.device) -> Scored:
@@ -254,7 +266,7 @@ class Objective:
         tokens = none.new_zeros(0, TOKEN_COLUMNS if self.token_stats else 0, dtype=torch.float64)
         return Scored(none, none, none, none, none, none, tokens)
 
-    def _backward_pairs(self, policy: Policy, step: TrainingStep) -> list[Scored]:
+    def _backward_pairs(self, policy: Policy, step: TrainingStep, routing: Routing) -> list[Scored]:
         options = self._options()
         options["mean_chosen_length"] = self._mean_chosen_length(step)
         parts = []
@@ -276,8 +288,8 @@ class Objective:
                     **options,
                 )
 
-            out = policy(batch, objective)
-            (out.loss / step.num_terms).backward()
+            out, extra = routing.run(batch, objective, counts=pack.counts)
+            _plus(out.loss / step.num_terms, extra).backward()
             tokens = _token_columns(_sides(self._sums(out.stats, batch)), _sides(batch.lengths_S))
             rewards = (out.chosen_rewards, out.rejected_rewards)
             parts.append(_scored_pairs(out.pair_losses, *rewards, *_sides(out.logps), tokens))
@@ -290,13 +302,13 @@ class Objective:
         tokens = sum(p.batch.num_chosen_tokens for p in step.packs if p.counts)
         return sum(distributed.gather(tokens)) / step.num_terms
 
-    def _backward_logps(self, policy: Policy, step: TrainingStep) -> list[Scored]:
+    def _backward_logps(self, policy: Policy, step: TrainingStep, routing: Routing) -> list[Scored]:
         parts = []
         mean_length = self._mean_chosen_length(step)
         for pack in step.packs:
             batch = pack.batch
             ref_S = self.reference(batch, pack.ref_logps_S)
-            logps_S, sums_SK = self.score_responses(policy, batch)
+            logps_S, sums_SK, extra = self.score_responses(routing, batch, counts=pack.counts)
             scored = self.score(
                 logps_S,
                 ref_S,
@@ -306,17 +318,16 @@ class Objective:
                 sums_SK=sums_SK,
                 mean_chosen_length=mean_length,
             )
-            (scored.losses.sum() * (pack.counts / step.num_terms)).backward()
+            _plus(scored.losses.sum() * (pack.counts / step.num_terms), extra).backward()
             parts.append(scored._replace(losses=scored.losses.detach()))
         return parts
 
-    def _backward_coupled(self, policy: Policy, step: TrainingStep) -> Scored:
+    def _backward_coupled(self, policy: Policy, step: TrainingStep, routing: Routing) -> Scored:
         packs = step.packs
-        # Adapters may drop out; both passes must draw the same masks.
-        generator = _fork_random_state(policy.device)
-        with torch.no_grad():
-            sums, token_sums = zip(*(self.score_responses(policy, p.batch) for p in packs), strict=True)
-        _set_random_state(policy.device, generator)
+        with same_random_numbers(policy.device), torch.no_grad():
+            scores = [self.score_responses(routing, p.batch, counts=p.counts) for p in packs]
+        routing.close_first_pass()
+        sums, token_sums, _ = zip(*scores, strict=True)
         refs = [self.reference(p.batch, p.ref_logps_S) for p in packs]
         terms = zip(sums, refs, packs, strict=True)
         rows = [_coupled_rows(logps, ref, pack.batch) for logps, ref, pack in terms if pack.counts]
@@ -330,8 +341,10 @@ class Objective:
         start = first
         for pack in packs:
             stop = start + pack.batch.num_responses if pack.counts else start
-            slopes = slopes_S[start:stop] if pack.counts else logps_S.new_zeros(pack.batch.num_responses)
-            sum_responses(policy.logps(pack.batch), pack.batch.lengths_S).backward(slopes)
+            slopes = slopes_S[start:stop] if pack.counts else slopes_S.new_zeros(pack.batch.num_responses)
+            logps_N, extra = routing.run(pack.batch, policy.logps_of(pack.batch), counts=pack.counts)
+            logps_S = sum_responses(logps_N, pack.batch.lengths_S)
+            _plus((logps_S * slopes).sum(), extra).backward()
             start = stop
         own = Scored(*(column.detach()[first // 2 : start // 2] for column in scored))
         counted = ((p.batch, s) for p, s in zip(packs, token_sums, strict=True) if p.counts)
@@ -376,12 +389,5 @@ def _concatenated(parts: list[Scored]) -> Scored:
     return parts[0] if len(parts) == 1 else Scored(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def _fork_random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+def _plus(loss: Tensor, extra: Tensor | None) -> Tensor:
+    return loss if extra is None else loss + extra.to(loss.dtype)

@@ -25,6 +25,7 @@ from ..errors import UserError, counted
 from ..model import Policy, load_tokenizer, ready_policy, resolve_device
 from ..model.companions import describe_trained, take_template
 from ..model.quantization import check_quantization, check_trainable, num_weights
+from ..model.routers import Balance
 from ..packing import PlanSummary, check_fits, summarize_plan
 from ..reference import weights_digest
 from ..run_folder import DATA_FILE
@@ -117,6 +118,7 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
         share_prompts=config.packing.share_prompts,
         train=config.train,
     )
+    Balance.of(policy.config, config.loss.router_aux_loss_coef)
     check_disk(policy, config, done=start.step if start else 0, total=total)
     base = weights_digest(policy)
     if start is not None:
@@ -184,6 +186,7 @@ def describe_run(setup: Setup) -> str:
         *([("processes", _process_words(setup))] if distributed.size() > 1 else []),
         ("attention", f"{policy.backend.name} ({policy.backend.reason})"),
         ("loss", f"{config.loss.loss_name}, {_loss_op(setup)}"),
+        *_balance_rows(setup),
         ("dropout", _dropout_words(config, policy.disabled_dropouts)),
         *((f"data ({name})", _data_words(setup, name)) for name in setup.datasets),
         (
@@ -219,6 +222,17 @@ def _loss_op(setup: Setup) -> str:
         op, choice = "linear_dpo_loss", chosen.linear_dpo_loss
     coupled = "; couples pairs: computed over whole steps, in two passes" if objective.couples_pairs else ""
     return f"{op}: {choice.impl} ({choice.reason}){coupled}"
+
+
+def _balance_rows(setup: Setup) -> list[tuple[str, str]]:
+    wanted = setup.config.loss.router_aux_loss_coef
+    balance = Balance.of(setup.policy.config, wanted)
+    if balance is None:
+        return []
+    source = "the model's own coefficient" if wanted is None else "loss.router_aux_loss_coef"
+    passes = setup.plan.packs > setup.plan.steps_per_epoch or distributed.size() > 1
+    extra = "; a forward pass more, since steps have several packs" if passes else ""
+    return [("experts", f"load-balancing loss of whole steps x {balance.coefficient:g} ({source}){extra}")]
 
 
 def rounding_words(config: RunConfig) -> str:

@@ -106,6 +106,25 @@ def test_throughput_in_percent_and_without_what_was_not_measured(make_run, rows)
     )
 
 
+def test_expert_load_over_steps_and_by_layer(make_run, rows):
+    logged = rows(3)
+    for row in logged:
+        shares = {"busiest": 0.5, "idlest": 0.1, "layer_0/busiest": 0.4, "layer_0/idlest": 0.2}
+        shares |= {"layer_1/busiest": 0.5, "layer_1/idlest": 0.1 * row["step"]}
+        row |= {f"experts/{name}": share for name, share in shares.items()} | {"aux_loss": 1.5}
+    run = read_run(make_run(logged))
+    load, balance = figures.experts(run).axes
+    assert {label: list(line.get_ydata()) for label, line in lines_of(load).items()} == {
+        "busiest expert": [50, 50, 50],
+        "idlest expert": [10, 10, 10],
+    }
+    assert [list(line.get_ydata()) for line in lines_of(balance).values()] == [[1.5, 1.5, 1.5]]
+    (layers,) = figures.expert_layers(run).axes
+    drawn = {label: list(line.get_ydata()) for label, line in lines_of(layers).items()}
+    assert drawn["busiest"] == pytest.approx([40, 50])
+    assert drawn["idlest"] == pytest.approx([20, 30])
+
+
 def test_length_histograms_count_every_row_once(make_run, rows):
     figure = figures.lengths(read_run(make_run(rows(1), data={"lengths": LENGTHS})))
     for axes, (name, values) in zip(figure.axes, LENGTHS.items(), strict=True):
@@ -125,7 +144,7 @@ def test_a_single_row_is_in_view(make_run, rows):
     for picture in figures.PICTURES:
         figure = picture.draw(run)
         if figure is None:
-            assert picture.name == "lengths"
+            assert picture.name in ("lengths", "experts", "expert_layers")
             continue
         low, high = figure.axes[0].get_xlim()
         assert low < 1 < high

@@ -88,6 +88,28 @@ def test_a_restored_meter_gives_the_row_that_an_uninterrupted_one_gives():
     }
 
 
+def test_shares_of_experts_and_their_balance_are_those_of_the_interval():
+    first, second = meter_at([1.0, 2.0]), meter_at([1.0])
+    layers = [values(6, 2, 0, 0), values(1, 1, 1, 5)]
+    first.add(values(*range(7)), WORK, aux_loss=values(2)[0], expert_tokens=layers)
+    second.load(json.loads(json.dumps(first.state())))
+    for meter in (first, second):
+        meter.add(values(*range(7)), WORK, aux_loss=values(4)[0], expert_tokens=[layers[1], layers[1]])
+        row = meter.row(step=2, epoch=1, grad_norm=torch.tensor(1.0), learning_rate=1)
+        assert row["aux_loss"] == 3
+        assert {name: share for name, share in row.items() if name.startswith("experts/")} == {
+            "experts/busiest": 10 / 16,
+            "experts/idlest": 1 / 16,
+            "experts/layer_0/busiest": 7 / 16,
+            "experts/layer_0/idlest": 1 / 16,
+            "experts/layer_1/busiest": 10 / 16,
+            "experts/layer_1/idlest": 2 / 16,
+        }
+    first.add(values(*range(7)), WORK)
+    row = first.row(step=3, epoch=1, grad_norm=torch.tensor(1.0), learning_rate=1)
+    assert list(row) == NAMES
+
+
 def test_rows_past_a_checkpoint_and_torn_lines_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": s, "loss": 0.5}) for s in (1, 2, 3)] + [json.dumps({"step": 2, "eval_loss": 1.0})]
