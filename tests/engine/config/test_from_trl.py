@@ -165,6 +165,13 @@ def test_label_smoothing_that_would_turn_sigmoid_into_cdpo_is_said(convert):
     assert "conservative DPO" in _notes(conversion, "new")["label_smoothing"]
 
 
+def test_the_weight_of_the_balance_of_experts_is_kept(convert, load):
+    text = MINIMAL + "router_aux_loss_coef: 0.02\n"
+    assert load(text).loss.router_aux_loss_coef == 0.02
+    assert "whole steps" in _notes(convert(text), "new")["router_aux_loss_coef"]
+    assert load(MINIMAL).loss.router_aux_loss_coef is None
+
+
 def test_added_losses_keep_their_weights(load):
     config = load(MINIMAL + "loss_type: [sigmoid, bco_pair, sft]\nloss_weights: [0.8, 0.2, 1]\n")
     assert config.loss.loss_type == ("sigmoid", "bco_pair", "sft")

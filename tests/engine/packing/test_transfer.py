@@ -56,7 +56,7 @@ def test_a_pack_is_one_buffer_with_the_same_values(share, references):
     built = pack(share=share, references=references)
     gathered = gather(built, pin=False)
     arrived = send(gathered, CPU)
-    assert len(tensors(built)) == 8 + 2 * share + references
+    assert len(tensors(built)) == 9 + 2 * share + references
     assert len({t.untyped_storage().data_ptr() for t in tensors(gathered)}) == 1
     for copy in (gathered, arrived):
         for got, want in zip(tensors(copy), tensors(built), strict=True):
@@ -73,7 +73,7 @@ def test_one_copy_takes_a_gathered_pack_to_the_device():
         built.to(META)
     with Copies() as together:
         moved = gather(built, pin=False).to(META)
-    assert (apart.count, together.count) == (11, 1)
+    assert (apart.count, together.count) == (12, 1)
     assert all(t.is_meta for t in tensors(moved))
     assert moved.batch.cu_responses_S1.device == CPU
     assert [t.shape for t in tensors(moved)] == [t.shape for t in tensors(built)]
