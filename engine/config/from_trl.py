@@ -6,15 +6,13 @@ TRL's defaults count: where the file is silent and TRL's default is not ours, th
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Any
 
 from ..errors import UserError
 from .fields import nearest, show
 from .load import TRL_FILE, build_config, read_yaml, to_dict
+from .trl_conversion import Conversion, Note
 from .trl_file import TrlFile
 from .trl_keys import CONVERTED, NEW_RESULT, SAME_RESULT
 
@@ -28,45 +26,6 @@ _SAME_OPTIMIZER = {
 _ATTENTION = {"flash_attention_2": "flash", "sdpa": "sdpa"}
 _SMOOTHED_IN_TRL = {"exo_pair", "robust", "aot", "aot_unpaired"}
 _REQUIRED = {"model": "model_name_or_path", "data": "dataset_name"}
-
-Effect = Literal["missing", "new", "same"]
-_TITLES = {"missing": "These are missing:", "new": "These change the result:", "same": "The result stays the same:"}
-
-
-@dataclass(frozen=True)
-class Note:
-    """What became of a key. ``effect`` says whether the run still learns the same, or does not start without it."""
-
-    key: str
-    effect: Effect
-    text: str
-
-
-@dataclass
-class Conversion:
-    """A converted file: sections of explicit keys, and what there is to say about it."""
-
-    source: str
-    values: dict[str, dict[str, Any]] = field(default_factory=dict)
-    notes: list[Note] = field(default_factory=list)
-
-    def report(self) -> str:
-        """The notes for people, what a run does not start without first."""
-        parts = []
-        for effect, title in _TITLES.items():
-            keys: dict[str, list[str]] = {}
-            for note in self.notes:
-                if note.effect == effect:
-                    keys.setdefault(note.text, []).append(note.key)
-            if keys:
-                lines = [f"  {', '.join(names)}: {text}" for text, names in keys.items()]
-                parts.append("\n".join([title, *lines]))
-        return "\n".join(parts)
-
-    def to_yaml(self) -> str:
-        """The file to write: the notes as comments, then the sections."""
-        header = [f"# Converted from {self.source}.", *(f"# {line}" for line in self.report().splitlines())]
-        return "\n".join(header) + "\n\n" + yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def convert_trl(path: str | Path, *, num_processes: int | None = None) -> Conversion:
@@ -261,15 +220,9 @@ class _Converter:
                 loss["loss_weights"] = [self.trl.as_number("loss_weights", w) for w in self.trl.take("loss_weights")]
         elif weights == [1] or weights == [1.0]:
             self.trl.take("loss_weights")
-        self._copy("loss", "beta", "discopop_tau")
-        if (coefficient := self.trl.take("router_aux_loss_coef")) is not None:
-            loss["router_aux_loss_coef"] = weight = self.trl.as_number("router_aux_loss_coef", coefficient)
-            if weight:
-                self._new(
-                    "router_aux_loss_coef",
-                    "TRL balances experts within micro-batches and averages, here within whole steps; the same where a "
-                    "step is one micro-batch of one process",
-                )
+        if self.trl.keys.get("router_aux_loss_coef"):
+            self._new("router_aux_loss_coef", "TRL balances experts within micro-batches, here within whole steps")
+        self._copy("loss", "beta", "discopop_tau", "router_aux_loss_coef")
         smoothing = self.trl.number("label_smoothing", 0.0)
         if smoothing and _SMOOTHED_IN_TRL & set(types):
             loss["label_smoothing"] = smoothing

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import yaml
 
-Effect = Literal["same", "new"]
+Effect = Literal["missing", "new", "same"]
+_TITLES = {"missing": "These are missing:", "new": "These change the result:", "same": "The result stays the same:"}
 
 
 @dataclass(frozen=True)
 class Note:
-    """What became of a key. ``effect`` says whether the run still learns the same."""
+    """What became of a key. ``effect`` says whether the run still learns the same, or does not start without it."""
 
     key: str
     effect: Effect
@@ -28,9 +29,9 @@ class Conversion:
     notes: list[Note] = field(default_factory=list)
 
     def report(self) -> str:
-        """The notes for people, what changes the result first."""
+        """The notes for people, what a run does not start without first."""
         parts = []
-        for effect, title in (("new", "These change the result:"), ("same", "The result stays the same:")):
+        for effect, title in _TITLES.items():
             keys: dict[str, list[str]] = {}
             for note in self.notes:
                 if note.effect == effect:
