@@ -62,7 +62,17 @@ Isa current_isa() { return current().load(std::memory_order_relaxed); }
 }  // namespace dpo
 
 // Rises whenever a function or a struct of this interface changes; the loader refuses another number than its own.
-DPO_EXPORT int dpo_interface() { return 2; }
+DPO_EXPORT int dpo_interface() { return 3; }
+
+// Whether Intel made the processor, of which its math library makes the most.
+DPO_EXPORT int dpo_is_intel() {
+#if defined(DPO_X86)
+  unsigned highest, name[3];
+  return __get_cpuid(0, &highest, &name[0], &name[2], &name[1]) && std::memcmp(name, "GenuineIntel", sizeof name) == 0;
+#else
+  return 0;
+#endif
+}
 
 DPO_EXPORT const char* dpo_isa() { return dpo::kNames[static_cast<int>(dpo::current_isa())]; }
 

@@ -36,12 +36,12 @@ void split(int64_t count, int threads, const F& f) {
   run_on_threads(static_cast<int>(parts), [&](int i) { f(count * i / parts, count * (i + 1) / parts); });
 }
 
-// f(item) for every item of [0, count), by whichever thread is free.
+// f(item, thread) for every item of [0, count), by whichever thread is free.
 template <class F>
 void each_item(int64_t count, int threads, const F& f) {
   std::atomic<int64_t> next{0};
-  run_on_threads(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count))), [&](int) {
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(item);
+  run_on_threads(static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count))), [&](int thread) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(item, thread);
   });
 }
 

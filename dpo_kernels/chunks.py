@@ -67,6 +67,11 @@ def product_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> 
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def scale_rows_(out_nD: Tensor, rows_nD: Tensor, factor_n: Tensor) -> None:
+    """out = rows, each times its factor; rounded once, to the dtype of ``out``."""
+    torch.mul(rows_nD, factor_n.unsqueeze(1), out=out_nD)
+
+
 def weight_blocks(weight_VD: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The weight in the dtype of products: as it is, or by converted blocks of its rows."""
     dtype = operand_dtype(weight_VD)

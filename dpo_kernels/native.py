@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-INTERFACE = 2
+INTERFACE = 3
 """Of the functions and structs below; a library that was built from other sources has another number."""
 ISAS = ("plain", "avx2", "avx512", "neon")
 """Names of instruction sets."""
@@ -52,6 +52,7 @@ def _load() -> _Loaded:
     if interface != INTERFACE:
         return _Loaded(None, f"the native extension {path} was built from other sources; {HOW_TO_BUILD}")
     library.dpo_isa.restype = ctypes.c_char_p
+    library.dpo_product_scratch.restype = ctypes.c_int64
     library.dpo_want_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     wanted = os.environ.get("DPO_NATIVE_ISA", "")
     if wanted and not library.dpo_has_isa(wanted.encode(), 1):
@@ -79,6 +80,11 @@ def isas() -> list[str]:
     return [name for name in ISAS if _library().dpo_has_isa(name.encode(), 0)]
 
 
+def made_by_intel() -> bool:
+    """Whether the processor is one of Intel's."""
+    return bool(_library().dpo_is_intel())
+
+
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
     """Inside, the library runs on another instruction set: for comparisons, since it holds for all threads.
@@ -95,9 +101,20 @@ def use_isa(name: str) -> Iterator[None]:
         _library().dpo_has_isa(before.encode(), 1)
 
 
+def fields(pointers: str, sizes: str, floats: str, integers: str) -> list[tuple[str, type]]:
+    """Of a struct of ``csrc/``, from names: those of a kind stand together, the widest first."""
+    kinds = {ctypes.c_void_p: pointers, ctypes.c_int64: sizes, ctypes.c_float: floats, ctypes.c_int32: integers}
+    return [(name, kind) for kind, names in kinds.items() for name in names.split()]
+
+
 def call(name: str, args: ctypes.Structure) -> None:
     """Call ``dpo_<name>`` with its struct, which refers to memory that the caller keeps alive. Nothing is checked."""
     getattr(_library(), f"dpo_{name}")(ctypes.byref(args))
+
+
+def scratch_bytes(name: str, args: ctypes.Structure) -> int:
+    """Memory that ``call(name, args)`` takes for itself; of arrays that ``args`` refers to nothing is read."""
+    return getattr(_library(), f"dpo_{name}_scratch")(ctypes.byref(args))
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:

@@ -39,15 +39,10 @@ class Keep(IntEnum):
     """(softmax - onehot) times the sum of exponentials, of blocks that hold whole rows."""
 
 
-def _fields(pointers: str, sizes: str, floats: str, integers: str) -> list[tuple[str, type]]:
-    kinds = {ctypes.c_void_p: pointers, ctypes.c_int64: sizes, ctypes.c_float: floats, ctypes.c_int32: integers}
-    return [(name, kind) for kind, names in kinds.items() for name in names.split()]
-
-
 class _FoldArgs(ctypes.Structure):
     """As in ``csrc/logits.h``, like the others."""
 
-    _fields_ = _fields(
+    _fields_ = native.fields(
         "block bias label max sum label_logit label_factor weighted top top_column logit_sum entropy square tile_sum",
         "stride rows columns first_column weighted_stride weighted_columns tile_stride tile_columns",
         "inner outer",
@@ -56,7 +51,7 @@ class _FoldArgs(ctypes.Structure):
 
 
 class _GradientArgs(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = native.fields(
         "block bias label shift softmax_factor coefficient",
         "stride rows columns first_column",
         "inner outer",
@@ -65,7 +60,7 @@ class _GradientArgs(ctypes.Structure):
 
 
 class _ConvertArgs(ctypes.Structure):
-    _fields_ = _fields("in out factor", "in_stride out_stride rows columns", "", "in_dtype out_dtype threads")
+    _fields_ = native.fields("in out factor", "in_stride out_stride rows columns", "", "in_dtype out_dtype threads")
 
 
 def _block(

@@ -1,5 +1,5 @@
-"""The paired loss by chunks of whole pairs: three products, one logits buffer. Products are torch's; the elementwise
-pass over the logits is given, and is what the ``torch`` and ``native`` implementations differ in.
+"""The paired loss by chunks of whole pairs: three products, one logits buffer. The products and the elementwise pass
+over the logits are given, and are what the ``torch`` and ``native`` implementations differ in.
 
 Legend: T rows, D features, V vocabulary, n rows of a chunk, S responses, P pairs, C the accumulation dtype.
 
@@ -28,7 +28,6 @@ from dpo_kernels.chunks import (
     ignored_rows,
     operand_dtype,
     plan_chunks,
-    product_,
     spread_rows,
     sum_responses,
     used_rows,
@@ -49,13 +48,20 @@ class RowLogps(NamedTuple):
     """What the block's rows lack as gradients of log-probs, where that is left to the small factors of the products."""
 
 
-Pass = Callable[[Tensor, Tensor, Head, RunningStats | None, slice], RowLogps]
-"""(a_nV, labels_n, head, stats, rows): turn ``rows`` of x W^T in place into (onehot - softmax) times the softcap's
-factor, each row up to its ``scale_n``; ``stats`` take in their logits."""
+class Passes(NamedTuple):
+    """What an implementation computes with."""
+
+    logits: Callable[[Tensor, Tensor, Head, RunningStats | None, slice], RowLogps]
+    """(a_nV, labels_n, head, stats, rows): turn ``rows`` of x W^T in place into (onehot - softmax) times the softcap's
+    factor, each row up to its ``scale_n``; ``stats`` take in their logits."""
+    product_: Callable[..., None]
+    """As ``dpo_kernels.chunks.product_``."""
+    scale_rows_: Callable[[Tensor, Tensor, Tensor], object]
+    """As ``dpo_kernels.chunks.scale_rows_``, where ``out`` may be the rows themselves."""
 
 
 def forward(
-    logits_pass: Pass,
+    passes: Passes,
     hidden_TD: Tensor,
     head: Head,
     labels_T: Tensor,
@@ -72,7 +78,7 @@ def forward(
         cu_S1 = torch.searchsorted(used, scorer.cu_S1)
         scorer = scorer._replace(cu_S1=cu_S1, offsets=cu_S1.tolist())
         hidden_TD, labels_T, ignored_T = hidden_TD[used], labels_T[used], None
-    call = _Call(logits_pass, hidden_TD, head, labels_T, ignored_T, scorer, want.gradients)
+    call = _Call(passes, hidden_TD, head, labels_T, ignored_T, scorer, want.gradients)
     if want.stats:
         call.stats = RunningStats(want.stats, hidden_TD)
     losses, sums = [], []
@@ -101,14 +107,20 @@ def _chunks(cu_responses: list[int], weight_VD: Tensor, dtype: torch.dtype) -> t
     return plan_chunks(cu_responses, rows_of_chunk, max_rows_of_pair=max(max_rows, D)), max_rows
 
 
+def most_rows(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[int]) -> int:
+    """Rows of the largest block of logits that ``forward`` holds."""
+    chunks, max_rows = _chunks(cu_responses, weight_VD, accumulation_dtype(hidden_TD.dtype))
+    ends = cu_responses[::2]
+    return max(max_rows if c.split else ends[c.first_pair + c.num_pairs] - ends[c.first_pair] for c in chunks)
+
+
 def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[int], need_weight: bool) -> int:
     """Most bytes that ``forward`` holds beyond its inputs and results, from shapes and dtypes alone; without statistics
     of tokens, which take a second block of exponentials: cached rows on the CPU, a whole chunk of them on a GPU."""
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
     dtype, operand = accumulation_dtype(hidden_TD.dtype), operand_dtype(hidden_TD)
-    chunks, max_rows = _chunks(cu_responses, weight_VD, dtype)
-    ends = cu_responses[::2]
-    rows = max(max_rows if c.split else ends[c.first_pair + c.num_pairs] - ends[c.first_pair] for c in chunks)
+    chunks, _ = _chunks(cu_responses, weight_VD, dtype)
+    rows = most_rows(hidden_TD, weight_VD, cu_responses)
     size = rows * V * dtype.itemsize + rows * D * dtype.itemsize
     if need_weight and any(chunk.split for chunk in chunks):
         size += 2 * V * D * dtype.itemsize
@@ -124,7 +136,8 @@ def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, cu_responses: list[i
 class _HeadGradient:
     """dW and db, or a share of them, in C."""
 
-    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype):
+    def __init__(self, passes: Passes, head: Head, needs: Needs, dtype: torch.dtype):
+        self.passes = passes
         device = head.weight_VD.device
         self.dW_VD = None
         if needs.weight:
@@ -139,8 +152,9 @@ class _HeadGradient:
         """Add what rows give whose gradient of the logits is ``gradient_nV``, times ``slope_n``."""
         if self.dW_VD is not None:
             # The slope goes into the small factor of the product.
-            x_nD = (hidden_nD * slope_n.unsqueeze(1)).to(operand)
-            product_(self.dW_VD, gradient_nV.T.to(operand), x_nD, accumulate=self._begun)
+            x_nD = torch.empty_like(hidden_nD, dtype=operand)
+            self.passes.scale_rows_(x_nD, hidden_nD, slope_n)
+            self.passes.product_(self.dW_VD, gradient_nV.T.to(operand), x_nD, accumulate=self._begun)
         if self.db_V is not None:
             self.db_V.addmv_(gradient_nV.T, slope_n)
         self._begun = True
@@ -168,7 +182,7 @@ class _Call:
 
     def __init__(
         self,
-        logits_pass: Pass,
+        passes: Passes,
         hidden_TD: Tensor,
         head: Head,
         labels_T: Tensor,
@@ -176,7 +190,7 @@ class _Call:
         scorer: PairScorer,
         needs: Needs,
     ):
-        self.logits_pass = logits_pass
+        self.passes = passes
         self.needs = needs
         self.hidden_TD = hidden_TD
         self.head = head
@@ -190,7 +204,7 @@ class _Call:
         self.dX_TD = None
         if needs.hidden:
             self.dX_TD = torch.empty(hidden_TD.shape, dtype=self.dtype, device=hidden_TD.device)
-        self.of_head = _HeadGradient(head, needs, self.dtype)
+        self.of_head = _HeadGradient(passes, head, needs, self.dtype)
         self.stats: RunningStats | None = None
         self.total_T = hidden_TD.new_ones(hidden_TD.shape[0], dtype=self.dtype)
 
@@ -212,7 +226,7 @@ class _Call:
         sums, gathered = [], []
         bounds = itertools.pairwise(chunk.offsets(self.scorer.offsets))
         for response, (start, stop) in enumerate(bounds, start=2 * chunk.first_pair):
-            of_head, logps = _HeadGradient(self.head, self.needs, self.dtype), []
+            of_head, logps = _HeadGradient(self.passes, self.head, self.needs, self.dtype), []
             for part in even_slices(stop - start, max_rows):
                 rows = slice(start + part.start, start + part.stop)
                 gradient_nV, logps_n, slope_n = self._log_prob_gradient(rows)
@@ -238,8 +252,8 @@ class _Call:
             self.buffer = native.in_huge_pages(self.buffer.new_empty(n * V))
         z_nV = self.buffer[: n * V].view(n, V)
         for columns, W_vD in weight_blocks(self.head.weight_VD):
-            product_(z_nV[:, columns], x_nD, W_vD.T)
-        found = self.logits_pass(z_nV, labels_n, self.head, self.stats, rows)
+            self.passes.product_(z_nV[:, columns], x_nD, W_vD.T)
+        found = self.passes.logits(z_nV, labels_n, self.head, self.stats, rows)
         self.total_T[rows] = found.total_n
         slope_n = torch.full_like(found.total_n, self.head.slope)
         if found.scale_n is not None:
@@ -263,6 +277,7 @@ class _Call:
         if self.dX_TD is not None:
             dX_nD = self.dX_TD[rows]
             for columns, W_vD in weight_blocks(self.head.weight_VD):
-                product_(dX_nD, gradient_nV[:, columns].to(self.operand), W_vD, accumulate=columns.start > 0)
-            dX_nD.mul_(slope_n.unsqueeze(1))
+                gradient_nv = gradient_nV[:, columns].to(self.operand)
+                self.passes.product_(dX_nD, gradient_nv, W_vD, accumulate=columns.start > 0)
+            self.passes.scale_rows_(dX_nD, dX_nD, slope_n)
         of_head.add(gradient_nV, self.hidden_TD[rows], slope_n, self.operand)

@@ -12,17 +12,17 @@ import functools
 import torch
 from torch import Tensor
 
-from dpo_kernels.chunks import add_at_, logits_, row_blocks
+from dpo_kernels.chunks import add_at_, logits_, product_, row_blocks, scale_rows_
 from dpo_kernels.head import Head
 from dpo_kernels.linear_dpo import pair_chunks
-from dpo_kernels.linear_dpo.pair_chunks import RowLogps, forward_workspace
+from dpo_kernels.linear_dpo.pair_chunks import Passes, RowLogps, forward_workspace
 from dpo_kernels.linear_logps.stats import RunningStats
 
 __all__ = ["forward", "forward_workspace"]
 
 
 def logits_pass(a_nV: Tensor, labels_n: Tensor, head: Head, stats: RunningStats | None, rows: slice) -> RowLogps:
-    """See ``dpo_kernels.linear_dpo.pair_chunks.Pass``."""
+    """See ``dpo_kernels.linear_dpo.pair_chunks.Passes``."""
     logps_n, total_n = a_nV.new_empty(len(a_nV)), a_nV.new_empty(len(a_nV))
     for block in row_blocks(a_nV):
         block_T = slice(rows.start + block.start, rows.start + block.stop)
@@ -52,4 +52,5 @@ def _pass_over_block(
     return (label_logit - largest) - total.log(), total
 
 
-forward = functools.partial(pair_chunks.forward, logits_pass)
+PASSES = Passes(logits_pass, product_, scale_rows_)
+forward = functools.partial(pair_chunks.forward, PASSES)

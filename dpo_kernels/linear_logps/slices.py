@@ -1,5 +1,5 @@
-"""``linear_logps`` by vocabulary slices: never holds more than one slice of the logits. Products are torch's;
-elementwise passes over a slice are given, and are what the ``torch`` and ``native`` implementations differ in.
+"""``linear_logps`` by vocabulary slices: never holds more than one slice of the logits. Products and elementwise passes
+over a slice are given, and are what the ``torch`` and ``native`` implementations differ in.
 
 Legend: T rows, D features, V vocabulary, v columns of a slice, C the accumulation dtype. z are logits.
 
@@ -23,7 +23,6 @@ from dpo_kernels.chunks import (
     even_slices,
     ignored_rows,
     operand_dtype,
-    product_,
     row_blocks,
     spread_rows,
     used_rows,
@@ -40,13 +39,16 @@ FILTER_ROWS = 1
 
 
 class Passes(NamedTuple):
-    """Elementwise passes over some columns of x W^T, in place. Labels and the head's bias are of all V."""
+    """What an implementation computes with; the elementwise passes go over some columns of x W^T, in place. Labels and
+    the head's bias are of all V."""
 
     fold_slice: Callable[[Running, Tensor, Tensor, Head, slice], None]
     """(state, z_Tv, labels_T, head, columns): fold a slice into the running state; with ``weighted_TD`` leave
     e^(z - max) in its place, times the softcap's factor."""
     logits_gradient_: Callable[[Tensor, RowTerms, Head, slice], None]
     """(z_nv, terms, head, columns): turn a slice into coefficient * (onehot - softmax) * softcap factor."""
+    product_: Callable[..., None]
+    """As ``dpo_kernels.chunks.product_``."""
 
 
 def forward(
@@ -61,10 +63,10 @@ def forward(
     if ignored_T is not None:
         labels_T = labels_T.masked_fill(ignored_T, 0)
     state = Running(hidden_TD, want, num_tiles(V))
-    for columns, _, z_Tv, _, W_vD in _slices(hidden_TD, head, COLUMNS if want.tile_mass else 1):
+    for columns, _, z_Tv, _, W_vD in _slices(passes, hidden_TD, head, COLUMNS if want.tile_mass else 1):
         passes.fold_slice(state, z_Tv, labels_T, head, columns)
         if state.weighted_TD is not None:
-            product_(state.weighted_TD, z_Tv.to(W_vD.dtype), W_vD, accumulate=True)
+            passes.product_(state.weighted_TD, z_Tv.to(W_vD.dtype), W_vD, accumulate=True)
     log_sum_T = state.sum_T.log()
     logps_T = (state.label_logit_T - state.max_T) - log_sum_T
     lse_T = state.max_T.double() + log_sum_T
@@ -167,7 +169,11 @@ def backward(
     if needs.weight and weight_grad_VD is None:
         dW_VD = torch.empty_like(head.weight_VD, memory_format=torch.contiguous_format)
     db_V = torch.empty_like(head.bias_V) if needs.bias and head.bias_V is not None else None
-    for block in _slices(hidden_TD, head) if needs.tiles is None else _kept_tiles(hidden_TD, head, needs.tiles.kept_BC):
+    if needs.tiles is None:
+        blocks = _slices(passes, hidden_TD, head)
+    else:
+        blocks = _kept_tiles(passes, hidden_TD, head, needs.tiles.kept_BC)
+    for block in blocks:
         columns, z_nv, W_vD = block.columns, block.z_nv, block.W_vD
         passes.logits_gradient_(z_nv, terms.select(block.rows), head, columns)
         if db_V is not None:
@@ -175,13 +181,13 @@ def backward(
         z_nv = z_nv.to(W_vD.dtype)
         if dX_TD is not None:
             if block.rows is None:
-                product_(dX_TD, z_nv, W_vD, accumulate=True)
+                passes.product_(dX_TD, z_nv, W_vD, accumulate=True)
             else:
                 dX_TD.index_add_(0, block.rows, z_nv @ W_vD)
         if weight_grad_VD is not None:
-            product_(weight_grad_VD[columns], z_nv.T, block.hidden_nD, accumulate=True)
+            passes.product_(weight_grad_VD[columns], z_nv.T, block.hidden_nD, accumulate=True)
         if dW_VD is not None:
-            _store_product(dW_VD[columns], z_nv.T, block.hidden_nD, dtype)
+            _store_product(passes, dW_VD[columns], z_nv.T, block.hidden_nD, dtype)
     if dX_TD is not None:
         dX_TD = spread_rows(dX_TD.to(hidden_TD.dtype), used, num_rows)
     return Gradients(dX_TD, dW_VD, db_V)
@@ -206,13 +212,13 @@ class RowTerms(NamedTuple):
         return self if rows is None else RowTerms(*(term[rows] for term in self))
 
 
-def _store_product(out: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+def _store_product(passes: Passes, out: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
     """out = a b with one rounding to the dtype of ``out``."""
     if out.dtype == dtype:
-        product_(out, a, b)
+        passes.product_(out, a, b)
     else:
         raised = out.new_empty(out.shape, dtype=dtype)
-        product_(raised, a, b)
+        passes.product_(raised, a, b)
         out.copy_(raised)
 
 
@@ -230,6 +236,14 @@ def slice_width(T: int, D: int, V: int, itemsize: int, *, converts: bool, cuda: 
     return min(V, max(64, width))
 
 
+def most_columns(hidden_TD: Tensor, weight_VD: Tensor) -> int:
+    """Columns of the largest slice of logits."""
+    (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    converts = operand_dtype(hidden_TD) != hidden_TD.dtype
+    itemsize = accumulation_dtype(hidden_TD.dtype).itemsize
+    return slice_width(T, D, V, itemsize, converts=converts, cuda=hidden_TD.is_cuda)
+
+
 def forward_workspace(hidden_TD: Tensor, weight_VD: Tensor, need_dx: bool) -> int:
     """Most bytes that ``forward`` holds beyond its inputs and results, from shapes and dtypes alone."""
     size = _slice_bytes(hidden_TD, weight_VD)
@@ -244,10 +258,10 @@ def backward_workspace(hidden_TD: Tensor, weight_VD: Tensor) -> int:
 
 def _slice_bytes(hidden_TD: Tensor, weight_VD: Tensor) -> int:
     """Of a slice of logits, and of what is converted for its product."""
-    (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    T, D = hidden_TD.shape
     dtype, operand = accumulation_dtype(hidden_TD.dtype), operand_dtype(hidden_TD)
     converts = operand != hidden_TD.dtype
-    width = slice_width(T, D, V, dtype.itemsize, converts=converts, cuda=hidden_TD.is_cuda)
+    width = most_columns(hidden_TD, weight_VD)
     converted = (T + width) * D * operand.itemsize if converts else 0
     rounded = T * width * operand.itemsize if operand != dtype else 0
     return T * width * dtype.itemsize + converted + rounded
@@ -266,13 +280,11 @@ class _Block(NamedTuple):
     W_vD: Tensor
 
 
-def _slices(hidden_TD: Tensor, head: Head, multiple: int = 1) -> Iterator[_Block]:
+def _slices(passes: Passes, hidden_TD: Tensor, head: Head, multiple: int = 1) -> Iterator[_Block]:
     """All rows by slices of the vocabulary, in one reused buffer; slices begin at multiples of ``multiple``."""
-    T, D = hidden_TD.shape
-    V = head.weight_VD.shape[0]
+    T, V = hidden_TD.shape[0], head.weight_VD.shape[0]
     dtype, operand = accumulation_dtype(hidden_TD.dtype), operand_dtype(hidden_TD)
-    converts = operand != hidden_TD.dtype
-    width = slice_width(T, D, V, dtype.itemsize, converts=converts, cuda=hidden_TD.is_cuda)
+    width = most_columns(hidden_TD, head.weight_VD)
     operand_TD = hidden_TD.to(operand)
     units = -(-V // multiple)
     largest = max(1, width // multiple)
@@ -282,11 +294,11 @@ def _slices(hidden_TD: Tensor, head: Head, multiple: int = 1) -> Iterator[_Block
         v = columns.stop - columns.start
         W_vD = head.weight_VD[columns].to(operand)
         z_Tv = buffer[: T * v].view(T, v)
-        product_(z_Tv, operand_TD, W_vD.T)
+        passes.product_(z_Tv, operand_TD, W_vD.T)
         yield _Block(columns, None, z_Tv, operand_TD, W_vD)
 
 
-def _kept_tiles(hidden_TD: Tensor, head: Head, kept_TC: Tensor) -> Iterator[_Block]:
+def _kept_tiles(passes: Passes, hidden_TD: Tensor, head: Head, kept_TC: Tensor) -> Iterator[_Block]:
     """Every tile of the vocabulary with the rows that keep it, which may be none: nothing else is multiplied."""
     dtype, operand = accumulation_dtype(hidden_TD.dtype), operand_dtype(hidden_TD)
     operand_TD = hidden_TD.to(operand)
@@ -296,5 +308,5 @@ def _kept_tiles(hidden_TD: Tensor, head: Head, kept_TC: Tensor) -> Iterator[_Blo
         rows = kept_T.nonzero().squeeze(1)
         hidden_nD, W_vD = operand_TD[rows], head.weight_VD[columns].to(operand)
         z_nv = hidden_nD.new_empty(len(rows), len(W_vD), dtype=dtype)
-        product_(z_nv, hidden_nD, W_vD.T)
+        passes.product_(z_nv, hidden_nD, W_vD.T)
         yield _Block(columns, rows, z_nv, hidden_nD, W_vD)

@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from dpo_kernels.chunks import add_at_, logits_, row_blocks
+from dpo_kernels.chunks import add_at_, logits_, product_, row_blocks
 from dpo_kernels.head import Head
 from dpo_kernels.linear_logps import slices
 from dpo_kernels.linear_logps.slices import FILTER_ROWS, RowTerms, Running, backward_workspace, forward_workspace
@@ -72,6 +72,6 @@ def logits_gradient_(z_nv: Tensor, terms: RowTerms, head: Head, columns: slice) 
             z.mul_(factor)
 
 
-_PASSES = slices.Passes(fold_slice, logits_gradient_)
-forward = functools.partial(slices.forward, _PASSES)
-backward = functools.partial(slices.backward, _PASSES)
+PASSES = slices.Passes(fold_slice, logits_gradient_, product_)
+forward = functools.partial(slices.forward, PASSES)
+backward = functools.partial(slices.backward, PASSES)

@@ -124,6 +124,15 @@ def _of_conversion(args: ctypes.Structure) -> dict[str, int]:
     return sizes
 
 
+def _of_product(args: ctypes.Structure) -> dict[str, int]:
+    extents = {
+        "a": (args.rows, args.a_row, args.depth, args.a_depth),
+        "b": (args.depth, args.b_depth, args.columns, args.b_column),
+        "out": (args.rows, args.out_row, args.columns, 1),
+    }
+    return {name: 4 * ((m - 1) * row + (n - 1) * column + 1) for name, (m, row, n, column) in extents.items()}
+
+
 def _of_attention(args: ctypes.Structure) -> dict[str, int]:
     tokens, size = args.num_tokens, 2 if args.dtype else 4
     heads = {"query": args.query_heads, "key": args.key_heads, "value": args.key_heads, "grad_output": args.query_heads}
@@ -142,6 +151,7 @@ EXTENTS: dict[str, Callable[[ctypes.Structure], dict[str, int]]] = {
     "fold": _of_logits,
     "gradient": _of_logits,
     "convert": _of_conversion,
+    "product": _of_product,
     "attention_forward": _of_attention,
     "attention_backward": _of_attention,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 
 from benchmarks.shapes import RESPONSE_LENGTHS
 from dpo_kernels import chunks, linear_dpo_loss
+from dpo_kernels.linear_dpo import native as dpo_native
 from dpo_kernels.linear_dpo import pair_chunks
+from dpo_kernels.linear_dpo import torch_chunks as dpo_torch
+from dpo_kernels.linear_logps import native as logps_native
 from dpo_kernels.linear_logps import slices
+from dpo_kernels.linear_logps import torch_chunks as logps_torch
 from tests.dpo_kernels.linear_dpo_setup import LOSSES, Case, compose, results, upstream_of
 
 LONG = RESPONSE_LENGTHS["a long pair between short ones"]
@@ -73,8 +78,12 @@ def test_products_that_are_not_needed_are_not_run(monkeypatch: pytest.MonkeyPatc
         work.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
         chunks.product_(out, a, b, accumulate=accumulate)
 
-    monkeypatch.setattr(pair_chunks, "product_", counted)
-    monkeypatch.setattr(slices, "product_", counted)
+    for shared, implementations in ((pair_chunks, (dpo_torch, dpo_native)), (slices, (logps_torch, logps_native))):
+        for module in implementations:
+            passes = module.PASSES._replace(product_=counted)
+            for direction in ("forward", "backward"):
+                if hasattr(shared, direction):
+                    monkeypatch.setattr(module, direction, functools.partial(getattr(shared, direction), passes))
 
     def products(trained, **options) -> float:
         work.clear()

@@ -23,6 +23,11 @@ from tests.dpo_kernels.test_native_passes import (  # noqa: F401
     test_threads_and_repetition_change_no_bit,
     test_whole_rows,
 )
+from tests.dpo_kernels.test_native_products import (  # noqa: F401
+    test_as_near_as_torch,
+    test_denormal_results_are_kept,
+    test_nan_and_infinity_stay_in_their_rows_and_columns,
+)
 from tests.engine.model import test_native_attention as attention
 from tests.engine.model.test_native_attention import (  # noqa: F401
     test_any_strides,

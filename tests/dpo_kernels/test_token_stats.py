@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from dpo_kernels import chunks, describe, dispatch, linear_logps
-from dpo_kernels.linear_logps import slices
+from dpo_kernels.chunks import product_
+from dpo_kernels.linear_logps import slices, torch_chunks
 from dpo_kernels.linear_logps.stats import STATS
 from tests.dpo_kernels.native_setup import NATIVE
 
@@ -120,11 +123,17 @@ def test_gradients_stay_and_statistics_have_none(impl, frozen):
 
 def test_no_further_product(monkeypatch):
     calls = []
-    original = slices.product_
-    monkeypatch.setattr(slices, "product_", lambda *a, **k: (calls.append(1), original(*a, **k)))
-    linear_logps(*head())
+
+    def counted(*given, **options):
+        calls.append(1)
+        product_(*given, **options)
+
+    monkeypatch.setattr(
+        torch_chunks, "forward", partial(slices.forward, torch_chunks.PASSES._replace(product_=counted))
+    )
+    linear_logps(*head(), impl="torch")
     plain = len(calls)
-    linear_logps(*head(), stats=STATS)
+    linear_logps(*head(), stats=STATS, impl="torch")
     assert len(calls) == 2 * plain > 0
 
 
