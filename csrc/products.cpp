@@ -4,8 +4,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <memory>
-#include <new>
 
 #include "threads.h"
 
@@ -68,16 +66,16 @@ void product(const ProductArgs& args) {
   const ProductKernels& kernels = DPO_PICK(product_kernels);
   const Cuts cuts(args);
   const int threads = int(cuts.used_threads());
-  std::unique_ptr<float[]> partial(new float[size_t(cuts.partial_sums(args))]);
-  std::unique_ptr<float[]> scratch(new float[size_t(threads * kernels.scratch)]);
+  float* partial = args.scratch;
+  float* scratch = partial + cuts.partial_sums(args);
   each_item(cuts.count(), threads, [&](int64_t item, int thread) {
-    kernels.product(args, cuts.task(args, item, partial.get()), scratch.get() + thread * kernels.scratch);
+    kernels.product(args, cuts.task(args, item, partial), scratch + thread * kernels.scratch);
   });
   if (cuts.depth == 1) return;
   split(args.rows, threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       for (int64_t part = 0; part < cuts.depth - 1; ++part) {
-        const float* from = partial.get() + (part * args.rows + row) * args.columns;
+        const float* from = partial + (part * args.rows + row) * args.columns;
         kernels.add(from, args.out + row * args.out_row, args.columns);
       }
   });
@@ -86,16 +84,9 @@ void product(const ProductArgs& args) {
 }  // namespace
 }  // namespace dpo
 
-DPO_EXPORT void dpo_product(dpo::ProductArgs* args) noexcept {
-  try {
-    dpo::product(*args);
-    args->failed = 0;
-  } catch (const std::bad_alloc&) {
-    args->failed = 1;
-  }
-}
+DPO_EXPORT void dpo_product(const dpo::ProductArgs* args) { dpo::product(*args); }
 
-// Bytes that dpo_product takes beside its matrices.
+// Bytes of memory for dpo_product, of a struct without addresses.
 DPO_EXPORT int64_t dpo_product_scratch(const dpo::ProductArgs* args) {
   const dpo::Cuts cuts(*args);
   const int64_t of_threads = cuts.used_threads() * DPO_PICK(product_kernels).scratch;

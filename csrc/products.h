@@ -12,11 +12,11 @@ struct ProductArgs {
   const float* a;
   const float* b;
   float* out;
+  float* scratch;  // as much as dpo_product_scratch says
   int64_t rows, columns, depth;
   int64_t a_row, a_depth, b_depth, b_column;  // steps, of which one of each matrix is 1
   int64_t out_row;
   int32_t accumulate, threads;
-  int32_t failed;  // written: 1 where there is no memory
 };
 
 // A part of a product, and where its sums go.

@@ -17,10 +17,10 @@ class _ProductArgs(ctypes.Structure):
     """As in ``csrc/products.h``."""
 
     _fields_ = native.fields(
-        "a b out",
+        "a b out scratch",
         "rows columns depth a_row a_depth b_depth b_column out_row",
         "",
-        "accumulate threads failed",
+        "accumulate threads",
     )
 
 
@@ -42,56 +42,47 @@ def product_(out_mn: Tensor, a_mk: Tensor, b_kn: Tensor, *, accumulate: bool = F
 
 
 def _fits(out_mn: Tensor, a_mk: Tensor, b_kn: Tensor) -> bool:
-    return all(
-        matrix.dtype == torch.float32 and matrix.device.type == "cpu" and matrix.numel() > 0
-        for matrix in (out_mn, a_mk, b_kn)
-    )
+    """Whether all are what ``compute_`` takes."""
+    matrices = (out_mn, a_mk, b_kn)
+    plain = all(m.dtype == torch.float32 and m.device.type == "cpu" and m.numel() > 0 for m in matrices)
+    return plain and _unit_columns(out_mn) and all(_unit_columns(m) or _unit_columns(m.T) for m in (a_mk, b_kn))
+
+
+def _unit_columns(matrix: Tensor) -> bool:
+    return matrix.stride(1) == 1 or matrix.shape[1] == 1
 
 
 def compute_(out_mn: Tensor, a_mk: Tensor, b_kn: Tensor, *, accumulate: bool = False) -> None:
     """out = a b, or out += a b, in float32. The number of threads changes no bit.
 
     ``out`` has unit stride along n, a and b along either of theirs; no size is 0.
-
-    Raises:
-        MemoryError: there is none for packed operands.
     """
-    args = _arguments(out_mn, a_mk, b_kn)
-    args.accumulate = accumulate
-    native.call("product", args)
-    if args.failed:
-        raise MemoryError("no memory for the operands of a matrix product")
-
-
-def _arguments(out_mn: Tensor, a_mk: Tensor, b_kn: Tensor) -> _ProductArgs:
-    m, n, k = *out_mn.shape, a_mk.shape[1]
+    (m, n), k = out_mn.shape, a_mk.shape[1]
     assert a_mk.shape == (m, k)
     assert b_kn.shape == (k, n)
-    assert out_mn.stride(1) == 1 or n == 1
+    assert _unit_columns(out_mn)
     a_row, a_depth = _steps(a_mk)
     b_column, b_depth = _steps(b_kn.T)
-    return _ProductArgs(
-        a=a_mk.data_ptr(),
-        b=b_kn.data_ptr(),
-        out=out_mn.data_ptr(),
-        rows=m,
-        columns=n,
-        depth=k,
-        a_row=a_row,
-        a_depth=a_depth,
-        b_depth=b_depth,
-        b_column=b_column,
-        out_row=out_mn.stride(0),
-        threads=native.threads(),
+    args = _ProductArgs(rows=m, columns=n, depth=k, threads=native.threads(), accumulate=accumulate)
+    args.a_row, args.a_depth, args.b_depth, args.b_column, args.out_row = (
+        a_row,
+        a_depth,
+        b_depth,
+        b_column,
+        out_mn.stride(0),
     )
+    scratch = torch.empty(native.scratch_bytes("product", args), dtype=torch.uint8)
+    for name, matrix in (("a", a_mk), ("b", b_kn), ("out", out_mn), ("scratch", scratch)):
+        setattr(args, name, matrix.data_ptr())
+    native.call("product", args)
 
 
 def _steps(matrix: Tensor) -> tuple[int, int]:
     """Strides, of which one is 1; that of a size of 1 means nothing."""
     rows, columns = matrix.stride()
-    if columns == 1 or matrix.shape[1] == 1:
+    if _unit_columns(matrix):
         return rows, 1
-    assert rows == 1 or matrix.shape[0] == 1
+    assert _unit_columns(matrix.T)
     return 1, columns
 
 
@@ -99,5 +90,5 @@ def scratch_bytes(m: int, n: int, k: int) -> int:
     """Most that ``product_`` holds beside its matrices, where torch does not compute it."""
     if not faster():
         return 0
-    shapes = [torch.empty(size, device="meta") for size in ((m, n), (m, k), (k, n))]
-    return native.scratch_bytes("product", _arguments(*shapes))
+    args = (_ProductArgs(rows=m, columns=n, depth=k, a_depth=step, threads=native.threads()) for step in (0, 1))
+    return max(native.scratch_bytes("product", each) for each in args)

@@ -23,6 +23,8 @@ EMULATOR = next(filter(shutil.which, ("qemu-aarch64-static", "qemu-aarch64")), "
 # The first 64-bit processor, with none of the instructions that came later.
 PROCESSOR = "cortex-a53"
 FOLDER = ROOT / "build" / "aarch64"
+SCRATCH_BYTES = 2**23
+"""More than a call of the tests takes on any instruction set."""
 
 
 def why_not() -> str | None:
@@ -130,7 +132,8 @@ def _of_product(args: ctypes.Structure) -> dict[str, int]:
         "b": (args.depth, args.b_depth, args.columns, args.b_column),
         "out": (args.rows, args.out_row, args.columns, 1),
     }
-    return {name: 4 * ((m - 1) * row + (n - 1) * column + 1) for name, (m, row, n, column) in extents.items()}
+    sizes = {name: 4 * ((m - 1) * row + (n - 1) * column + 1) for name, (m, row, n, column) in extents.items()}
+    return sizes | {"scratch": SCRATCH_BYTES}
 
 
 def _of_attention(args: ctypes.Structure) -> dict[str, int]:

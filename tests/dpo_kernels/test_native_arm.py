@@ -52,6 +52,7 @@ def drivers() -> Iterator[dict[str, Driver]]:
 def isa(request, drivers, monkeypatch) -> str:
     """Calls of the library go to the emulator."""
     monkeypatch.setattr(native, "call", drivers[request.param].call)
+    monkeypatch.setattr(native, "scratch_bytes", lambda name, args: native_driver.SCRATCH_BYTES)
     return request.param
 
 
