@@ -11,7 +11,7 @@ import numpy as np
 from .config.schema import RunConfig
 from .data.columns import SHOWN_BY, layouts
 from .data.groups import PreferenceGroup
-from .data.lint import PROBLEMS, LintReport
+from .data.lint import LintReport
 from .data.read import Split, stream_groups
 from .data.tokenize import Encoder
 from .errors import UserError
@@ -104,11 +104,11 @@ def _verdicts(report: LintReport, strict: bool) -> list[str]:
     """Why training would stop at what lint found."""
     reasons = [f"reading ended after {report.total:,} rows: {report.ended}"] if report.ended else []
     if report.stopping:
-        names = ", ".join(name for name in report.counts if PROBLEMS[name].stops)
+        names = ", ".join(name for name in report.counts if report.stops(name))
         reasons.append(f"{report.source}: {report.stopping:,} of {report.total:,} rows cannot be used ({names})")
     # Rows that stop training are named above; that none is left says no more.
     empty = [] if report.stopping else [report.raise_if_empty]
-    for stop in (*empty, lambda: report.raise_if_strict(strict)):
+    for stop in (*empty, report.raise_if_promptless, lambda: report.raise_if_strict(strict)):
         try:
             stop()
         except UserError as error:

@@ -46,6 +46,11 @@ def is_tuple(hint: Any) -> bool:
     return get_origin(hint) is tuple
 
 
+def is_mapping(hint: Any) -> bool:
+    """Whether ``hint`` is a mapping, or one that may be left out."""
+    return any(get_origin(member) is dict for member in (hint, *get_args(hint)))
+
+
 def iter_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every settable key with its type, such as ``("model.lora.r", int)``, in the order of the schema."""
     for name, hint in type_hints(cls).items():

@@ -8,10 +8,15 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+
 from ..errors import UserError
 from .fields import (
+    TypeMismatch,
+    coerce,
     dataclass_in,
     describe,
+    is_mapping,
     is_optional,
     is_tuple,
     iter_keys,
@@ -40,8 +45,12 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for flag, tokens in _split(args):
         key = flag[2:].replace("-", "_")
+        owner = key.rpartition(".")[0]
         if key in hints:
             values[key] = _parse_value(key, hints[key], tokens)
+        elif is_mapping(hints.get(owner)):
+            # One entry of a mapping, beside those of the file.
+            values[key] = _one_value(key, hints[owner], tokens)
         elif key in sections and dataclass_in(sections[key]) is not None:
             if len(tokens) != 1 or tokens[0].lower() not in _NULL:
                 raise UserError(f"--{key}: expected null to turn it off, or one of its keys such as --{key}.r 16")
@@ -91,10 +100,22 @@ def _parse_value(key: str, hint: Any, tokens: list[str]) -> Any:
     try:
         if not tokens:
             raise SystemExit
+        if is_mapping(hint) and len(tokens) == 1:
+            return coerce(yaml.safe_load(tokens[0]), hint)
         return _parse_with_tyro(hint, [_boolean(t) for t in tokens] if hint is bool else tokens)
-    except SystemExit:
+    except (SystemExit, TypeMismatch, yaml.YAMLError):
         got = " ".join(tokens) if tokens else "no value"
         raise UserError(f"--{key}: expected {describe(hint)}, got {got}{suggestion(tokens, hint)}") from None
+
+
+def _one_value(key: str, hint: Any, tokens: list[str]) -> Any:
+    """A value of a mapping, as YAML reads it."""
+    try:
+        if len(tokens) != 1:
+            raise TypeMismatch("one value")
+        return coerce({"entry": yaml.safe_load(tokens[0])}, hint)["entry"]
+    except (TypeMismatch, yaml.YAMLError):
+        raise UserError(f"--{key}: expected one name or number, got {' '.join(tokens) or 'no value'}") from None
 
 
 def _boolean(token: str) -> str:

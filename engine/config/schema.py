@@ -16,6 +16,17 @@ SchedulerType = Literal[
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 ]  # fmt: skip
 Quantization = Literal["nf4", "fp4"]
+RowFormat = Literal[
+    "auto", "preference", "conversation", "hh", "sharegpt", "kwise", "scored", "tokenized", "alpaca", "question",
+    "messages", "chosen_response", "llama_factory", "ms_swift", "openai", "nemo_rl", "torchtune", "stack_exchange",
+    "nectar", "shp", "pku_saferlhf", "helpsteer2", "helpsteer3", "step_dpo", "arena", "input_ids",
+]  # fmt: skip
+COLUMN_PARTS = (
+    "prompt", "chosen", "rejected", "system", "input", "history", "tools", "messages", "responses", "ranking", "scores",
+    "label", "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "ref_logps",
+    "chat_template_kwargs",
+)  # fmt: skip
+"""Parts of a row that ``data.columns`` may name a column for."""
 
 REFERENCE_FREE_LOSSES = frozenset({"sft", "simpo", "orpo", "cpo"})
 """Losses whose value does not depend on reference log-probs."""
@@ -109,8 +120,21 @@ class DataConfig:
     """Most tokens of prompt and response; longer responses are cut, longer prompts drop the row. null is no limit."""
     truncation_mode: Literal["keep_start"] = "keep_start"
     """Which end of a sequence over max_length stays."""
-    format: Literal["auto", "preference", "hh", "sharegpt", "kwise", "scored", "tokenized"] = "auto"
-    """Row layout; auto reads it off the column names."""
+    format: RowFormat = "auto"
+    """Row layout; auto reads it off the column names. conversation reads text as user and assistant turns."""
+    columns: dict[str, str | None] | None = None
+    """Which column holds a part of the row, such as {prompt: ask, chosen: good, rejected: bad}; null says that a part,
+    such as system, is not read."""
+    turn_fields: dict[str, str] | None = None
+    """Names of role and content in a message, where they are others than role/content or from/value."""
+    roles: dict[str, str] | None = None
+    """Further speakers of messages and the roles that they have, such as {customer: user}."""
+    system: str | None = None
+    """System text of every conversation that has none of its own."""
+    remove_none_values: bool = True
+    """Leave out keys without a value inside messages and tools, with which Parquet fills up."""
+    lost_text: Literal["stop", "count"] = "stop"
+    """What a row does whose text the chat template leaves out: a reasoning, a tool call, a turn."""
     scored_pairs: Literal["all", "best_vs_rest", "best_worst", "ranking"] = "all"
     """What scored completions stand for: pairs, which share one prompt, or (ranking) their order, for plackett_luce."""
     min_score_gap: float = 0.0
@@ -126,6 +150,14 @@ class DataConfig:
         _require(self.dataset_name != "", "data.dataset_name must not be empty")
         _require(
             self.max_length is None or self.max_length > 1, f"data.max_length must be at least 2, got {self.max_length}"
+        )
+        unknown = sorted(set(self.columns or ()) - set(COLUMN_PARTS))
+        _require(not unknown, f"data.columns has no part {', '.join(unknown)}; parts are {', '.join(COLUMN_PARTS)}")
+        named = [name for name in (self.columns or {}).values() if name is not None]
+        _require(len(set(named)) == len(named), "data.columns names one column for two parts")
+        _require(
+            set(self.turn_fields or ()) <= {"role", "content"},
+            f"data.turn_fields names role and content, got {', '.join(sorted(self.turn_fields or ()))}",
         )
         _require(self.min_score_gap >= 0, f"data.min_score_gap must not be negative, got {self.min_score_gap}")
         _require(self.max_rows is None or self.max_rows > 0, f"data.max_rows must be positive, got {self.max_rows}")

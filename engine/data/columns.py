@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from ..errors import RowError
+from .foreign import BESIDE_ANSWERS, FOREIGN
 from .sources import Row
+from .turns import NAMES_LISTED, listed
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -32,15 +35,18 @@ _NOTES = {
     "hh": " whose turns begin with '\\n\\nHuman:' and '\\n\\nAssistant:', as in Anthropic HH",
 }
 SHOWN_BY = "`dpo check` lists the columns of every layout"
-_NAMES_LISTED, _NAME_WIDTH = 8, 40
 _NEAR = 0.8
 """Likeness, of 1, from which a name may be a misspelt one."""
 _SAME = 0.9
 """From which it can hardly be anything else: prompts and promt, not promptId."""
+_ANSWER = ("assistant", "gpt", "chatgpt", "model", "function_call", "tool_call")
 
 
-def detect_format(row: Row) -> str:
+def detect_format(row: Row, *, prompt_decided: bool = False) -> str:
     """Recognise the layout from the first row's columns.
+
+    Args:
+        prompt_decided: ``data.columns`` says where the prompt is, so that no other column is taken for it.
 
     Raises:
         UserError: no layout fits; names the columns that were found and those that would do.
@@ -49,24 +55,77 @@ def detect_format(row: Row) -> str:
     for name in _TOLD_BY_COLUMNS:
         if columns.issuperset(COLUMNS[name]):
             return name
+    for name, variants in FOREIGN.items():
+        if name not in (*BESIDE_ANSWERS, "conversation") and any(v.known_by(row.data) for v in variants):
+            return name
     if columns.issuperset(COLUMNS["preference"]):
-        sides = (row.data["chosen"], row.data["rejected"])
-        dialogues = all(isinstance(side, str) and side.startswith(HUMAN) and ASSISTANT in side for side in sides)
-        if "prompt" not in columns:
-            _refuse_misspelt_prompt(row)
-        return "hh" if dialogues and "prompt" not in columns else "preference"
+        return _layout_of_answers(row, prompt_decided)
     if is_scored(row.data):
         return "scored"
-    hint = _likely(row) or "; rename them, or set data.format to one of " + ", ".join(COLUMNS)
+    hint = _likely(row) or (
+        f"; rename them, or set data.columns: {{prompt: COLUMN, ...}}, or data.format to one of {', '.join(COLUMNS)}"
+    )
     raise RowError(
-        "missing_column", f"{row.where}: no known layout has the columns {listed(row.data)}{hint}; {SHOWN_BY}"
+        "missing_column",
+        f"{row.where}: no known layout has the columns {listed(row.data)}{_no_pair(row)}{hint}; {SHOWN_BY}",
+    )
+
+
+def _layout_of_answers(row: Row, prompt_decided: bool) -> str:
+    """The layout of a row with chosen and rejected, which may begin with their prompt or have it beside them."""
+    sides = (row.data["chosen"], row.data["rejected"])
+    if "prompt" in row.data:
+        return "preference"
+    for name in () if prompt_decided else BESIDE_ANSWERS:
+        for variant in FOREIGN[name]:
+            if variant.known_by(row.data) and not _begin_with(row.data[variant.columns[0]], sides):
+                return name
+    if not prompt_decided:
+        _refuse_misspelt_prompt(row)
+    dialogues = all(isinstance(side, str) and side.startswith(HUMAN) and ASSISTANT in side for side in sides)
+    return "hh" if dialogues else "preference"
+
+
+def _refuse_misspelt_prompt(row: Row) -> None:
+    """A prompt column is optional, so one that is misspelt would go unnoticed."""
+    for name in map(str, row.data):
+        # Names such as prompt_id are columns of their own.
+        if name.isalpha() and difflib.get_close_matches(name.lower(), ["prompt"], cutoff=_SAME):
+            raise RowError(
+                "unread_column",
+                f"{row.where}: column {name!r} is not read (is it meant to be prompt?); rename it, set "
+                f"data.columns: {{prompt: {name}}}, or set data.format to preference, or hh for Anthropic dialogues, "
+                "to read chosen and rejected alone",
+            )
+
+
+def _begin_with(asked: Any, sides: tuple[Any, Any]) -> bool:
+    """Whether chosen and rejected are whole by themselves, so that a column beside them only repeats their prompt."""
+    if any(isinstance(side, list) for side in sides):
+        firsts = [side[0] if isinstance(side, list) and side else None for side in sides]
+        return all(isinstance(first, dict) and first.get("role", first.get("from")) not in _ANSWER for first in firsts)
+    texts = [side for side in sides if isinstance(side, str)]
+    if len(texts) < 2 or not isinstance(asked, str) or not asked.strip():
+        return False
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
+    return asked.strip() in "".join(first for first, _ in shared)
+
+
+def _no_pair(row: Row) -> str:
+    """What to say of rows that have one answer each."""
+    names = {str(name).lower() for name in row.data}
+    one = names & {"response", "completion", "output"}
+    return (
+        f" (rows with one answer each, here {min(one)}, are no preference pairs)" if "prompt" in names and one else ""
     )
 
 
 def layouts() -> str:
     """The columns of every layout, a line each."""
-    width = max(map(len, COLUMNS))
+    width = max(map(len, (*COLUMNS, *FOREIGN)))
     lines = [f"  {name:<{width}}  {', '.join(names)}{_NOTES.get(name, '')}" for name, names in COLUMNS.items()]
+    for name, variants in FOREIGN.items():
+        lines.append(f"  {name:<{width}}  {'; or '.join(', '.join(variant.columns) for variant in variants)}")
     return "\n".join(["columns of the layouts that are known (data.format)", *lines])
 
 
@@ -87,18 +146,6 @@ def is_scored(data: Mapping[str, Any]) -> bool:
     return first_present(SCORES, data) is not None or bool(inside)
 
 
-def _refuse_misspelt_prompt(row: Row) -> None:
-    """A prompt column is optional, so one that is misspelt would go unnoticed."""
-    for name in map(str, row.data):
-        # Names such as prompt_id are columns of their own.
-        if name.isalpha() and difflib.get_close_matches(name.lower(), ["prompt"], cutoff=_SAME):
-            raise RowError(
-                "missing_column",
-                f"{row.where}: column {name!r} is not read (is it meant to be prompt?); rename it, or set "
-                "data.format to preference, or hh for Anthropic dialogues, to read chosen and rejected alone",
-            )
-
-
 def _likely(row: Row) -> str:
     """A question for each column whose name is nearly one that is read."""
     known = dict.fromkeys(name for names in (*COLUMNS.values(), PROMPTS, RESPONSES, SCORES) for name in names)
@@ -107,7 +154,7 @@ def _likely(row: Row) -> str:
         if close := difflib.get_close_matches(name.lower(), known, n=1, cutoff=_NEAR):
             meant[name] = close[0]
     absent = {name: right for name, right in meant.items() if right not in row.data}
-    return "".join(f" (is {name} meant to be {right}?)" for name, right in list(absent.items())[:_NAMES_LISTED])
+    return "".join(f" (is {name} meant to be {right}?)" for name, right in list(absent.items())[:NAMES_LISTED])
 
 
 def _other_layout(row: Row, layout: str) -> str:
@@ -117,13 +164,6 @@ def _other_layout(row: Row, layout: str) -> str:
     except RowError:
         return ""
     return f"; these columns fit data.format {fitting}, or auto" if fitting != layout else ""
-
-
-def listed(names: Iterable[Any]) -> str:
-    """Names for a message, in the order of the alphabet; of many, or very long ones, a part."""
-    found = sorted(name if len(name) <= _NAME_WIDTH else f"{name[:_NAME_WIDTH]}..." for name in map(str, names))
-    more = len(found) - _NAMES_LISTED
-    return (", ".join(found[:_NAMES_LISTED]) or "none") + (f" and {more} more" if more > 0 else "")
 
 
 def column(row: Row, name: str, layout: str) -> Any:

@@ -9,27 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import RowError
-from .columns import listed
-from .sources import Row
+from .sources import Row, Turns
+from .stored import without_none
+from .turns import Message, TurnForm
 
-Message = dict[str, Any]
-
-# ShareGPT speakers as LLaMA-Factory and FastChat write them; unknown ones are an error.
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-    "function_response": "tool",
-}
+_USUAL_FORM = TurnForm()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,54 +53,41 @@ def finite_numbers(values: Sequence[Any], row: Row, name: str, problem: str) -> 
 
 
 def template_kwargs(row: Row) -> dict[str, Any]:
-    tools = row.data.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError("wrong_type", f"{row.where}: column 'tools' holds broken JSON: {error.msg}") from None
-    kwargs = row.data.get("chat_template_kwargs") or {}
+    """Arguments of the chat template that a row has. An empty list of tools is none, as TRL passes it."""
+    tools = _decoded(row.data.get("tools"), row, "tools")
+    if isinstance(tools, dict) and tools:
+        tools = [tools]
+    if tools and not isinstance(tools, list):
+        raise RowError("wrong_type", f"{row.where}: column 'tools' must be a list, got {type(tools).__name__}")
+    tools = [_decoded(tool, row, "tools") for tool in tools] if tools else None
+    kwargs = _decoded(row.data.get("chat_template_kwargs"), row, "chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         kind = type(kwargs).__name__
         raise RowError("wrong_type", f"{row.where}: column 'chat_template_kwargs' must be an object, got {kind}")
+    if form_of(row).removes_none:
+        tools, kwargs = without_none(tools), without_none(kwargs)
     return {"tools": tools, **kwargs}
+
+
+def _decoded(value: Any, row: Row, name: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise RowError("wrong_type", f"{row.where}: column {name!r} holds broken JSON: {error.msg}") from None
+
+
+def form_of(row: Row) -> Turns:
+    """How turns of the row are written."""
+    return row.form if row.form is not None else _USUAL_FORM
 
 
 def messages_of(value: Any, row: Row, name: str) -> list[Message]:
     """Check a message list (or a lone message) and give every turn ``role`` and ``content``."""
-    turns = [value] if isinstance(value, dict) else value
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        kind = type(value).__name__
-        raise RowError("wrong_type", f"{row.where}: column {name!r} must be a list of messages, got {kind}")
-    messages = []
-    for turn in turns:
-        if turn.get("role") is not None:
-            _check_content(turn, row, name)
-            messages.append(turn)
-            continue
-        if turn.get("from") is None or "value" not in turn:
-            keys = listed(turn)
-            raise RowError("bad_turn", f"{row.where}: a turn of column {name!r} has {keys}; expected role and content")
-        role = SHAREGPT_ROLES.get(str(turn["from"]).lower())
-        if role is None:
-            speakers = ", ".join(SHAREGPT_ROLES)
-            speaker = turn["from"]
-            raise RowError(
-                "bad_turn", f"{row.where}: column {name!r} has a turn from {speaker!r}; known are {speakers}"
-            )
-        rest = {key: item for key, item in turn.items() if key not in ("from", "value", "role", "content")}
-        messages.append({"role": role, "content": turn["value"], **rest})
-        _check_content(messages[-1], row, name)
-    return messages
-
-
-def _check_content(turn: Message, row: Row, name: str) -> None:
-    """Refuse a turn without content: most templates would write the word None, or nothing, in its place."""
-    content = turn.get("content")
-    if isinstance(content, str | list) or (content is None and turn.get("tool_calls")):
-        return
-    got = "none" if content is None else type(content).__name__
-    raise RowError("bad_turn", f"{row.where}: a turn of column {name!r} needs text as its content, got {got}")
+    return form_of(row).turns(value, row, name)
 
 
 def answer_messages(value: Any, row: Row, name: str) -> list[Message]:

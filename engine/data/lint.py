@@ -37,6 +37,10 @@ class Problem:
 _STOPS = {
     "broken_row": ("a line or element that is no JSON object in UTF-8", "correct or remove it"),
     "missing_column": ("a column that the layout needs is missing", "add it, or set data.format"),
+    "unread_column": (
+        "a column that looks like a prompt, a system text or tools is not read",
+        "name it with data.columns, or set its part to null there",
+    ),
     "null_value": ("a column that the layout needs is empty", "fill it, or remove the rows"),
     "wrong_type": ("a column holds another type than its layout needs", "correct or remove the rows"),
     "bad_turn": (
@@ -65,10 +69,20 @@ _STOPS = {
     ),
 }
 
+_TEMPLATE_ADVICE = "use a chat template that writes it, or set data.lost_text: count to train without it"
+_LOST = {
+    "lost_turn": ("the chat template leaves out what a turn says", _TEMPLATE_ADVICE),
+    "lost_reasoning": ("the chat template leaves out the reasoning of a turn", _TEMPLATE_ADVICE),
+    "lost_tool_calls": ("the chat template leaves out tool calls", _TEMPLATE_ADVICE),
+    "lost_tools": ("the chat template leaves out the tools that a row names", _TEMPLATE_ADVICE),
+}
+LOST = frozenset(_LOST)
+"""Problems that ``data.lost_text`` decides on."""
+
 PROBLEMS = {
     problem.name: problem
     for problem in (
-        *(Problem(name, False, meaning, advice, stops=True) for name, (meaning, advice) in _STOPS.items()),
+        *(Problem(name, False, meaning, advice, stops=True) for name, (meaning, advice) in (_STOPS | _LOST).items()),
         Problem(
             "differing_prompts",
             True,
@@ -211,10 +225,12 @@ class LintReport:
 
     Args:
         tolerant: count rows that training would stop at, as ``dpo check`` does, instead of raising.
+        counted: problems that would stop training, but shall only count.
     """
 
-    def __init__(self, source: str, *, tolerant: bool = False):
+    def __init__(self, source: str, *, tolerant: bool = False, counted: frozenset[str] = frozenset()):
         self.source = source
+        self._counted = counted
         self.tolerant = tolerant
         self.layout = ""
         self.total = 0
@@ -234,16 +250,24 @@ class LintReport:
         self.dropped += PROBLEMS[problem].drops
 
     def refuse(self, error: RowError, row: int) -> None:
-        """Note that training stops at a row; raises ``error`` unless the report is tolerant."""
-        if not self.tolerant:
+        """Note that training stops at a row; raises ``error`` unless the report is tolerant, or only counts it."""
+        if not self.tolerant and self.stops(error.problem):
             raise error
         self._messages.setdefault(error.problem, str(error))
         self.add(error.problem, row)
 
+    def stops(self, problem: str) -> bool:
+        """Whether training stops at rows with a problem."""
+        return PROBLEMS[problem].stops and problem not in self._counted
+
+    def effect(self, problem: str) -> str:
+        """What becomes of the rows with a problem."""
+        return "kept" if problem in self._counted else PROBLEMS[problem].effect
+
     @property
     def stopping(self) -> int:
         """Rows that training stops at."""
-        rows = [rows for name, rows in self._rows.items() if PROBLEMS[name].stops]
+        rows = [rows for name, rows in self._rows.items() if self.stops(name)]
         return len(np.unique(np.concatenate(rows))) if rows else 0
 
     @property
@@ -275,10 +299,19 @@ class LintReport:
         if self.total == 0:
             raise UserError(f"{self.source}: the split has no rows; check data.dataset_train_split and its slice")
         if self.kept == 0:
-            lost = {name: count for name, count in self.counts.items() if PROBLEMS[name].effect != "kept"}
+            lost = {name: count for name, count in self.counts.items() if self.effect(name) != "kept"}
             reasons = [f"{name} {count:,}" for name, count in lost.items()]
             advice = next((PROBLEMS[name].advice for name in lost), "check the file")
             raise UserError(f"{self.source}: none of {self.total:,} rows can be used ({', '.join(reasons)}); {advice}")
+
+    def raise_if_promptless(self) -> None:
+        """Stop when no row that is left has a text as its prompt: it is in a column that is not read, or lost."""
+        empty = len(self._rows.get("empty_prompt", ()))
+        if empty and empty == self.kept:
+            raise UserError(
+                f"{self.source}: the prompt is empty in all {empty:,} rows; name the column that holds it with "
+                "data.columns: {prompt: COLUMN}, or let chosen and rejected begin with it"
+            )
 
     def _first(self, name: str) -> str:
         rows = self._rows[name]
@@ -297,7 +330,7 @@ class LintReport:
         width = max(len(name) for name in self.counts)
         digits = max(len(f"{count:,}") for count in self.counts.values())
         for name, count in self.counts.items():
-            effect, indent = PROBLEMS[name].effect, f"  {'':<{width}}  {'':>{digits}}  "
+            effect, indent = self.effect(name), f"  {'':<{width}}  {'':>{digits}}  "
             lines.append(f"  {name:<{width}}  {count:>{digits},}  {effect:<7}  {self._first(name)}")
             lines.append(f"{indent}{PROBLEMS[name].meaning}; {PROBLEMS[name].advice}")
             if name in self._messages:

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from ..config.schema import DataConfig
 from ..errors import RowError, UserError, raise_all
-from .columns import detect_format
 from .copies import Copies
 from .examples import Example, PromptsDifferError
 from .faults import text_faults, token_faults
-from .formats import reader_for
 from .groups import PreferenceDataset, PreferenceGroup
-from .lint import LintReport
+from .lint import LOST, PROBLEMS, LintReport
+from .lost_text import LostText
+from .rows import RowReader
 from .scored import expand_scores
 from .sources import Row, Source, is_hub_name, is_single_file, open_source
 from .tokenize import Encoded, Encoder
@@ -47,6 +47,7 @@ def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[P
     dataset = PreferenceDataset(groups)
     report.raise_if_strict(data.strict)
     report.raise_if_empty()
+    report.raise_if_promptless()
     return dataset, report
 
 
@@ -59,7 +60,8 @@ def stream_groups(
     """
     encoder = Encoder(tokenizer, data)
     source = _source(data, split, tolerant=tolerant)
-    report = LintReport(source.name, tolerant=tolerant)
+    counted = LOST if data.lost_text == "count" else frozenset()
+    report = LintReport(source.name, tolerant=tolerant, counted=counted)
     examples = _examples(source, data, encoder, report)
     return make_groups(examples, encoder, max_length=data.max_length, report=report), report
 
@@ -89,8 +91,7 @@ def check_files(data: DataConfig, *, splits: Sequence[Split] = ("train", "eval")
 def _check_split(data: DataConfig, split: Split, first_rows: bool) -> None:
     rows = open_rows(data, split=split)
     for row in islice(rows, 1) if first_rows else ():
-        if data.format == "auto":
-            detect_format(row)
+        RowReader(data, use_messages=False).decide(row)
 
 
 def _source(data: DataConfig, split: Split, *, tolerant: bool = False) -> Source:
@@ -121,17 +122,13 @@ def _until_damage(source: Source, report: LintReport) -> Iterator[Row]:
 
 
 def _examples(source: Source, data: DataConfig, encoder: Encoder, report: LintReport) -> Iterator[Example]:
-    read = None
+    read = RowReader(data, use_messages=encoder.use_messages)
     rows = tqdm(_until_damage(source, report), desc=f"read {source.name}", unit=" rows", delay=3, disable=None)
     for row in rows:
         report.add_row()
         try:
             if row.fault is not None:
                 raise row.fault
-            if read is None:
-                layout = detect_format(row) if data.format == "auto" else data.format
-                read = reader_for(layout, use_messages=encoder.use_messages)
-                report.layout = layout
             example = read(row)
             if example.scores is not None:
                 expanded = expand_scores(example, data, report)
@@ -144,6 +141,8 @@ def _examples(source: Source, data: DataConfig, encoder: Encoder, report: LintRe
             report.refuse(error, row.index)
         else:
             yield example
+        finally:
+            report.layout = read.layout
 
 
 def make_groups(
@@ -153,11 +152,13 @@ def make_groups(
 
     Holds ``ROWS_PER_CALL`` examples at a time, and ``Copies`` of what was seen.
     """
-    copies = Copies()
+    copies, lost_text = Copies(), LostText(encoder)
     stream = iter(examples)
     while chunk := list(islice(stream, ROWS_PER_CALL)):
         kept: list[PreferenceGroup] = []
         for example, encoded in _encode_around_faults(chunk, encoder, report):
+            if not _whole(example, encoded, lost_text, report):
+                continue
             dropped = _unusable(encoded, max_length)
             if dropped is not None:
                 report.add(dropped, example.row)
@@ -177,6 +178,17 @@ def make_groups(
         for problem, row in copies.find(kept):
             report.add(problem, row)
         yield from kept
+
+
+def _whole(example: Example, encoded: Encoded, lost_text: LostText, report: LintReport) -> bool:
+    """Whether the row may be used, though its chat template may leave out something that the report only counts."""
+    usable = True
+    for lost in lost_text.find(example, encoded.rendered) if encoded.rendered else ():
+        advice = PROBLEMS[lost.problem].advice
+        message = f"{example.where}: {lost.place} is not in what the chat template writes; {advice}"
+        report.refuse(RowError(lost.problem, message), example.row)
+        usable = usable and not report.stops(lost.problem)
+    return usable
 
 
 def _encode_around_faults(

@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..errors import RowError, UserError
+from .cells import cells
 
 EXTENSIONS = (".jsonl", ".json", ".parquet")
 CHUNK_CHARS = 1 << 20
@@ -234,7 +235,8 @@ def _read_parquet(path: Path) -> Iterator[FileRow]:
             source = scratch
         try:
             for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=PARQUET_ROWS):
-                for data in batch.to_pylist():
-                    yield FileRow(path, None, data)
+                columns = [cells(batch.column(i), field) for i, field in enumerate(batch.schema)]
+                for values in zip(*columns, strict=True):
+                    yield FileRow(path, None, dict(zip(batch.schema.names, values, strict=True)))
         except pyarrow.ArrowException as error:
             raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None

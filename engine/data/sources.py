@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import RowError, UserError
 from ..hub import unreachable
@@ -35,6 +35,15 @@ SPLIT_WORDS = {
 _SLICED = re.compile(r"(?P<name>[^\[\]+]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
+class Turns(Protocol):
+    """How turns of conversations are written, and read (``turns.TurnForm``)."""
+
+    removes_none: bool
+
+    def turns(self, value: Any, row: Row, name: str) -> list[dict[str, Any]]:
+        """The messages of a column."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One source row."""
@@ -47,6 +56,8 @@ class Row:
     line: int | None = None
     fault: RowError | None = None
     """Why there is no data, where the source was asked to read on after such rows."""
+    form: Turns | None = None
+    """How its turns are written; None is role/content or from/value."""
 
     @property
     def where(self) -> str:

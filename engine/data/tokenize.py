@@ -9,7 +9,7 @@ of the prompt belongs to the completions.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -20,6 +20,9 @@ from ..config.schema import DataConfig
 from ..errors import RowError, UserError
 from ..paths import expanded
 from .examples import Example
+from .turns import Message, with_text_arguments
+
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 
 class Encoded(NamedTuple):
@@ -29,6 +32,8 @@ class Encoded(NamedTuple):
     completion_ids: tuple[list[int], ...]
     merged: bool
     """The prompt alone is tokenised differently at its end than before a completion."""
+    rendered: tuple[str, ...] = ()
+    """What the chat template wrote of prompt and completion, for each completion; empty where none did."""
 
 
 class Encoder:
@@ -70,10 +75,10 @@ class Encoder:
         for example in examples:
             if example.kind == "text":
                 texts[True] += self._plain_texts(example)
-            elif example.kind == "messages" and not self._own_chat:
+            elif self._takes_template(example):
                 texts[False] += self._rendered_texts(example)
         try:
-            ids = {special: iter(self._tokenize(batch, special)) for special, batch in texts.items()}
+            ids = {special: zip(batch, self._tokenize(batch, special), strict=True) for special, batch in texts.items()}
         except (TypeError, UnicodeEncodeError):
             self._refuse_lone_surrogates(examples)
             raise
@@ -91,15 +96,22 @@ class Encoder:
                     "correct or remove the row",
                 )
 
-    def _assemble(self, example: Example, ids: dict[bool, Iterator[list[int]]]) -> Encoded:
+    def _takes_template(self, example: Example) -> bool:
+        return example.kind == "messages" and not self._own_chat
+
+    def _assemble(self, example: Example, ids: Mapping[bool, Iterator[tuple[str, list[int]]]]) -> Encoded:
         if example.kind == "ids":
             return self._checked_ids(example)
+        joint_texts: list[str] = []
         if example.kind == "messages" and self._own_chat:
             prompt_ids, *joint_ids = self._conversations(example, tokenize=True)
         else:
-            prompt_ids, *joint_ids = islice(ids[example.kind == "text"], 1 + len(example.completions))
+            (_, prompt_ids), *joint = islice(ids[example.kind == "text"], 1 + len(example.completions))
+            joint_texts, joint_ids = [text for text, _ in joint], [joined for _, joined in joint]
         size = min(common_prefix_length(prompt_ids, joint) for joint in joint_ids)
-        return Encoded(prompt_ids[:size], tuple(joint[size:] for joint in joint_ids), merged=size < len(prompt_ids))
+        completion_ids = tuple(joint[size:] for joint in joint_ids)
+        rendered = tuple(joint_texts) if self._takes_template(example) else ()
+        return Encoded(prompt_ids[:size], completion_ids, size < len(prompt_ids), rendered)
 
     def _plain_texts(self, example: Example) -> list[str]:
         if not self.eos_token:
@@ -122,23 +134,38 @@ class Encoder:
     def _conversations(self, example: Example, *, tokenize: bool) -> list[Any]:
         """The prompt with its generation prompt, then prompt + completion for each completion: text, or ids."""
 
-        def render(messages: list[dict[str, Any]], **kwargs: Any) -> Any:
-            if self._template is not None:
-                kwargs["chat_template"] = self._template
-            kwargs.update(example.template_kwargs)
-            rendered: Any = self.tokenizer.apply_chat_template(
-                messages, tokenize=tokenize, return_dict=tokenize, **kwargs
-            )
-            return list(rendered["input_ids"]) if tokenize else rendered
+        def render(messages: list[Message], **kwargs: Any) -> Any:
+            return self.render(messages, tokenize=tokenize, **example.template_kwargs, **kwargs)
 
         try:
             prompt = render(example.prompt, add_generation_prompt=True)
             return [prompt, *(render(example.prompt + completion) for completion in example.completions)]
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except TEMPLATE_ERRORS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RowError(
                 "template_refused", f"{example.where}: the chat template does not accept this row: {reason}"
             ) from error
+
+    def render(self, messages: list[Message], *, tokenize: bool = False, **kwargs: Any) -> Any:
+        """What the chat template makes of messages: text, or with ``tokenize`` ids.
+
+        Raises:
+            TEMPLATE_ERRORS: it does not accept them.
+        """
+        if self._template is not None:
+            kwargs["chat_template"] = self._template
+        try:
+            return self._apply(messages, tokenize, kwargs)
+        except TEMPLATE_ERRORS:
+            # Some templates join the arguments of a tool call to text.
+            as_text = with_text_arguments(messages)
+            if as_text is None:
+                raise
+            return self._apply(as_text, tokenize, kwargs)
+
+    def _apply(self, messages: list[Message], tokenize: bool, kwargs: dict[str, Any]) -> Any:
+        made: Any = self.tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
+        return list(made["input_ids"]) if tokenize else made
 
     def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:

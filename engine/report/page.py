@@ -164,7 +164,8 @@ def _problem(name: str) -> str:
     problem = PROBLEMS.get(name)
     if problem is None:
         return name
-    return f"{name}: {problem.meaning} ({problem.effect})"
+    # A run that is reported did not stop at it.
+    return f"{name}: {problem.meaning} ({'kept' if problem.stops else problem.effect})"
 
 
 def _some(rows: Sequence[int], count: int, shown: int = 10) -> str:

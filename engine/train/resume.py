@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ _DATA_KEYS = frozenset(
     (
         *("data.dataset_name", "data.dataset_config", "data.dataset_train_split", "data.max_length", "data.format"),
         *("data.truncation_mode", "data.scored_pairs", "data.min_score_gap", "data.chat_template", "data.max_rows"),
+        *("data.columns", "data.turn_fields", "data.roles", "data.system", "data.remove_none_values", "data.lost_text"),
         "model.tokenizer_name_or_path",
     )
 )
@@ -165,7 +166,7 @@ def check_same_run(saved: Mapping[str, Any], config: RunConfig, where: Path) -> 
     free = {*_FREE_KEYS, *_STEP_KEYS, *_DATA_KEYS, *_BASE_KEYS, _REFERENCE_KEY}
     if config.optim.lr_scheduler_type in METRIC_SCHEDULES:
         free.remove("train.eval_steps")
-    for key in sorted((saved.keys() | now.keys()) - free):
+    for key in sorted(key for key in saved.keys() | now.keys() if not _is_among(key, free)):
         before, after = saved.get(key), now.get(key)
         if before != after:
             raise UserError(
@@ -238,5 +239,11 @@ def check_reference(start: Start, config: RunConfig, digest: str | None) -> None
 def _changes(start: Start, config: RunConfig, keys: frozenset[str] | set[str]) -> str:
     """Those of the keys that have changed, in words."""
     before, now = start.state["config"], config_values(config)
-    changed = [key for key in sorted(keys) if before.get(key) != now[key]]
-    return ", ".join(f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in changed)
+    among = sorted(key for key in before.keys() | now.keys() if _is_among(key, keys))
+    changed = [key for key in among if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in changed)
+
+
+def _is_among(key: str, keys: Collection[str]) -> bool:
+    """Whether a key, or the mapping that it is an entry of, is one of the keys."""
+    return key in keys or key.rpartition(".")[0] in keys

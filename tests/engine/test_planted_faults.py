@@ -14,7 +14,7 @@ from engine.data.lint import PROBLEMS
 MAX_LENGTH, TOKENS_PER_PACK = 64, 90
 REFUSING_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'function' %}{{ raise_exception('no functions') }}{% endif %}"
-    "{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if m['role'] != 'tool' %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -126,6 +126,11 @@ FAULTS = {
             (["bad_turn"], chat(4, prompt=[turn("user", 7)])),
             (["bad_turn"], chat(5, chosen=[said("narrator", "x")])),
             (["differing_prompts"], {s: [turn("user", s), turn("assistant", "a")] for s in ("chosen", "rejected")}),
+            (["unread_column"], chat(40, instruction="Sing.")),
+            (["lost_reasoning"], chat(41, chosen=[turn("assistant", "sea") | {"reasoning_content": "to the"}])),
+            (["lost_tool_calls"], chat(42, rejected=[turn("assistant", "sea") | {"tool_calls": [{"name": "go"}]}])),
+            (["lost_tools"], chat(43, tools=[{"name": "clock"}])),
+            (["lost_turn"], chat(44, prompt=[turn("user", "ab"), turn("assistant", "c"), turn("tool", "b")])),
             (["template_refused"], chat(6, prompt=[turn("user", "a"), turn("function", "b")])),
             (["empty_prompt"], chat(7, prompt=[turn("user", " ")])),
             (["empty_completion"], chat(8, chosen=[turn("assistant", "")])),

@@ -153,7 +153,9 @@ def test_overrides_go_before_the_file(load):
         "--loss.beta", "0.2", "--model.lora.r=8", "--train.report_to", "tensorboard", "--packing.shuffle", "false",
         "--train.max_steps", "-1", "--data.max-length", "null", "--optim.learning_rate=5e-7",
         "--model.lora.target_modules", "q_proj", "v_proj", "--loss.loss_type", "sigmoid", "sft",
-        "--optim.lr_scheduler_kwargs", "min_lr_rate", "0.1", "--train.gradient_checkpointing", "--model.revision=-x",
+        "--optim.lr_scheduler_kwargs", "min_lr_rate", "0.1", "--data.columns.prompt", "ask",
+        "--data.columns.system=null", "--data.roles", "{customer: user}", "--train.gradient_checkpointing",
+        "--model.revision=-x",
     )  # fmt: skip
     assert config.loss.beta == 0.2
     assert config.train.seed == 1
@@ -164,6 +166,8 @@ def test_overrides_go_before_the_file(load):
     assert config.optim.learning_rate == 5e-7
     assert config.loss.loss_type == ("sigmoid", "sft")
     assert config.optim.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert config.data.columns == {"prompt": "ask", "system": None}
+    assert config.data.roles == {"customer": "user"}
     assert config.train.gradient_checkpointing
     assert config.model.revision == "-x"
 
@@ -250,6 +254,9 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "optim.warmup_steps": st.floats(0, 0.999) | st.integers(0, 10**6),
         "optim.lr_scheduler_kwargs": st.none()
         | st.dictionaries(st.text(), st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)),
+        "data.columns": st.none() | st.dictionaries(st.sampled_from(["prompt", "system"]), st.none(), max_size=2),
+        "data.turn_fields": st.none() | st.dictionaries(st.sampled_from(["role", "content"]), st.text(min_size=1)),
+        "data.roles": st.none() | st.dictionaries(st.text(), st.text()),
         "reference.mode": st.sampled_from(["auto", "stored", "live"]),
         "train.max_steps": st.just(-1) | st.integers(1, 10**9),
         "train.eval_steps": st.none(),

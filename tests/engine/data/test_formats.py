@@ -203,7 +203,10 @@ CHAT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"question": "q", "chosen": "c"}, "no known layout has the columns chosen, question; rename them, or set "),
+        (
+            {"question": "q", "chosen": "c"},
+            "no known layout has the columns chosen, question; rename them, or set data.columns",
+        ),
         (PAIR | {"chosen": None}, "column 'chosen' is empty; found columns chosen, prompt, rejected; preference rows"),
         (PAIR | {"prompt": None}, "column 'prompt' is empty"),
         (PAIR | {"chosen": 3}, "all be text or all be non-empty message lists, got prompt: str, chosen: int"),

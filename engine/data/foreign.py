@@ -1,0 +1,363 @@
+"""Layouts of other tools and of well-known data sets, each turned into one of the standard layouts.
+
+Their text is what people said, so it is read as turns: ``RowReader`` makes it user and assistant turns. Where answers
+come with a label or a strength, they become two scored responses, and ties form no pair.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ..errors import RowError
+from .examples import PromptsDifferError, answer_messages, messages_of
+from .sources import Row
+from .turns import Message, listed
+
+SYSTEMS = ("system", "system_prompt")
+ALWAYS = (
+    *("tools", "chat_template_kwargs", "ref_chosen_logps", "ref_rejected_logps", "ref_logps", "images", "image"),
+    *SYSTEMS,
+)
+"""Columns that every layout may have."""
+_HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A layout by its columns, and how a row of it becomes standard columns."""
+
+    columns: tuple[str, ...]
+    """Those that it is known by."""
+    convert: Callable[[Row], dict[str, Any]]
+    base: Literal["preference", "scored", "tokenized"] = "preference"
+    """The standard layout that ``convert`` gives."""
+    further: tuple[str, ...] = ()
+    """Other columns that it reads, where they are there."""
+    fits: Callable[[dict[str, Any]], bool] = lambda data: True
+    """Whether the values, too, are those of the layout."""
+
+    def standard(self, row: Row) -> Row:
+        """The row in the columns of ``base``."""
+        kept = {name: row.data[name] for name in ALWAYS if name in row.data}
+        return replace(row, data=kept | self.convert(row))
+
+    def known_by(self, data: dict[str, Any]) -> bool:
+        """Whether a row has its columns."""
+        return data.keys() >= set(self.columns) and self.fits(data)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Every column that may be read."""
+        return frozenset((*self.columns, *self.further, *ALWAYS))
+
+
+def needed(row: Row, name: str) -> Any:
+    """The value of a column; RowError where there is none."""
+    value = row.data.get(name)
+    if value is None:
+        problem, state = ("null_value", "empty") if name in row.data else ("missing_column", "missing")
+        raise RowError(problem, f"{row.where}: column {name!r} is {state}; found columns {listed(row.data)}")
+    return value
+
+
+def _text(row: Row, name: str) -> str:
+    value = needed(row, name)
+    if not isinstance(value, str):
+        raise RowError("wrong_type", f"{row.where}: column {name!r} must be text, got {type(value).__name__}")
+    return value
+
+
+def _asked(row: Row, name: str, below: str | None = None) -> str | list[Message]:
+    """A prompt in text or turns, with the text of another column below it and ``history`` before it, where there are
+    such."""
+    extra = row.data.get(below) if below else None
+    extra = extra if isinstance(extra, str) and extra.strip() else None
+    value = "" if extra and row.data.get(name) is None else needed(row, name)
+    if not isinstance(value, str):
+        return messages_of(value, row, name)
+    if extra:
+        value = f"{value}\n{extra}" if value.strip() else extra
+    history = row.data.get("history") if name != "history" else None
+    return [*_history(history, row), {"role": "user", "content": value}] if history else value
+
+
+def _history(history: Any, row: Row) -> list[Message]:
+    """Earlier exchanges: pairs of a question and its answer, or turns."""
+    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+        return messages_of(history, row, "history")
+    turns: list[Message] = []
+    for pair in history if isinstance(history, list) else [None]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise RowError("wrong_type", f"{row.where}: column 'history' must be a list of [question, answer]")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
+def _exchange(prompt: str, chosen: str, rejected: str, below: str | None = None) -> Callable[[Row], dict[str, Any]]:
+    """A prompt and two answers, in text or turns."""
+
+    def convert(row: Row) -> dict[str, Any]:
+        asked = _asked(row, prompt, below)
+        sides = needed(row, chosen), needed(row, rejected)
+        if isinstance(asked, str) and all(isinstance(side, str) for side in sides):
+            return {"prompt": asked, "chosen": sides[0], "rejected": sides[1]}
+        start = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        answers = [answer_messages(side, row, name) for side, name in zip(sides, (chosen, rejected), strict=True)]
+        size = len(start)
+        if all(answer[:size] == start and len(answer) > size for answer in answers):
+            # The sides are whole conversations.
+            answers = [answer[size:] for answer in answers]
+        elif size > 1 and start[-1]["role"] == "assistant" and start[-1:] == answers[0]:
+            # The conversation ends with the answer that was chosen.
+            start = start[:-1]
+        return {"prompt": start, "chosen": answers[0], "rejected": answers[1]}
+
+    return convert
+
+
+def _conversation(row: Row) -> dict[str, Any]:
+    names = ("prompt", "chosen", "rejected")
+    prompt, *sides = (row.data.get(name) for name in names)
+    # A text prompt beside whole conversations repeats a turn of theirs.
+    if all(isinstance(side, str) for side in sides) or not isinstance(prompt, str):
+        return _exchange(*names, below="input")(row)
+    return {name: row.data[name] for name in names if name in row.data}
+
+
+def _llama_factory(row: Row) -> dict[str, Any]:
+    answers = needed(row, "output")
+    if len(answers) != 2:
+        raise RowError("wrong_type", f"{row.where}: column 'output' needs two answers, the chosen one first")
+    return {"prompt": _asked(row, "instruction"), "chosen": answers[0], "rejected": answers[1]}
+
+
+def _ms_swift(row: Row) -> dict[str, Any]:
+    if row.data.get("messages") is None:
+        return _exchange("query", "response", "rejected_response")(row)
+    turns = messages_of(row.data["messages"], row, "messages")
+    if row.data.get("rejected_messages") is not None:
+        return {"chosen": turns, "rejected": messages_of(row.data["rejected_messages"], row, "rejected_messages")}
+    asked = max((i + 1 for i, turn in enumerate(turns) if turn["role"] != "assistant"), default=0)
+    if not 0 < asked < len(turns):
+        raise RowError("bad_turn", f"{row.where}: column 'messages' must end with the answer that was chosen")
+    rejected = needed(row, "rejected_response")
+    if isinstance(rejected, list) and len(rejected) == 1 and isinstance(rejected[0], str):
+        rejected = rejected[0]
+    answer = answer_messages(rejected, row, "rejected_response")
+    return {"prompt": turns[:asked], "chosen": turns[asked:], "rejected": answer}
+
+
+def _openai(row: Row) -> dict[str, Any]:
+    given = needed(row, "input")
+    if not isinstance(given, dict) or "messages" not in given:
+        raise RowError("wrong_type", f"{row.where}: column 'input' must be an object with messages")
+    made = {
+        "prompt": messages_of(given["messages"], row, "input"),
+        "chosen": messages_of(needed(row, "preferred_output"), row, "preferred_output"),
+        "rejected": messages_of(needed(row, "non_preferred_output"), row, "non_preferred_output"),
+    }
+    return made | ({"tools": given["tools"]} if given.get("tools") else {})
+
+
+def _ranked(prompt: Any, items: Any, row: Row, name: str, answer: str, answers: Callable[[Any], Any]) -> dict[str, Any]:
+    """Answers with a ``rank`` each, the smallest the best."""
+    if not isinstance(items, list) or not all(isinstance(item, dict) and answer in item for item in items):
+        raise RowError("wrong_type", f"{row.where}: column {name!r} must be a list of objects with {answer} and rank")
+    ranks = [item.get("rank") for item in items]
+    if not all(isinstance(rank, int | float) and not isinstance(rank, bool) for rank in ranks):
+        raise RowError("bad_ranking", f"{row.where}: column {name!r} needs a number as every rank, got {ranks}")
+    return {
+        "prompt": prompt,
+        "responses": [answers(item[answer]) for item in items],
+        "scores": [-rank for rank in ranks],  # type: ignore[operator]
+    }
+
+
+def _nemo_rl(row: Row) -> dict[str, Any]:
+    context = messages_of(needed(row, "context"), row, "context")
+
+    def answers(value: Any) -> list[Message]:
+        return answer_messages(value, row, "completions")
+
+    return _ranked(context, needed(row, "completions"), row, "completions", "completion", answers)
+
+
+def _nectar(row: Row) -> dict[str, Any]:
+    prompt = _turns_marked_by(_HH_TURN, _text(row, "prompt"), "Human")
+    return _ranked(prompt, needed(row, "answers"), row, "answers", "answer", lambda text: text)
+
+
+def _turns_marked_by(pattern: re.Pattern[str], text: str, user: str) -> str | list[Message]:
+    """A dialogue in which a mark stands before turns; text before the first mark is the user's."""
+    before, *marked = pattern.split(text)
+    if not marked:
+        return text
+    turns = [("user", before)] if before.strip() else []
+    turns += [
+        ("user" if speaker == user else "assistant", said)
+        for speaker, said in zip(marked[::2], marked[1::2], strict=True)
+    ]
+    if turns[-1][0] == "assistant" and not turns[-1][1].strip():
+        turns.pop()
+    return [{"role": role, "content": said.strip()} for role, said in turns]
+
+
+def _labelled(prompt: Callable[[Row], Any], a: str, b: str, score: Callable[[Row], tuple[float, float]]):
+    """Two answers and which of them is the better one."""
+
+    def convert(row: Row) -> dict[str, Any]:
+        responses = [needed(row, a), needed(row, b)]
+        return {"prompt": prompt(row), "responses": responses, "scores": list(score(row))}
+
+    return convert
+
+
+def _first_if(name: str, first: int) -> Callable[[Row], tuple[float, float]]:
+    """Scores of two answers of which the first is the better one where the label is ``first``, and 0 or 1."""
+
+    def score(row: Row) -> tuple[float, float]:
+        label = needed(row, "label" if "label" in row.data else name)
+        if label in ("0", "1"):
+            label = int(label)
+        if label not in (0, 1):
+            raise RowError("bad_score", f"{row.where}: column {name!r} must be 0 or 1, got {label!r}")
+        return (1.0, 0.0) if label == first else (0.0, 1.0)
+
+    return score
+
+
+def _strength(name: str) -> Callable[[Row], tuple[float, float]]:
+    """Scores by a strength that is negative where the first answer is better; their gap is its size."""
+
+    def score(row: Row) -> tuple[float, float]:
+        strength = needed(row, name)
+        if not isinstance(strength, int | float) or strength != strength:
+            raise RowError("bad_score", f"{row.where}: column {name!r} must be a number, got {strength!r}")
+        return -float(strength), 0.0
+
+    return score
+
+
+def _helpsteer_prompt(row: Row) -> str | list[Message]:
+    return _turns_marked_by(_HELPSTEER_TURN, _text(row, "prompt"), "User")
+
+
+def _arena(row: Row) -> dict[str, Any]:
+    a, b = (messages_of(needed(row, name), row, name) for name in ("conversation_a", "conversation_b"))
+    size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)) - 1)
+    if size < 1:
+        raise PromptsDifferError
+    winner = needed(row, "winner")
+    scores = [float(winner == "model_a"), float(winner == "model_b")]
+    return {"prompt": a[:size], "responses": [a[size:], b[size:]], "scores": scores}
+
+
+def _torchtune(row: Row) -> dict[str, Any]:
+    names = {side: f"{side}_conversations" for side in ("chosen", "rejected")}
+    return {side: messages_of(needed(row, name), row, name) for side, name in names.items()}
+
+
+def _step_dpo(row: Row) -> dict[str, Any]:
+    done = _text(row, "initial_reason_steps")
+    sides = {name: done + _text(row, name) for name in ("chosen", "rejected")}
+    return {"prompt": _text(row, "prompt"), **sides}
+
+
+def _input_ids(row: Row) -> dict[str, Any]:
+    chosen, rejected = needed(row, "chosen_input_ids"), needed(row, "rejected_input_ids")
+    if "chosen_labels" not in row.data:
+        return {"prompt_ids": needed(row, "prompt_input_ids"), "chosen_ids": chosen, "rejected_ids": rejected}
+    # Before TRL 0.12 both sides began with the prompt, whose labels were -100.
+    labels = needed(row, "chosen_labels"), needed(row, "rejected_labels")
+    size = min(next((i for i, label in enumerate(side) if label != -100), len(side)) for side in labels)
+    if chosen[:size] != rejected[:size]:
+        raise PromptsDifferError
+    return {"prompt_ids": chosen[:size], "chosen_ids": chosen[size:], "rejected_ids": rejected[size:]}
+
+
+def _is_pair_list(data: dict[str, Any]) -> bool:
+    output = data.get("output")
+    return isinstance(output, list) and all(isinstance(text, str) for text in output)
+
+
+def _is_object(data: dict[str, Any]) -> bool:
+    return isinstance(data.get("input"), dict)
+
+
+def _pair(prompt: str, chosen: str = "chosen", rejected: str = "rejected", *, below: str | None = None) -> Foreign:
+    further = ("history",) if below is None else ("history", below)
+    return Foreign((prompt, chosen, rejected), _exchange(prompt, chosen, rejected, below), further=further)
+
+
+def _one_of_two(
+    prompt: Callable[[Row], Any], prompt_name: str, a: str, b: str, by: str, score: Callable[[Row], tuple[float, float]]
+) -> Foreign:
+    return Foreign((prompt_name, a, b, by), _labelled(prompt, a, b, score), "scored", further=("label",))
+
+
+FOREIGN: dict[str, tuple[Foreign, ...]] = {
+    "input_ids": (
+        Foreign(
+            ("chosen_input_ids", "rejected_input_ids"),
+            _input_ids,
+            "tokenized",
+            further=("prompt_input_ids", "chosen_labels", "rejected_labels"),
+        ),
+    ),
+    "openai": (Foreign(("input", "preferred_output", "non_preferred_output"), _openai, fits=_is_object),),
+    "torchtune": (Foreign(("chosen_conversations", "rejected_conversations"), _torchtune),),
+    "ms_swift": (
+        Foreign(("messages", "rejected_response"), _ms_swift, further=("rejected_messages",)),
+        Foreign(("messages", "rejected_messages"), _ms_swift),
+        Foreign(("query", "response", "rejected_response"), _ms_swift, further=("history",)),
+    ),
+    "chosen_response": (
+        _pair("instruction", "chosen_response", "rejected_response", below="input"),
+        _pair("prompt", "chosen_response", "rejected_response"),
+    ),
+    "stack_exchange": (_pair("question", "response_j", "response_k"),),
+    "llama_factory": (
+        Foreign(("instruction", "output"), _llama_factory, further=("input", "history"), fits=_is_pair_list),
+    ),
+    "nemo_rl": (Foreign(("context", "completions"), _nemo_rl, "scored"),),
+    "nectar": (Foreign(("prompt", "answers"), _nectar, "scored"),),
+    "shp": (
+        _one_of_two(
+            lambda row: _text(row, "history"), "history", "human_ref_A", "human_ref_B", "labels", _first_if("labels", 1)
+        ),
+    ),
+    "pku_saferlhf": (
+        _one_of_two(
+            lambda row: _asked(row, "prompt"),
+            *("prompt", "response_0", "response_1", "better_response_id"),
+            _first_if("better_response_id", 0),
+        ),
+    ),
+    "helpsteer2": (
+        _one_of_two(
+            _helpsteer_prompt,
+            *("prompt", "response_1", "response_2", "preference_strength"),
+            _strength("preference_strength"),
+        ),
+    ),
+    "helpsteer3": (
+        _one_of_two(
+            lambda row: _asked(row, "context"),
+            *("context", "response1", "response2", "overall_preference"),
+            _strength("overall_preference"),
+        ),
+    ),
+    "arena": (Foreign(("conversation_a", "conversation_b", "winner"), _arena, "scored"),),
+    "step_dpo": (Foreign(("prompt", "initial_reason_steps", "chosen", "rejected"), _step_dpo),),
+    "alpaca": (_pair("instruction", below="input"),),
+    "question": (_pair("question", below="input"), _pair("query"), _pair("input"), _pair("problem")),
+    "messages": tuple(map(_pair, ("messages", "conversation", "context_messages", "trajectory", "context", "history"))),
+    "conversation": (Foreign(("prompt", "chosen", "rejected"), _conversation, further=("history",)),),
+}
+"""By name of the format its variants, which are tried in this order; each is known by its columns."""
+BESIDE_ANSWERS = ("alpaca", "question", "messages")
+"""Those whose chosen and rejected may also be whole by themselves, in one of the standard layouts."""

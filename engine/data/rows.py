@@ -1,0 +1,148 @@
+"""From a source row to an example: columns by their parts, the layout, a system text, and nothing left unread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..config.schema import DataConfig
+from ..errors import RowError
+from .cells import Unreadable
+from .columns import COLUMNS, PROMPTS, RESPONSES, SCORES, detect_format
+from .examples import Example
+from .foreign import ALWAYS, FOREIGN, SYSTEMS, Foreign
+from .formats import reader_for
+from .sources import Row
+from .stored import decode_text
+from .turns import TurnForm, listed
+from .unread import SYSTEM_NAMES, refuse_unread
+
+_OPTIONAL = frozenset({"system", "input", "history", "tools", "chat_template_kwargs", "ref_logps"}) | {
+    f"ref_{side}_logps" for side in ("chosen", "rejected")
+}
+"""Parts whose column a row may lack."""
+_OWN_READS = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "scored": (*PROMPTS, *RESPONSES, *SCORES),
+}
+
+
+class RowReader:
+    """Turns the rows of one split into examples. The first row decides on the layout, unless ``data.format`` does.
+
+    Args:
+        data: the ``data`` section.
+        use_messages: a chat template is in use.
+    """
+
+    def __init__(self, data: DataConfig, *, use_messages: bool):
+        self._data = data
+        self._use_messages = use_messages
+        self._form = TurnForm(data)
+        self.layout = ""
+        """Name of the layout, once a row was read."""
+        self._read: Callable[[Row], Example] | None = None
+        self._reads: frozenset[str] = frozenset()
+        self._as_turns = False
+
+    def __call__(self, row: Row) -> Example:
+        """The example of a row.
+
+        Raises:
+            RowError: the row does not fit the layout, or says something that would not be read.
+            PromptsDifferError: its sides answer different prompts.
+        """
+        row = self._prepared(row)
+        if self._read is None:
+            self._decide(row)
+        assert self._read is not None
+        for name in self._reads:
+            if isinstance(value := row.data.get(name), Unreadable):
+                raise RowError("broken_row", f"{row.where}: column {name!r} {value.reason}; correct or remove the row")
+        example = self._read(row)
+        if self._as_turns and example.kind == "text":
+            example = _as_turns(example)
+        before = example.prompt
+        example = self._with_system(example, row)
+        reads = self._reads if example.prompt is not before else self._reads.difference(SYSTEMS)
+        refuse_unread(row, example, reads, self._data)
+        return example
+
+    def decide(self, row: Row) -> str:
+        """The name of the layout of a row.
+
+        Raises:
+            RowError: it has none.
+        """
+        self._decide(self._prepared(row))
+        return self.layout
+
+    def _prepared(self, row: Row) -> Row:
+        """The row with columns by the names of their parts, and conversations that are stored as text decoded."""
+        columns = dict(row.data)
+        taken = {}
+        for part, name in (self._data.columns or {}).items():
+            for hidden in SYSTEM_NAMES if part == "system" else (part,):
+                columns.pop(hidden, None) if hidden != name else None
+            if name is None:
+                continue
+            if name in row.data:
+                taken[part] = row.data[name]
+                columns.pop(name, None)
+            elif part not in _OPTIONAL:
+                raise RowError(
+                    "missing_column", f"{row.where}: data.columns.{part} is {name}; found columns {listed(row.data)}"
+                )
+        columns |= taken
+        for name, value in columns.items():
+            if isinstance(value, str):
+                columns[name] = decode_text(value, row, name, self._form.is_turn)
+        return replace(row, data=columns, form=self._form)
+
+    def _decide(self, row: Row) -> None:
+        name = self._data.format if self._data.format != "auto" else self._detect(row)
+        if name in FOREIGN:
+            variants = FOREIGN[name]
+            foreign = next((v for v in variants if v.known_by(row.data)), variants[0])
+            self._read = _foreign_reader(foreign, reader_for(foreign.base, use_messages=self._use_messages))
+            self._reads = foreign.reads
+        else:
+            self._read = reader_for(name, use_messages=self._use_messages)
+            self._reads = frozenset((*_OWN_READS.get(name, COLUMNS[name]), *ALWAYS))
+        has_system = any(system in row.data for system in SYSTEMS)
+        self._as_turns = (
+            name in FOREIGN or self._data.system is not None or (name in ("scored", "kwise") and has_system)
+        )
+        self.layout = name
+
+    def _detect(self, row: Row) -> str:
+        """The layout by the columns, where those that ``data.columns`` names, or a system text, ask for turns."""
+        decided = self._data.columns or {}
+        name = detect_format(row, prompt_decided="prompt" in decided)
+        mapped = any(decided.get(part) for part in ("prompt", "chosen", "rejected", "input", "history"))
+        asked = mapped or any(system in row.data for system in SYSTEMS)
+        return "conversation" if name == "preference" and "prompt" in row.data and asked else name
+
+    def _with_system(self, example: Example, row: Row) -> Example:
+        """With the system text of the row, or of the configuration, before a conversation that has none."""
+        if example.kind != "messages" or (example.prompt and example.prompt[0]["role"] in ("system", "developer")):
+            return example
+        own = [row.data.get(name) for name in SYSTEMS]
+        text = next((text for text in own if isinstance(text, str) and text.strip()), self._data.system)
+        if not text:
+            return example
+        return replace(example, prompt=[{"role": "system", "content": text}, *example.prompt])
+
+
+def _foreign_reader(foreign: Foreign, read: Callable[[Row], Example]) -> Callable[[Row], Example]:
+    return lambda row: read(foreign.standard(row))
+
+
+def _as_turns(example: Example) -> Example:
+    """A text prompt as the user's turn, text completions as the assistant's."""
+    return replace(
+        example,
+        kind="messages",
+        prompt=[{"role": "user", "content": example.prompt}],
+        completions=tuple([{"role": "assistant", "content": text}] for text in example.completions),
+    )

@@ -1,0 +1,104 @@
+"""Text that a row carries and that no part of its example holds: a prompt in a column that is not read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from ..config.schema import DataConfig
+from ..errors import RowError
+from .examples import Example
+from .sources import Row
+
+PROMPT_NAMES = (
+    "prompt", "prompts", "question", "instruction", "instructions", "input", "inputs", "query", "problem", "context",
+    "history", "messages", "context_messages", "conversation", "conversations", "dialogue", "dialog", "trajectory",
+    "user_prompt", "user_input",
+)  # fmt: skip
+SYSTEM_NAMES = ("system", "system_prompt", "system_message")
+_PART = dict.fromkeys(PROMPT_NAMES, "prompt") | dict.fromkeys(SYSTEM_NAMES, "system")
+_PART |= {"tools": "tools", "functions": "tools"}
+_WHAT = {"prompt": "a prompt", "system": "a system text", "tools": "tools for messages"}
+_ASKERS = frozenset({"user", "human", "system", "developer", "tool", "observation"})
+_ASKED_KEYS = ("input", "instruction", "question", "prompt", "human", "user")
+
+
+def refuse_unread(row: Row, example: Example, reads: Collection[str], data: DataConfig) -> None:
+    """Stop at a column that looks like a prompt, is not read, and says something that the example does not.
+
+    A part that ``data.columns`` names was decided on, so other columns that look like it are left alone.
+
+    Raises:
+        RowError: there is one.
+    """
+    if example.kind == "ids":
+        return
+    decided = data.columns or {}
+    said = None
+    for name, value in row.data.items():
+        part = _PART.get(str(name).lower())
+        if part is None or part in decided or not value:
+            continue
+        if part != "tools" and name in reads:
+            continue
+        if part == "tools":
+            # Only a chat template writes tools.
+            lost = example.kind == "text" and str(value).strip() not in ("[]", "{}", "null")
+        else:
+            said = said if said is not None else "\n".join(_given(example))
+            lost = any(text.strip() not in said for text in _asked(value))
+        if lost:
+            raise RowError(
+                "unread_column",
+                f"{row.where}: column {name!r} is not read, though it looks like {_WHAT[part]} and its text is in no "
+                f"column that is: {_advice(str(name), part)}",
+            )
+
+
+def _advice(name: str, part: str) -> str:
+    if part == "prompt":
+        return (
+            f"name it with data.columns: {{prompt: {name}}} (is it meant to be prompt?), or leave it out with "
+            "data.columns: {prompt: prompt}, or {prompt: null} where chosen and rejected begin with the prompt"
+        )
+    return f"set data.format: conversation to read it, or data.columns: {{{part}: null}} to leave it out"
+
+
+def _given(example: Example) -> Iterator[str]:
+    """What the model is given: the prompt, and turns of others among the completions."""
+    if example.kind == "text":
+        yield example.prompt
+        return
+    for completion in ([], *example.completions):
+        turns = [turn for turn in completion if turn["role"] != "assistant"] if completion else example.prompt
+        yield from _texts([turn.get("content") for turn in turns])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text inside ``value``."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _asked(value: Any) -> Iterator[str]:
+    """What a column asks: a text, or what its turns say that are not the assistant's."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _asked(item) if isinstance(item, dict | str) else ()
+    elif isinstance(value, dict):
+        speaker = value.get("role", value.get("from"))
+        if isinstance(speaker, str):
+            if speaker.lower() in _ASKERS:
+                yield from _texts(value.get("content", value.get("value")))
+        else:
+            for key in _ASKED_KEYS:
+                if isinstance(value.get(key), str):
+                    yield value[key]

@@ -1,0 +1,220 @@
+"""Layouts of other tools: every text of a row reaches the model as it does in TRL, or the run stops by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from engine.config.schema import DataConfig, RowFormat
+from engine.data import load_dataset_groups
+from engine.data.columns import COLUMNS
+from engine.data.foreign import FOREIGN
+from engine.errors import UserError
+from tests.engine.data.layout_rows import ASK, BAD, GOOD, KIND, KIND_PAIR, LAYOUTS, PAIR, SIDES, reply, said, user
+from tests.engine.data.test_tokenize import trl_ids
+
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "data.md"
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+    "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(make_tokenizer):
+    return make_tokenizer(chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer):
+    def load(*rows, **data):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = DataConfig(dataset_name=str(path), max_length=None, **data)
+        return load_dataset_groups(config, tokenizer, split="train")
+
+    return load
+
+
+def ids(dataset):
+    return [(g.prompt_ids.tolist(), *(r.tolist() for r in g.response_ids)) for g in dataset]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_gives_the_ids_of_trl_for_the_same_row_as_messages(load, tokenizer, name):
+    layout, row, messages = LAYOUTS[name]
+    # One row beside another, since Arrow gives them the keys of both otherwise.
+    expected = trl_ids([messages], tokenizer, None)
+    dataset, report = load(row)
+    assert report.layout == layout
+    assert ids(dataset) == expected
+    explicit, _ = load(row, format=layout)
+    assert ids(explicit) == expected
+
+
+def test_every_format_has_a_layout_in_the_table():
+    formats = {name for name in RowFormat.__args__ if name != "auto"}
+    assert formats == FOREIGN.keys() | COLUMNS.keys()
+    text = DOCS.read_text(encoding="utf-8")
+    assert {name for name in formats if f"| `{name}` |" not in text} == set()
+    assert FOREIGN.keys() - {layout for layout, _, _ in LAYOUTS.values()} == {"input_ids"}
+    assert get_type_hints(DataConfig)["format"] == RowFormat
+
+
+def test_ids_of_old_trl(load):
+    expected = [([5, 6], [7, 2], [8, 9, 2])]
+    sides = {"chosen_input_ids": [7, 2], "rejected_input_ids": [8, 9, 2]}
+    dataset, report = load({"prompt_input_ids": [5, 6], **sides, "prompt": "text"})
+    assert (report.layout, ids(dataset)) == ("input_ids", expected)
+    whole = {f"{side}_input_ids": [5, 6, *answer] for side, answer in (("chosen", [7, 2]), ("rejected", [8, 9, 2]))}
+    labels = {"chosen_labels": [-100, -100, 7, 2], "rejected_labels": [-100, -100, 8, 9, 2]}
+    assert ids(load({"prompt_input_ids": [5, 6], **whole, **labels})[0]) == expected
+
+
+MAPPED = {"ask": ASK, "good": GOOD, "bad": BAD}
+NAMES = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "expected"),
+    [
+        (MAPPED, {"columns": NAMES}, PAIR),
+        (MAPPED | {"persona": KIND}, {"columns": NAMES | {"system": "persona"}}, KIND_PAIR),
+        (MAPPED, {"columns": NAMES, "system": KIND}, KIND_PAIR),
+        (PAIR, {"system": KIND}, KIND_PAIR),
+        (KIND_PAIR, {"system": "another"}, KIND_PAIR),
+        ({"prompt": ASK, **SIDES}, {"system": KIND}, KIND_PAIR),
+        ({"prompt": ASK, **SIDES}, {"format": "conversation"}, PAIR),
+        (
+            {"talk": [{"who": "customer", "text": ASK}], "good": {"who": "agent", "text": GOOD}, "bad": BAD},
+            {
+                "columns": NAMES | {"prompt": "talk"},
+                "turn_fields": {"role": "who", "content": "text"},
+                "roles": {"customer": "user", "agent": "assistant"},
+            },
+            PAIR,
+        ),
+        (
+            {"prompt": [said("narrator", ASK)], "chosen": said("gpt", GOOD), "rejected": said("gpt", BAD)},
+            {"roles": {"narrator": "user"}},
+            PAIR,
+        ),
+        ({"prompt": ASK, "answers": [BAD, GOOD], "marks": [1, 2]},
+         {"columns": {"responses": "answers", "scores": "marks"}, "system": KIND}, KIND_PAIR),
+        (
+            {"prompt": ASK, "response_0": GOOD, "response_1": BAD, "better_response_id": 1, "safer_response_id": 0},
+            {"columns": {"label": "safer_response_id"}},
+            PAIR,
+        ),
+    ],
+)  # fmt: skip
+def test_columns_fields_roles_and_system_are_mapped(load, tokenizer, row, options, expected):
+    assert ids(load(row, **options)[0]) == trl_ids([expected], tokenizer, None)
+
+
+def test_mapped_text_stays_text_where_that_is_asked_for(load, tokenizer):
+    row = {"prompt": ASK, **SIDES}
+    assert ids(load(MAPPED, columns=NAMES, format="preference")[0]) == trl_ids([row], tokenizer, None)
+    assert ids(load(row)[0]) == trl_ids([row], tokenizer, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"prompt": "Go on.", "question": ASK, **SIDES}, "question"),
+        ({"prompt": "Go on.", "input": ASK, **SIDES}, "input"),
+        ({"prompt": "Go on.", "messages": [user(ASK)], **SIDES}, "messages"),
+        ({**PAIR, "context": ASK + " And when?"}, "context"),
+        ({"conversations": [user(ASK)], **SIDES, "system_prompt": "", "system": "", "instruction": "Sing."}, "instr"),
+        ({"chosen": [user("hi"), reply("a")], "rejected": [user("hi"), reply("b")], "dialogue": [said("human", ASK)]},
+         "dialogue"),
+        ({**KIND_PAIR, "system": "Shout."}, "system"),
+        ({"prompt": ASK, **SIDES, "tools": [{"name": "clock"}]}, "tools"),
+        ({"prompt": ASK, **SIDES, "Query": "Why?"}, "Query"),
+    ],
+)  # fmt: skip
+def test_a_column_that_looks_like_a_prompt_and_is_not_read_stops_by_name(load, row, name):
+    with pytest.raises(
+        UserError, match=rf"rows\.jsonl, row 0 .*column '{name}\w*' is not read.*data\.(columns|format)"
+    ):
+        load(row)
+
+
+def test_a_later_row_with_a_text_of_its_own_stops(load):
+    with pytest.raises(UserError, match=r"row 1 .*column 'system' is not read"):
+        load({"prompt": ASK, **SIDES}, {"prompt": ASK, **SIDES, "system": KIND})
+
+
+def test_columns_that_were_decided_on_are_left_out(load, tokenizer):
+    plain = {"prompt": ASK, **SIDES}
+    expected = trl_ids([plain], tokenizer, None)
+    assert ids(load(plain | {"system": KIND}, columns={"system": None})[0]) == expected
+    assert ids(load(plain | {"question": "Why?"}, columns={"prompt": "prompt"}, format="preference")[0]) == expected
+    implicit = {name: ASK + " " + text for name, text in SIDES.items()}
+    assert ids(load(implicit | {"question": "Why?"}, columns={"prompt": None})[0]) == trl_ids(
+        [implicit], tokenizer, None
+    )
+
+
+def test_a_prompt_that_is_empty_in_every_row_stops(load):
+    empty = {"prompt": " ", **SIDES}
+    with pytest.raises(UserError, match=r"none of 2 rows can be used \(no_prompt_tokens 2\)"):
+        load(empty, {"prompt": "", "chosen": "a", "rejected": "b"})
+    with pytest.raises(UserError, match=r"the prompt is empty in all 2 rows.*data\.columns"):
+        load(empty, {"prompt": "", "chosen": "a", "rejected": "b"}, format="conversation")
+    assert len(load(empty, {"prompt": ASK, **SIDES}, format="conversation")[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": ASK, "response": GOOD, "helpfulness": 3}, "rows with one answer each, here response, are no pref"),
+        ({"question": ASK, "chosen": GOOD}, "no known layout .*data.columns: {prompt: COLUMN"),
+        ({"messages": [user(ASK)], "rejected_response": BAD}, "'messages' must end with the answer that was chosen"),
+        ({"instruction": ASK, "output": [GOOD]}, "'output' needs two answers"),
+        ({"input": {"prompt": ASK}, "preferred_output": [], "non_preferred_output": []}, "an object with messages"),
+        ({"prompt": ASK, "response_0": GOOD, "response_1": BAD, "better_response_id": 2}, "must be 0 or 1, got 2"),
+        ({"prompt": ASK, "response_1": GOOD, "response_2": BAD, "preference_strength": None}, "strength' is empty"),
+        ({"prompt": ASK, "answers": [{"answer": GOOD, "rank": "first"}]}, "needs a number as every rank"),
+        ({"instruction": ASK, "history": ["hi"], **SIDES}, "'history' must be a list of .question, answer."),
+        (PAIR | {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]},
+         "part of type image, but only text"),
+        (PAIR | {"prompt": [{"role": "user", "content": [{"kind": 3}]}]}, "has a part without a type and text"),
+        (PAIR | {"chosen": [{"role": "assistant", "tool_calls": [
+            {"function": {"name": "f", "arguments": "{city"}}]}]}, "text that is no JSON object"),
+        (PAIR | {"tools": 3}, "'tools' must be a list, got int"),
+        ({"chosen": "[{'role': 'user', 'content': array([1])}]", "rejected": BAD}, "as Python prints it"),
+    ],
+)  # fmt: skip
+def test_rows_that_do_not_fit_are_named(load, row, message):
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 0 .*" + message):
+        load(row)
+
+
+@pytest.mark.parametrize("tools", [[], "[]", {}, "", None, "null"])
+def test_no_tools_are_none(load, tokenizer, tools):
+    assert ids(load(PAIR | {"tools": tools})[0]) == trl_ids([PAIR], tokenizer, None)
+
+
+def test_nulls_stay_where_that_is_asked_for(load, tokenizer):
+    row = LAYOUTS["filler nulls"][1]
+    assert ids(load(row, remove_none_values=False)[0]) != ids(load(row)[0])
+
+
+def test_missing_mapped_columns_are_named(load):
+    with pytest.raises(UserError, match=r"row 0 .*data\.columns\.prompt is ask; found columns"):
+        load({"prompt": ASK, **SIDES}, columns={"prompt": "ask"})
+    with pytest.raises(ValueError, match=r"data\.columns has no part promt; parts are prompt"):
+        DataConfig(dataset_name="x", columns={"promt": "ask"})
+
+
+def test_layouts_of_turns_need_a_template(tmp_path, plain_tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": ASK, **SIDES}))
+    with pytest.raises(UserError, match="no chat template is in use"):
+        load_dataset_groups(DataConfig(dataset_name=str(path)), plain_tokenizer, split="train")
