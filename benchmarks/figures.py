@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def draw_table(rows: Sequence[dict[str, Any]], path: Path, *, title: str, subtit
         panels[-1][0].set_xlabel("time over three bare products; white mark: the row's own number of them")
         panels[-1][1].set_xlabel("peak extra memory, MiB")
         figure.text(0.012, 1 - 0.14 / height, title, fontsize=14, fontweight="bold", va="top")
-        figure.text(0.0125, 1 - 0.43 / height, subtitle, fontsize=9.5, va="top", color=MUTED)
+        figure.text(0.0125, 1 - 0.43 / height, textwrap.fill(subtitle, 118), fontsize=9.5, va="top", color=MUTED)
         for line, text in enumerate(absent):
             figure.text(0.0125, (footing - 0.12 - 0.2 * line) / height, text, fontsize=8.5, va="top", color=MUTED)
         path.parent.mkdir(parents=True, exist_ok=True)

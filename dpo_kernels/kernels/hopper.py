@@ -63,13 +63,17 @@ class _Args(ctypes.Structure):
 
 def takes(hidden_TD: Tensor) -> bool:
     """Whether these kernels run on such hidden states, given that tensor descriptors can describe them."""
-    if hidden_TD.device.type != "cuda" or isinstance(hidden_TD, FakeTensor):
+    if not _on_device(hidden_TD.device) or isinstance(hidden_TD, FakeTensor):
         return False
     # Rows come in pairs of tiles: where many of them would be empty, Triton's single ones are faster.
     tiles = -(-hidden_TD.shape[0] // ROWS)
     if tiles % CLUSTER and tiles < FEW_TILES:
         return False
     return why_not(hidden_TD.device, hidden_TD.dtype) is None
+
+
+def _on_device(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -110,11 +114,10 @@ def launch(
 ) -> None:
     """Fill what the mode writes, from hidden states and a head without a softcap, all in one dtype.
 
-    `tensors` by the names of ``Args``: `lse` is fp64, the others fp32, all contiguous; `out` is in the dtype of the hidden
-    states and has whole tiles of columns. `group` tiles of CLUSTER * ROWS rows pass over the vocabulary together.
+    `tensors` by the names of ``Args``: `lse` is fp64, the others fp32, all contiguous; `out` is in the dtype of the
+    hidden states and has whole tiles of columns. `group` tiles of CLUSTER * ROWS rows pass over the columns together.
     """
     (T, D), V = hidden_TD.shape, head.weight_VD.shape[0]
-    device = hidden_TD.device
     assert head.softcap is None
     for tensor in (head.weight_VD, head.bias_V, out):
         assert tensor is None or tensor.dtype == hidden_TD.dtype
@@ -137,22 +140,23 @@ def launch(
         shift_slack=shift_slack,
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
     )
-    with torch.cuda.device(device):
-        index = torch.cuda.current_device()
+    maps = [_tensor_map(hidden_TD, ROWS), _tensor_map(head.weight_VD, COLUMNS // CLUSTER)]
+    parameters = (ctypes.c_void_p * 3)(*(ctypes.addressof(value) for value in (*maps, args)))
+    index, multiprocessors, stream = _place(hidden_TD.device)
+    with torch.cuda.device(index):
         _enter_context(index)
         function = _function(index, hidden_TD.dtype, mode)
-        maps = [_tensor_map(hidden_TD, ROWS), _tensor_map(head.weight_VD, COLUMNS // CLUSTER)]
-        parameters = (ctypes.c_void_p * 3)(*(ctypes.addressof(value) for value in (*maps, args)))
-        tiles = -(-T // (ROWS * CLUSTER)) * -(-V // COLUMNS)
-        multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
-        blocks = CLUSTER * min(tiles, multiprocessors // CLUSTER)
-        stream = torch.cuda.current_stream().cuda_stream
-        _check(
-            _driver().cuLaunchKernel(
-                function, blocks, 1, 1, THREADS, 1, 1, SHARED_BYTES, ctypes.c_void_p(stream), parameters, None
-            ),
-            "cuLaunchKernel",
-        )
+        blocks = CLUSTER * min(-(-T // (ROWS * CLUSTER)) * -(-V // COLUMNS), multiprocessors // CLUSTER)
+        shape = (blocks, 1, 1, THREADS, 1, 1)
+        result = _driver().cuLaunchKernel(function, *shape, SHARED_BYTES, ctypes.c_void_p(stream), parameters, None)
+        _check(result, "cuLaunchKernel")
+
+
+def _place(device: torch.device) -> tuple[int, int, int]:
+    """Index of a device, its multiprocessors, its current stream."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+    return index, multiprocessors, torch.cuda.current_stream(index).cuda_stream
 
 
 def _tensor_map(matrix: Tensor, rows: int) -> _TensorMap:
@@ -176,9 +180,10 @@ def _tensor_map(matrix: Tensor, rows: int) -> _TensorMap:
 @functools.cache
 def _function(index: int, dtype: torch.dtype, mode: int) -> ctypes.c_void_p:
     """The kernel for one mode, in the context of the current device, whose index it is."""
+    code = compiled(dtype, mode)
     _enter_context(index)
     driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
-    _check(driver.cuModuleLoadData(ctypes.byref(module), compiled(dtype, mode)), "cuModuleLoadData")
+    _check(driver.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
     _check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"hopper_logits_kernel"), "cuModuleGetFunction")
     max_dynamic_shared = 8
     _check(driver.cuFuncSetAttribute(function, max_dynamic_shared, SHARED_BYTES), "cuFuncSetAttribute")
@@ -217,17 +222,22 @@ def compiled(dtype: torch.dtype, mode: int) -> bytes:
     if source is None:
         raise HopperError("hopper_logits.cu is not installed")
     text = source.read_bytes()
-    options = ["--gpu-architecture=sm_90a", "-std=c++17", f"-DHALF={int(dtype == torch.float16)}", f"-DMODE={mode}"]
     compiler = _Compiler()
-    key = hashlib.sha256(b"\0".join([text, *map(str.encode, options), compiler.version])).hexdigest()[:32]
+    given = options(dtype, mode)
+    key = hashlib.sha256(b"\0".join([text, *map(str.encode, given), compiler.version])).hexdigest()[:32]
     table = default_table_path()
     kept = None if table is None else table.with_name("kernels") / f"{key}.cubin"
     if kept is not None and os.path.isfile(kept):
         return kept.read_bytes()
-    code = compiler.compile(text, options)
+    code = compiler.compile(text, given)
     if kept is not None:
         _keep(kept, code)
     return code
+
+
+def options(dtype: torch.dtype, mode: int) -> list[str]:
+    """Of NVRTC."""
+    return ["--gpu-architecture=sm_90a", "-std=c++17", f"-DHALF={int(dtype == torch.float16)}", f"-DMODE={mode}"]
 
 
 def _keep(path: Path, code: bytes) -> None:

@@ -133,7 +133,7 @@ def test_killed_and_continued(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "gpu.jsonl")
     process = subprocess.Popen([*command, *names], cwd=ROOT, env=environment, start_new_session=True)
     try:
-        _wait(lambda: "waits" in rows(journal, "waiting"))
+        _wait(lambda: "waits" in rows(journal, "waiting") and _published(tmp_path, "later") == "ok")
         os.kill(process.pid, signal.SIGKILL)
     finally:
         process.kill()
@@ -157,6 +157,12 @@ def test_killed_and_continued(tmp_path: Path) -> None:
 def rows(journal: Journal, section: str) -> dict[str, Any]:
     found = journal.read()
     return found[section].by_key if section in found else {}
+
+
+def _published(folder: Path, section: str) -> str:
+    """What gpu.json, which is written every few seconds, says of a section."""
+    path = folder / "gpu.json"
+    return json.loads(path.read_text())["sections"].get(section, {}).get("status", "") if path.is_file() else ""
 
 
 def _wait(condition) -> None:
