@@ -36,6 +36,7 @@ from dpo_kernels.kernels import (
 )
 from dpo_kernels.kernels.offline import SHARED_MEMORY, Resources, compiling_for, inspect_kernel
 from dpo_kernels.kernels.tile_config import TileConfig, shipped_archs, table_entries
+from dpo_kernels.pairs import F_DIVERGENCES, LossOptions
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -139,6 +140,8 @@ def other_cases(*, every_option: bool = True) -> list[Case]:
         cases.append(Case("scale", dtype, functools.partial(_scale, DTYPES[dtype])))
     names = paired_loss.KERNEL_LOSSES if every_option else ("sigmoid", "nca_pair", "orpo")
     cases += [Case(f"paired_loss-{name}", "float32", _pair_launch(name)) for name in names]
+    divergences = F_DIVERGENCES[1:] if every_option else ("alpha_divergence",)
+    cases += [Case(f"paired_loss-sigmoid-{name}", "float32", _pair_launch("sigmoid", name)) for name in divergences]
     return cases
 
 
@@ -251,14 +254,15 @@ def _frozen_launch(dtype: torch.dtype) -> Callable[[], Any]:
     return launch
 
 
-def _pair_launch(name: str) -> Callable[[], Any]:
+def _pair_launch(name: str, divergence: str = "reverse_kl") -> Callable[[], Any]:
     def launch() -> None:
         pairs = 8
-        options = {"beta": 0.1, "label_smoothing": 0.1, "discopop_tau": 0.05, "simpo_gamma": 0.5, "cpo_alpha": 1.0}
+        options = LossOptions(label_smoothing=0.1, f_divergence=F_DIVERGENCES.index(divergence))
         terms = paired_loss.PairTerms(
             names=(name,),
             weights=(1.0,),
-            **options,
+            **paired_loss.loss_numbers(options),
+            margins_P=_meta(pairs),
             ref_logps_S=_meta(2 * pairs),
             lengths_S=_meta(2 * pairs),
             mean_length=_meta(1),

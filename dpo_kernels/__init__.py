@@ -5,7 +5,13 @@ from dpo_kernels.linear_dpo.api import LinearDPOLoss, LinearDPOLossStats, linear
 from dpo_kernels.linear_logps.api import TokenLogps, linear_logps
 from dpo_kernels.linear_logps.vocab_parallel import linear_logps_vocab_parallel
 from dpo_kernels.losses import LOSS_TYPES
-from dpo_kernels.preference import PlackettLuceLoss, PreferenceLoss, plackett_luce_loss, preference_loss
+from dpo_kernels.preference import (
+    PlackettLuceLoss,
+    PreferenceLoss,
+    ld_token_weights,
+    plackett_luce_loss,
+    preference_loss,
+)
 
 __all__ = [
     "LOSS_TYPES",
@@ -15,6 +21,7 @@ __all__ = [
     "PreferenceLoss",
     "TokenLogps",
     "describe",
+    "ld_token_weights",
     "linear_dpo_loss",
     "linear_logps",
     "linear_logps_vocab_parallel",

@@ -19,51 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class LossOptions(NamedTuple):
-    """Every number that some loss reads. Defaults are those of TRL where TRL has the option."""
-
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    cpo_alpha: float = 1.0
-
-
-class Pairs(NamedTuple):
-    """What a loss sees: tensors [B]; references and lengths are there when the loss declares that it needs them."""
-
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    ref_chosen_logps: Tensor | None
-    ref_rejected_logps: Tensor | None
-    chosen_lengths: Tensor | None
-    rejected_lengths: Tensor | None
-    mean_chosen_length: Tensor | float | None
-    """Over the whole batch, of which these pairs may be a part."""
-    options: LossOptions
-
-    @property
-    def chosen_ratio(self) -> Tensor:
-        assert self.ref_chosen_logps is not None
-        return self.chosen_logps - self.ref_chosen_logps
-
-    @property
-    def rejected_ratio(self) -> Tensor:
-        assert self.ref_rejected_logps is not None
-        return self.rejected_logps - self.ref_rejected_logps
-
-    @property
-    def chosen_reward(self) -> Tensor:
-        return self.options.beta * self.chosen_ratio
-
-    @property
-    def rejected_reward(self) -> Tensor:
-        return self.options.beta * self.rejected_ratio
-
-    @property
-    def margin(self) -> Tensor:
-        return self.chosen_reward - self.rejected_reward
+from dpo_kernels.pairs import LossOptions, Pairs
 
 
 class LossType(NamedTuple):
@@ -77,12 +33,21 @@ class LossType(NamedTuple):
     """True when the loss of a pair depends on the log-probs of others: the optimal-transport losses sort the batch."""
     per_token_reward: bool
     """True when the method defines its reward by the log-prob per token, without a reference."""
+    takes_divergence: bool
+    """Whether its log-ratios may be scores of another f-divergence: what does not cancel there cancels in it."""
+    takes_margins: bool
+    """Whether its reward margin may be asked to exceed a target."""
+    likelihood: bool
+    """Whether a part of it is the likelihood of the chosen response, in which tokens have no weights."""
 
 
 _TABLE: dict[str, LossType] = {}
 
 LOSS_TYPES = MappingProxyType(_TABLE)
 """Name -> :class:`LossType` of every loss, in the order of the table."""
+
+ALIASES = MappingProxyType({"dpo": "sigmoid", "dpo_norm": "sigmoid_norm"})
+"""Names that others give losses of the table."""
 
 
 def _register(
@@ -91,10 +56,14 @@ def _register(
     lengths: bool = False,
     couples_pairs: bool = False,
     per_token_reward: bool = False,
+    divergence: bool = False,
+    margins: bool = False,
+    likelihood: bool = False,
 ) -> Callable[[Callable[[Pairs], Tensor]], Callable[[Pairs], Tensor]]:
     def add(function: Callable[[Pairs], Tensor]) -> Callable[[Pairs], Tensor]:
         name = function.__name__.lstrip("_")
-        _TABLE[name] = LossType(name, function, reference, lengths, couples_pairs, per_token_reward)
+        flags = (reference, lengths, couples_pairs, per_token_reward, divergence, margins, likelihood)
+        _TABLE[name] = LossType(name, function, *flags)
         return function
 
     return add
@@ -113,7 +82,7 @@ def _smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-@_register()
+@_register(divergence=True, margins=True)
 def _sigmoid(p: Pairs) -> Tensor:
     """-log sigmoid(m). DPO, Rafailov et al. 2023, arXiv 2305.18290, Eq. 7.
 
@@ -123,29 +92,29 @@ def _sigmoid(p: Pairs) -> Tensor:
     return _smoothed_logistic(p.margin, p.options.label_smoothing)
 
 
-@_register()
+@_register(divergence=True, margins=True)
 def _hinge(p: Pairs) -> Tensor:
     """max(0, 1 - m). SLiC, Zhao et al. 2023, arXiv 2305.10425, with the normalised form of RSO, arXiv 2309.06657."""
     return F.relu(1 - p.margin)
 
 
-@_register(lengths=True)
+@_register(lengths=True, divergence=True)
 def _ipo(p: Pairs) -> Tensor:
     """(d - 1 / (2 beta))^2, d the difference of per-token log-ratios. IPO, Azar et al. 2023, arXiv 2310.12036, Eq. 17.
 
     Each side is averaged over its own length, as TRL does; ``ipo_sum`` does not average.
     """
-    delta = _per_token(p.chosen_ratio, p.chosen_lengths) - _per_token(p.rejected_ratio, p.rejected_lengths)
+    delta = _per_token(p.chosen_score, p.chosen_lengths) - _per_token(p.rejected_score, p.rejected_lengths)
     return (delta - 1 / (2 * p.options.beta)).square()
 
 
-@_register()
+@_register(divergence=True)
 def _ipo_sum(p: Pairs) -> Tensor:
     """(d - 1 / (2 beta))^2, d the difference of summed log-ratios. IPO, arXiv 2310.12036, Eq. 17 as written."""
-    return (p.chosen_ratio - p.rejected_ratio - 1 / (2 * p.options.beta)).square()
+    return (p.chosen_score - p.rejected_score - 1 / (2 * p.options.beta)).square()
 
 
-@_register()
+@_register(divergence=True, margins=True)
 def _exo_pair(p: Pairs) -> Tensor:
     """KL(softmax of rewards || smoothed labels). EXO, Ji et al. 2024, arXiv 2402.00856, Eq. 16.
 
@@ -164,7 +133,7 @@ def _nca_pair(p: Pairs) -> Tensor:
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-@_register()
+@_register(divergence=True, margins=True)
 def _robust(p: Pairs) -> Tensor:
     """(-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e): unbiased under labels flipped at rate e.
 
@@ -222,10 +191,10 @@ def _apo_zero(p: Pairs) -> Tensor:
 @_register()
 def _apo_down(p: Pairs) -> Tensor:
     """sigmoid(r_w) + 1 - sigmoid(r_w - r_l). APO-down, D'Oosterlinck et al. 2024, arXiv 2408.06266, Eq. 8."""
-    return torch.sigmoid(p.chosen_reward) + torch.sigmoid(-p.margin)
+    return torch.sigmoid(p.chosen_reward) + torch.sigmoid(p.rejected_reward - p.chosen_reward)
 
 
-@_register()
+@_register(divergence=True, margins=True)
 def _discopop(p: Pairs) -> Tensor:
     """(1 - s) (-log sigmoid(m)) + s exp(-m), s = sigmoid(m / tau). DiscoPOP, Lu et al. 2024, arXiv 2406.08414, Eq. 5.
 
@@ -236,7 +205,7 @@ def _discopop(p: Pairs) -> Tensor:
     return torch.sigmoid(-scaled) * -F.logsigmoid(m) + torch.exp(F.logsigmoid(scaled) - m)
 
 
-@_register(reference=False, lengths=True)
+@_register(reference=False, lengths=True, divergence=True, likelihood=True)
 def _sft(p: Pairs) -> Tensor:
     """-log pi(y_w) / (mean chosen length): its mean over pairs is the mean token loss of all chosen tokens.
 
@@ -244,18 +213,47 @@ def _sft(p: Pairs) -> Tensor:
     that pairs meet only in the divisor. A batch split over several calls passes the divisor as ``mean_chosen_length``.
     """
     assert p.mean_chosen_length is not None
-    return -p.chosen_logps / p.mean_chosen_length
+    return -p.likelihood / p.mean_chosen_length
 
 
-@_register(lengths=True)
+@_register(reference=False, lengths=True, divergence=True, likelihood=True)
+def _nll(p: Pairs) -> Tensor:
+    """-log pi(y_w) / |y_w|: the mean token loss of each chosen response. The term that ``rpo_alpha`` weighs.
+
+    RPO, Pang et al. 2024, arXiv 2404.19733, Eq. 1; ``pref_ftx`` elsewhere. Every response counts alike, however long.
+    """
+    return -_per_token(p.likelihood, p.chosen_lengths)
+
+
+@_register(lengths=True, divergence=True, margins=True)
 def _sigmoid_norm(p: Pairs) -> Tensor:
     """-log sigmoid(m), m from per-token log-ratios. Length-normalised DPO, Tulu 3, arXiv 2411.15124, Eq. 6."""
-    chosen = _per_token(p.chosen_reward, p.chosen_lengths)
-    rejected = _per_token(p.rejected_reward, p.rejected_lengths)
-    return -F.logsigmoid(chosen - rejected)
+    chosen = _per_token(p.chosen_score, p.chosen_lengths)
+    rejected = _per_token(p.rejected_score, p.rejected_lengths)
+    return -F.logsigmoid(p.less_target(p.options.beta * (chosen - rejected)))
 
 
-@_register(reference=False, lengths=True, per_token_reward=True)
+@_register()
+def _dpop(p: Pairs) -> Tensor:
+    """-log sigmoid(m - lambda max(0, -r_w)): DPO that does not let the chosen log-prob fall below the reference.
+
+    DPO-Positive, Pal et al. 2024, arXiv 2402.13228, Eq. 3; ``dpop_lambda`` is lambda. ``label_smoothing`` as in DPO.
+    """
+    fallen = p.options.dpop_lambda * F.relu(-p.chosen_reward)
+    return _smoothed_logistic(p.chosen_reward - p.rejected_reward - fallen, p.options.label_smoothing)
+
+
+@_register()
+def _dpo_shift(p: Pairs) -> Tensor:
+    """-log sigmoid(r_w - f r_l), f in (0, 1] given by ``shift_lambda``: the rejected response pulls less.
+
+    DPO-Shift, Yang et al. 2025, arXiv 2502.07599, Eq. 4, with a fixed f. ``label_smoothing`` as in DPO.
+    """
+    margin = p.chosen_reward - p.options.shift_lambda * p.rejected_reward
+    return _smoothed_logistic(margin, p.options.label_smoothing)
+
+
+@_register(reference=False, lengths=True, per_token_reward=True, margins=True)
 def _simpo(p: Pairs) -> Tensor:
     """-log sigmoid(beta (a_w - a_l) - gamma), a the log-prob per token. SimPO, Meng et al., arXiv 2405.14734, Eq. 6.
 
@@ -263,7 +261,7 @@ def _simpo(p: Pairs) -> Tensor:
     """
     chosen = _per_token(p.chosen_logps, p.chosen_lengths)
     rejected = _per_token(p.rejected_logps, p.rejected_lengths)
-    margin = p.options.beta * (chosen - rejected) - p.options.simpo_gamma
+    margin = p.less_target(p.options.beta * (chosen - rejected) - p.options.simpo_gamma)
     return _smoothed_logistic(margin, p.options.label_smoothing)
 
 
@@ -273,7 +271,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-@_register(reference=False, lengths=True, per_token_reward=True)
+@_register(reference=False, lengths=True, per_token_reward=True, likelihood=True)
 def _orpo(p: Pairs) -> Tensor:
     """-a_w - beta log sigmoid(log odds_w - log odds_l), odds = exp(a) / (1 - exp(a)), a the log-prob per token.
 
@@ -283,17 +281,17 @@ def _orpo(p: Pairs) -> Tensor:
     chosen = _per_token(p.chosen_logps, p.chosen_lengths)
     rejected = _per_token(p.rejected_logps, p.rejected_lengths)
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
-    return -chosen - p.options.beta * F.logsigmoid(log_odds)
+    return -_per_token(p.likelihood, p.chosen_lengths) - p.options.beta * F.logsigmoid(log_odds)
 
 
-@_register(reference=False, lengths=True)
+@_register(reference=False, lengths=True, likelihood=True)
 def _cpo(p: Pairs) -> Tensor:
     """-log sigmoid(beta (log pi_w - log pi_l)) - cpo_alpha a_w, a the log-prob per token. CPO, arXiv 2401.08417, Eq. 5.
 
     The behaviour-cloning term is the mean over the tokens of each chosen response. ``label_smoothing`` as in DPO.
     """
     logistic = _smoothed_logistic(p.options.beta * (p.chosen_logps - p.rejected_logps), p.options.label_smoothing)
-    return logistic - p.options.cpo_alpha * _per_token(p.chosen_logps, p.chosen_lengths)
+    return logistic - p.options.cpo_alpha * _per_token(p.likelihood, p.chosen_lengths)
 
 
 class LossMix(NamedTuple):
@@ -313,6 +311,10 @@ class LossMix(NamedTuple):
     @property
     def needs_lengths(self) -> bool:
         return any(t.needs_lengths for t in self.types)
+
+    @property
+    def likelihood(self) -> bool:
+        return any(t.likelihood for t in self.types)
 
     @property
     def couples_pairs(self) -> bool:
@@ -341,7 +343,7 @@ class LossMix(NamedTuple):
 
 
 def resolve_loss(loss_type: str | Sequence[str], loss_weights: Sequence[float] | None = None) -> LossMix:
-    """Look names up in the table.
+    """Look names up in the table; "dpo" is "sigmoid", "dpo_norm" is "sigmoid_norm".
 
     Args:
         loss_type: a name, or several, whose losses are added.
@@ -351,6 +353,7 @@ def resolve_loss(loss_type: str | Sequence[str], loss_weights: Sequence[float] |
         ValueError: an unknown name (the nearest one is suggested), no name, or weights that do not match the names.
     """
     names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    names = tuple(ALIASES.get(name, name) for name in names)
     if not names:
         raise ValueError("loss_type must name at least one loss; got an empty list")
     for name in names:
@@ -364,14 +367,19 @@ def resolve_loss(loss_type: str | Sequence[str], loss_weights: Sequence[float] |
     return LossMix(tuple(_TABLE[name] for name in names), weights)
 
 
-def check_options(options: LossOptions) -> None:
-    """Raise ValueError for a number outside its range."""
-    if not options.beta > 0:
-        raise ValueError(f"beta must be positive; got {options.beta}")
-    if not 0 <= options.label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5); got {options.label_smoothing}")
-    if not options.discopop_tau > 0:
-        raise ValueError(f"discopop_tau must be positive; got {options.discopop_tau}")
+def check_mix(mix: LossMix, options: LossOptions, margins: Tensor | None) -> None:
+    """Raise ValueError for options that have no meaning for a loss."""
+    without = [t.name for t in mix.types if not t.takes_divergence]
+    if options.divergence != "reverse_kl" and without:
+        allowed = ", ".join(t.name for t in _TABLE.values() if t.takes_divergence)
+        raise ValueError(
+            f"f_divergence_type other than reverse_kl has no meaning for {', '.join(without)}: what does not cancel "
+            f"there cancels in {allowed} alone"
+        )
+    without = [t.name for t in mix.types if not (t.takes_margins or t.name in ("sft", "nll"))]
+    if margins is not None and without:
+        allowed = ", ".join(t.name for t in _TABLE.values() if t.takes_margins)
+        raise ValueError(f"margins have no meaning for {', '.join(without)}; losses with a target margin: {allowed}")
 
 
 def resolve_mean_length(mean_chosen_length: float | None, chosen_lengths: Tensor | None) -> Tensor | float | None:

@@ -6,7 +6,8 @@ from itertools import islice
 from pathlib import Path
 
 from . import distributed
-from .config.schema import REFERENCE_FREE_LOSSES, RunConfig
+from .config.losses import REFERENCE_FREE_LOSSES
+from .config.schema import RunConfig
 from .data import load_dataset_groups, open_rows
 from .data.groups import PreferenceDataset
 from .errors import UserError
@@ -40,6 +41,10 @@ def check_settings(config: RunConfig, export: Path | None) -> None:
     distributed.set_timeout(config.train.timeout_minutes)
     check_inputs(config)
     check_quantization(reference_model(config))
+    if export is not None and config.loss.ld_alpha not in (None, 1):
+        raise UserError(
+            "--export writes sums over responses, and loss.ld_alpha weighs single tokens: set it to null for an export"
+        )
     if export is not None and distributed.is_main():
         check_export_path(export)
         for row in islice(open_rows(config.data, split="train"), 1):

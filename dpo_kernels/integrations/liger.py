@@ -16,7 +16,7 @@ from dpo_kernels.integrations.versions import require_series
 from dpo_kernels.linear_dpo.api import linear_dpo_loss
 from dpo_kernels.linear_dpo.ops import response_sums
 from dpo_kernels.linear_logps.api import linear_logps
-from dpo_kernels.losses import LossOptions, check_options
+from dpo_kernels.pairs import LossOptions, check_options
 from dpo_kernels.preference import preference_loss
 
 LOSS_TYPES = (

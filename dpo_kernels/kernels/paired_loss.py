@@ -8,7 +8,7 @@ with; what is added here is the derivative by each log-prob sum. Losses that cou
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,11 +16,35 @@ import triton.language as tl
 
 from dpo_kernels.kernels.launch import COMPILATION, on_device
 from dpo_kernels.kernels.logits_tile import one_minus_exp, softplus
+from dpo_kernels.pairs import LossOptions
 
 MARGIN_LOSSES = ("sigmoid", "hinge", "ipo_sum", "exo_pair", "robust", "discopop")
-REWARD_LOSSES = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
-PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm", "simpo", "orpo", "cpo", "sft")
+REWARD_LOSSES = ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "dpop", "dpo_shift")
+PER_TOKEN_LOSSES = ("ipo", "sigmoid_norm", "simpo", "orpo", "cpo", "sft", "nll")
 KERNEL_LOSSES = (*MARGIN_LOSSES, *REWARD_LOSSES, *PER_TOKEN_LOSSES)
+
+
+@triton.jit
+def _score(ratio, f_alpha, DIVERGENCE: tl.constexpr):
+    """What takes the place of a log-ratio under a divergence, and its derivative by the ratio."""
+    if DIVERGENCE == "forward_kl":
+        slope = tl.exp(-ratio)
+        score = 1.0 - slope
+    elif DIVERGENCE == "js_divergence":
+        score = 0.6931471805599453 - softplus(-ratio)
+        slope = tl.sigmoid(-ratio)
+    elif DIVERGENCE == "alpha_divergence":
+        power = f_alpha - 1.0
+        exponent = power * ratio
+        # Not tl.minimum, which drops a nan. 80 is where the table cuts off.
+        slope = tl.exp(tl.where(exponent > 80.0, 80.0, exponent))
+        score = (slope - 1.0) / power
+        slope = tl.where(exponent > 80.0, 0.0, slope)
+    else:
+        tl.static_assert(DIVERGENCE == "reverse_kl")
+        score = ratio
+        slope = 1.0
+    return score, slope
 
 
 @triton.jit
@@ -64,7 +88,7 @@ def _margin_loss(margin, beta, smoothing, tau, log_kept, log_flipped, LOSS: tl.c
 
 
 @triton.jit
-def _reward_loss(chosen, rejected, beta, LOSS: tl.constexpr):
+def _reward_loss(chosen, rejected, beta, smoothing, alpha, LOSS: tl.constexpr):
     """Loss of both rewards, and its derivatives with respect to them."""
     if LOSS == "nca_pair":
         loss = softplus(-chosen) + 0.5 * softplus(chosen) + 0.5 * softplus(rejected)
@@ -83,6 +107,14 @@ def _reward_loss(chosen, rejected, beta, LOSS: tl.constexpr):
         loss = tl.sigmoid(-chosen) + tl.sigmoid(rejected)
         chosen_slope = -tl.sigmoid(chosen) * tl.sigmoid(-chosen)
         rejected_slope = tl.sigmoid(rejected) * tl.sigmoid(-rejected)
+    elif LOSS == "dpop":
+        fallen = chosen < 0.0
+        loss, slope = _logistic(chosen - rejected - tl.where(fallen, -alpha * chosen, 0.0), smoothing)
+        chosen_slope = slope * tl.where(fallen, 1.0 + alpha, 1.0)
+        rejected_slope = -slope
+    elif LOSS == "dpo_shift":
+        loss, chosen_slope = _logistic(chosen - alpha * rejected, smoothing)
+        rejected_slope = -alpha * chosen_slope
     else:
         tl.static_assert(LOSS == "apo_down")
         margin = chosen - rejected
@@ -105,21 +137,22 @@ def _log_odds(logp):
 
 @triton.jit
 def _per_token_loss(
-    chosen, rejected, chosen_ratio, rejected_ratio, chosen_length, rejected_length, mean_length,
-    beta, smoothing, gamma, alpha, LOSS: tl.constexpr,
+    chosen, rejected, chosen_score, rejected_score, chosen_length, rejected_length, mean_length,
+    target, beta, smoothing, gamma, alpha, LOSS: tl.constexpr,
 ):  # fmt: skip
-    """Loss of log-probs per token, and its derivatives with respect to the sums."""
+    """Loss of log-probs per token, and its derivatives with respect to the sums, or to scores where it reads those."""
     if LOSS == "ipo":
-        gap = chosen_ratio / chosen_length - rejected_ratio / rejected_length - 0.5 / beta
+        gap = chosen_score / chosen_length - rejected_score / rejected_length - 0.5 / beta
         loss = gap * gap
         chosen_slope = 2.0 * gap / chosen_length
         rejected_slope = -2.0 * gap / rejected_length
     elif LOSS == "sigmoid_norm":
-        loss, slope = _logistic(beta * (chosen_ratio / chosen_length - rejected_ratio / rejected_length), 0.0)
+        margin = beta * (chosen_score / chosen_length - rejected_score / rejected_length) - target
+        loss, slope = _logistic(margin, 0.0)
         chosen_slope = beta * slope / chosen_length
         rejected_slope = -beta * slope / rejected_length
     elif LOSS == "simpo":
-        margin = beta * (chosen / chosen_length - rejected / rejected_length) - gamma
+        margin = beta * (chosen / chosen_length - rejected / rejected_length) - gamma - target
         loss, slope = _logistic(margin, smoothing)
         chosen_slope = beta * slope / chosen_length
         rejected_slope = -beta * slope / rejected_length
@@ -135,6 +168,10 @@ def _per_token_loss(
         loss = logistic - alpha * chosen / chosen_length
         chosen_slope = beta * slope - alpha / chosen_length
         rejected_slope = -beta * slope
+    elif LOSS == "nll":
+        loss = -chosen / chosen_length
+        chosen_slope = -1.0 / chosen_length
+        rejected_slope = 0.0
     else:
         tl.static_assert(LOSS == "sft")
         loss = -chosen / mean_length
@@ -171,6 +208,7 @@ def _spread(grad_ptr, value, start, stop, BLOCK: tl.constexpr, ADD: tl.constexpr
         "lengths_ptr",
         "mean_length_ptr",
         "scale_ptr",
+        "margins_ptr",
         "losses_ptr",
         "sums_ptr",
         "slopes_ptr",
@@ -185,6 +223,7 @@ def paired_loss_kernel(
     lengths_ptr,
     mean_length_ptr,
     scale_ptr,
+    margins_ptr,
     losses_ptr,
     sums_ptr,
     slopes_ptr,
@@ -196,14 +235,17 @@ def paired_loss_kernel(
     tau,
     gamma,
     alpha,
+    f_alpha,
     log_kept,
     log_flipped,
     LOSS: tl.constexpr,
     FORM: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Pointers to responses and pairs begin at the first pair of the launch, those to rows at its first_row."""
+    """Pointers to responses and pairs begin at the first pair of the launch, those to rows at its first_row. alpha is
+    the number that cpo, dpop or dpo_shift has of its own."""
     pair = tl.program_id(0)
     # Before torch 2.15 a compiled graph hands Python floats over as fp64.
     beta, smoothing, tau = tl.cast(beta, tl.float32), tl.cast(smoothing, tl.float32), tl.cast(tau, tl.float32)
@@ -224,22 +266,30 @@ def paired_loss_kernel(
         rejected_length = tl.maximum(tl.load(lengths_ptr + 2 * pair + 1), 1.0)
     if mean_length_ptr is not None:
         mean_length = tl.load(mean_length_ptr)
-    chosen_reward, rejected_reward = beta * chosen_ratio, beta * rejected_ratio
+    target = 0.0
+    if margins_ptr is not None:
+        target = tl.load(margins_ptr + pair)
+    chosen_score, chosen_rate = _score(chosen_ratio, tl.cast(f_alpha, tl.float32), DIVERGENCE)
+    rejected_score, rejected_rate = _score(rejected_ratio, tl.cast(f_alpha, tl.float32), DIVERGENCE)
 
     if FORM == "margin":
         loss, margin_slope = _margin_loss(
-            chosen_reward - rejected_reward, beta, smoothing, tau,
+            beta * chosen_score - beta * rejected_score - target, beta, smoothing, tau,
             tl.cast(log_kept, tl.float32), tl.cast(log_flipped, tl.float32), LOSS,
         )  # fmt: skip
         chosen_slope, rejected_slope = beta * margin_slope, -beta * margin_slope
     elif FORM == "rewards":
-        loss, chosen_slope, rejected_slope = _reward_loss(chosen_reward, rejected_reward, beta, LOSS)
+        loss, chosen_slope, rejected_slope = _reward_loss(
+            beta * chosen_ratio, beta * rejected_ratio, beta, smoothing, alpha, LOSS
+        )
         chosen_slope, rejected_slope = beta * chosen_slope, beta * rejected_slope
     else:
         loss, chosen_slope, rejected_slope = _per_token_loss(
-            chosen, rejected, chosen_ratio, rejected_ratio, chosen_length, rejected_length, mean_length,
-            beta, smoothing, gamma, alpha, LOSS,
+            chosen, rejected, chosen_score, rejected_score, chosen_length, rejected_length, mean_length,
+            target, beta, smoothing, gamma, alpha, LOSS,
         )  # fmt: skip
+    if FORM == "margin" or LOSS == "ipo" or LOSS == "sigmoid_norm":
+        chosen_slope, rejected_slope = chosen_slope * chosen_rate, rejected_slope * rejected_rate
 
     scale = weight * tl.load(scale_ptr + pair)
     loss *= weight
@@ -268,6 +318,10 @@ class PairTerms(NamedTuple):
     discopop_tau: float
     simpo_gamma: float
     cpo_alpha: float
+    dpop_lambda: float
+    shift_lambda: float
+    divergence: str
+    f_alpha: float
     ref_logps_S: torch.Tensor | None
     lengths_S: torch.Tensor | None
     mean_length: torch.Tensor | None
@@ -276,6 +330,18 @@ class PairTerms(NamedTuple):
     """d (reduced loss) / d (loss of a pair)."""
     cu_S1: torch.Tensor
     """int32 offsets of the responses in the rows."""
+    margins_P: torch.Tensor | None = None
+
+    def own_number(self, name: str) -> float:
+        """The number that a loss has for itself."""
+        return {"dpop": self.dpop_lambda, "dpo_shift": self.shift_lambda}.get(name, self.cpo_alpha)
+
+
+def loss_numbers(options: LossOptions) -> dict[str, Any]:
+    """The fields of `PairTerms` that are options of a loss."""
+    numbers = options._asdict()
+    del numbers["f_divergence"]
+    return {**numbers, "divergence": options.divergence}
 
 
 class PairScores(NamedTuple):
@@ -309,6 +375,7 @@ def launch_pairs(
                 None if terms.lengths_S is None else terms.lengths_S[responses],
                 terms.mean_length,
                 terms.scale_P[first_pair:],
+                None if terms.margins_P is None else terms.margins_P[first_pair:],
                 losses_P,
                 sums_S,
                 slopes_S,
@@ -319,11 +386,13 @@ def launch_pairs(
                 terms.label_smoothing,
                 terms.discopop_tau,
                 terms.simpo_gamma,
-                terms.cpo_alpha,
+                terms.own_number(name),
+                terms.f_alpha,
                 math.log1p(-epsilon),
                 math.log(epsilon),
                 LOSS=name,
                 FORM=_form(name),
+                DIVERGENCE=terms.divergence,
                 ADD=position > 0,
                 BLOCK=1024,
                 num_warps=4,

@@ -16,7 +16,8 @@ from dpo_kernels.linear_dpo.ops import Inputs, linear_dpo_op, reduce_losses, res
 from dpo_kernels.linear_logps.api import check_weight_grad, linear_logps, named_stats
 from dpo_kernels.linear_logps.ops import head_fields
 from dpo_kernels.linear_logps.stats import STATS, check_stats
-from dpo_kernels.losses import LossMix, LossOptions, check_options, resolve_loss, resolve_mean_length
+from dpo_kernels.losses import LossMix, check_mix, resolve_loss, resolve_mean_length
+from dpo_kernels.pairs import LossOptions, Pairs, make_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,9 +62,15 @@ class _Options(HeadOptions, total=False):
     discopop_tau: float
     simpo_gamma: float
     cpo_alpha: float
+    dpop_lambda: float
+    shift_lambda: float
+    f_divergence_type: str
+    f_alpha_divergence_coef: float
     mean_chosen_length: float | None
     ignore_index: int
     pair_weights: Tensor | None
+    margins: Tensor | None
+    token_weights: Tensor | None
     reduction: str
     weight_grad: Tensor | None
     impl: str
@@ -109,6 +116,10 @@ def linear_dpo_loss(
     discopop_tau: float = 0.05,
     simpo_gamma: float = 0.5,
     cpo_alpha: float = 1.0,
+    dpop_lambda: float = 50.0,
+    shift_lambda: float = 0.95,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
     mean_chosen_length: float | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -116,6 +127,8 @@ def linear_dpo_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     pair_weights: Tensor | None = None,
+    margins: Tensor | None = None,
+    token_weights: Tensor | None = None,
     reduction: str = "mean",
     weight_grad: Tensor | None = None,
     stats: Sequence[str] | None = None,
@@ -126,8 +139,9 @@ def linear_dpo_loss(
 
     The same numbers as ``linear_logps``, summed per response, in ``preference_loss``, at less work. In units of one
     2 T D V product: 3 for loss and gradients with a trainable head and reduction "mean" or "sum"; 2 with a frozen head;
-    1 without gradients; 4 for reduction "none" and for the losses that couple pairs (``aot``, ``aot_unpaired``), where
-    the gradient is formed in backward, exact for any upstream gradient.
+    1 without gradients; 4 for reduction "none", for the losses that couple pairs (``aot``, ``aot_unpaired``), and for
+    token weights beside a likelihood term (``sft``, ``nll``, ``orpo``, ``cpo``), where the gradient is formed in
+    backward, exact for any upstream gradient.
 
     Args:
         hidden_TD: [T, D], bfloat16, float16, float32 or float64; the hidden state that predicts each label.
@@ -137,10 +151,15 @@ def linear_dpo_loss(
             CPU: on a GPU the call waits for it. Responses may be empty: log-prob 0, length counted as 1.
         ref_logps_S: [S], reference log-probs summed per response, any float dtype, in the order of the responses; None
             for losses without a reference.
-        loss_type, loss_weights, beta, label_smoothing, discopop_tau, simpo_gamma, cpo_alpha, mean_chosen_length: as in
-            ``preference_loss``. Lengths are the numbers of labels of each response that are not ignored.
+        loss_type, loss_weights, beta, label_smoothing, discopop_tau, simpo_gamma, cpo_alpha, dpop_lambda, shift_lambda,
+        f_divergence_type, f_alpha_divergence_coef, mean_chosen_length, margins ([P]): as in ``preference_loss``.
+            Lengths are the numbers of labels of each response that are not ignored.
         bias, softcap, logit_scale, temperature, ignore_index: as in ``linear_logps``.
         pair_weights: [P] or None. "mean" is sum(weight * loss) / P, "sum" is sum(weight * loss), "none" the products.
+        token_weights: [T] or None, constants: the log-prob of a response is sum(weight * log-prob of a token), as for
+            LD-DPO (``ld_token_weights``) or tokens that matter more. ``ref_logps_S`` are such sums, too. A likelihood
+            term reads tokens without them, and lengths count tokens whatever their weight: a token that is to be left
+            out altogether has the label ``ignore_index``.
         reduction: "mean", "sum" or "none". Without pairs "mean" is 0.
         weight_grad: as in ``linear_logps``; but in 3 products, the gradient waits for the upstream factor in the dtype
             of a bfloat16 weight, so that this call's share is rounded to it before it is added: once, or by the Triton
@@ -164,74 +183,151 @@ def linear_dpo_loss(
     """
     check_impl(impl)
     mix = resolve_loss(loss_type, loss_weights)
-    options = LossOptions(beta, label_smoothing, discopop_tau, simpo_gamma, cpo_alpha)
-    check_options(options)
+    options = make_options(
+        beta=beta,
+        label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
+        simpo_gamma=simpo_gamma,
+        cpo_alpha=cpo_alpha,
+        dpop_lambda=dpop_lambda,
+        shift_lambda=shift_lambda,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+    )
+    check_mix(mix, options, margins)
     names = check_stats(stats or (), STATS)
     check_weight_grad(weight_grad, weight_VD)
     hidden_TD, head = Head(weight_VD, bias, softcap, logit_scale, temperature).autocast(hidden_TD)
     head.check(hidden_TD, labels_T)
-    _check_pairs(hidden_TD, cu_responses, ref_logps_S, pair_weights, mix, reduction)
-
+    _check_pairs(hidden_TD, cu_responses, ref_logps_S, mix, reduction)
+    num_pairs, device = cu_responses.shape[0] // 2, hidden_TD.device
     dtype = accumulation_dtype(hidden_TD.dtype)
-    ref_logps_S = None if ref_logps_S is None else ref_logps_S.detach().to(dtype)
-    pair_weights = None if pair_weights is None else pair_weights.detach().to(dtype)
     lengths_S = response_sums((labels_T != ignore_index).to(dtype), cu_responses) if mix.needs_lengths else None
-    mean_length = resolve_mean_length(mean_chosen_length, None if lengths_S is None else lengths_S[0::2])
-    fused = torch.is_grad_enabled() and head.trainable and reduction != "none" and not mix.couples_pairs
-    if fused:
-        if isinstance(mean_length, float | int):
-            mean_length = hidden_TD.new_full((), mean_length, dtype=dtype)
-        inputs = Inputs(
-            hidden=hidden_TD,
-            labels=labels_T,
-            cu_responses=cu_responses,
-            ref_logps=ref_logps_S,
-            lengths=lengths_S,
-            mean_length=mean_length,
-            pair_weights=pair_weights,
-            **head_fields(head),
-            loss_type=",".join(t.name for t in mix.types),
-            loss_weights=list(mix.weights),
-            loss_options=list(options),
-            mean=reduction == "mean",
-            ignore_index=ignore_index,
-            impl=impl,
-            need_hidden=hidden_TD.requires_grad,
-            need_weight=head.weight_VD.requires_grad,
-            need_bias=head.bias_V is not None and head.bias_V.requires_grad,
-            weight_grad=weight_grad,
-            stats=",".join(names),
-        )
-        loss, losses_P, logps_S, *_, stats_KT = linear_dpo_op(*inputs)
-        found = named_stats(names, stats_KT)
-    else:
-        logps_T, found = linear_logps(
-            hidden_TD,
-            head.weight_VD,
-            labels_T,
-            **head.options,
-            ignore_index=ignore_index,
-            weight_grad=weight_grad if torch.is_grad_enabled() else None,
-            stats=names,
-            impl=impl,
-        )
-        logps_S = response_sums(logps_T, cu_responses)
-        losses_P = mix.losses(make_pairs(logps_S, ref_logps_S, lengths_S, mean_length, options))
-        if reduction == "none":
-            loss = losses_P if pair_weights is None else losses_P * pair_weights
-        else:
-            loss = reduce_losses(losses_P, pair_weights, reduction == "mean")
-    logps_S = logps_S.detach()
-    rewards = mix.rewards(make_pairs(logps_S, ref_logps_S, lengths_S, mean_length, options))
-    out = LinearDPOLoss(loss, losses_P.detach(), logps_S, *rewards)
+    terms = _Terms(
+        mix=mix,
+        options=options,
+        ref_logps_S=None if ref_logps_S is None else ref_logps_S.detach().to(dtype),
+        lengths_S=lengths_S,
+        mean_length=resolve_mean_length(mean_chosen_length, None if lengths_S is None else lengths_S[0::2]),
+        pair_weights_P=_constants("pair_weights", pair_weights, num_pairs, "pair", device, dtype),
+        margins_P=_constants("margins", margins, num_pairs, "pair", device, dtype),
+        token_weights_T=_constants("token_weights", token_weights, len(hidden_TD), "row of hidden", device, dtype),
+        reduction=reduction,
+        ignore_index=ignore_index,
+        weight_grad=weight_grad,
+        stats=names,
+        impl=impl,
+    )
+    one_scalar = reduction != "none" and not mix.couples_pairs and not terms.two_slopes
+    fused = torch.is_grad_enabled() and head.trainable and one_scalar
+    loss, losses_P, logps_S, found = (_fused if fused else _composed)(hidden_TD, head, labels_T, cu_responses, terms)
+    rewards = mix.rewards(terms.pairs(logps_S.detach()))
+    out = LinearDPOLoss(loss, losses_P.detach(), logps_S.detach(), *rewards)
     return out if stats is None else LinearDPOLossStats(*out, found)
+
+
+class _Terms(NamedTuple):
+    """What a call asks for beside head and rows, checked; constants in the accumulation dtype."""
+
+    mix: LossMix
+    options: LossOptions
+    ref_logps_S: Tensor | None
+    lengths_S: Tensor | None
+    mean_length: Tensor | float | None
+    pair_weights_P: Tensor | None
+    margins_P: Tensor | None
+    token_weights_T: Tensor | None
+    reduction: str
+    ignore_index: int
+    weight_grad: Tensor | None
+    stats: tuple[str, ...]
+    impl: str
+
+    @property
+    def two_slopes(self) -> bool:
+        """Whether the rows of one response have two slopes, one of them without the weight of the token."""
+        return self.token_weights_T is not None and self.mix.likelihood
+
+    def pairs(self, logps_S: Tensor, unweighted_chosen_P: Tensor | None = None) -> Pairs:
+        given = (self.ref_logps_S, self.lengths_S, self.mean_length, self.options, self.margins_P)
+        return make_pairs(logps_S, *given, unweighted_chosen_P)
+
+
+_Found = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
+"""The reduced loss, the losses of the pairs, the log-probs of the responses, statistics of tokens."""
+
+
+def _fused(
+    hidden_TD: Tensor,
+    head: Head,
+    labels_T: Tensor,
+    cu_responses: Tensor,
+    terms: _Terms,
+) -> _Found:
+    """Loss and gradients in three products: the reduced loss has one scalar upstream gradient."""
+    mean_length = terms.mean_length
+    if isinstance(mean_length, float | int):
+        mean_length = hidden_TD.new_full((), mean_length, dtype=accumulation_dtype(hidden_TD.dtype))
+    inputs = Inputs(
+        hidden=hidden_TD,
+        labels=labels_T,
+        cu_responses=cu_responses,
+        ref_logps=terms.ref_logps_S,
+        lengths=terms.lengths_S,
+        mean_length=mean_length,
+        pair_weights=terms.pair_weights_P,
+        **head_fields(head),
+        loss_type=",".join(t.name for t in terms.mix.types),
+        loss_weights=list(terms.mix.weights),
+        loss_options=list(terms.options),
+        mean=terms.reduction == "mean",
+        ignore_index=terms.ignore_index,
+        impl=terms.impl,
+        need_hidden=hidden_TD.requires_grad,
+        need_weight=head.weight_VD.requires_grad,
+        need_bias=head.bias_V is not None and head.bias_V.requires_grad,
+        weight_grad=terms.weight_grad,
+        stats=",".join(terms.stats),
+        margins=terms.margins_P,
+        token_weights=terms.token_weights_T,
+    )
+    loss, losses_P, logps_S, *_, stats_KT = linear_dpo_op(*inputs)
+    return loss, losses_P, logps_S, named_stats(terms.stats, stats_KT)
+
+
+def _composed(
+    hidden_TD: Tensor,
+    head: Head,
+    labels_T: Tensor,
+    cu_responses: Tensor,
+    terms: _Terms,
+) -> _Found:
+    """Log-probs of tokens, their sums, the loss: any gradient, in the products of ``linear_logps``."""
+    logps_T, found = linear_logps(
+        hidden_TD,
+        head.weight_VD,
+        labels_T,
+        **head.options,
+        ignore_index=terms.ignore_index,
+        weight_grad=terms.weight_grad if torch.is_grad_enabled() else None,
+        stats=terms.stats,
+        impl=terms.impl,
+    )
+    weights_T = terms.token_weights_T
+    logps_S = response_sums(logps_T if weights_T is None else logps_T * weights_T, cu_responses)
+    unweighted_P = response_sums(logps_T, cu_responses)[0::2] if terms.two_slopes else None
+    losses_P = terms.mix.losses(terms.pairs(logps_S, unweighted_P))
+    if terms.reduction == "none":
+        loss = losses_P if terms.pair_weights_P is None else losses_P * terms.pair_weights_P
+    else:
+        loss = reduce_losses(losses_P, terms.pair_weights_P, terms.reduction == "mean")
+    return loss, losses_P, logps_S, found
 
 
 def _check_pairs(
     hidden_TD: Tensor,
     cu_responses: Tensor,
     ref_logps_S: Tensor | None,
-    pair_weights: Tensor | None,
     mix: LossMix,
     reduction: str,
 ) -> None:
@@ -255,7 +351,16 @@ def _check_pairs(
         raise ValueError(f"ref_logps_S must have shape [{S}], one per response; got {list(ref_logps_S.shape)}")
     elif ref_logps_S.device != hidden_TD.device:
         raise ValueError(f"ref_logps_S must be on the device of hidden, {hidden_TD.device}; got {ref_logps_S.device}")
-    if pair_weights is not None and (pair_weights.ndim != 1 or pair_weights.shape[0] != S // 2):
-        raise ValueError(f"pair_weights must have shape [{S // 2}], one per pair; got {list(pair_weights.shape)}")
-    if pair_weights is not None and pair_weights.device != hidden_TD.device:
-        raise ValueError(f"pair_weights must be on the device of hidden, {hidden_TD.device}; got {pair_weights.device}")
+
+
+def _constants(
+    name: str, values: Tensor | None, size: int, of: str, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """Constants of a call, detached, in ``dtype``."""
+    if values is None:
+        return None
+    if values.ndim != 1 or values.shape[0] != size:
+        raise ValueError(f"{name} must have shape [{size}], one per {of}; got {list(values.shape)}")
+    if values.device != device:
+        raise ValueError(f"{name} must be on the device of hidden, {device}; got {values.device}")
+    return values.detach().to(dtype)

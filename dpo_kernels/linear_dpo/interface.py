@@ -4,9 +4,10 @@ Legend: T rows (tokens), D features, V vocabulary, K statistics, P pairs, S = 2 
 
 ``forward(hidden_TD, head, labels_T, scorer, *, ignore_index, want) -> PairLosses``
     The losses of the pairs and the gradients of the reduced loss. A row's gradient is slope[response of the row]
-    * d logps_t. Ignored rows add 0 to their response and get gradient exactly 0. Conventions for tensors are those of
-    ``dpo_kernels.linear_logps.interface`` (below autograd, autocast off, T > 0, unit stride along D, valid int64
-    labels, no mutation, no synchronisation of a CUDA device, same bits when run twice).
+    * d logps_t, times its weight where tokens have weights. Ignored rows add 0 to their response and get gradient
+    exactly 0. Conventions for tensors are those of ``dpo_kernels.linear_logps.interface`` (below autograd, autocast
+    off, T > 0, unit stride along D, valid int64 labels, no mutation, no synchronisation of a CUDA device, same bits
+    when run twice).
 ``forward_workspace(hidden_TD, weight_VD, cu_responses, need_weight) -> int``
     As in ``dpo_kernels.linear_logps.interface``; ``cu_responses`` as in ``PairScorer.offsets``.
 ``why_not(device, dtype) -> str | None``, ``STATS``
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.head import Gradients, Needs
-from dpo_kernels.losses import LossMix, LossOptions, Pairs
+from dpo_kernels.losses import LossMix
+from dpo_kernels.pairs import LossOptions, Pairs
 
 
 class Want(NamedTuple):
@@ -64,6 +66,10 @@ class PairScorer(NamedTuple):
     """One number: tokens per chosen response."""
     scale_P: Tensor
     """d (reduced loss) / d (loss of a pair): pair weights and the divisor of the mean."""
+    margins_P: Tensor | None = None
+    token_weights_T: Tensor | None = None
+    """float32 (float64) [T], contiguous: the log-prob of a response is the sum of those of its tokens times these, and
+    a row's gradient has this factor, too. Never there with a loss that has a likelihood term."""
 
     def score(self, logps_S: Tensor, first_pair: int = 0) -> tuple[Tensor, Tensor]:
         """Losses of consecutive pairs and the slopes of the reduced loss, by autograd on tensors of few numbers.
@@ -80,15 +86,18 @@ class PairScorer(NamedTuple):
         """
         responses = slice(2 * first_pair, 2 * first_pair + logps_S.shape[0])
 
+        first, last = responses.start // 2, responses.stop // 2
+
         def part(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[responses].clone()
 
         # Leaving inference mode is what switches autograd back on inside an operator.
         with torch.inference_mode(False):
             leaf_S = logps_S.detach().clone().requires_grad_()
-            pairs = make_pairs(leaf_S, part(self.ref_logps_S), part(self.lengths_S), self.mean_length, self.options)
-            losses_P = self.mix.losses(pairs)
-            scale_P = self.scale_P[responses.start // 2 : responses.stop // 2].clone()
+            margins_P = None if self.margins_P is None else self.margins_P[first:last].clone()
+            given = (part(self.ref_logps_S), part(self.lengths_S), self.mean_length, self.options, margins_P)
+            losses_P = self.mix.losses(make_pairs(leaf_S, *given))
+            scale_P = self.scale_P[first:last].clone()
             (slopes_S,) = torch.autograd.grad((losses_P * scale_P).sum(), leaf_S)
         return losses_P.detach(), slopes_S
 
@@ -99,6 +108,8 @@ def make_pairs(
     lengths_S: Tensor | None,
     mean_length: Tensor | float | None,
     options: LossOptions,
+    margins_P: Tensor | None = None,
+    unweighted_chosen_P: Tensor | None = None,
 ) -> Pairs:
     """The loss table's view of interleaved responses."""
 
@@ -114,4 +125,6 @@ def make_pairs(
         side(lengths_S, 1),
         mean_length,
         options,
+        margins_P,
+        unweighted_chosen_P,
     )

@@ -35,7 +35,8 @@ from dpo_kernels.linear_logps.ops import (
     unit_stride,
     zero_gradients,
 )
-from dpo_kernels.losses import LossOptions, resolve_loss
+from dpo_kernels.losses import resolve_loss
+from dpo_kernels.pairs import LossOptions
 
 
 def check_responses(cu_responses: Tensor, num_rows: int) -> list[int]:
@@ -129,6 +130,8 @@ class Inputs(NamedTuple):
     """For backward, which adds dW to it."""
     stats: str = ""
     """Names, joined by commas."""
+    margins: Tensor | None = None
+    token_weights: Tensor | None = None
 
     @property
     def needs(self) -> Needs:
@@ -155,7 +158,7 @@ class Outputs(NamedTuple):
     schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor cu_responses, Tensor? ref_logps, Tensor? lengths,"
     " Tensor? mean_length, Tensor? pair_weights, Tensor? bias, str loss_type, float[] loss_weights,"
     f" float[] loss_options, bool mean, {OPTIONS_SCHEMA}, bool need_hidden, bool need_weight, bool need_bias,"
-    ' Tensor? weight_grad=None, str stats="")'
+    ' Tensor? weight_grad=None, str stats="", Tensor? margins=None, Tensor? token_weights=None)'
     " -> (Tensor loss, Tensor losses, Tensor logps, Tensor dX, Tensor dW, Tensor db, Tensor stats)",
 )
 def linear_dpo_op(*arguments) -> Outputs:
@@ -202,6 +205,8 @@ def _make_scorer(given: Inputs) -> PairScorer:
         lengths_S=given.lengths,
         mean_length=given.mean_length,
         scale_P=weights_P / max(1, num_pairs) if given.mean else weights_P,
+        margins_P=given.margins,
+        token_weights_T=None if given.token_weights is None else given.token_weights.contiguous(),
     )
 
 

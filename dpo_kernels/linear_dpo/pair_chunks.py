@@ -76,7 +76,8 @@ def forward(
     used = used_rows(ignored_T)
     if used is not None:
         cu_S1 = torch.searchsorted(used, scorer.cu_S1)
-        scorer = scorer._replace(cu_S1=cu_S1, offsets=cu_S1.tolist())
+        weights_T = None if scorer.token_weights_T is None else scorer.token_weights_T[used]
+        scorer = scorer._replace(cu_S1=cu_S1, offsets=cu_S1.tolist(), token_weights_T=weights_T)
         hidden_TD, labels_T, ignored_T = hidden_TD[used], labels_T[used], None
     call = _Call(passes, hidden_TD, head, labels_T, ignored_T, scorer, want.gradients)
     if want.stats:
@@ -244,7 +245,8 @@ class _Call:
         return losses, pair_sums
 
     def _log_prob_gradient(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """(d log-prob / d (x W^T) [n, V] up to a factor a row, in the buffer; log-probs [n]; these factors [n])."""
+        """(d log-prob / d (x W^T) [n, V] up to a factor a row, in the buffer; log-probs [n], times the weights of
+        tokens; these factors [n], times the same)."""
         x_nD, labels_n = self.hidden_TD[rows].to(self.operand), self.labels_T[rows]
         n, V = x_nD.shape[0], self.head.weight_VD.shape[0]
         if self.buffer.numel() < n * V:
@@ -258,9 +260,13 @@ class _Call:
         slope_n = torch.full_like(found.total_n, self.head.slope)
         if found.scale_n is not None:
             slope_n *= found.scale_n
+        logps_n = found.logps_n
         if self.ignored_T is not None:
-            found.logps_n.masked_fill_(self.ignored_T[rows], 0)
-        return z_nV, found.logps_n, slope_n
+            logps_n.masked_fill_(self.ignored_T[rows], 0)
+        if self.scorer.token_weights_T is not None:
+            weights_n = self.scorer.token_weights_T[rows]
+            logps_n, slope_n = logps_n * weights_n, slope_n * weights_n
+        return z_nV, logps_n, slope_n
 
     def token_stats(self, used: Tensor | None, num_rows: int) -> Tensor | None:
         """[K, T] over all ``num_rows`` rows, of which ``used`` were computed; None where none are asked for."""

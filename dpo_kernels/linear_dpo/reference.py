@@ -28,6 +28,8 @@ def forward(
         head = head._replace(weight_VD=head.weight_VD.to(dtype), bias_V=bias_V)
         hidden, head = leaf(hidden_TD.to(dtype), want.gradients.hidden), leaf_head(head, want.gradients)
         logps_T, _ = logps(hidden, head, leaf(labels_T), ignore_index)
+        if scorer.token_weights_T is not None:
+            logps_T = logps_T * leaf(scorer.token_weights_T)
         bounds = itertools.pairwise(scorer.offsets)
         logps_S = torch.stack([logps_T[start:stop].double().sum().to(logps_T.dtype) for start, stop in bounds])
         losses_P, slopes_S = scorer.score(logps_S.detach())

@@ -24,7 +24,7 @@ from dpo_kernels.chunks import Chunk, early_gradient_dtype, even_slices, plan_ch
 from dpo_kernels.head import Gradients, Head, Needs
 from dpo_kernels.kernels import scale
 from dpo_kernels.kernels.launch import MAX_BLOCK, TileLaunch, obstacle
-from dpo_kernels.kernels.paired_loss import KERNEL_LOSSES, PairTerms, launch_pairs
+from dpo_kernels.kernels.paired_loss import KERNEL_LOSSES, PairTerms, launch_pairs, loss_numbers
 from dpo_kernels.kernels.products import add_product_
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
 from dpo_kernels.kernels.tile_logps import RowScores, empty_exps, partial_width, score_rows
@@ -59,6 +59,7 @@ def forward(
 ) -> PairLosses:
     """See ``dpo_kernels.linear_dpo.interface``."""
     call = _Call(hidden_TD, head, labels_T, ignore_index, _pair_terms(scorer))
+    call.set_token_weights(scorer.token_weights_T)
     call.token_stats = bool(want.stats)
     max_rows, chunks, sum_dtype = _plan(
         hidden_TD, head, scorer.offsets, need_weight=want.gradients.weight, token_stats=call.token_stats
@@ -174,8 +175,9 @@ def _pair_terms(scorer: PairScorer) -> PairTerms:
         lengths_S=number(scorer.lengths_S),
         mean_length=number(scorer.mean_length),
         scale_P=scorer.scale_P.to(torch.float32).contiguous(),
+        margins_P=number(scorer.margins_P),
         cu_S1=scorer.cu_S1.to(torch.int32),
-        **scorer.options._asdict(),
+        **loss_numbers(scorer.options),
     )
 
 
@@ -207,6 +209,18 @@ class _Call:
         self.dW_VD: Tensor | None = None
         self.db_V: Tensor | None = None
         self.dW_empty = True
+        self.token_weights_T: Tensor | None = None
+        self.relative_T: Tensor | None = None
+        self.largest_weight: Tensor | float = 1.0
+
+    def set_token_weights(self, weights_T: Tensor | None) -> None:
+        """Weights as numbers of at most 1 and a factor of them all, which goes with the slopes: float16 has room for
+        neither large nor small ones."""
+        if weights_T is None:
+            return
+        self.token_weights_T = weights_T
+        self.largest_weight = weights_T.abs().amax()
+        self.relative_T = weights_T / torch.where(self.largest_weight > 0, self.largest_weight, 1.0)
 
     def want_gradients(self, needs: Needs, sum_dtype: torch.dtype) -> None:
         weight_VD = self.head.weight_VD
@@ -233,12 +247,14 @@ class _Call:
         """Slopes are known before the gradients are formed."""
         rows = slice(offsets[0], offsets[-1])
         scored = self._score_blocks(rows)
-        logps_n = self._log_probs(scored)
+        logps_n = self._log_probs(scored, rows)
         scores = launch_pairs(
             logps_n, self.terms, first_pair=chunk.first_pair, num_pairs=chunk.num_pairs, first_row=rows.start
         )
         if scored:
-            grad_n = scores.grad_T if self.unit is None else scores.grad_T / self._raise_unit(scores.slopes_S)
+            grad_n = scores.grad_T if self.token_weights_T is None else scores.grad_T * self.token_weights_T[rows]
+            if self.unit is not None:
+                grad_n = grad_n / self._raise_unit(scores.slopes_S * self.largest_weight)
             gradient_nV = self._products_gradient(rows, grad_n, scored)
             if self.dX_TD is not None:
                 add_product_(self.dX_TD[rows], gradient_nV, self.head.weight_VD, first=True)
@@ -279,8 +295,10 @@ class _Call:
             for part in even_slices(stop - start, max_rows):
                 rows = slice(start + part.start, start + part.stop)
                 scored = self._score_blocks(rows)
-                logps.append(self._log_probs(scored))
-                gradient_nV = self._products_gradient(rows, torch.full_like(logps[-1], 1 / waiting), scored)
+                logps.append(self._log_probs(scored, rows))
+                grad_n = torch.full_like(logps[-1], 1 / waiting)
+                grad_n = grad_n if self.relative_T is None else grad_n * self.relative_T[rows]
+                gradient_nV = self._products_gradient(rows, grad_n, scored)
                 # Given back before the next ones are asked for.
                 del scored
                 if self.dX_TD is not None:
@@ -293,8 +311,9 @@ class _Call:
         scores = launch_pairs(
             torch.cat(logps), self.terms, first_pair=chunk.first_pair, num_pairs=1, first_row=offsets[0]
         )
-        slopes_S = scores.slopes_S * waiting
-        in_units_S = slopes_S if self.unit is None else slopes_S / self._raise_unit(scores.slopes_S)
+        weighted_S = scores.slopes_S * self.largest_weight
+        slopes_S = weighted_S * waiting
+        in_units_S = slopes_S if self.unit is None else slopes_S / self._raise_unit(weighted_S)
         for i, (rows, dW_VD, db_V) in enumerate(shares):
             if rows.start == rows.stop:
                 continue
@@ -325,8 +344,10 @@ class _Call:
         self.found_stats += [block.token_stats_KT for block in scored if block.token_stats_KT is not None]
         return scored
 
-    def _log_probs(self, scored: list[RowScores]) -> Tensor:
-        return torch.cat([self.hidden_TD.new_empty(0, dtype=torch.float32), *(block.logps_T for block in scored)])
+    def _log_probs(self, scored: list[RowScores], rows: slice) -> Tensor:
+        """Of these rows, times the weights of tokens."""
+        logps_n = torch.cat([self.hidden_TD.new_empty(0, dtype=torch.float32), *(block.logps_T for block in scored)])
+        return logps_n if self.token_weights_T is None else logps_n * self.token_weights_T[rows]
 
     def _products_gradient(self, rows: slice, grad_n: Tensor, scored: list[RowScores]) -> Tensor:
         labels_n = self.labels_T[rows]

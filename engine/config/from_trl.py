@@ -14,7 +14,7 @@ from .fields import nearest, show
 from .load import TRL_FILE, build_config, read_yaml, to_dict
 from .trl_conversion import Conversion, Note
 from .trl_file import TrlFile
-from .trl_keys import CONVERTED, NEW_RESULT, SAME_RESULT
+from .trl_keys import CONVERTED, LOSS_OPTIONS, NEW_RESULT, RPO_ALPHA, SAME_RESULT
 
 _ADAMW = {
     "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_hf", "adamw_apex_fused",
@@ -210,8 +210,7 @@ class _Converter:
 
     def _loss(self) -> None:
         loss = self.result.values["loss"]
-        types = self.trl.take("loss_type", ["sigmoid"])
-        types = types if isinstance(types, list) else [types]
+        types = given if isinstance(given := self.trl.take("loss_type", ["sigmoid"]), list) else [given]
         loss["loss_type"] = types[0] if len(types) == 1 else types
         weights = self.trl.keys.get("loss_weights")
         if len(types) > 1:
@@ -222,7 +221,9 @@ class _Converter:
             self.trl.take("loss_weights")
         if self.trl.keys.get("router_aux_loss_coef"):
             self._new("router_aux_loss_coef", "TRL balances experts within micro-batches, here within whole steps")
-        self._copy("loss", "beta", "discopop_tau", "router_aux_loss_coef")
+        self._copy("loss", *LOSS_OPTIONS)
+        if loss.get("rpo_alpha") is not None:
+            self._new("rpo_alpha", RPO_ALPHA)
         smoothing = self.trl.number("label_smoothing", 0.0)
         if smoothing and _SMOOTHED_IN_TRL & set(types):
             loss["label_smoothing"] = smoothing

@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-LossType = Literal[
-    "sigmoid", "hinge", "ipo", "ipo_sum", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "simpo", "orpo", "cpo",
-    "plackett_luce",
-]  # fmt: skip
+from .losses import REFERENCE_FREE_LOSSES, LossConfig
+from .require import require as _require
+
 SchedulerType = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
@@ -27,16 +25,6 @@ COLUMN_PARTS = (
     "chat_template_kwargs",
 )  # fmt: skip
 """Parts of a row that ``data.columns`` may name a column for."""
-
-REFERENCE_FREE_LOSSES = frozenset({"sft", "simpo", "orpo", "cpo"})
-"""Losses whose value does not depend on reference log-probs."""
-SMOOTHED_LOSSES = frozenset({"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo", "cpo"})
-"""Losses that read label_smoothing."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,68 +167,6 @@ class PackingConfig:
     def __post_init__(self) -> None:
         _require(self.pairs_per_step > 0, f"packing.pairs_per_step must be positive, got {self.pairs_per_step}")
         _require(self.tokens_per_pack > 0, f"packing.tokens_per_pack must be positive, got {self.tokens_per_pack}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The preference loss. Names as in TRL; see ``dpo_kernels.losses`` for every type and its source."""
-
-    loss_type: LossType | tuple[LossType, ...] = "sigmoid"
-    """sigmoid is DPO; plackett_luce ranks two or more responses; simpo, orpo and cpo need no reference. Several losses
-    in a list are added."""
-    loss_weights: tuple[float, ...] | None = None
-    """Factor of each loss in a list; null is 1 for each."""
-    beta: float = 0.1
-    """Strength of the pull towards the reference model (the regularization tau for ipo)."""
-    label_smoothing: float = 0.0
-    """Probability that a preference label is wrong: conservative DPO for sigmoid, the papers' epsilon elsewhere."""
-    discopop_tau: float = 0.05
-    """Temperature of discopop."""
-    simpo_gamma: float = 0.5
-    """Target reward margin of simpo."""
-    cpo_alpha: float = 1.0
-    """Weight of the likelihood term of cpo."""
-    router_aux_loss_coef: float | None = None
-    """Weight of the load-balancing loss of a mixture of experts; null is the model's own, 0 leaves it out. Without it
-    a step of several packs or processes saves a forward pass."""
-
-    def __post_init__(self) -> None:
-        if len(self.loss_types) == 1:
-            # one spelling for one loss
-            object.__setattr__(self, "loss_type", self.loss_types[0])
-        _require(self.beta > 0, f"loss.beta must be positive, got {self.beta}")
-        _require(
-            0 <= self.label_smoothing < 0.5, f"loss.label_smoothing must be in [0, 0.5), got {self.label_smoothing}"
-        )
-        _require(
-            self.router_aux_loss_coef is None or 0 <= self.router_aux_loss_coef < math.inf,
-            f"loss.router_aux_loss_coef must not be negative, got {self.router_aux_loss_coef}",
-        )
-        _require(self.discopop_tau > 0, f"loss.discopop_tau must be positive, got {self.discopop_tau}")
-        _require(
-            self.label_smoothing == 0 or not SMOOTHED_LOSSES.isdisjoint(self.loss_types),
-            f"loss.label_smoothing has no meaning for loss_type {self.loss_name}; set it to 0",
-        )
-        _require(len(self.loss_types) > 0, "loss.loss_type must name at least one loss")
-        _require(
-            len(self.loss_types) == 1 or "plackett_luce" not in self.loss_types,
-            "loss.loss_type plackett_luce does not add to others; name it alone",
-        )
-        weights = 1 if self.loss_weights is None else len(self.loss_weights)
-        _require(
-            self.loss_weights is None or weights == len(self.loss_types),
-            f"loss.loss_weights must have one number for each of {self.loss_name}, got {weights}",
-        )
-
-    @property
-    def loss_types(self) -> tuple[str, ...]:
-        """The losses that are added, usually one."""
-        return (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
-
-    @property
-    def loss_name(self) -> str:
-        """The losses in words, such as ``sigmoid + sft``."""
-        return " + ".join(self.loss_types)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ _same("set it in the shell", "env")
 _same("TRL's DPO does not read it", "label_smoothing_factor lora_task_type")
 _same(
     "the key has no effect without the one it belongs to",
-    "ref_model_mixup_alpha ref_model_sync_steps f_alpha_divergence_coef metric_for_best_model greater_is_better",
+    "ref_model_mixup_alpha ref_model_sync_steps metric_for_best_model greater_is_better",
 )
 _same("removed from TRL; evaluation here generates no text", "generate_during_eval")
 _same(
@@ -88,11 +88,7 @@ _same("removed from TRL; give tools in the messages or in a Jinja file for data.
 NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
     "disable_dropout": ((True,), "dropout in the model is always off; it would make policy and reference differ"),
     "loss_weights": ((None,), "one weight for one loss; scale optim.learning_rate instead"),
-    "f_divergence_type": (("reverse_kl",), "only the reverse KL divergence is supported"),
-    "ld_alpha": ((None, 1, 1.0), "weighting of the longer response's tail is not supported"),
-    "use_weighting": ((False,), "weighting pairs by the policy's probability (WPO) is not supported"),
     "sync_ref_model": ((False,), "the reference is fixed; moving it towards the policy (TR-DPO) is not supported"),
-    "rpo_alpha": ((None,), "removed from TRL; use loss.loss_type [sigmoid, sft] with loss.loss_weights [1, rpo_alpha]"),
     "reference_free": ((False,), "removed from TRL; losses without a reference are simpo, orpo and cpo"),
     "max_prompt_length": ((None,), "removed from TRL; only data.max_length cuts, from the end of the response"),
     "max_completion_length": ((None,), "removed from TRL; only data.max_length cuts, from the end of the response"),
@@ -114,6 +110,16 @@ NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Dropped keys that change the result unless they have one of the harmless values: ``(harmless, reason)``."""
 
+LOSS_OPTIONS = (
+    *("beta", "discopop_tau", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting"),
+    *("rpo_alpha", "router_aux_loss_coef"),
+)
+"""Keys of the loss that have the same name and meaning here."""
+RPO_ALPHA = (
+    "removed from TRL, which took the mean over the tokens of all chosen responses; here every response counts alike, "
+    "as in the paper and in ms-swift"
+)
+
 CONVERTED: set[str] = set()
 """Keys that have a counterpart here."""
 
@@ -131,7 +137,8 @@ _converted(
     "datasets dataset_name dataset_config dataset_train_split dataset_test_split max_length truncation_mode "
     "per_device_train_batch_size gradient_accumulation_steps num_processes accelerate_config train_sampling_strategy"
 )
-_converted("loss_type loss_weights beta discopop_tau label_smoothing precompute_ref_log_probs router_aux_loss_coef")
+_converted("loss_type loss_weights label_smoothing precompute_ref_log_probs")
+_converted(" ".join(LOSS_OPTIONS))
 _converted(
     "optim learning_rate lr_scheduler_type lr_scheduler_kwargs weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm warmup_steps warmup_ratio"

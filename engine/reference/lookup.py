@@ -13,6 +13,9 @@ from ..paths import expanded
 from .keys import dataset_keys
 from .store import ReferenceStore
 
+GROUPS_AT_ONCE = 65_536
+"""Groups whose single log-probs are held: some hundred megabytes, so that few passes over the shards are made."""
+
 
 def default_store_path() -> Path:
     """``$DPO_CACHE/reference``, or ``dpo-kernels/reference`` below ``$XDG_CACHE_HOME`` or ``~/.cache``.
@@ -44,20 +47,48 @@ def load_ref_logps(dataset: PreferenceDataset, store: ReferenceStore, digest: st
     return [tuple(values[key] for key in group) for group in keys]
 
 
-def load_ref_sums(dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> list[tuple[float, ...]]:
+def load_ref_sums(
+    dataset: PreferenceDataset, store: ReferenceStore, digest: str, *, ld_alpha: float | None = None
+) -> list[tuple[float, ...]]:
     """Per group, per response: the sum of its log-probs in float64. Holds the values of one shard at a time.
+
+    Args:
+        ld_alpha: weight of the tokens past the length of the group's shortest response, as in
+            ``dpo_kernels.ld_token_weights``; holds the values of ``GROUPS_AT_ONCE`` groups.
 
     Raises:
         UserError: as ``load_ref_logps``.
     """
     keys = dataset_keys(dataset, digest)
+    if ld_alpha is not None:
+        found: list[tuple[float, ...]] = []
+        for start in range(0, len(keys), GROUPS_AT_ONCE):
+            part = keys[start : start + GROUPS_AT_ONCE]
+            values = store.get([key for group in part for key in group])
+            _require_all(dataset, part, values, store, first=start)
+            found += [_weighted_sums([values[key] for key in group], ld_alpha) for group in part]
+        return found
     sums = store.sums([key for group in keys for key in group])
     _require_all(dataset, keys, sums, store)
     return [tuple(sums[key] for key in group) for group in keys]
 
 
-def _require_all(dataset: PreferenceDataset, keys: list[tuple[bytes, ...]], found: dict, store: ReferenceStore) -> None:
-    absent = [index for index, group in enumerate(keys) if any(key not in found for key in group)]
+def _weighted_sums(responses: list[np.ndarray], ld_alpha: float) -> tuple[float, ...]:
+    shared = min(map(len, responses))
+    values = [response.astype(np.float64) for response in responses]
+    return tuple(float(v[:shared].sum() + ld_alpha * v[shared:].sum()) for v in values)
+
+
+def _require_all(
+    dataset: PreferenceDataset,
+    keys: list[tuple[bytes, ...]],
+    found: dict,
+    store: ReferenceStore,
+    *,
+    first: int = 0,
+) -> None:
+    """``keys`` are those of the groups from ``first`` on."""
+    absent = [first + index for index, group in enumerate(keys) if any(key not in found for key in group)]
     if absent:
         others = f" and {len(absent) - 1} more rows" if len(absent) > 1 else ""
         raise UserError(

@@ -79,7 +79,7 @@ def evaluate_policy(
     values = dict(zip((f"eval_{n}" for n in names), means.tolist(), strict=True))
     if aux_loss is not None:
         values["eval_aux_loss"] = aux_loss.item()
-    summed, per_token = _ranking(scores.logps_S, lengths_S, per_group)
+    summed, per_token = _ranking(objective.unweighted(scores.logps_S, scores.sums_SK), lengths_S, per_group)
     values["eval_ranking_accuracy"] = summed.mean().item()
     values["eval_ranking_accuracy_per_token"] = per_token.mean().item()
     values["eval_num_pairs"] = float(dataset.terms.sum())
@@ -121,7 +121,7 @@ def _score_all(
             own.append(pack)
             pair = torch.stack([logps_S, torch.zeros_like(logps_S) if ref_S is None else ref_S], 1)
             columns.append(torch.cat([pair, sums_SK], 1))
-    rows_SC = torch.cat([torch.zeros(0, 2 + len(objective.token_stats)), *(rows.cpu() for rows in columns)])
+    rows_SC = torch.cat([torch.zeros(0, 2 + objective.num_sums), *(rows.cpu() for rows in columns)])
     order = _response_order(dataset, [pack for packs in distributed.gather(own) for pack in packs])
     logps_S, ref_S, *sums = torch.cat(distributed.concat_over_ranks(rows_SC))[order].unbind(1)
     sums_SK = torch.stack(sums, 1) if sums else logps_S.new_zeros(len(logps_S), 0)

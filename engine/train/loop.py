@@ -36,10 +36,10 @@ from .metrics import (
     log_line,
     open_trackers,
 )
-from .objective import Scored
 from .optimizer import GuardedUpdate, build_optimizer, build_schedule, change_total
 from .resume import Start, TrainResult, config_values, digests, find_start
 from .rounding import round_and_measure
+from .scored import Scored
 from .setup import OnData, Setup, check_settings, prepare, write_data_file
 from .throughput import reset_peak_memory
 

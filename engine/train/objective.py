@@ -21,12 +21,12 @@ Legend: N completion tokens, S responses, G groups (or pairs of groups), P pairs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpo_kernels import linear_dpo_loss, linear_logps, plackett_luce_loss, preference_loss
+from dpo_kernels import ld_token_weights, linear_dpo_loss, linear_logps, plackett_luce_loss, preference_loss
 from dpo_kernels.chunks import sum_responses, to_device
 from dpo_kernels.head import Head
 from dpo_kernels.linear_logps.api import TokenLogps
@@ -40,6 +40,7 @@ from ..model import Policy
 from ..packing import PackedBatch
 from .feed import TrainingStep
 from .routing import Routing, same_random_numbers
+from .scored import Scored
 
 RANKING_LOSS = "plackett_luce"
 TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
@@ -48,38 +49,6 @@ TOKEN_COLUMNS = 6
 """Mean logits of chosen tokens and of rejected ones, entropies of both, hits among chosen ones, and their numbers."""
 PAIR_LOSS = "sigmoid"
 """What ``RANKING_LOSS`` is for two responses."""
-
-
-class Scored(NamedTuple):
-    """Groups of responses, scored. Only ``losses`` may carry gradients."""
-
-    losses: Tensor
-    """[G]; for losses that couple pairs, quantiles of the batch instead of groups."""
-    chosen_rewards: Tensor
-    """[G]: of the best response."""
-    rejected_rewards: Tensor
-    """[G]: of the rejected response; with more than two, the mean of all but the best."""
-    accuracies: Tensor
-    """[G]: share of the ordered pairs of responses whose rewards are in the right order; a tie is wrong."""
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    tokens: Tensor
-    """float64 [G, 6], sums over the tokens of a group that ``_token_means`` divides; [G, 0] when not asked for."""
-
-    def means(self) -> Tensor:
-        """[7] in the order of ``metrics.PREFERENCE_NAMES``; with ``tokens`` [11], ``TOKEN_NAMES`` last."""
-        return torch.cat([self._columns().mean(1), _token_means(self.tokens.sum(0))])
-
-    def step_means(self, num_terms: int) -> Tensor:
-        """``means`` of a step of ``num_terms`` losses, this process's among them; the same on every rank."""
-        columns = self._columns()
-        sums = distributed.sum_over_ranks(torch.cat([columns.sum(1), self.tokens.sum(0)]))
-        return torch.cat([sums[: len(columns)] / num_terms, _token_means(sums[len(columns) :])])
-
-    def _columns(self) -> Tensor:
-        margins = self.chosen_rewards - self.rejected_rewards
-        columns = (self.losses, self.chosen_rewards, self.rejected_rewards, self.accuracies, margins)
-        return torch.stack([c.detach() for c in (*columns, self.chosen_logps, self.rejected_logps)]).double()
 
 
 class Objective:
@@ -103,7 +72,9 @@ class Objective:
         self.routing: Routing | None = None
         """What the routers of a mixture did in the newest step."""
         self.ranks = RANKING_LOSS in config.loss_types
-        self.mix = None if self.ranks else resolve_loss(config.loss_types, config.loss_weights)
+        terms = config.terms
+        self.mix = None if self.ranks else resolve_loss(tuple(terms), tuple(terms.values()))
+        self.ld_alpha = None if config.ld_alpha == 1 else config.ld_alpha
 
     @property
     def needs_reference(self) -> bool:
@@ -114,15 +85,29 @@ class Objective:
         return self.mix is not None and self.mix.couples_pairs
 
     @property
+    def needs_token_logps(self) -> bool:
+        """Whether the log-probs come first and the loss of them then: ``linear_logps`` instead of the fused op."""
+        weighs_likelihood = self.ld_alpha is not None and self.mix is not None and self.mix.likelihood
+        return self.couples_pairs or self.config.use_weighting or weighs_likelihood
+
+    @property
+    def stats(self) -> tuple[str, ...]:
+        """Statistics of tokens to gather: those of metrics, and what WPO weighs pairs by."""
+        return (*self.token_stats, *(("log_sum_sq_probs",) if self.config.use_weighting else ()))
+
+    @property
+    def num_sums(self) -> int:
+        """Columns of what ``score_responses`` gives beside log-probs."""
+        return len(self.stats) + (self.ld_alpha is not None)
+
+    @property
     def against_several_pairs(self) -> str | None:
         """Why a group cannot stand for several pairs; None when it can."""
-        if not (self.ranks or self.couples_pairs):
+        if not (self.ranks or self.couples_pairs or self.ld_alpha is not None):
             return None
         needed = "ranking" if self.ranks else "best_worst"
-        return (
-            f"loss.loss_type {self.config.loss_name} does not take several pairs of one prompt: set data.scored_pairs "
-            f"to {needed}"
-        )
+        what = f"loss_type {self.config.loss_name}" if self.ranks or self.couples_pairs else "ld_alpha"
+        return f"loss.{what} does not take several pairs of one prompt: set data.scored_pairs to {needed}"
 
     def check_dataset(self, dataset: PreferenceDataset) -> None:
         """Raise a ``UserError`` when groups are not what the loss takes: pairs, or rankings."""
@@ -140,13 +125,17 @@ class Objective:
     def _options(self) -> dict[str, Any]:
         c = self.config
         return {
-            "loss_type": PAIR_LOSS if self.ranks else c.loss_types,
-            "loss_weights": c.loss_weights,
+            "loss_type": PAIR_LOSS if self.ranks else tuple(c.terms),
+            "loss_weights": None if self.ranks else tuple(c.terms.values()),
             "beta": c.beta,
             "label_smoothing": c.label_smoothing,
             "discopop_tau": c.discopop_tau,
             "simpo_gamma": c.simpo_gamma,
             "cpo_alpha": c.cpo_alpha,
+            "dpop_lambda": c.dpop_lambda,
+            "shift_lambda": c.shift_lambda,
+            "f_divergence_type": c.f_divergence_type,
+            "f_alpha_divergence_coef": c.f_alpha_divergence_coef,
         }
 
     def reference(self, batch: PackedBatch, stored_S: Tensor | None) -> Tensor | None:
@@ -155,21 +144,38 @@ class Objective:
             return self.live_reference(batch)
         return stored_S
 
+    def token_weights(self, batch: PackedBatch) -> Tensor | None:
+        """fp32 [N]: what log-probs of tokens are multiplied by before they are summed; None for nothing."""
+        if self.ld_alpha is None:
+            return None
+        return to_device(ld_token_weights(batch.cu_responses_S1, self.ld_alpha), batch.labels_N.device)
+
+    def response_logps(self, logps_N: Tensor, batch: PackedBatch) -> Tensor:
+        """fp32 [S], from the log-probs of tokens."""
+        weights_N = self.token_weights(batch)
+        return sum_responses(logps_N if weights_N is None else logps_N * weights_N, batch.lengths_S)
+
     def score_responses(
         self, routing: Routing, batch: PackedBatch, *, counts: bool = True
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(fp32 [S], log-probs; [S, K], detached sums of the K statistics of tokens; what ``routing`` adds to the
-        loss), in one product.
-        """
+        """(fp32 [S], log-probs; [S, num_sums], sums of statistics of tokens; what ``routing`` adds to the loss), in one
+        product. With weights of tokens the last column of sums has the log-probs without them, differentiable, too."""
         out, extra = routing.run(batch, lambda hidden, head: self._token_logps(hidden, head, batch), counts=counts)
-        return sum_responses(out.logps, batch.lengths_S), self._sums(out.stats, batch), extra
+        logps_S, sums_SK = self.response_logps(out.logps, batch), self._sums(out.stats, batch)
+        if self.ld_alpha is not None:
+            sums_SK = torch.cat([sums_SK, sum_responses(out.logps, batch.lengths_S)[:, None]], 1)
+        return logps_S, sums_SK, extra
+
+    def unweighted(self, logps_S: Tensor, sums_SK: Tensor) -> Tensor:
+        """Log-probs of responses without weights of tokens, from what ``score_responses`` gives."""
+        return logps_S if self.ld_alpha is None else sums_SK[:, -1]
 
     def _token_logps(self, hidden_ND: Tensor, head: Head, batch: PackedBatch) -> TokenLogps:
-        return linear_logps(hidden_ND, head.weight_VD, batch.labels_N, stats=self.token_stats, **head.options)
+        return linear_logps(hidden_ND, head.weight_VD, batch.labels_N, stats=self.stats, **head.options)
 
     def _sums(self, stats: Mapping[str, Tensor], batch: PackedBatch) -> Tensor:
-        """[S, K] over the tokens of each response."""
-        sums = [sum_responses(stats[name].float(), batch.lengths_S) for name in self.token_stats]
+        """[S, K] over the tokens of each response, of the statistics that are there."""
+        sums = [sum_responses(stats[name].float(), batch.lengths_S) for name in stats]
         return torch.stack(sums, 1) if sums else torch.zeros(batch.num_responses, 0, device=batch.labels_N.device)
 
     def score(
@@ -190,13 +196,14 @@ class Objective:
             lengths_S: completion tokens of each response.
             per_group: responses of each group.
             pairs_P2: (chosen, rejected) responses of each pair; None when groups are pairs or rankings.
-            sums_SK: of statistics of tokens, as ``score_responses`` gives them; None for none.
+            sums_SK: as ``score_responses`` gives them; None where nothing of it is asked for.
             mean_chosen_length: of the whole step, when this is a part of it.
         """
         sums_SK = logps_S.new_zeros(len(logps_S), 0) if sums_SK is None else sums_SK
+        stats_SK = sums_SK[:, : len(self.token_stats)].detach()
         if self.ranks:
             assert ref_S is not None
-            return self._score_rankings(logps_S, ref_S, lengths_S, per_group, sums_SK)
+            return self._score_rankings(logps_S, ref_S, lengths_S, per_group, stats_SK)
 
         def sides(values_S: Tensor | None) -> tuple[Any, Any]:
             if values_S is None:
@@ -206,6 +213,7 @@ class Objective:
             return values_S[pairs_P2[:, 0]], values_S[pairs_P2[:, 1]]
 
         (chosen, rejected), lengths = sides(logps_S), sides(lengths_S)
+        unweighted_S = self.unweighted(logps_S, sums_SK)
         out = preference_loss(
             chosen,
             rejected,
@@ -213,11 +221,20 @@ class Objective:
             chosen_lengths=lengths[0],
             rejected_lengths=lengths[1],
             mean_chosen_length=mean_chosen_length,
+            unweighted_chosen_logps=sides(unweighted_S)[0],
             **self._options(),
         )
-        tokens = _token_columns(sides(sums_SK), lengths)
+        losses = out.loss
+        if self.config.use_weighting:
+            losses = losses * torch.stack(sides(self._confidence(unweighted_S, sums_SK, lengths_S))).prod(0)
+        tokens = _token_columns(sides(stats_SK), lengths)
         logps = (chosen.detach(), rejected.detach())
-        return _scored_pairs(out.loss, out.chosen_rewards, out.rejected_rewards, *logps, tokens)
+        return _scored_pairs(losses, out.chosen_rewards, out.rejected_rewards, *logps, tokens)
+
+    def _confidence(self, unweighted_S: Tensor, sums_SK: Tensor, lengths_S: Tensor) -> Tensor:
+        """[S], detached: e^(mean over tokens of log p - log sum p^2). WPO, Zhou et al. 2024, arXiv 2406.11827."""
+        log_squares_S = sums_SK[:, len(self.token_stats)]
+        return ((unweighted_S - log_squares_S).detach() / lengths_S.clamp(min=1)).exp()
 
     def _score_rankings(
         self,
@@ -254,7 +271,9 @@ class Objective:
         if self.couples_pairs and (len(step.packs) > 1 or distributed.size() > 1):
             return self._backward_coupled(policy, step, self.routing)
         self.routing.look_ahead(step.packs)
-        fused = not self.couples_pairs and all(k == 2 for p in step.packs for k in p.batch.responses_per_group)
+        fused = not (self.couples_pairs or self.config.use_weighting) and all(
+            k == 2 for p in step.packs for k in p.batch.responses_per_group
+        )
         one_pass = self._backward_pairs if fused else self._backward_logps
         scores = one_pass(policy, step, self.routing)
         counted = [scored for pack, scored in zip(step.packs, scores, strict=True) if pack.counts]
@@ -274,7 +293,11 @@ class Objective:
             batch, ref_S = pack.batch, self.reference(pack.batch, pack.ref_logps_S)
             weights_P = None if pack.counts else torch.zeros(batch.num_groups, device=policy.device)
 
-            def objective(hidden_ND: Tensor, head: Head, batch=batch, ref_S=ref_S, weights_P=weights_P):
+            weights_N = self.token_weights(batch)
+
+            def objective(
+                hidden_ND: Tensor, head: Head, batch=batch, ref_S=ref_S, weights_P=weights_P, weights_N=weights_N
+            ):
                 return linear_dpo_loss(
                     hidden_ND,
                     head.weight_VD,
@@ -282,6 +305,7 @@ class Objective:
                     batch.cu_responses_S1,
                     ref_S,
                     pair_weights=weights_P,
+                    token_weights=weights_N,
                     reduction="sum",
                     stats=self.token_stats,
                     **head.options,
@@ -343,12 +367,13 @@ class Objective:
             stop = start + pack.batch.num_responses if pack.counts else start
             slopes = slopes_S[start:stop] if pack.counts else slopes_S.new_zeros(pack.batch.num_responses)
             logps_N, extra = routing.run(pack.batch, policy.logps_of(pack.batch), counts=pack.counts)
-            logps_S = sum_responses(logps_N, pack.batch.lengths_S)
+            logps_S = self.response_logps(logps_N, pack.batch)
             _plus((logps_S * slopes).sum(), extra).backward()
             start = stop
         own = Scored(*(column.detach()[first // 2 : start // 2] for column in scored))
         counted = ((p.batch, s) for p, s in zip(packs, token_sums, strict=True) if p.counts)
-        tokens = [_token_columns(_sides(s), _sides(batch.lengths_S)) for batch, s in counted]
+        K = len(self.token_stats)
+        tokens = [_token_columns(_sides(s[:, :K]), _sides(batch.lengths_S)) for batch, s in counted]
         return own._replace(tokens=torch.cat([self._nothing(policy.device).tokens, *tokens]))
 
 
@@ -375,14 +400,6 @@ def _token_columns(sums: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor]) 
         return sums[0].double()
     (entropy, logits, hits), (other_entropy, other_logits, _) = (side.double().unbind(1) for side in sums)
     return torch.stack([logits, other_logits, entropy + other_entropy, hits, *(n.double() for n in lengths)], 1)
-
-
-def _token_means(sums: Tensor) -> Tensor:
-    """The values of ``metrics.TOKEN_NAMES`` from the sum over groups; nothing from nothing."""
-    if not len(sums):
-        return sums
-    chosen, rejected = sums[4], sums[5]
-    return sums[:4] / torch.stack([chosen, rejected, chosen + rejected, chosen]).clamp(min=1)
 
 
 def _concatenated(parts: list[Scored]) -> Scored:

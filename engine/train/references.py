@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_kernels.chunks import sum_responses
-
 from .. import distributed
 from ..config.schema import ModelConfig, RunConfig
 from ..data.groups import PreferenceDataset
@@ -111,8 +109,13 @@ def prepare_references(
     if mode == "none":
         return References("none", "none: the loss has no reference", {})
     if mode == "live":
-        return _live_references(config, policy, datasets)
+        return _live_references(config, objective, policy, datasets)
     columns = {name: import_columns(dataset) for name, dataset in datasets.items()}
+    if objective.ld_alpha is not None and any(sums is not None for sums in columns.values()):
+        raise UserError(
+            "loss.ld_alpha weighs single tokens, and columns of reference log-probs hold sums: remove the columns to "
+            "have the log-probs computed, or set loss.ld_alpha to null"
+        )
     tables = {name: ReferenceTable(sums) for name, sums in columns.items() if sums is not None}
     own = config.reference.model_name_or_path is None
     reference = policy if own else load_reference(config, policy.device, list(datasets.values()))
@@ -128,12 +131,13 @@ def prepare_references(
     if absent:
         store = ReferenceStore(config.reference.store or default_store_path())
         sources.append(f"store {store.path}")
-        tables |= _stored_tables(config, reference, absent, store, say, progress)
+        tables |= _stored_tables(config, objective, reference, absent, store, say, progress)
     return References("stored", ", ".join(sources), tables, weights=weights)
 
 
 def _stored_tables(
     config: RunConfig,
+    objective: Objective,
     reference: Policy,
     datasets: dict[str, PreferenceDataset],
     store: ReferenceStore,
@@ -158,8 +162,13 @@ def _stored_tables(
         elif distributed.is_main() and (why := why_absent(store, identity)) is not None:
             say(f"reference log-probs: {why}")
         sums = load_ref_sums(dataset, store, identity.digest) if distributed.is_main() else []
-        tables[name] = ReferenceTable(distributed.broadcast(sums))
-        verify_rows(reference, dataset, tables[name].sums, **options)
+        sums = distributed.broadcast(sums)
+        verify_rows(reference, dataset, sums, **options)
+        if objective.ld_alpha is not None:
+            own = distributed.is_main()
+            given = {"ld_alpha": objective.ld_alpha}
+            sums = distributed.broadcast(load_ref_sums(dataset, store, identity.digest, **given) if own else [])
+        tables[name] = ReferenceTable(sums)
     return tables
 
 
@@ -202,27 +211,31 @@ def load_reference(config: RunConfig, device: torch.device, datasets: Sequence[P
         raise UserError(text if key in text else f"{key}: {text}") from error
 
 
-def _live_references(config: RunConfig, policy: Policy, datasets: dict[str, PreferenceDataset]) -> References:
+def _live_references(
+    config: RunConfig, objective: Objective, policy: Policy, datasets: dict[str, PreferenceDataset]
+) -> References:
     other = config.reference.model_name_or_path
     if policy.has_adapter and other is None:
         how = "its adapters off" if policy.reference_adapter is None else "the frozen copy of its adapter"
-        return References("live", f"live: the model with {how}", {}, live=lambda b: _live_sums(policy, b))
+        return References("live", f"live: the model with {how}", {}, live=lambda b: _live_sums(policy, b, objective))
     frozen = load_reference(config, policy.device, list(datasets.values()))
     frozen.requires_grad_(False)
     frozen.eval()
     name = other or config.model.model_name_or_path
     weights = None if other is None else weights_digest(frozen)
-    live = References("live", f"live: a frozen second model, {name}", {}, live=lambda b: _live_sums(frozen, b))
+    live = References(
+        "live", f"live: a frozen second model, {name}", {}, live=lambda b: _live_sums(frozen, b, objective)
+    )
     return replace(live, weights=weights)
 
 
-def _live_sums(policy: Policy, batch: PackedBatch) -> Tensor:
+def _live_sums(policy: Policy, batch: PackedBatch, objective: Objective) -> Tensor:
     with policy.reference_mode(), torch.no_grad():
-        return sum_responses(policy.logps(batch), batch.lengths_S)
+        return objective.response_logps(policy.logps(batch), batch)
 
 
 def check_first_loss(
-    policy: Policy, dataset: PreferenceDataset, table: ReferenceTable, *, beta: float, rows: int = 4
+    policy: Policy, dataset: PreferenceDataset, table: ReferenceTable, objective: Objective, *, rows: int = 4
 ) -> float:
     """The mean sigmoid loss of the shortest rows before step 1: ln 2 when the policy, as it trains, is its reference.
 
@@ -232,14 +245,14 @@ def check_first_loss(
     Raises:
         UserError: the loss is another one, by more than rounding explains.
     """
-    lengths = dataset.lengths
+    lengths, beta = dataset.lengths, objective.config.beta
     shortest = np.argsort(lengths.packed(share_prompts=True), kind="stable")[:rows].tolist()
     batch = build_batch([dataset[i] for i in shortest]).to(policy.device)
     training = policy.training
     policy.eval()
     try:
         with torch.no_grad():
-            logps_S = sum_responses(policy.logps(batch), batch.lengths_S).cpu()
+            logps_S = objective.response_logps(policy.logps(batch), batch).cpu()
     finally:
         policy.train(training)
     ratios_S = logps_S - torch.from_numpy(table.lookup(tuple(shortest)))

@@ -40,6 +40,8 @@ from .throughput import FlopModel, measure_matmul_rate
 
 _LENGTHS_SAVED = 50_000
 
+LOW_SIMPO_BETA = 0.5
+
 OnData = Callable[[dict[str, PreferenceDataset], torch.device], None]
 """Told of a run's data and device before anything is loaded on it."""
 
@@ -84,6 +86,12 @@ def check_settings(config: RunConfig) -> None:
     if config.optim.lr_scheduler_type in METRIC_SCHEDULES and config.train.eval_steps is None:
         raise UserError(f"optim.lr_scheduler_type {config.optim.lr_scheduler_type} needs train.eval_steps")
     resolve_mode(config, Objective(config.loss))
+    if "simpo" in config.loss.loss_types and config.loss.beta <= LOW_SIMPO_BETA:
+        log.warning(
+            "loss.beta %g is small for simpo, which compares log-probs per token: its authors take 2 to 10, and the "
+            "default of 0.1 is that of losses of whole responses",
+            config.loss.beta,
+        )
 
 
 def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | None = None) -> Setup:
@@ -139,7 +147,7 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
         device=device,
     )
     plan = summarize_plan(datasets["train"], config)
-    first_loss = _first_loss(config, policy, references, datasets["train"])
+    first_loss = _first_loss(config, policy, references, objective, datasets["train"])
     setup = Setup(
         config, tokenizer, policy, objective, references, datasets, lint, plan, feed, peak_flops, base, first_loss
     )
@@ -147,10 +155,12 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
     return setup
 
 
-def _first_loss(config: RunConfig, policy: Policy, references: References, dataset: PreferenceDataset) -> float | None:
+def _first_loss(
+    config: RunConfig, policy: Policy, references: References, objective: Objective, dataset: PreferenceDataset
+) -> float | None:
     if "train" not in references.tables or config.reference.model_name_or_path is not None:
         return None
-    return check_first_loss(policy, dataset, references.tables["train"], beta=config.loss.beta)
+    return check_first_loss(policy, dataset, references.tables["train"], objective)
 
 
 def _load_data(
@@ -216,7 +226,7 @@ def _process_words(setup: Setup) -> str:
 def _loss_op(setup: Setup) -> str:
     chosen = describe(setup.device, setup.policy.compute_dtype)
     objective = setup.objective
-    if objective.couples_pairs or (setup.datasets["train"].lengths.responses != 2).any():
+    if objective.needs_token_logps or (setup.datasets["train"].lengths.responses != 2).any():
         op, choice = "linear_logps", chosen.linear_logps
     else:
         op, choice = "linear_dpo_loss", chosen.linear_dpo_loss

@@ -29,6 +29,8 @@ class Case:
         wide = torch.promote_types(dtype, torch.float32)
         self.ref = -3 * torch.rand(S, dtype=wide)
         self.pair_weights = torch.rand(S // 2, dtype=wide)
+        self.margins = torch.rand(S // 2, dtype=wide)
+        self.token_weights = 2 * torch.rand(T, dtype=wide)
 
     def leaves(self, dtype: torch.dtype | None = None, trained=(1, 1, 1)) -> list[torch.Tensor]:
         tensors = (self.hidden, self.weight, self.bias)
@@ -36,12 +38,20 @@ class Case:
         return [t.requires_grad_(bool(need)) for t, need in zip(copies, trained, strict=True)]
 
 
-def compose(case: Case, leaves, *, loss_type, reduction="mean", pair_weights=None, softcap=None, **options):
+def compose(
+    case: Case, leaves, *, loss_type, reduction="mean", pair_weights=None, token_weights=None, softcap=None, **options
+):
     """Log-probs, sums, ``preference_loss``, reduction: one plain step after another."""
     hidden, weight, bias = leaves
     logps_T, _ = reference_logps(hidden, Head(weight, bias, softcap), case.labels)
     bounds = list(itertools.pairwise(case.cu.tolist()))
-    sums = torch.stack([logps_T[a:b].sum() for a, b in bounds]) if bounds else logps_T
+    weights = 1 if token_weights is None else token_weights.to(logps_T.dtype)
+    sums, likelihood = (
+        torch.stack([values[a:b].sum() for a, b in bounds]) if bounds else values
+        for values in (logps_T * weights, logps_T)
+    )
+    if options.get("margins") is not None:
+        options["margins"] = options["margins"].to(sums.dtype)
     lengths = torch.tensor([int((case.labels[a:b] != -100).sum()) for a, b in bounds], dtype=torch.int64)
     ref = case.ref.to(sums.dtype)
     out = preference_loss(
@@ -52,6 +62,7 @@ def compose(case: Case, leaves, *, loss_type, reduction="mean", pair_weights=Non
         loss_type=loss_type,
         chosen_lengths=lengths[0::2],
         rejected_lengths=lengths[1::2],
+        unweighted_chosen_logps=likelihood[0::2],
         **options,
     )
     loss = out.loss if pair_weights is None else out.loss * pair_weights.to(sums.dtype)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_kernels import LOSS_TYPES, preference_loss
-from dpo_kernels.losses import LossOptions, check_options, resolve_loss
+from dpo_kernels.losses import resolve_loss
+from dpo_kernels.pairs import LossOptions, check_options
 
 TRL_LOSSES = {
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -28,8 +29,8 @@ def some_pairs(num_pairs: int = 5, dtype: torch.dtype = torch.float64) -> dict[s
 
 
 def test_table_holds_every_loss() -> None:
-    assert set(LOSS_TYPES) == TRL_LOSSES | {"ipo_sum", "simpo", "orpo", "cpo"}
-    assert {name for name, t in LOSS_TYPES.items() if not t.needs_reference} == {"sft", "simpo", "orpo", "cpo"}
+    assert set(LOSS_TYPES) == TRL_LOSSES | {"ipo_sum", "simpo", "orpo", "cpo", "nll", "dpop", "dpo_shift"}
+    assert {name for name, t in LOSS_TYPES.items() if not t.needs_reference} == {"sft", "nll", "simpo", "orpo", "cpo"}
     assert {name for name, t in LOSS_TYPES.items() if t.couples_pairs} == {"aot", "aot_unpaired"}
     for name, loss_type in LOSS_TYPES.items():
         assert "arXiv" in (loss_type.function.__doc__ or "") or name == "sft"
@@ -232,8 +233,114 @@ def test_names_that_cannot_be_resolved(loss_type, weights, message: str) -> None
         (LossOptions(label_smoothing=0.5), "label_smoothing must be in"),
         (LossOptions(label_smoothing=-0.1), "label_smoothing must be in"),
         (LossOptions(discopop_tau=0.0), "discopop_tau must be positive"),
+        (LossOptions(dpop_lambda=-1.0), "dpop_lambda must not be negative; got -1.0"),
+        (LossOptions(shift_lambda=0.0), r"shift_lambda must be in \(0, 1\]; got 0.0"),
     ],
 )
 def test_numbers_out_of_range(options: LossOptions, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_options(options)
+
+
+def test_names_of_others() -> None:
+    for alias, name in (("dpo", "sigmoid"), ("dpo_norm", "sigmoid_norm")):
+        assert resolve_loss(alias) == resolve_loss(name)
+    assert resolve_loss(["dpo", "sft"]) == resolve_loss(["sigmoid", "sft"])
+
+
+def test_losses_that_keep_the_chosen_log_prob_up() -> None:
+    pairs = some_pairs()
+    pairs["ref_chosen_logps"] = pairs["chosen_logps"] - torch.tensor([3.0, -2.0, 0.5, -4.0, -1.0])
+    chosen = pairs["chosen_logps"] - pairs["ref_chosen_logps"]
+    rejected = pairs["rejected_logps"] - pairs["ref_rejected_logps"]
+    nll = preference_loss(**pairs, loss_type="nll").loss
+    torch.testing.assert_close(nll, -pairs["chosen_logps"] / pairs["chosen_lengths"])
+    dpop = preference_loss(**pairs, loss_type="dpop", beta=0.3, dpop_lambda=5.0)
+    fallen = torch.clamp(pairs["ref_chosen_logps"] - pairs["chosen_logps"], min=0)
+    torch.testing.assert_close(dpop.loss, -torch.log(torch.sigmoid(0.3 * (chosen - rejected - 5 * fallen))))
+    shift = preference_loss(**pairs, loss_type="dpo_shift", beta=0.3, shift_lambda=0.75)
+    torch.testing.assert_close(shift.loss, -torch.log(torch.sigmoid(0.3 * chosen - 0.3 * 0.75 * rejected)))
+    plain = preference_loss(**pairs, beta=0.3)
+    for name, options in (("dpop", {"dpop_lambda": 0.0}), ("dpo_shift", {"shift_lambda": 1.0})):
+        torch.testing.assert_close(preference_loss(**pairs, loss_type=name, beta=0.3, **options).loss, plain.loss)
+    torch.testing.assert_close(dpop.chosen_rewards, plain.chosen_rewards)
+
+
+@pytest.mark.parametrize("name", [name for name, t in LOSS_TYPES.items() if t.takes_margins])
+def test_margins_are_to_be_exceeded(name: str) -> None:
+    """A target margin m is what a reference would be whose chosen log-prob is m / beta higher; rewards do not move."""
+    pairs = some_pairs() | {name: torch.full((5,), 4) for name in ("chosen_lengths", "rejected_lengths")}
+    margins = torch.rand(5, dtype=torch.float64)
+    found = preference_loss(**pairs, loss_type=name, beta=0.4, margins=margins)
+    per_token = 4 if name in ("sigmoid_norm", "simpo") else 1
+    side = "chosen_logps" if name == "simpo" else "ref_chosen_logps"
+    moved = pairs | {side: pairs[side] + (-1 if name == "simpo" else 1) * per_token * margins / 0.4}
+    torch.testing.assert_close(found.loss, preference_loss(**moved, loss_type=name, beta=0.4).loss)
+    torch.testing.assert_close(found.chosen_rewards, preference_loss(**pairs, loss_type=name, beta=0.4).chosen_rewards)
+    assert torch.equal(
+        preference_loss(**pairs, loss_type=name, margins=0 * margins).loss,
+        preference_loss(**pairs, loss_type=name).loss,
+    )
+
+
+DIVERGENCES = {
+    "reverse_kl": lambda t: t * t.log(),
+    "forward_kl": lambda t: -t.log(),
+    "js_divergence": lambda t: t * t.log() - (t + 1) * ((t + 1) / 2).log(),
+    "alpha_divergence": lambda t: (t**0.7 - 0.7 * t - 0.3) / (0.7 * (0.7 - 1)),
+}
+"""Generators f of the divergences, for alpha 0.7. Their derivatives are scores but for constants, which cancel."""
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "exo_pair", "robust", "discopop", "ipo_sum"])
+def test_scores_are_derivatives_of_the_divergence(kind: str, name: str) -> None:
+    pairs = some_pairs()
+    sides = []
+    for side in ("chosen", "rejected"):
+        ratio = ((pairs[f"{side}_logps"] - pairs[f"ref_{side}_logps"]) / 5).requires_grad_()
+        density = ratio.exp()
+        (slope,) = torch.autograd.grad(DIVERGENCES[kind](density).sum(), density)
+        pairs[f"{side}_logps"], pairs[f"ref_{side}_logps"] = ratio.detach(), torch.zeros_like(ratio)
+        sides.append(slope.detach())
+    options = {"loss_type": name, "beta": 0.6}
+    found = preference_loss(**pairs, f_divergence_type=kind, f_alpha_divergence_coef=0.7, **options)
+    zeros = torch.zeros(5, dtype=torch.float64)
+    torch.testing.assert_close(found.loss, preference_loss(*sides, zeros, zeros, **options).loss)
+    torch.testing.assert_close(found.chosen_rewards, 0.6 * pairs["chosen_logps"])
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_gradients_of_scores(kind: str) -> None:
+    pairs = some_pairs()
+    inputs = [v.requires_grad_() for v in pairs.values() if v.is_floating_point()]
+    lengths = {k: pairs[k] for k in ("chosen_lengths", "rejected_lengths")}
+    for name in (name for name, t in LOSS_TYPES.items() if t.takes_divergence):
+
+        def loss(*tensors, name=name):
+            return preference_loss(*tensors, loss_type=name, beta=0.3, f_divergence_type=kind, **lengths).loss
+
+        assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_an_alpha_divergence_at_one_is_dpo_and_does_not_overflow() -> None:
+    pairs = some_pairs()
+    limit = preference_loss(**pairs, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1.0)
+    assert torch.equal(limit.loss, preference_loss(**pairs).loss)
+    far = torch.tensor([-1e4], requires_grad=True)
+    nothing = torch.zeros(1)
+    out = preference_loss(far, nothing, nothing, nothing, f_divergence_type="alpha_divergence", beta=0.1)
+    out.loss.backward()
+    assert out.loss.isfinite().all()
+    assert far.grad.isfinite().all()
+
+
+def test_options_without_a_meaning_are_refused() -> None:
+    pairs = some_pairs()
+    with pytest.raises(ValueError, match="no meaning for apo_zero: what does not cancel there cancels in sigm"):
+        preference_loss(**pairs, loss_type="apo_zero", f_divergence_type="forward_kl")
+    with pytest.raises(ValueError, match="margins have no meaning for aot; losses with a target margin: sigmoid"):
+        preference_loss(**pairs, loss_type=["sigmoid", "aot"], margins=torch.zeros(5))
+    with pytest.raises(ValueError, match=r"f_divergence_type must be one of reverse_kl, .*; got 'kl'"):
+        preference_loss(**pairs, f_divergence_type="kl")
+    preference_loss(**pairs, loss_type=["sigmoid", "sft", "nll"], margins=torch.zeros(5))

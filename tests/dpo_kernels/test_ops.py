@@ -71,6 +71,14 @@ def test_opcheck_linear_dpo(dtype: torch.dtype, impl: str) -> None:
                 *((None, "is_top1,entropy") if mean else ()),
             ),
         )
+    constants = (None, "", torch.rand(2), torch.rand(11))
+    opcheck(
+        linear_dpo_op,
+        (
+            *(hidden, weight, labels, cu, ref, lengths, None, torch.rand(2), bias, "sigmoid,hinge", [1.0, 0.5]),
+            *([*LOSS_OPTIONS, 3.0, 0.9, 2, 0.5], True, 3.0, 1.5, 0.8, -100, impl, True, True, True, *constants),
+        ),
+    )
 
 
 def test_opcheck_response_sums() -> None:
@@ -81,6 +89,14 @@ def test_opcheck_response_sums() -> None:
 def dpo(hidden, weight, labels, cu, ref, bias, loss_type, reduction):
     out = linear_dpo_loss(
         hidden, weight, labels, cu, ref, bias=bias, loss_type=loss_type, reduction=reduction, softcap=3.0
+    )
+    return (out.loss * 1.5).sum(), out.logps, out.chosen_rewards
+
+
+def dpo_with_constants(hidden, weight, labels, cu, ref, bias, loss_type, reduction):
+    options = {"token_weights": hidden.detach()[:, 0].abs(), "margins": ref[::2].abs(), "reduction": reduction}
+    out = linear_dpo_loss(
+        hidden, weight, labels, cu, ref, bias=bias, loss_type=loss_type, f_divergence_type="js_divergence", **options
     )
     return (out.loss * 1.5).sum(), out.logps, out.chosen_rewards
 
@@ -109,6 +125,7 @@ def logps_with_stats(hidden, weight, labels, cu, ref, bias, loss_type, reduction
         (dpo, "sigmoid", "mean", False, "inductor"),
         (dpo, "sigmoid", "mean", True, "aot_eager"),
         (dpo_with_stats, "sigmoid", "mean", False, "aot_eager"),
+        (dpo_with_constants, "sigmoid", "mean", False, "aot_eager"),
         (dpo, "sft", "none", False, "aot_eager"),
         (dpo, "aot", "sum", False, "aot_eager"),
     ],

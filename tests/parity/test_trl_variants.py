@@ -43,6 +43,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "the tail of the longer response counts less": {"ld_alpha": 0.3},
+    "and nothing, beside a likelihood": {"ld_alpha": 0.0, "loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.5]},
+    "per token": {"ld_alpha": 0.5, "loss_type": "sigmoid_norm"},
+    "pairs weighed by their probability": {"use_weighting": True},
+    "weighed, with a tail that counts less": {"use_weighting": True, "ld_alpha": 0.5, "loss_type": "ipo"},
+    "forward KL": {"f_divergence_type": "forward_kl"},
+    "Jensen-Shannon": {"f_divergence_type": "js_divergence", "loss_type": "sigmoid_norm"},
+    "alpha-divergence": {
+        "f_divergence_type": "alpha_divergence",
+        "f_alpha_divergence_coef": 0.7,
+        "loss_type": "robust",
+    },
+}
+"""Keys of ``loss`` under TRL's names."""
+GENTLE = {"forward KL", "alpha-divergence"}
+"""Their scores are exponentials: at the full learning rate gradients of hundreds carry rounding along."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _assumed_peak():
@@ -80,7 +98,8 @@ def make_config(model_dir: Path, data_file: Path, tmp_path: Path):
             "model": {**model, **variant.get("model", {})},
             "data": {"dataset_name": str(data_file), "max_length": 160},
             "packing": {"pairs_per_step": PAIRS, "shuffle": False, **variant.get("packing", {})},
-            "optim": {"learning_rate": LEARNING_RATE},
+            "loss": variant.get("loss", {}),
+            "optim": {"learning_rate": variant.get("learning_rate", LEARNING_RATE)},
             "reference": {"store": str(tmp_path / "store")},
             "train": {
                 **{"output_dir": str(tmp_path / "run"), "max_steps": STEPS, "logging_steps": 1, "report_to": []},
@@ -99,9 +118,8 @@ def run_trl(model_dir: Path, data_file: Path, work_dir: Path, **options: Any) ->
         work_dir,
         pairs_per_step=PAIRS,
         max_steps=STEPS,
-        learning_rate=LEARNING_RATE,
         max_length=160,
-        **options,
+        **{"learning_rate": LEARNING_RATE, **options},
     )
 
 
@@ -154,6 +172,20 @@ def test_twenty_steps_equal_trl(name, make_config, model_dir, data_file, tmp_pat
     assert min(losses) < 0.9 * losses[0], "the runs must move for their equality to mean anything"
     if config.model.lora:
         assert_same_adapter(tmp_path / "run", trl_run)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_the_loss_equal_trl(name, make_config, model_dir, data_file, tmp_path):
+    options, learning_rate = OPTIONS[name], LEARNING_RATE / 5 if name in GENTLE else LEARNING_RATE
+    train(make_config({"loss": options, "packing": SMALL_PACKS, "learning_rate": learning_rate}))
+    types = options.get("loss_type", "sigmoid")
+    theirs = {**options, "loss_type": types if isinstance(types, list) else [types], "learning_rate": learning_rate}
+    trl_run = run_trl(model_dir, data_file, tmp_path, **theirs)
+    assert_same_trajectory(tmp_path / "run", trl_run)
+    losses = [row["loss"] for row in trl_run.log_history]
+    assert abs(min(losses) - losses[0]) > 0.05 * abs(losses[0]), (
+        "the runs must move for their equality to mean anything"
+    )
 
 
 def test_a_continued_adapter_equals_trl(make_config, model_dir, data_file, tmp_path):

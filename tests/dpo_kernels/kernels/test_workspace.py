@@ -23,7 +23,8 @@ from dpo_kernels.linear_dpo.interface import PairScorer, Want
 from dpo_kernels.linear_logps import tile_filter, triton_tiles
 from dpo_kernels.linear_logps.interface import Want as LogpsWant
 from dpo_kernels.linear_logps.stats import STATS
-from dpo_kernels.losses import LossOptions, resolve_loss
+from dpo_kernels.losses import resolve_loss
+from dpo_kernels.pairs import LossOptions
 
 
 class LiveBytes(TorchDispatchMode):

@@ -119,7 +119,7 @@ def test_a_realistic_file_explains_what_it_drops_and_changes(convert):
     assert set(changed) == {"no_remove_unused_columns", "max_prompt_length", "rpo_alpha"}
     assert "did you mean remove_unused_columns?" in changed["no_remove_unused_columns"]
     assert "removed from TRL" in changed["max_prompt_length"]
-    assert "[sigmoid, sft]" in changed["rpo_alpha"]
+    assert "every response counts alike" in changed["rpo_alpha"]
     assert "TRL ignores it for sigmoid" in same["label_smoothing"]
     assert "pairs_per_step 16" in same["per_device_train_batch_size"]
     assert "packs hold no padding" in same["padding_free"]

@@ -101,7 +101,7 @@ def test_paths_are_left_as_they_are(load):
         (BASE + "packing: {pairs_per_step: '8'}\n", ["packing.pairs_per_step", "an integer", "the string '8'"]),
         (BASE + "packing: {shuffle: 1}\n", ["packing.shuffle", "true or false", "the integer 1"]),
         (BASE + "loss: {loss_type: sigmod}\n", ["loss.loss_type", "one of sigmoid", "did you mean sigmoid?"]),
-        (BASE + "loss: {loss_type: dpo}\n", ["loss.loss_type", "did you mean sigmoid?"]),
+        (BASE + "loss: {loss_type: sigmoyd}\n", ["loss.loss_type", "did you mean sigmoid?"]),
         (BASE + "train: {report_to: [wandbb]}\n", ["train.report_to", "a list (one of tensorboard, wandb, none)"]),
         (BASE + "train: {report_to: [none, wandb]}\n", ["train.report_to none stands alone"]),
         (BASE + "loss: 3\n", ["line 3: loss", "expected a mapping", "the integer 3"]),
@@ -250,6 +250,9 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "data.max_length": st.none() | st.integers(2, 10**9),
         "loss.loss_type": st.sampled_from(["sigmoid", "simpo", "cpo", ["sigmoid", "sft"]]),
         "loss.loss_weights": st.none(),
+        "loss.f_divergence_type": st.just("reverse_kl"),
+        "loss.ld_alpha": st.none() | st.floats(0, 1),
+        "loss.shift_lambda": st.floats(0, 1, exclude_min=True),
         "loss.label_smoothing": st.floats(0, 0.49),
         "optim.warmup_steps": st.floats(0, 0.999) | st.integers(0, 10**6),
         "optim.lr_scheduler_kwargs": st.none()

@@ -9,24 +9,63 @@ import pytest
 import torch
 
 from dpo_kernels import LOSS_TYPES, preference_loss
+from dpo_kernels.losses import ALIASES
 from engine.config.fields import dataclass_in, iter_keys, type_hints
 from engine.config.help import config_help, field_docs
-from engine.config.schema import (
+from engine.config.losses import (
+    DIVERGENCE_LOSSES,
+    LIKELIHOOD_LOSSES,
+    LOSS_ALIASES,
     REFERENCE_FREE_LOSSES,
     SMOOTHED_LOSSES,
     LossConfig,
     LossType,
+)
+from engine.config.schema import (
     OptimConfig,
     RunConfig,
     SchedulerType,
     TrainConfig,
 )
 
-PAIR_LOSSES = tuple(name for name in typing.get_args(LossType) if name != "plackett_luce")
+PAIR_LOSSES = tuple(name for name in typing.get_args(LossType) if name not in ("plackett_luce", *LOSS_ALIASES))
 
 
 def test_loss_names_are_those_of_the_table():
     assert set(PAIR_LOSSES) == set(LOSS_TYPES)
+
+
+def test_what_losses_take_is_what_the_table_says():
+    assert dict(ALIASES) == LOSS_ALIASES
+    assert {name for name, t in LOSS_TYPES.items() if t.takes_divergence} == DIVERGENCE_LOSSES
+    assert {name for name, t in LOSS_TYPES.items() if t.likelihood} == LIKELIHOOD_LOSSES
+
+
+def test_names_of_others_are_one_loss():
+    assert LossConfig(loss_type="dpo") == LossConfig()
+    assert LossConfig(loss_type=("dpo", "sft")) == LossConfig(loss_type=("sigmoid", "sft"))
+    assert LossConfig(loss_type="dpo_norm").loss_name == "sigmoid_norm"
+    assert LossConfig(rpo_alpha=0.2).terms == {"sigmoid": 1.0, "nll": 0.2}
+    mixed = LossConfig(loss_type=("sigmoid", "nll"), loss_weights=(1.0, 0.5), rpo_alpha=0.2)
+    assert mixed.terms == {"sigmoid": 1.0, "nll": pytest.approx(0.7)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"f_divergence_type": "forward_kl", "loss_type": "apo_zero"}, "has no meaning for loss_type apo_zero"),
+        ({"ld_alpha": 1.5}, r"loss.ld_alpha must be in \[0, 1\] or null, got 1.5"),
+        ({"rpo_alpha": 0.0}, "loss.rpo_alpha must be positive or null, got 0.0"),
+        ({"use_weighting": True, "loss_type": "aot"}, "loss.use_weighting has no meaning for aot"),
+        ({"ld_alpha": 0.5, "loss_type": "plackett_luce"}, "loss.ld_alpha is for pairs"),
+        ({"ld_alpha": 0.5, "loss_type": ("aot", "sft")}, r"loss.ld_alpha is not supported with aot \+ sft"),
+        ({"shift_lambda": 1.5}, r"loss.shift_lambda must be in \(0, 1\], got 1.5"),
+        ({"dpop_lambda": -1.0}, "loss.dpop_lambda must not be negative, got -1.0"),
+    ],
+)
+def test_options_that_a_loss_does_not_take(options, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**options)
 
 
 def test_schedules_are_those_of_transformers():

@@ -17,7 +17,8 @@ from dpo_kernels.linear_dpo import torch_chunks as dpo_chunks
 from dpo_kernels.linear_dpo.interface import PairScorer, Want
 from dpo_kernels.linear_logps import torch_chunks as logps_chunks
 from dpo_kernels.linear_logps.interface import Want as LogpsWant
-from dpo_kernels.losses import LossOptions, resolve_loss
+from dpo_kernels.losses import resolve_loss
+from dpo_kernels.pairs import LossOptions
 from engine.config import load_config
 from engine.data import load_dataset_groups
 from engine.forecast import forecast_memory, memory

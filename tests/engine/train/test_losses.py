@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dpo_kernels.losses import LOSS_TYPES
-from engine.config.schema import REFERENCE_FREE_LOSSES
+from engine.config.losses import REFERENCE_FREE_LOSSES
 from engine.train.loop import train
 from tests.engine.train.conftest import assert_same_trajectory
 

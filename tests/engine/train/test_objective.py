@@ -11,7 +11,8 @@ import torch
 from dpo_kernels import plackett_luce_loss, preference_loss
 from dpo_kernels.chunks import sum_responses
 from dpo_kernels.losses import LOSS_TYPES
-from engine.config.schema import SMOOTHED_LOSSES, LoraConfig, LossConfig, ModelConfig, PackingConfig, TrainConfig
+from engine.config.losses import SMOOTHED_LOSSES
+from engine.config.schema import LoraConfig, LossConfig, ModelConfig, PackingConfig, TrainConfig
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError
 from engine.model import Policy, load_policy

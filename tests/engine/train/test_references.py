@@ -73,13 +73,15 @@ def test_first_loss_is_ln2_and_anything_else_stops(loaded):
     config, policy, dataset = loaded
     prepare_references(config, policy, Objective(LossConfig()), {"train": dataset}, say=lambda text: None)
     sums = load_ref_sums(dataset, ReferenceStore(config.reference.store), model_digest(policy))
-    assert check_first_loss(policy, dataset, ReferenceTable(sums), beta=0.1) == pytest.approx(math.log(2), abs=1e-6)
+    assert check_first_loss(policy, dataset, ReferenceTable(sums), Objective(LossConfig())) == pytest.approx(
+        math.log(2), abs=1e-6
+    )
     wrong = ReferenceTable([(chosen + 1.0, rejected) for chosen, rejected in sums])
     with pytest.raises(UserError, match=r"start-up check: the sigmoid loss of rows .* is 0\.74.*not ln 2"):
-        check_first_loss(policy, dataset, wrong, beta=0.1)
+        check_first_loss(policy, dataset, wrong, Objective(LossConfig()))
     not_a_number = ReferenceTable([(math.nan, rejected) for _, rejected in sums])
     with pytest.raises(UserError, match="start-up check"):
-        check_first_loss(policy, dataset, not_a_number, beta=0.1)
+        check_first_loss(policy, dataset, not_a_number, Objective(LossConfig()))
 
 
 def test_another_reference_model_stored_or_live_is_the_same(make_config, rows_of, other_model, tmp_path):

@@ -191,6 +191,22 @@ def test_a_split_pair_is_summed_in_float32(lengths, monkeypatch):
     assert set(seen) == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [14, 10_000])
+@pytest.mark.parametrize("largest", [2.0, 1e4])
+def test_weights_of_tokens_and_margins(largest, rows, dtype, monkeypatch):
+    """Whole pairs and split ones; weights beyond what float16 would hold times a slope."""
+    monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: rows)
+    case = Case((5, 9, 40, 61, 0, 3, 1, 1), D=2 if rows == 14 else 24, dtype=dtype)
+    weights, margins = largest * torch.rand(sum((5, 9, 40, 61, 0, 3, 1, 1))), torch.rand(4)
+    case.ref_S = case.ref_S * largest
+    compare(case, "loss", token_weights=weights, margins=margins, beta=0.1 / largest)
+
+
+def test_divergences():
+    compare(Case((5, 9, 1, 7)), "loss", f_divergence_type="js_divergence", loss_type=("sigmoid", "dpo_norm"))
+
+
 def test_only_long_pairs(monkeypatch):
     monkeypatch.setattr(triton_pairs, "chunk_rows", lambda *a, **k: 10)
     compare(Case((40, 0, 21, 30, 0, 25), D=2), "loss")

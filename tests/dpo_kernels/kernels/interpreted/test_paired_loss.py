@@ -7,18 +7,21 @@ import itertools
 import pytest
 import torch
 
-from dpo_kernels.kernels.paired_loss import KERNEL_LOSSES, PairTerms, launch_pairs
+from dpo_kernels.kernels.paired_loss import KERNEL_LOSSES, PairTerms, launch_pairs, loss_numbers
 from dpo_kernels.linear_dpo.interface import make_pairs
-from dpo_kernels.losses import LOSS_TYPES, LossOptions, resolve_loss
+from dpo_kernels.losses import LOSS_TYPES, resolve_loss
+from dpo_kernels.pairs import F_DIVERGENCES, LossOptions
 
-OPTIONS = LossOptions(beta=0.3, label_smoothing=0.1, discopop_tau=0.2, simpo_gamma=0.4, cpo_alpha=0.7)
+OPTIONS = LossOptions(beta=0.3, label_smoothing=0.1, discopop_tau=0.2, simpo_gamma=0.4, cpo_alpha=0.7, dpop_lambda=3.0)
 UNEVEN = (5, 9, 1, 7, 0, 3, 1, 1)
 
 
 class Batch:
     """Log-probs of rows, their responses, and the terms of a loss."""
 
-    def __init__(self, lengths=UNEVEN, names=("sigmoid",), weights=None, options=OPTIONS, offset: float = 0.0):
+    def __init__(
+        self, lengths=UNEVEN, names=("sigmoid",), weights=None, options=OPTIONS, offset: float = 0.0, margins_P=None
+    ):
         self.mix = resolve_loss(names, weights)
         self.lengths = torch.tensor(lengths)
         self.cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -30,13 +33,15 @@ class Batch:
         self.terms = PairTerms(
             names=tuple(t.name for t in self.mix.types),
             weights=self.mix.weights,
-            **options._asdict(),
+            **loss_numbers(options),
             ref_logps_S=self.ref_S if self.mix.needs_reference else None,
             lengths_S=self.lengths.float() if self.mix.needs_lengths else None,
             mean_length=torch.tensor(3.5),
             scale_P=self.scale_P,
             cu_S1=self.cu,
+            margins_P=margins_P,
         )
+        self.margins_P = margins_P
 
     def launch(self, first_pair: int = 0, num_pairs: int | None = None):
         """All pairs, or some, whose rows then begin at 0."""
@@ -50,7 +55,9 @@ class Batch:
         rows = self.logps_T.to(dtype)
         sums = torch.stack([part.sum() for part in rows.split(self.lengths.tolist())]).requires_grad_()
         ref = self.ref_S.to(dtype) if self.mix.needs_reference else None
-        pairs = make_pairs(sums, ref, self.lengths.to(dtype), torch.tensor(3.5, dtype=dtype), self.options)
+        pairs = make_pairs(
+            sums, ref, self.lengths.to(dtype), torch.tensor(3.5, dtype=dtype), self.options, self.margins_P
+        )
         losses = self.mix.losses(pairs)
         (slopes,) = torch.autograd.grad((losses * self.scale_P.to(dtype)).sum(), sums)
         return losses.detach(), sums.detach(), slopes
@@ -76,7 +83,7 @@ def test_losses(name):
     compare(Batch(names=name))
 
 
-@pytest.mark.parametrize("name", [n for n in KERNEL_LOSSES if n not in ("orpo", "simpo", "cpo", "sft")])
+@pytest.mark.parametrize("name", [n for n in KERNEL_LOSSES if n not in ("orpo", "simpo", "cpo", "sft", "nll")])
 @pytest.mark.parametrize("offset", [-40.0, 40.0, -400.0, 400.0])
 def test_saturated_margins(name, offset):
     compare(Batch(names=name, offset=offset))
@@ -88,8 +95,8 @@ def test_saturated_margins(name, offset):
 def test_numbers_that_are_not_finite(name, smoothing, value):
     """Loss and slopes are nan, or infinite, where the table's are: from log-probs, references and weights of pairs."""
     places = [("logps_T", [0]), ("logps_T", [2]), ("logps_T", [0, 2]), ("ref_S", [0]), ("ref_S", [1])]
-    # sft knows nothing of the rejected response, whose slope here is 0 times the weight.
-    if value != value and name != "sft":
+    # sft and nll know nothing of the rejected response, whose slope here is 0 times the weight.
+    if value != value and name not in ("sft", "nll"):
         places.append(("scale_P", [0]))
     for field, where in places:
         batch = Batch((2, 2, 1, 1), names=name, options=LossOptions(beta=0.3, label_smoothing=smoothing))
@@ -97,6 +104,28 @@ def test_numbers_that_are_not_finite(name, smoothing, value):
         got, expected = batch.launch(), batch.expected(torch.float32)
         for found, other in ((got.losses_P, expected[0]), (got.slopes_S, expected[2])):
             torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", F_DIVERGENCES)
+@pytest.mark.parametrize("name", [n for n in KERNEL_LOSSES if LOSS_TYPES[n].takes_divergence])
+def test_scores_of_other_divergences(name, kind):
+    compare(Batch(names=name, options=OPTIONS._replace(f_divergence=F_DIVERGENCES.index(kind), f_alpha=0.3)))
+
+
+@pytest.mark.parametrize("f_alpha", [0.3, 1.0, 2.5])
+def test_an_exponent_that_is_cut_off(f_alpha):
+    """Ratios of 400 nats: the score is huge and flat where it would not be a number."""
+    options = LossOptions(beta=0.3, f_divergence=F_DIVERGENCES.index("alpha_divergence"), f_alpha=f_alpha)
+    for offset in (-400.0, 400.0):
+        compare(Batch(names="sigmoid", options=options, offset=offset), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", [n for n in KERNEL_LOSSES if LOSS_TYPES[n].takes_margins])
+def test_target_margins(name):
+    batch = Batch(names=(name, "nll"), margins_P=torch.rand(len(UNEVEN) // 2))
+    compare(batch)
+    part, whole = batch.launch(1, 2), batch.launch()
+    assert torch.equal(part.losses_P, whole.losses_P[1:3])
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "exo_pair", "simpo", "cpo"])
