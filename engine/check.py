@@ -14,9 +14,10 @@ from .data.groups import PreferenceGroup
 from .data.lint import LintReport
 from .data.read import Split, stream_groups
 from .data.tokenize import Encoder
-from .errors import UserError
+from .errors import RowError, UserError
 from .inputs import check_inputs
 from .model.load import load_tokenizer
+from .model.sources import num_embeddings
 from .packing.plan import group_sizes
 from .train.objective import Objective
 
@@ -53,7 +54,9 @@ def check(config: RunConfig) -> Checked:
     """
     check_inputs(config, tokenizer_only=True)
     tokenizer = load_tokenizer(config.model)
-    parts = [f"chat template: {Encoder(tokenizer, config.data).template_origin}"]
+    encoder = Encoder(tokenizer, config.data)
+    dated = "; it writes today's date, which a run pins (data.template_date)" if encoder.writes_date else ""
+    parts = [f"chat template: {encoder.template_origin}{dated}"]
     splits: tuple[Split, ...] = ("train", "eval") if config.data.eval_dataset_name else ("train",)
     reports: dict[Split, LintReport] = {}
     obstacles: list[str] = []
@@ -67,6 +70,7 @@ def check(config: RunConfig) -> Checked:
 
 def _check_split(config: RunConfig, tokenizer, split: Split) -> tuple[str, LintReport, list[str]]:
     groups, report = stream_groups(config.data, tokenizer, split=split, tolerant=True)
+    embeddings = num_embeddings(config.model)
     shown: PreferenceGroup | None = None
     lengths: dict[str, array[int]] = {}
     several_pairs = False
@@ -80,6 +84,10 @@ def _check_split(config: RunConfig, tokenizer, split: Split) -> tuple[str, LintR
             lengths.setdefault(name, array("i")).append(len(ids))
         for problem in _run_faults(group, config):
             report.add(problem, group.row)
+        largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids))
+        if embeddings is not None and largest >= embeddings:
+            message = f"row {group.row}: token {largest} is outside the {embeddings:,} embeddings of the model"
+            report.refuse(RowError("beyond_embedding", message), group.row)
     parts = [report.format()]
     if SHOWN_BY in parts[0]:
         parts.append(layouts())

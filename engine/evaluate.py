@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from . import distributed
+from .config import load_config
 from .config.schema import ModelConfig, RunConfig
 from .data import load_dataset_groups
 from .data.groups import PreferenceDataset
@@ -21,7 +22,8 @@ from .model.adapters import import_peft
 from .model.load import shapes_alone
 from .model.quantization import check_quantization
 from .packing import check_fits
-from .run_folder import AS_TRAINED, EVALUATION_FILE, METRICS_FILE, read_record
+from .reference.template_date import with_template_date
+from .run_folder import AS_TRAINED, CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, read_record
 from .train.evaluation import evaluate_policy, format_evaluation, write_evaluation
 from .train.objective import Objective
 from .train.references import full_model, prepare_references
@@ -54,6 +56,7 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     own = [] if model_path is None else [partial(check_folder, model_path, "--model ")]
     raise_all([*own, partial(check_inputs, config, splits=("eval",))])
     tokenizer = load_tokenizer(config.model)
+    config = with_template_date(config, tokenizer, None if model_path is None else _date_of(Path(model_path)))
     dataset, _ = load_dataset_groups(config.data, tokenizer, split="eval")
     packing = config.packing
     check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts)
@@ -67,6 +70,12 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     if distributed.is_main() and model_path is not None and (Path(model_path) / METRICS_FILE).exists():
         write_evaluation(Path(model_path), values | _as_trained(Path(model_path), values), elsewhere=_RERUN)
     return values
+
+
+def _date_of(run: Path) -> str | None:
+    """The date that a run's chat template was rendered with."""
+    written = run / CONFIG_FILE
+    return load_config(written).data.template_date if written.exists() else None
 
 
 def _load_both(config: RunConfig, model_path: str | None, dataset: PreferenceDataset) -> tuple[Policy, Policy]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from . import distributed
 from .config.losses import REFERENCE_FREE_LOSSES
@@ -26,6 +27,7 @@ from .reference import (
 )
 from .reference.columns import check_export_path, check_export_row
 from .reference.keys import ModelIdentity
+from .reference.template_date import with_template_date
 from .train.references import load_reference, reference_model
 
 VERIFIED_ROWS = 256
@@ -60,7 +62,9 @@ def fill_store(config: RunConfig, export: Path | None = None) -> None:
     Raises:
         UserError: whatever the user can correct.
     """
-    datasets = _datasets(config)
+    tokenizer = load_tokenizer(config.model)
+    config = with_template_date(config, tokenizer)
+    datasets = _datasets(config, tokenizer)
     reference = _reference_policy(config, datasets)
     identity = identify(reference)
     store = ReferenceStore(config.reference.store or default_store_path())
@@ -77,7 +81,9 @@ def check_columns(config: RunConfig) -> None:
     Raises:
         UserError: no dataset has any, or they are not those of the reference model.
     """
-    datasets = _datasets(config)
+    tokenizer = load_tokenizer(config.model)
+    config = with_template_date(config, tokenizer)
+    datasets = _datasets(config, tokenizer)
     found = {name: sums for name, dataset in datasets.items() if (sums := import_columns(dataset)) is not None}
     if not found:
         raise UserError(f"{config.data.dataset_name} has no columns ref_chosen_logps and ref_rejected_logps")
@@ -95,8 +101,7 @@ def check_columns(config: RunConfig) -> None:
         distributed.say(f"{name}: the reference columns fit the model ({count:,} rows recomputed); training uses them")
 
 
-def _datasets(config: RunConfig) -> dict[str, PreferenceDataset]:
-    tokenizer = load_tokenizer(config.model)
+def _datasets(config: RunConfig, tokenizer: Any) -> dict[str, PreferenceDataset]:
     datasets = {"train": load_dataset_groups(config.data, tokenizer, split="train")[0]}
     if config.data.eval_dataset_name is not None:
         datasets["eval"] = load_dataset_groups(config.data, tokenizer, split="eval")[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Literal
 
 from .losses import REFERENCE_FREE_LOSSES, LossConfig
@@ -25,6 +26,13 @@ COLUMN_PARTS = (
     "chat_template_kwargs",
 )  # fmt: skip
 """Parts of a row that ``data.columns`` may name a column for."""
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +137,9 @@ class DataConfig:
     """Pairs whose scores differ by less are left out, and so are ties."""
     chat_template: str = "auto"
     """auto (the tokenizer's, when it has one), none (plain text), or a path to a Jinja file."""
+    template_date: str | None = None
+    """The day, such as 2026-11-26, for a chat template that writes today's date; null is that of the run, of its
+    reference store, or, at the first, today."""
     max_rows: int | None = None
     """Use only the first rows; null is all."""
     strict: bool = False
@@ -138,6 +149,10 @@ class DataConfig:
         _require(self.dataset_name != "", "data.dataset_name must not be empty")
         _require(
             self.max_length is None or self.max_length > 1, f"data.max_length must be at least 2, got {self.max_length}"
+        )
+        _require(
+            self.template_date is None or _is_day(self.template_date),
+            f"data.template_date must be a day such as 2026-11-26, got {self.template_date}",
         )
         unknown = sorted(set(self.columns or ()) - set(COLUMN_PARTS))
         _require(not unknown, f"data.columns has no part {', '.join(unknown)}; parts are {', '.join(COLUMN_PARTS)}")

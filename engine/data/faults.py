@@ -50,6 +50,14 @@ def token_faults(encoded: Encoded, group: PreferenceGroup, encoder: Encoder) -> 
         starts = [(*encoded.prompt_ids[:2], *ids[:1])[:2] for ids in encoded.completion_ids]
         if (encoder.bos_id, encoder.bos_id) in starts:
             yield "double_bos"
+    bodies = [_before_eos(ids, encoder.eos_id) for ids in encoded.completion_ids]
+    if any(len(ids) - size > 1 for size, ids in zip(bodies, encoded.completion_ids, strict=True)):
+        yield "double_eos"
+    # Turns of a completion may each end with EOS.
+    if not encoded.rendered and any(
+        encoder.eos_id in ids[:size] for size, ids in zip(bodies, encoded.completion_ids, strict=True)
+    ):
+        yield "eos_inside"
     ends = [_end_of_turn(ids, encoder) for ids in encoded.completion_ids]
     if None in ends:
         yield "missing_eos"
@@ -58,6 +66,14 @@ def token_faults(encoded: Encoded, group: PreferenceGroup, encoder: Encoder) -> 
         yield "truncated"
     if any(end is not None and end >= size for size, end in zip(kept, ends, strict=True)):
         yield "eos_lost"
+
+
+def _before_eos(ids: list[int], eos_id: int | None) -> int:
+    """How many tokens come before the EOS tokens that a completion ends with."""
+    size = len(ids)
+    while size and ids[size - 1] == eos_id:
+        size -= 1
+    return size
 
 
 def _end_of_turn(ids: list[int], encoder: Encoder) -> int | None:

@@ -59,6 +59,10 @@ _STOPS = {
         "a token id that the tokenizer does not have",
         "tokenise the rows with this model's tokenizer",
     ),
+    "beyond_embedding": (
+        "a token that the model has no embedding for: the tokenizer has more tokens than the model",
+        "use the model's own tokenizer, or resize its embeddings",
+    ),
     "not_a_pair": (
         "more or fewer than two responses, and the loss takes pairs",
         "set loss.loss_type to plackett_luce, or remove the rows",
@@ -185,6 +189,18 @@ PROBLEMS = {
             False,
             "the sequence begins with BOS twice",
             "remove BOS from the text or the chat template",
+        ),
+        Problem(
+            "double_eos",
+            False,
+            "a completion ends with EOS twice",
+            "remove EOS from the text, or from the chat template",
+        ),
+        Problem(
+            "eos_inside",
+            False,
+            "a completion holds EOS before its end, where generation stops",
+            "remove it from the text",
         ),
         Problem(
             "missing_eos",

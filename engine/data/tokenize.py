@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import datetime
 from itertools import islice
 from typing import Any, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from ..config.schema import DataConfig
 from ..errors import RowError, UserError
@@ -54,6 +57,8 @@ class Encoder:
         names = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         self.control_tokens = _control_pattern(sorted(names))
         self._own_chat = has_own_chat(tokenizer)
+        self.writes_date = writes_date(tokenizer, data)
+        self._now = datetime.fromisoformat(data.template_date) if data.template_date else datetime.now()
         self._template = template_of(data)
         self.template_origin = "none (data.chat_template: none)"
         self.use_messages = False
@@ -164,7 +169,8 @@ class Encoder:
             return self._apply(as_text, tokenize, kwargs)
 
     def _apply(self, messages: list[Message], tokenize: bool, kwargs: dict[str, Any]) -> Any:
-        made: Any = self.tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
+        with _clock_at(self._now) if self.writes_date else nullcontext():
+            made: Any = self.tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
         return list(made["input_ids"]) if tokenize else made
 
     def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -189,6 +195,32 @@ class Encoder:
 def has_own_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether it builds conversations out of ids, as mistral-common's does, and not from the text of a template."""
     return type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+
+
+@contextmanager
+def _clock_at(now: datetime) -> Iterator[None]:
+    """Let the ``strftime_now`` of chat templates see this time: they take no function as an argument."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return now
+
+    before = chat_template_utils.datetime
+    chat_template_utils.datetime = Clock  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = before  # type: ignore[misc]
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> bool:
+    """Whether the chat template that is in use writes the date of the day on which it is rendered."""
+    if data.chat_template == "none":
+        return False
+    template: Any = template_of(data) or getattr(tokenizer, "chat_template", None) or ""
+    texts = template.values() if isinstance(template, dict) else [template]
+    return any("strftime_now" in text for text in texts)
 
 
 def template_of(data: DataConfig) -> str | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..config.schema import ModelConfig
 from ..errors import UserError
 from ..hub import unreachable
 from ..paths import expanded, names_a_path
@@ -80,6 +82,35 @@ def hub_options(source: str, option: str) -> dict[str, Any]:
         )
     log.warning("%s cannot be reached: %s is read from the Hub's cache", constants.ENDPOINT, source)
     return {"local_files_only": True}
+
+
+def num_embeddings(model: ModelConfig) -> int | None:
+    """Tokens that a model has embeddings for, by its config; None where no config is at hand."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = model.model_name_or_path
+    path = expanded(name) / MODEL_CONFIG
+    if not path.is_file():
+        cached = None if expanded(name).exists() else _cached(try_to_load_from_cache, name, model.revision)
+        if cached is None:
+            return None
+        path = Path(cached)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config") or config.get("llm_config") or {}
+    size = config.get("vocab_size", text.get("vocab_size"))
+    return size if isinstance(size, int) else None
+
+
+def _cached(find: Callable[..., Any], name: str, revision: str | None) -> str | None:
+    try:
+        found = find(name, MODEL_CONFIG, revision=revision)
+    except ValueError:
+        # no name that the Hub could have
+        return None
+    return found if isinstance(found, str) else None
 
 
 def hide_weight_bars() -> None:

@@ -28,6 +28,7 @@ from ..model.quantization import check_quantization, check_trainable, num_weight
 from ..model.routers import Balance
 from ..packing import PlanSummary, check_fits, summarize_plan
 from ..reference import weights_digest
+from ..reference.template_date import with_template_date
 from ..run_folder import DATA_FILE
 from .feed import TrainingFeed, total_steps
 from .metrics import check_trackers
@@ -110,6 +111,8 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
     objective = Objective(config.loss, token_metrics=config.train.token_metrics)
     tokenizer = load_tokenizer(config.model)
     take_template(tokenizer, config.data)
+    saved = start.state["config"].get("data.template_date") if start is not None else None
+    config = with_template_date(config, tokenizer, saved)
     datasets, lint = _load_data(config, tokenizer, objective)
     total = total_steps(config, len(datasets["train"]))
     check_schedule(config.optim, total_steps=total)

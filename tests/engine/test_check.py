@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -93,3 +94,19 @@ def test_several_pairs_that_the_loss_does_not_take_end_it(tiny_model_dir, tmp_pa
     (obstacle,) = check(replace(config, loss=LossConfig(loss_type=loss))).obstacles
     assert f"loss.loss_type {loss} does not take several pairs of one prompt" in obstacle
     assert f"set data.scored_pairs to {needed}" in obstacle
+
+
+def test_tokens_without_an_embedding_stop_as_in_training(tiny_model_dir, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    rows = [{"prompt_ids": [5], "chosen_ids": [6, 2], "rejected_ids": [last, 2]} for last in (299, 300)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    checked = check(run_config(folder, dataset_name=str(tmp_path / "rows.json")))
+    assert checked.reports["train"].rows("beyond_embedding") == [1]
+    assert "row 1: token 300 is outside the 300 embeddings of the model" in checked.text
+    assert "1 of 2 rows cannot be used (beyond_embedding)" in checked.obstacles[0]
+    composite = {"text_config": {"vocab_size": 400}}
+    (folder / "config.json").write_text(json.dumps(composite))
+    assert not check(run_config(folder, dataset_name=str(tmp_path / "rows.json"))).obstacles

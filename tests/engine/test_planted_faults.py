@@ -232,6 +232,8 @@ FAULTS = {
             (["unknown_token_id"], ids(4, chosen_ids=[9999, 2])),
             (["no_prompt_tokens"], ids(5, prompt_ids=[])),
             (["no_completion_tokens"], ids(6, rejected_ids=[])),
+            (["double_eos"], ids(40, chosen_ids=[60, 2, 2])),
+            (["eos_inside"], ids(41, rejected_ids=[60, 2, 61, 2])),
             (["empty_completion"], ids(7, rejected_ids=[2])),
             (["double_bos"], ids(8, prompt_ids=[1, 1, 40])),
             (["missing_eos"], ids(9, chosen_ids=[60, 61])),
@@ -296,8 +298,8 @@ def test_every_fault_is_reported_at_its_row_and_nothing_else_is(layout, make_tok
 
 def test_every_problem_is_planted_somewhere():
     planted = {problem for _, faults in FAULTS.values() for problems, _ in faults for problem in problems}
-    # Rankings of scored completions are in test_scored.
-    assert planted | {"no_chat_template", "tied_ranking"} == set(PROBLEMS)
+    # Rankings of scored completions are in test_scored, embeddings in test_check.
+    assert planted | {"no_chat_template", "tied_ranking", "beyond_embedding"} == set(PROBLEMS)
 
 
 def test_elements_of_an_array(make_tokenizer, tmp_path):
