@@ -305,7 +305,7 @@ class _Converter:
         if strategy != "steps":
             self._same(f"{kind}_strategy", f"{strategy}: here every train.{key} optimizer steps, {default} by default")
         elif value is not None:
-            train[key] = self._steps(key, value, default)
+            train[key] = self._steps(key, value)
 
     def _evaluation(self) -> None:
         data, train = self.result.values["data"], self.result.values["train"]
@@ -323,9 +323,7 @@ class _Converter:
         self._same("eval_strategy", f"split {split or 'test'} -> data.eval_dataset_name, data.eval_dataset_split")
         if strategy == "steps":
             default = train.get("logging_steps", 10)
-            value = self._steps("eval_steps", default if steps is None else steps, None)
-            if value is not None:
-                train["eval_steps"] = value
+            train["eval_steps"] = self._steps("eval_steps", default if steps is None else steps)
         else:
             self._same("eval_strategy", f"{strategy}: evaluated once, after training; set train.eval_steps for more")
 
@@ -358,15 +356,7 @@ class _Converter:
     def _new(self, key: str, text: str) -> None:
         self.result.notes.append(Note(key, "new", text))
 
-    def _steps(self, key: str, value: Any, default: int | None) -> int | None:
+    def _steps(self, key: str, value: Any) -> int | float:
+        """Steps, or a share of all steps below 1, as here."""
         number = self.trl.as_number(key, value)
-        if number >= 1:
-            return int(number)
-        total = self.result.values["train"].get("max_steps")
-        if total:
-            steps = max(1, -(-int(total * number * 1e9) // 10**9))
-            self._same(key, f"{number:g} of {total} steps -> train.{key} {steps}")
-            return steps
-        instead = f"{default} is written" if default else "evaluated after training"
-        self._same(key, f"{number:g} of all steps: here a number of steps; {instead}; `dpo plan` counts the steps")
-        return default
+        return number if number < 1 else int(number)

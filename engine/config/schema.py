@@ -256,8 +256,8 @@ class TrainConfig:
     """Optimizer steps; when positive it replaces num_train_epochs."""
     seed: int = 42
     """Seed of the data order and of dropout in adapters."""
-    save_steps: int = 500
-    """Optimizer steps between checkpoints."""
+    save_steps: float = 500
+    """Optimizer steps between checkpoints; a number below 1 is a share of all steps, here and in the next two."""
     save_total_limit: int | None = None
     """Keep only the newest checkpoints; null keeps all."""
     save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -265,11 +265,11 @@ class TrainConfig:
     files and rounds small updates away, and what that costs is measured."""
     save_rounding: Literal["nearest", "stochastic"] = "nearest"
     """How weights become bfloat16; stochastic, up or down at random from train.seed, keeps the sum of small updates."""
-    logging_steps: int = 10
+    logging_steps: float = 10
     """Optimizer steps between lines of metrics.jsonl."""
     token_metrics: bool = True
     """Log logits/chosen, logits/rejected, entropy and mean_token_accuracy as TRL does: no product beside the loss's."""
-    eval_steps: int | None = None
+    eval_steps: float | None = None
     """Optimizer steps between evaluations; null evaluates once, after training."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a fifth slower."""
@@ -287,8 +287,12 @@ class TrainConfig:
             # one spelling for no tracker
             object.__setattr__(self, "report_to", ())
         _require("none" not in self.report_to, "train.report_to none stands alone: leave it or the others out")
-        _require(self.logging_steps > 0, f"train.logging_steps must be positive, got {self.logging_steps}")
-        _require(self.save_steps > 0, f"train.save_steps must be positive, got {self.save_steps}")
+        for name in ("save_steps", "logging_steps", "eval_steps"):
+            steps = getattr(self, name)
+            _require(
+                steps is None or 0 < steps < 1 or (steps >= 1 and float(steps).is_integer()),
+                f"train.{name} must be a positive whole number of steps or a share below 1, got {steps}",
+            )
         _require(self.num_train_epochs > 0, f"train.num_train_epochs must be positive, got {self.num_train_epochs}")
         _require(
             self.max_steps == -1 or self.max_steps > 0,
@@ -296,9 +300,16 @@ class TrainConfig:
         )
         _require(self.timeout_minutes > 0, f"train.timeout_minutes must be positive, got {self.timeout_minutes}")
         _require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2**32), got {self.seed}")
-        for name in ("save_total_limit", "eval_steps"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"train.{name} must be positive or null, got {value}")
+        limit = self.save_total_limit
+        _require(limit is None or limit > 0, f"train.save_total_limit must be positive or null, got {limit}")
+
+    def every(self, key: str, total_steps: int) -> int | None:
+        """Optimizer steps between two of what ``key`` counts, in a run of ``total_steps``; None for never.
+
+        A share is rounded up, as transformers does.
+        """
+        steps = getattr(self, key)
+        return None if steps is None else math.ceil(steps * total_steps) if steps < 1 else int(steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,13 +205,13 @@ class _Run:
         self.policy.train()
 
     def _steps(self) -> None:
-        settings, total = self.config.train, self.feed.total_steps
+        total = self.feed.total_steps
         reset_peak_memory(self.setup.device)
         self.meter.watch.start()
         if self.done and self._evaluates_at(self.done) and self.evaluated_at != self.done:
             # The run was asked to end in the middle of it.
             self._evaluate()
-            if self.done % settings.save_steps == 0:
+            if self._due("save_steps", self.done):
                 self._save()
         for step in self.feed.steps(self.done):
             objective = self.setup.objective
@@ -224,9 +224,9 @@ class _Run:
             self.meter.add(means, step.work, aux_loss=routing.aux_loss(), expert_tokens=routing.expert_tokens)
             self._remember(step, scored, means[0], grad_norm)
             self.done, self.epoch = step.number, step.epoch
-            log_now = step.number % settings.logging_steps == 0 or step.number == total
+            log_now = self._due("logging_steps", step.number) or step.number == total
             evaluate_now = self._evaluates_at(step.number)
-            save_now = step.number % settings.save_steps == 0
+            save_now = self._due("save_steps", step.number)
             if log_now or evaluate_now or save_now or not self.update.deferred:
                 self._require_finite()
             if log_now:
@@ -238,8 +238,12 @@ class _Run:
         self.meter.watch.stop()
 
     def _evaluates_at(self, step: int) -> bool:
-        every = self.config.train.eval_steps
-        return "eval" in self.setup.datasets and every is not None and step % every == 0
+        return "eval" in self.setup.datasets and self._due("eval_steps", step)
+
+    def _due(self, key: str, step: int) -> bool:
+        """Whether what ``key`` of ``train`` counts is due after a step."""
+        every = self.config.train.every(key, self.feed.total_steps)
+        return every is not None and step % every == 0
 
     def _remember(self, step: TrainingStep, scored: Scored, loss: Tensor, grad_norm: Tensor) -> None:
         logps = [scored.chosen_logps, scored.rejected_logps]

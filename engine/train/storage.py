@@ -61,7 +61,9 @@ def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> Di
         model += tensor.numel() * dtypes.get(name, tensor.dtype).itemsize
         weights += tensor.numel() * tensor.dtype.itemsize
         state += tensor.numel() * _STATE_BYTES[config.optim.optimizer] if tensor.requires_grad else 0
-    due = total // config.train.save_steps - done // config.train.save_steps
+    every = config.train.every("save_steps", total)
+    assert every is not None
+    due = total // every - done // every
     limit = config.train.save_total_limit
     # The one that goes is there until the next one is durable.
     return DiskNeed(model, weights + state, due, due if limit is None else min(due, limit + 1))

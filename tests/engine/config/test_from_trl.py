@@ -108,7 +108,7 @@ def test_a_realistic_file_keeps_its_meaning(load):
     assert config.reference.mode == "auto"
     train = config.train
     assert (train.num_train_epochs, train.max_steps, train.seed) == (1, 1000, 7)
-    assert (train.logging_steps, train.eval_steps, train.save_steps) == (25, 50, 100)
+    assert (train.logging_steps, train.eval_steps, train.save_steps) == (25, 50, 0.1)
     assert train.gradient_checkpointing
     assert train.report_to == ("tensorboard", "wandb")
 
@@ -204,7 +204,7 @@ def test_model_init_kwargs_are_read(load):
         ("eval_strategy: steps\neval_steps: 20\n", 20),
         ("eval_strategy: steps\nlogging_steps: 7\n", 7),
         ("eval_strategy: epoch\n", None),
-        ("eval_strategy: steps\neval_steps: 0.25\nmax_steps: 10\n", 3),
+        ("eval_strategy: steps\neval_steps: 0.25\nmax_steps: 10\n", 0.25),
     ],
 )
 def test_evaluation(load, lines, steps):

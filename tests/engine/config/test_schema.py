@@ -68,6 +68,22 @@ def test_options_that_a_loss_does_not_take(options, message):
         LossConfig(**options)
 
 
+@pytest.mark.parametrize("steps", [500, 0.5, 0.07, 1])
+def test_shares_of_all_steps_are_those_of_transformers(steps, tmp_path):
+    from transformers import TrainerState, TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_steps=steps, logging_steps=steps)
+    for total in (7, 1000):
+        state = TrainerState()
+        state.compute_steps(arguments, total)
+        train = TrainConfig(save_steps=steps, logging_steps=steps)
+        assert train.every("save_steps", total) == state.save_steps
+        assert train.every("logging_steps", total) == state.logging_steps
+    assert TrainConfig().every("eval_steps", 10) is None
+    with pytest.raises(ValueError, match=r"train\.save_steps must be a positive whole number of steps or a share below"):
+        TrainConfig(save_steps=1.5)
+
+
 def test_schedules_are_those_of_transformers():
     from transformers.trainer_utils import SchedulerType as Names
 
