@@ -5,9 +5,9 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
+#include <cstdint>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "threads.h"
@@ -29,29 +29,32 @@ struct Costed {
   double cost;
 };
 
-// Runs all tasks, the dearest first, with as much scratch memory for each thread; false when there is no memory.
-template <class Task, class Run>
-bool run(std::vector<Costed<Task>>& tasks, int threads, int64_t scratch, const Run& run_task) {
-  double total = 0;
-  for (const auto& task : tasks) total += task.cost;
-  std::stable_sort(tasks.begin(), tasks.end(), [](const auto& a, const auto& b) { return a.cost > b.cost; });
-  const int64_t count = int64_t(tasks.size());
-  const int64_t useful = std::min<int64_t>(count, 1 + int64_t(total / kThreadWorth));
-  const int64_t used = std::max<int64_t>(1, std::min<int64_t>(threads, useful));
-  // every thread's part begins on a cache line of its own
-  const int64_t size = (scratch + 31) / 16 * 16;
-  std::unique_ptr<float[]> memory(new (std::nothrow) float[size_t(used * size)]);
-  if (memory == nullptr) return false;
-  std::atomic<int64_t> next{0};
-  split(used, int(used), [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      auto address = reinterpret_cast<uintptr_t>(memory.get() + thread * size);
-      auto* own = reinterpret_cast<float*>((address + 63) / 64 * 64);
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run_task(tasks[size_t(i)].task, own);
-    }
-  });
-  return true;
-}
+// Tasks, the dearest first, and how many threads take them, each with some memory of its own.
+template <class Task>
+struct Work {
+  std::vector<Costed<Task>> tasks;
+  int64_t threads, floats;
+
+  Work(std::vector<Costed<Task>> all, int most_threads, int64_t scratch) : tasks(std::move(all)) {
+    double total = 0;
+    for (const auto& task : tasks) total += task.cost;
+    std::stable_sort(tasks.begin(), tasks.end(), [](const auto& a, const auto& b) { return a.cost > b.cost; });
+    const int64_t useful = std::min<int64_t>(int64_t(tasks.size()), 1 + int64_t(total / kThreadWorth));
+    threads = std::max<int64_t>(1, std::min<int64_t>(most_threads, useful));
+    // every thread's part begins on a cache line of its own
+    floats = (scratch + 31) / 16 * 16;
+  }
+
+  int64_t scratch_bytes() const { return threads * floats * int64_t(sizeof(float)); }
+
+  template <class Run>
+  void run(void* scratch, const Run& run_task) const {
+    each_item(int64_t(tasks.size()), int(threads), [&](int64_t item, int thread) {
+      const auto address = reinterpret_cast<uintptr_t>(static_cast<float*>(scratch) + thread * floats);
+      run_task(tasks[size_t(item)].task, reinterpret_cast<float*>((address + 63) / 64 * 64));
+    });
+  }
+};
 
 std::vector<AttentionSegment> read_segments(const AttentionArgs& args) {
   std::vector<AttentionSegment> segments;
@@ -62,7 +65,7 @@ std::vector<AttentionSegment> read_segments(const AttentionArgs& args) {
   return segments;
 }
 
-bool forward(const AttentionArgs& args) {
+Work<ForwardTask> forward_work(const AttentionArgs& args) {
   const AttentionKernels& kernels = DPO_PICK(attention_kernels);
   const int64_t step = std::max<int64_t>(1, kItems / kernels.strip) * kernels.strip;
   std::vector<Costed<ForwardTask>> tasks;
@@ -76,8 +79,13 @@ bool forward(const AttentionArgs& args) {
       for (int64_t head = 0; head < args.key_heads; ++head) tasks.push_back({{segment, head, item, last}, part});
     }
   }
-  return run(tasks, args.threads, kernels.forward_scratch(args, keys),
-             [&](const ForwardTask& task, float* scratch) { kernels.forward(args, task, scratch); });
+  return {std::move(tasks), args.threads, kernels.forward_scratch(args, keys)};
+}
+
+void forward(const AttentionArgs& args) {
+  const AttentionKernels& kernels = DPO_PICK(attention_kernels);
+  forward_work(args).run(args.scratch,
+                         [&](const ForwardTask& task, float* scratch) { kernels.forward(args, task, scratch); });
 }
 
 // A segment with keys of its own, and those that begin with its keys.
@@ -109,11 +117,10 @@ std::vector<Family> read_families(const AttentionArgs& args) {
   return families;
 }
 
-bool backward(const AttentionArgs& args) {
-  const AttentionKernels& kernels = DPO_PICK(attention_kernels);
-  const std::vector<Family> families = read_families(args);
+// `sinks`: a gradient for each family and query head; or empty.
+Work<BackwardTask> backward_work(const AttentionArgs& args, const std::vector<Family>& families,
+                                 std::vector<double>& sinks) {
   const int64_t group = args.query_heads / args.key_heads;
-  std::vector<double> sinks(args.grad_sinks == nullptr ? 0 : families.size() * size_t(args.query_heads));
   std::vector<Costed<BackwardTask>> tasks;
   int64_t keys = 0;
   for (size_t f = 0; f < families.size(); ++f) {
@@ -125,23 +132,48 @@ bool backward(const AttentionArgs& args) {
           {{family.segments.data(), int64_t(family.segments.size()), family.max_keys, head, own}, family.cost});
     }
   }
-  const bool done = run(tasks, args.threads, kernels.backward_scratch(args, keys),
-                        [&](const BackwardTask& task, float* scratch) { kernels.backward(args, task, scratch); });
-  if (done && args.grad_sinks != nullptr)
-    for (int64_t head = 0; head < args.query_heads; ++head) {
-      double total = 0;
-      for (size_t f = 0; f < families.size(); ++f) total += sinks[f * size_t(args.query_heads) + size_t(head)];
-      args.grad_sinks[head] = float(total);
-    }
-  return done;
+  return {std::move(tasks), args.threads, DPO_PICK(attention_kernels).backward_scratch(args, keys)};
 }
 
-// False when there is no memory for the lists of tasks, either.
-bool with_memory(bool (*direction)(const AttentionArgs&), const AttentionArgs& args) noexcept {
+void backward(const AttentionArgs& args) {
+  const AttentionKernels& kernels = DPO_PICK(attention_kernels);
+  const std::vector<Family> families = read_families(args);
+  std::vector<double> sinks(args.grad_sinks == nullptr ? 0 : families.size() * size_t(args.query_heads));
+  backward_work(args, families, sinks).run(args.scratch, [&](const BackwardTask& task, float* scratch) {
+    kernels.backward(args, task, scratch);
+  });
+  if (args.grad_sinks == nullptr) return;
+  for (int64_t head = 0; head < args.query_heads; ++head) {
+    double total = 0;
+    for (size_t f = 0; f < families.size(); ++f) total += sinks[f * size_t(args.query_heads) + size_t(head)];
+    args.grad_sinks[head] = float(total);
+  }
+}
+
+int64_t forward_scratch(const AttentionArgs& args) { return forward_work(args).scratch_bytes(); }
+
+int64_t backward_scratch(const AttentionArgs& args) {
+  const std::vector<Family> families = read_families(args);
+  std::vector<double> none;
+  return backward_work(args, families, none).scratch_bytes();
+}
+
+// False when there is no memory for the lists of tasks.
+bool with_memory(void (*direction)(const AttentionArgs&), const AttentionArgs& args) noexcept {
   try {
-    return direction(args);
+    direction(args);
+    return true;
   } catch (const std::bad_alloc&) {
     return false;
+  }
+}
+
+// The same as a number below 0.
+int64_t with_memory(int64_t (*scratch)(const AttentionArgs&), const AttentionArgs& args) noexcept {
+  try {
+    return scratch(args);
+  } catch (const std::bad_alloc&) {
+    return -1;
   }
 }
 
@@ -154,4 +186,13 @@ DPO_EXPORT void dpo_attention_forward(dpo::AttentionArgs* args) noexcept {
 
 DPO_EXPORT void dpo_attention_backward(dpo::AttentionArgs* args) noexcept {
   args->failed = !dpo::with_memory(dpo::backward, *args);
+}
+
+// Bytes of memory for these, from the sizes, the threads and the segments in a struct.
+DPO_EXPORT int64_t dpo_attention_forward_scratch(const dpo::AttentionArgs* args) noexcept {
+  return dpo::with_memory(dpo::forward_scratch, *args);
+}
+
+DPO_EXPORT int64_t dpo_attention_backward_scratch(const dpo::AttentionArgs* args) noexcept {
+  return dpo::with_memory(dpo::backward_scratch, *args);
 }

@@ -26,6 +26,7 @@ struct AttentionArgs {
   void* grad_key;           // [T, K, D] contiguous
   void* grad_value;         // [T, K, V] contiguous
   float* grad_sinks;        // [H] or null
+  void* scratch;            // as much as dpo_attention_..._scratch says
   int64_t num_segments, num_tokens, query_heads, key_heads, key_dim, value_dim;
   int64_t query_token, query_head, key_token, key_head, value_token, value_head, grad_token, grad_head;  // strides
   int64_t window;  // a row sees this many keys, itself included; 0: all
@@ -34,7 +35,7 @@ struct AttentionArgs {
   float softcap;  // 0: none
   int32_t dtype;  // 0 float, 1 bf16, 2 fp16
   int32_t threads;
-  int32_t failed;  // written: 1 when there is no memory
+  int32_t failed;  // written: 1 when there is no memory for the lists of tasks
   int32_t unused;
 };
 

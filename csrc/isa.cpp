@@ -62,7 +62,7 @@ Isa current_isa() { return current().load(std::memory_order_relaxed); }
 }  // namespace dpo
 
 // Rises whenever a function or a struct of this interface changes; the loader refuses another number than its own.
-DPO_EXPORT int dpo_interface() { return 3; }
+DPO_EXPORT int dpo_interface() { return 4; }
 
 // Whether Intel made the processor, of which its math library makes the most.
 DPO_EXPORT int dpo_is_intel() {

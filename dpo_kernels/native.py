@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-INTERFACE = 3
+INTERFACE = 4
 """Of the functions and structs below; a library that was built from other sources has another number."""
 ISAS = ("plain", "avx2", "avx512", "neon")
 """Names of instruction sets."""
@@ -52,7 +52,8 @@ def _load() -> _Loaded:
     if interface != INTERFACE:
         return _Loaded(None, f"the native extension {path} was built from other sources; {HOW_TO_BUILD}")
     library.dpo_isa.restype = ctypes.c_char_p
-    library.dpo_product_scratch.restype = ctypes.c_int64
+    for name in ("product", "attention_forward", "attention_backward"):
+        getattr(library, f"dpo_{name}_scratch").restype = ctypes.c_int64
     library.dpo_want_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     wanted = os.environ.get("DPO_NATIVE_ISA", "")
     if wanted and not library.dpo_has_isa(wanted.encode(), 1):
@@ -113,8 +114,15 @@ def call(name: str, args: ctypes.Structure) -> None:
 
 
 def scratch_bytes(name: str, args: ctypes.Structure) -> int:
-    """Memory that ``call(name, args)`` takes for itself; of arrays that ``args`` refers to nothing is read."""
-    return getattr(_library(), f"dpo_{name}_scratch")(ctypes.byref(args))
+    """Size of the memory for ``args.scratch`` in ``call(name, args)``; of other memory only segments are read.
+
+    Raises:
+        MemoryError: there is none to count with.
+    """
+    size = getattr(_library(), f"dpo_{name}_scratch")(ctypes.byref(args))
+    if size < 0:
+        raise MemoryError(f"no memory for the tasks of {name}")
+    return size
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:

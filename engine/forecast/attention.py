@@ -1,8 +1,9 @@
-"""What flash attention's backward pass holds inside, where nothing outside can see it.
+"""What attention holds inside, where nothing outside can see it.
 
-As FlashAttention 2 allocates it, in its own package and in torch: a float32 sum of the queries' gradients (one for each
-split when sums are deterministic), a float32 of each row and head, and gradients of keys and values for every query
-head where heads are grouped. Rows are padded by 128 for each segment.
+Native attention says so itself. Flash attention's backward pass holds what FlashAttention 2 allocates, in its own
+package and in torch: a float32 sum of the queries' gradients (one for each split when sums are deterministic), a
+float32 of each row and head, and gradients of keys and values for every query head where heads are grouped. Rows are
+padded by 128 for each segment.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 
+from ..model.attention import native
+
+_NATIVE = {"dpo_engine::packed_attention": "forward", "dpo_engine::packed_attention_backward": "backward"}
 _BACKWARD = {
     "torch_attn::_varlen_attn_backward",
     "aten::_flash_attention_backward",
@@ -22,12 +26,18 @@ _PROCESSORS = 132
 """Of an H100 or H200."""
 
 
-def backward_workspace(func: Any, args: tuple[Any, ...]) -> int:
-    """Bytes that an op of attention holds beside inputs and outputs; 0 for an op that is not its backward pass."""
-    if func._schema.name not in _BACKWARD:
-        return 0
-    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+def workspace(func: Any, args: tuple[Any, ...], segments: torch.Tensor) -> int:
+    """Bytes that an op of attention holds beside inputs and outputs; 0 for any other op.
 
+    ``segments``: of the pack, as native attention takes them, with data.
+    """
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    if direction := _NATIVE.get(func._schema.name):
+        return native.scratch_bytes(direction, given["query"], given["key"], given["value"], segments)
+    return _of_flash(given) if func._schema.name in _BACKWARD else 0
+
+
+def _of_flash(given: dict[str, Any]) -> int:
     def first(*names: str) -> torch.Tensor:
         return next(given[name] for name in names if isinstance(given.get(name), torch.Tensor))
 

@@ -32,7 +32,7 @@ from ..train.objective import Objective
 from ..train.optimizer import build_optimizer
 from ..train.references import resolve_mode
 from ..train.throughput import FlopModel
-from .attention import backward_workspace
+from .attention import workspace
 from .heap import Heap
 from .live_storage import LiveStorage, is_op, storage_bytes
 
@@ -83,7 +83,7 @@ def forecast_memory(
     batch = build_batch([dataset[i] for i in pack], share_prompts=config.packing.share_prompts)
     objective = Objective(config.loss, token_metrics=config.train.token_metrics)
     heap = Heap() if device.type == "cpu" and Heap.available() else None
-    count = LiveStorage(device, _Workspace(batch.cu_responses_S1.tolist()), heap)
+    count = LiveStorage(device, _Workspace(batch), heap)
     # Chosen here for good: a kernel that is tried on tensors without data always works.
     choose_backend(config.model.attention, device, DTYPES[config.model.dtype])
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -178,12 +178,13 @@ class _Activations:
 class _Workspace:
     """Asks the head's implementations what they hold inside, and knows attention's."""
 
-    def __init__(self, cu_responses: list[int]):
-        self.cu_responses = cu_responses
+    def __init__(self, batch: PackedBatch):
+        self.cu_responses = batch.cu_responses_S1.tolist()
+        self.segments = torch.tensor(batch.plan.segments, dtype=torch.int64)
 
     def __call__(self, func: Any, args: tuple[Any, ...]) -> int:
         if not is_op(func, "linear_dpo", "linear_logps", "linear_logps_backward", "linear_logps_backward_accumulate"):
-            return backward_workspace(func, args)
+            return workspace(func, args, self.segments)
         given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
         hidden, weight = given["hidden"], given["weight"]
         paired = is_op(func, "linear_dpo")

@@ -147,7 +147,8 @@ def _of_attention(args: ctypes.Structure) -> dict[str, int]:
     for name in ("query", "key", "value"):
         sizes[f"grad_{name}"] = tokens * heads[name] * widths[name] * size
     sizes |= {"output": tokens * args.query_heads * args.value_dim * size, "scales": 8 * tokens * args.query_heads}
-    return sizes | {"segments": 32 * args.num_segments} | dict.fromkeys(("sinks", "grad_sinks"), 4 * args.query_heads)
+    sizes |= {"segments": 32 * args.num_segments, "scratch": SCRATCH_BYTES}
+    return sizes | dict.fromkeys(("sinks", "grad_sinks"), 4 * args.query_heads)
 
 
 EXTENTS: dict[str, Callable[[ctypes.Structure], dict[str, int]]] = {

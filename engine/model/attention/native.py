@@ -56,7 +56,7 @@ class _Args(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "query", "key", "value", "sinks", "segments", "output", "scales",
-            "grad_output", "grad_query", "grad_key", "grad_value", "grad_sinks",
+            "grad_output", "grad_query", "grad_key", "grad_value", "grad_sinks", "scratch",
         )),
         *((name, ctypes.c_int64) for name in (
             "num_segments", "num_tokens", "query_heads", "key_heads", "key_dim", "value_dim",
@@ -205,26 +205,38 @@ def _call(
         raise ValueError(f"window and chunk must be 0 (none) or positive, got {window} and {chunk}")
     # More than there are tokens is all of them.
     window, chunk = (min(size, query.shape[0]) for size in (window, chunk))
-    args = _Args(
-        **{name: native.pointer(x) for name, x in pointers.items()},
-        **{f"{name}_token": x.stride(0) for name, x in strided.items()},
-        **{f"{name}_head": x.stride(1) for name, x in strided.items()},
+    args = _sizes(query, key, value, segments)
+    values = {name: native.pointer(x) for name, x in pointers.items()}
+    values |= {f"{name}_token": x.stride(0) for name, x in strided.items()}
+    values |= {f"{name}_head": x.stride(1) for name, x in strided.items()}
+    for name, number in values.items():
+        setattr(args, name, number)
+    args.scaling, args.window, args.chunk, args.softcap = scaling, window, chunk, softcap
+    scratch = torch.empty(native.scratch_bytes(f"attention_{direction}", args), dtype=torch.uint8)
+    args.scratch = scratch.data_ptr()
+    native.call(f"attention_{direction}", args)
+    if args.failed:
+        raise MemoryError(f"attention over {query.shape[0]} tokens: no memory for its tasks")
+
+
+def scratch_bytes(direction: str, query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> int:
+    """Memory that a pass, "forward" or "backward", holds beside its inputs and results; only ``segments`` need data."""
+    return native.scratch_bytes(f"attention_{direction}", _sizes(query, key, value, segments))
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> _Args:
+    """What a call says of its work without its tensors' data, of ``segments`` alone with."""
+    return _Args(
+        segments=segments.data_ptr(),
         num_segments=len(segments),
         num_tokens=query.shape[0],
         query_heads=query.shape[1],
         key_heads=key.shape[1],
         key_dim=query.shape[2],
         value_dim=value.shape[2],
-        scaling=scaling,
-        window=window,
-        chunk=chunk,
-        softcap=softcap,
         dtype=DTYPES.index(query.dtype),
         threads=native.threads(),
     )
-    native.call(f"attention_{direction}", args)
-    if args.failed:
-        raise MemoryError(f"attention over {query.shape[0]} tokens: no memory for its scratch")
 
 
 def _unit_stride(x: Tensor) -> Tensor:
