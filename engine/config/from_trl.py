@@ -126,6 +126,9 @@ class _Converter:
         variants = {name: self.trl.flag(name) for name in ("use_rslora", "use_dora")}
         given = [name for name in defaults if f"lora_{name}" in self.trl.keys]
         values = {name: self.trl.take(f"lora_{name}", default) for name, default in defaults.items()}
+        if copies := self.trl.take("lora_modules_to_save"):
+            given.append("modules_to_save")
+            values["modules_to_save"] = [copies] if isinstance(copies, str) else copies
         if not self.trl.flag("use_peft"):
             for key in (*(f"lora_{name}" for name in given), *(name for name, used in variants.items() if used)):
                 self._same(key, "no effect without use_peft")

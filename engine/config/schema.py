@@ -46,7 +46,10 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout on the input of the adapters, while training."""
     target_modules: str | tuple[str, ...] | None = "all-linear"
-    """Module names, a pattern, or all-linear (every linear layer but the head); null is peft's choice for the model."""
+    """Module names, lm_head among them or not, a pattern, or all-linear (every linear layer but the head); null is
+    peft's choice for the model."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside the adapters and stored with them, such as lm_head and embed_tokens."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead (rsLoRA)."""
     use_dora: bool = False

@@ -105,7 +105,6 @@ NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
         "LLM.int8 lets the tokens of a pack change each other's numbers; the base is held in model.dtype, "
         "model.quantization nf4 takes less memory",
     ),
-    "lora_modules_to_save": ((None, []), "with LoRA only the adapters are trained"),
     "lora_target_parameters": ((None, []), "adapters sit on modules, not on single parameters"),
 }
 """Dropped keys that change the result unless they have one of the harmless values: ``(harmless, reason)``."""
@@ -139,6 +138,7 @@ _converted(
 )
 _converted("loss_type loss_weights label_smoothing precompute_ref_log_probs")
 _converted(" ".join(LOSS_OPTIONS))
+_converted("lora_modules_to_save")
 _converted(
     "optim learning_rate lr_scheduler_type lr_scheduler_kwargs weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm warmup_steps warmup_ratio"

@@ -30,7 +30,6 @@ READ_ERRORS = (
 _STARTS_BESIDE_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 # By field of peft's config, what an adapter has that the layers alone do not say.
 _UNSUPPORTED = {
-    "modules_to_save": "has trained copies of {} (modules_to_save)",
     "trainable_token_indices": "has trained embeddings of single tokens (trainable_token_indices)",
     "layer_replication": "repeats layers of its base (layer_replication)",
     "kasa_config": "cuts parts of its base off (kasa_config)",
@@ -102,7 +101,10 @@ def check_form(peft: Any, source: str, what: str) -> None:
         )
     if config.init_lora_weights == "loftq" and not torch.cuda.is_available():
         raise UserError(f"{what} starts from a quantised base (init_lora_weights: loftq), which peft makes on a GPU")
-    if embeddings := [n for n in stored_names(source) or () if "lora_" not in n and ".base_layer." not in n]:
+    # peft takes the names as ends of names
+    copies = [f"{name}." for name in config.modules_to_save or ()]
+    stored = (n for n in stored_names(source) or () if not any(copy in n for copy in copies))
+    if embeddings := [n for n in stored if "lora_" not in n and ".base_layer." not in n]:
         named = ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in embeddings}))
         raise UserError(
             f"{what} stores {named} beside its layers, as after tokens were added, which is not supported: resize "

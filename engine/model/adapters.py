@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .. import distributed
 from ..config.fields import nearest
 from ..config.schema import LoraConfig
 from ..errors import UserError, out_of_memory
@@ -56,7 +57,8 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
         # To peft it would be a pattern of whole paths, which no layer matches.
         targets = (targets,)
     if isinstance(targets, tuple):
-        _check_names(causal_lm, targets)
+        _check_names(causal_lm, targets, "target_modules")
+    _check_names(causal_lm, lora.modules_to_save, "modules_to_save")
     special = _more_than_products(causal_lm)
     try:
         adapted = peft.get_peft_model(
@@ -70,6 +72,7 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
                 exclude_modules=_not_adapted(causal_lm, special if targets == "all-linear" else []),
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,
+                modules_to_save=list(lora.modules_to_save) or None,
             ),
         )
     except ValueError as error:
@@ -77,6 +80,12 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
     if wrong := [name for name in adapted.base_model.targeted_module_names if name in special]:
         raise UserError(
             f"model.lora.target_modules: {wrong[0]} gives more than the product of a linear layer: leave it out"
+        )
+    head = adapted.get_base_model().get_output_embeddings()
+    if lora.use_dora and lora.dropout and hasattr(head, "base_layer"):
+        raise UserError(
+            "model.lora.use_dora with dropout on the output layer is no product with one weight: set "
+            "model.lora.dropout to 0, or leave lm_head out of model.lora.target_modules"
         )
     return _in_float32(adapted)
 
@@ -86,9 +95,15 @@ def _not_adapted(causal_lm: nn.Module, special: list[str]) -> str | None:
     patterns = [re.escape(name) for name in special]
     text = text_model(causal_lm)
     if text is not causal_lm:
-        prefix = next(name for name, module in causal_lm.named_modules() if module is text)
-        patterns.append(rf"(?!{re.escape(prefix)}\.).*")
+        kept = rf"{re.escape(_name_of(causal_lm, text))}\."
+        if (head := causal_lm.get_output_embeddings()) is not None:  # type: ignore[operator]
+            kept += rf"|{re.escape(_name_of(causal_lm, head))}$"
+        patterns.append(rf"(?!{kept}).*")
     return "|".join(patterns) or None
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def _more_than_products(causal_lm: nn.Module) -> list[str]:
@@ -110,16 +125,18 @@ def _gives_a_row(layer: nn.Linear) -> bool:
     return isinstance(given, torch.Tensor) and given.shape == (1, layer.out_features)
 
 
-def _check_names(causal_lm: nn.Module, targets: tuple[str, ...]) -> None:
+def _check_names(causal_lm: nn.Module, targets: tuple[str, ...], field: str) -> None:
     """Raise a ``UserError`` for a name that no layer ends with; peft would adapt the others and say nothing."""
     layers = dict(text_model(causal_lm).named_modules())
+    if (head := causal_lm.get_output_embeddings()) is not None:  # type: ignore[operator]
+        layers[_name_of(causal_lm, head)] = head
     missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in layers)]
     if not missing:
         return
     known = {name.rpartition(".")[2] for name, module in layers.items() if not any(module.children())}
     close = nearest(missing[0], sorted(known))
     raise UserError(
-        f"model.lora.target_modules: no layer of {type(causal_lm).__name__} is called {', '.join(missing)}"
+        f"model.lora.{field}: no layer of {type(causal_lm).__name__} is called {', '.join(missing)}"
         + (f"; did you mean {close}?" if close else f"; its layers are called {', '.join(sorted(known - {''}))}")
     )
 
@@ -145,7 +162,9 @@ def continue_adapter(causal_lm: nn.Module, source: str, *, empty: bool = False) 
         read = _from_config if empty else peft.PeftModel.from_pretrained
         with quiet_loading():
             model = read(causal_lm, source, TRAINED, is_trainable=True)
+        _in_float32(model)
         _check_layers(peft, model, source, TRAINED)
+        _read_copies(peft, model, source, TRAINED, filled=not empty)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         _add_frozen_copy(peft, model, filled=not empty)
     except ImportError as error:
@@ -156,7 +175,7 @@ def continue_adapter(causal_lm: nn.Module, source: str, *, empty: bool = False) 
         raise UserError(f"{what} does not fit {name}: {first_line(error)}") from error
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter_name in trained)
-    return _in_float32(model)
+    return model
 
 
 def _add_frozen_copy(peft: Any, model: Any, *, filled: bool) -> None:
@@ -165,8 +184,9 @@ def _add_frozen_copy(peft: Any, model: Any, *, filled: bool) -> None:
     # A start such as PiSSA's would take its part out of the base a second time.
     config.init_lora_weights = False
     model.add_adapter(FROZEN, config)
+    _in_float32(model)
     if filled:
-        weights = peft.get_peft_model_state_dict(model, adapter_name=TRAINED)
+        weights = peft.get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
         peft.set_peft_model_state_dict(model, weights, adapter_name=FROZEN)
 
 
@@ -213,7 +233,9 @@ def load_adapter(policy: Policy, path: Path) -> None:
                 model.set_adapter(_LOADED)
             else:
                 policy.model = model = peft.PeftModel.from_pretrained(model, str(path), _LOADED)
+        _in_float32(model)
         _check_layers(peft, model, str(path), _LOADED)
+        _read_copies(peft, model, str(path), _LOADED, filled=distributed.is_main())
     except ImportError as error:
         raise UserError(f"the adapter {path}: {first_line(error)}") from error
     except READ_ERRORS as error:
@@ -224,12 +246,40 @@ def load_adapter(policy: Policy, path: Path) -> None:
 
 def _check_layers(peft: Any, model: Any, source: str, adapter: str) -> None:
     stored = stored_names(source)
-    if stored is not None and stored != set(peft.get_peft_model_state_dict(model, adapter_name=adapter)):
+    if stored is None:
+        return
+    found = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    # peft stores the base of adapted embeddings, too
+    if any(".base_layer." not in name for name in stored ^ set(found)):
         raise ValueError("it belongs to other layers")
 
 
+def _read_copies(peft: Any, model: Any, source: str, adapter: str, *, filled: bool) -> None:
+    """Read trained copies of modules again, which peft has rounded to the dtype of the base."""
+    if filled and model.peft_config[adapter].modules_to_save:
+        peft.set_peft_model_state_dict(model, peft.load_peft_weights(source, device="cpu"), adapter_name=adapter)
+
+
 def _in_float32(model: nn.Module) -> nn.Module:
+    """Hold adapters and trained copies of modules in float32; what copies compute has the dtype of their originals.
+
+    Otherwise the residual stream of the policy would be wider than that of its reference.
+    """
+    for module in model.modules():
+        copies = getattr(module, "modules_to_save", None)
+        if not isinstance(copies, nn.ModuleDict):
+            continue
+        dtype = next(module.original_module.parameters()).dtype  # type: ignore[union-attr]
+        for copy in copies.values():
+            if next(copy.parameters()).dtype != dtype or dtype == torch.float32:
+                continue
+            copy.float()
+            copy.register_forward_hook(_cast_to(dtype))
     for name, parameter in model.named_parameters():
         if re.search(r"\.lora_", name):
             parameter.data = parameter.data.float()
     return model
+
+
+def _cast_to(dtype: torch.dtype) -> Callable[..., Any]:
+    return lambda module, given, output: output.to(dtype) if isinstance(output, torch.Tensor) else output

@@ -14,7 +14,7 @@ from dpo_kernels.head import Head
 
 from ..packing.layout import PackedBatch
 from .attention import PLAN_ARGUMENT, Backend
-from .head import read_head
+from .head import adapted_head, read_head
 from .offload import OffloadedActivations
 from .routers import RouterSums, router_arguments, sum_routers
 
@@ -70,6 +70,7 @@ class Policy(nn.Module):
 
     @property
     def head(self) -> Head:
+        """The output layer, without low-rank adapters on it."""
         return read_head(self.causal_lm)
 
     def autocast(self):
@@ -124,7 +125,7 @@ class Policy(nn.Module):
 
     def run_objective(self, hidden_ND: torch.Tensor, objective: Callable[[torch.Tensor, Head], R]) -> R:
         """Call ``objective`` with the head. A head that is a unit of its own is gathered around this."""
-        return objective(hidden_ND, self.head)
+        return objective(*adapted_head(self.causal_lm, hidden_ND))
 
     def plain_logits(self, input_ids: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """[B, T, V]: the model's own forward on plain sequences, for comparison; ``exact`` without autocast."""

@@ -54,7 +54,7 @@ def shard_policy(policy: Policy, device: torch.device) -> Policy:
         shard(block)
     model: Any = policy.causal_lm
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is not head.weight:
+    if not {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}:
         shard(embedding)
         shard(head)
         head.run_objective = policy.run_objective

@@ -24,6 +24,7 @@ from ..durable import write_atomically
 from ..errors import UserError, counted
 from ..model import Policy, load_tokenizer, ready_policy, resolve_device
 from ..model.companions import describe_trained, take_template
+from ..model.head import head_words
 from ..model.quantization import check_quantization, check_trainable, num_weights
 from ..model.routers import Balance
 from ..packing import PlanSummary, check_fits, summarize_plan
@@ -196,6 +197,7 @@ def describe_run(setup: Setup) -> str:
             f"{type(policy.causal_lm).__name__}, {_count(trained)} of {_count(total)} parameters trained, "
             f"{dtype}{held}",
         ),
+        *([("head", head_words(policy.causal_lm))] if policy.has_adapter else []),
         *([("processes", _process_words(setup))] if distributed.size() > 1 else []),
         ("attention", f"{policy.backend.name} ({policy.backend.reason})"),
         ("loss", f"{config.loss.loss_name}, {_loss_op(setup)}"),

@@ -172,6 +172,11 @@ def test_the_weight_of_the_balance_of_experts_is_kept(convert, load):
     assert load(MINIMAL).loss.router_aux_loss_coef is None
 
 
+def test_trained_copies_beside_adapters_are_kept(load):
+    config = load(MINIMAL + "use_peft: true\nlora_modules_to_save: [lm_head, embed_tokens]\n")
+    assert config.model.lora.modules_to_save == ("lm_head", "embed_tokens")
+
+
 def test_added_losses_keep_their_weights(load):
     config = load(MINIMAL + "loss_type: [sigmoid, bco_pair, sft]\nloss_weights: [0.8, 0.2, 1]\n")
     assert config.loss.loss_type == ("sigmoid", "bco_pair", "sft")

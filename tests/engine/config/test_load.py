@@ -247,6 +247,7 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "model.quantization": st.none(),
         "model.lora.dropout": st.floats(0, 0.99),
         "model.lora.target_modules": st.none() | st.text(min_size=1) | st.lists(st.text(), min_size=1),
+        "model.lora.modules_to_save": st.lists(st.text(min_size=1)),
         "data.max_length": st.none() | st.integers(2, 10**9),
         "loss.loss_type": st.sampled_from(["sigmoid", "simpo", "cpo", ["sigmoid", "sft"]]),
         "loss.loss_weights": st.none(),

@@ -40,6 +40,16 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "untied": {"train": {"eval_steps": 5}},
     "tied": {"model": {"model_name_or_path": "TIED"}, "train": {"gradient_checkpointing": True}},
     "lora": LORA,
+    "tied head": {
+        "model": {"model_name_or_path": "TIED", "lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}},
+        "optim": {"learning_rate": 5e-3},
+    },
+    "copies": {
+        "model": {
+            "lora": {"r": 4, "target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens", "norm"]}
+        },
+        "optim": {"learning_rate": 5e-3},
+    },
     "continued": {"model": {"adapter_name_or_path": "ADAPTER"}, "optim": {"learning_rate": 5e-3}},
     "aot": {"loss": {"loss_type": "aot"}},
     "sft mix": {
@@ -50,7 +60,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "live": {"reference": {"mode": "live"}, "optim": {"optimizer": "rmsprop", "learning_rate": 1e-4}},
     "rounded": {"train": {"save_dtype": "bfloat16", "save_rounding": "stochastic"}, "optim": {"learning_rate": 1e-5}},
 }
-SHORT = {"continued", "aot", "sft mix", "rankings", "live", "rounded"}
+SHORT = {"tied head", "copies", "continued", "aot", "sft mix", "rankings", "live", "rounded"}
 EVALUATED = ("untied", "tied", "lora", "rounded")
 RESUMED = ("untied", "lora")
 WORLDS = {2: tuple(CASES), 3: ("untied", "tied", "lora", "aot")}

@@ -35,6 +35,8 @@ KINDS = {
     "lora": LoraConfig(r=4),
     "rslora": LoraConfig(r=4, use_rslora=True, target_modules=("q_proj", "down_proj")),
     "dora": LoraConfig(r=4, use_dora=True),
+    "head": LoraConfig(r=4, target_modules=("q_proj", "embed_tokens", "lm_head")),
+    "copies": LoraConfig(r=4, target_modules=("v_proj",), modules_to_save=("lm_head", "embed_tokens", "norm")),
 }
 
 
@@ -205,7 +207,6 @@ def test_every_start_that_peft_knows_is_tried_or_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modules_to_save": ["norm"]}, r"has trained copies of norm \(modules_to_save\), .* merge_and_unload"),
         ({"bias": "all"}, r"has trained biases \(bias: all\)"),
         ({"trainable_token_indices": [3]}, r"has trained embeddings of single tokens"),
         ({"layer_replication": [[0, 2], [1, 2]]}, r"repeats layers of its base"),
@@ -235,6 +236,41 @@ def test_an_adapter_with_embeddings_of_added_tokens_gives_one_true_line(base, tm
     adapted.save_pretrained(tmp_path / "added", save_embedding_layers=True)
     with pytest.raises(UserError, match=r"added stores embed_tokens, lm_head beside its layers, as after tokens were"):
         load_policy(replace(base, adapter_name_or_path=str(tmp_path / "added")), device=CPU)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["head", "copies"])
+def test_adapters_on_the_head_and_trained_copies_go_on_beside_their_frozen_selves(kind, dtype, base, tmp_path):
+    base = replace(base, dtype=dtype)
+    policy = load_policy(replace(base, lora=KINDS[kind]), device=CPU)
+    disturb_(policy)
+    save_weights(policy, tmp_path / "trained")
+    went_on = load_policy(replace(base, adapter_name_or_path=str(tmp_path / "trained")), device=CPU)
+    evaluated = load_policy(replace(base, lora=LoraConfig(r=2)), device=CPU)
+    load_adapter(evaluated, tmp_path / "trained")
+    batch = pack()
+    with torch.no_grad():
+        want = policy.eval().logps(batch)
+        assert torch.equal(went_on.eval().logps(batch), want)
+        assert torch.equal(evaluated.eval().logps(batch), want)
+        disturb_(went_on)
+        assert not torch.equal(went_on.logps(batch), want)
+        with went_on.reference_mode():
+            assert torch.equal(went_on.logps(batch), want)
+    save_weights(went_on, tmp_path / "later")
+    stored = load_file(tmp_path / "later" / "adapter_model.safetensors")
+    assert stored.keys() == load_file(tmp_path / "trained" / "adapter_model.safetensors").keys()
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+
+
+def test_the_base_of_an_adapted_head_that_peft_stores_is_read(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base.model_name_or_path, dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["lm_head"]))
+    adapted.save_pretrained(tmp_path / "saved")
+    names = load_file(tmp_path / "saved" / "adapter_model.safetensors").keys()
+    assert any(".base_layer." in name for name in names)
+    policy = load_policy(replace(base, adapter_name_or_path=str(tmp_path / "saved")), device=CPU)
+    check_packing(policy)
 
 
 def test_an_adapter_in_a_pickled_file_is_the_same_adapter(base, trained):

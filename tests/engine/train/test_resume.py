@@ -77,10 +77,11 @@ def assert_resumes_exactly(make_config, tmp_path, monkeypatch, **sections) -> No
     "sections",
     [
         {"model": {"lora": {"r": 4, "dropout": 0.3}}},
+        {"model": {"lora": {"r": 4, "target_modules": ["v_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}}},
         {"model": {"dtype": "bfloat16"}, "loss": {"loss_type": "aot"}},
         {"optim": {"optimizer": "rmsprop", "lr_scheduler_type": "cosine", "warmup_steps": 3, "learning_rate": 1e-4}},
     ],
-    ids=["lora with dropout", "bfloat16 and coupled pairs", "rmsprop"],
+    ids=["lora with dropout", "adapted head and copies", "bfloat16 and coupled pairs", "rmsprop"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(sections, make_config, tmp_path, monkeypatch):
     assert_resumes_exactly(make_config, tmp_path, monkeypatch, **sections)
