@@ -11,6 +11,7 @@ import numpy as np
 from .config.schema import RunConfig
 from .data.columns import SHOWN_BY, layouts
 from .data.groups import PreferenceGroup
+from .data.held_out import HeldOut
 from .data.lint import LintReport
 from .data.read import Split, stream_groups
 from .data.tokenize import Encoder
@@ -57,28 +58,31 @@ def check(config: RunConfig) -> Checked:
     encoder = Encoder(tokenizer, config.data)
     dated = "; it writes today's date, which a run pins (data.template_date)" if encoder.writes_date else ""
     parts = [f"chat template: {encoder.template_origin}{dated}"]
-    splits: tuple[Split, ...] = ("train", "eval") if config.data.eval_dataset_name else ("train",)
+    splits: tuple[Split, ...] = ("train", "eval") if config.data.has_evaluation else ("train",)
     reports: dict[Split, LintReport] = {}
     obstacles: list[str] = []
+    held_out = HeldOut()
     for split in splits:
-        text, reports[split], reasons = _check_split(config, tokenizer, split)
+        text, reports[split], reasons = _check_split(config, tokenizer, split, held_out)
         parts.append(f"{split} data\n{text}")
         obstacles += reasons
     parts += [f"training would stop: {reason}" for reason in obstacles]
     return Checked("\n\n".join(parts), reports, tuple(obstacles))
 
 
-def _check_split(config: RunConfig, tokenizer, split: Split) -> tuple[str, LintReport, list[str]]:
+def _check_split(config: RunConfig, tokenizer, split: Split, held_out: HeldOut) -> tuple[str, LintReport, list[str]]:
     groups, report = stream_groups(config.data, tokenizer, split=split, tolerant=True)
     embeddings = num_embeddings(config.model)
     shown: PreferenceGroup | None = None
     lengths: dict[str, array[int]] = {}
     several_pairs = False
+    note = held_out.trains if split == "train" else held_out.evaluates
     for group in groups:
         # The first, or the first of more than two responses where there are such.
         if shown is None or len(shown.response_ids) == 2 < len(group.response_ids):
             shown = group
         several_pairs = several_pairs or len(group.pairs or ()) > 1
+        note(group)
         names = _response_names(group)
         for name, ids in zip(("prompt", *names), (group.prompt_ids, *group.response_ids), strict=True):
             lengths.setdefault(name, array("i")).append(len(ids))
@@ -88,6 +92,8 @@ def _check_split(config: RunConfig, tokenizer, split: Split) -> tuple[str, LintR
         if embeddings is not None and largest >= embeddings:
             message = f"row {group.row}: token {largest} is outside the {embeddings:,} embeddings of the model"
             report.refuse(RowError("beyond_embedding", message), group.row)
+    if split == "eval":
+        held_out.report(report)
     parts = [report.format()]
     if SHOWN_BY in parts[0]:
         parts.append(layouts())

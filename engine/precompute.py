@@ -103,7 +103,7 @@ def check_columns(config: RunConfig) -> None:
 
 def _datasets(config: RunConfig, tokenizer: Any) -> dict[str, PreferenceDataset]:
     datasets = {"train": load_dataset_groups(config.data, tokenizer, split="train")[0]}
-    if config.data.eval_dataset_name is not None:
+    if config.data.has_evaluation:
         datasets["eval"] = load_dataset_groups(config.data, tokenizer, split="eval")[0]
     return datasets
 

@@ -115,6 +115,8 @@ class DataConfig:
     """As dataset_name, for evaluation; null is no evaluation."""
     eval_dataset_split: str = "test"
     """Split of eval_dataset_name that is evaluated."""
+    eval_fraction: float | None = None
+    """Share of the prompts of dataset_name that is evaluated and not trained on; by content, the same in every run."""
     max_length: int | None = 1024
     """Most tokens of prompt and response; longer responses are cut, longer prompts drop the row. null is no limit."""
     truncation_mode: Literal["keep_start"] = "keep_start"
@@ -157,6 +159,14 @@ class DataConfig:
             self.template_date is None or _is_day(self.template_date),
             f"data.template_date must be a day such as 2026-11-26, got {self.template_date}",
         )
+        _require(
+            self.eval_fraction is None or 0 < self.eval_fraction < 1,
+            f"data.eval_fraction must be a share between 0 and 1, got {self.eval_fraction}",
+        )
+        _require(
+            self.eval_fraction is None or self.eval_dataset_name is None,
+            "data.eval_fraction splits data.dataset_name, so leave data.eval_dataset_name out",
+        )
         unknown = sorted(set(self.columns or ()) - set(COLUMN_PARTS))
         _require(not unknown, f"data.columns has no part {', '.join(unknown)}; parts are {', '.join(COLUMN_PARTS)}")
         named = [name for name in (self.columns or {}).values() if name is not None]
@@ -167,6 +177,11 @@ class DataConfig:
         )
         _require(self.min_score_gap >= 0, f"data.min_score_gap must not be negative, got {self.min_score_gap}")
         _require(self.max_rows is None or self.max_rows > 0, f"data.max_rows must be positive, got {self.max_rows}")
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there is evaluation data."""
+        return self.eval_dataset_name is not None or self.eval_fraction is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,8 +348,8 @@ class RunConfig:
             f"reference.mode none does not fit loss.loss_type {self.loss.loss_name}, which compares with a reference",
         )
         _require(
-            self.train.eval_steps is None or self.data.eval_dataset_name is not None,
-            "train.eval_steps needs data.eval_dataset_name",
+            self.train.eval_steps is None or self.data.has_evaluation,
+            "train.eval_steps needs data.eval_dataset_name or data.eval_fraction",
         )
         _require(
             self.model.quantization is None or self.model.trains_adapter,

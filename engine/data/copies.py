@@ -56,9 +56,9 @@ class Copies:
 
     def find(self, groups: Sequence[PreferenceGroup]) -> Iterator[tuple[str, int]]:
         """(problem, source row) of the groups of a chunk, in order: ``duplicate`` or ``contradiction``."""
-        parts = [[_digest(ids.tobytes()) for ids in (g.prompt_ids, *g.response_ids)] for g in groups]
-        rows = [_key(*digests) for digests in parts]
-        pairs = [[(_key(p, a, b), _key(p, b, a)) for a, b in combinations(rs, 2) if a != b] for p, *rs in parts]
+        parts = [[digest(ids.tobytes()) for ids in (g.prompt_ids, *g.response_ids)] for g in groups]
+        rows = [key_of(*digests) for digests in parts]
+        pairs = [[(key_of(p, a, b), key_of(p, b, a)) for a, b in combinations(rs, 2) if a != b] for p, *rs in parts]
         old_rows = self._rows.settled(np.array(rows, dtype=np.uint64))
         old_reversed = iter(self._pairs.settled(np.array([r for row in pairs for _, r in row], dtype=np.uint64)))
         for group, row, row_is_old, row_pairs in zip(groups, rows, old_rows, pairs, strict=True):
@@ -73,9 +73,11 @@ class Copies:
         self._pairs.settle()
 
 
-def _digest(data: bytes) -> bytes:
+def digest(data: bytes) -> bytes:
+    """Of the bytes of one part of a row."""
     return blake2b(data, digest_size=12).digest()
 
 
-def _key(*digests: bytes) -> int:
+def key_of(*digests: bytes) -> int:
+    """64 bits for several parts."""
     return int.from_bytes(blake2b(b"".join(digests), digest_size=8).digest(), "little")

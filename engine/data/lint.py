@@ -209,6 +209,18 @@ PROBLEMS = {
             "end completions with EOS, or correct the chat template",
         ),
         Problem(
+            "trained_row",
+            False,
+            "the row, with either answer as the chosen one, is in the training data, too, so it is not held out",
+            "remove it from one of the two; data.eval_fraction splits by prompts",
+        ),
+        Problem(
+            "trained_prompt",
+            False,
+            "the prompt of the row is in the training data, too, with other answers",
+            "remove it from one of the two; data.eval_fraction splits by prompts",
+        ),
+        Problem(
             "truncated",
             False,
             "a completion is cut at max_length",
@@ -259,6 +271,10 @@ class LintReport:
     def add_row(self) -> None:
         """Count one more row of the source."""
         self.total += 1
+
+    def leave_out_row(self) -> None:
+        """Take back the last row, which belongs to the other split."""
+        self.total -= 1
 
     def add(self, problem: str, row: int) -> None:
         """Note a problem of a row, at most once for each row. A row may be dropped only once."""

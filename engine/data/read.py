@@ -16,6 +16,7 @@ from .copies import Copies
 from .examples import Example, PromptsDifferError
 from .faults import text_faults, token_faults
 from .groups import PreferenceDataset, PreferenceGroup
+from .held_out import is_held_out
 from .lint import LOST, PROBLEMS, LintReport
 from .lost_text import LostText
 from .rows import RowReader
@@ -62,7 +63,7 @@ def stream_groups(
     source = _source(data, split, tolerant=tolerant)
     counted = LOST if data.lost_text == "count" else frozenset()
     report = LintReport(source.name, tolerant=tolerant, counted=counted)
-    examples = _examples(source, data, encoder, report)
+    examples = _examples(source, data, encoder, report, split)
     return make_groups(examples, encoder, max_length=data.max_length, report=report), report
 
 
@@ -84,6 +85,8 @@ def check_files(data: DataConfig, *, splits: Sequence[Split] = ("train", "eval")
         UserError: no such data, or a first row that no layout has; for all splits at once.
     """
     names: dict[Split, str | None] = {"train": data.dataset_name, "eval": data.eval_dataset_name}
+    if data.eval_fraction is not None:
+        names["eval"] = data.dataset_name
     local = [split for split in splits if (name := names[split]) is not None and not is_hub_name(name)]
     raise_all(partial(_check_split, data, split, first_rows) for split in local)
 
@@ -96,7 +99,7 @@ def _check_split(data: DataConfig, split: Split, first_rows: bool) -> None:
 
 def _source(data: DataConfig, split: Split, *, tolerant: bool = False) -> Source:
     option = "data.dataset_name"
-    if split == "train":
+    if split == "train" or data.eval_fraction is not None:
         name, part, config = data.dataset_name, data.dataset_train_split, data.dataset_config
     elif data.eval_dataset_name is not None:
         option = "data.eval_dataset_name"
@@ -104,7 +107,7 @@ def _source(data: DataConfig, split: Split, *, tolerant: bool = False) -> Source
     elif is_single_file(data.dataset_name):
         raise UserError(
             f"there is no evaluation data: data.dataset_name={data.dataset_name} is one file without splits; "
-            "set data.eval_dataset_name"
+            "set data.eval_dataset_name, or data.eval_fraction"
         )
     else:
         name, part, config = data.dataset_name, data.eval_dataset_split, data.dataset_config
@@ -121,7 +124,9 @@ def _until_damage(source: Source, report: LintReport) -> Iterator[Row]:
         report.ended = str(error)
 
 
-def _examples(source: Source, data: DataConfig, encoder: Encoder, report: LintReport) -> Iterator[Example]:
+def _examples(
+    source: Source, data: DataConfig, encoder: Encoder, report: LintReport, split: Split
+) -> Iterator[Example]:
     read = RowReader(data, use_messages=encoder.use_messages)
     rows = tqdm(_until_damage(source, report), desc=f"read {source.name}", unit=" rows", delay=3, disable=None)
     for row in rows:
@@ -130,6 +135,9 @@ def _examples(source: Source, data: DataConfig, encoder: Encoder, report: LintRe
             if row.fault is not None:
                 raise row.fault
             example = read(row)
+            if data.eval_fraction is not None and is_held_out(example, data.eval_fraction) != (split == "eval"):
+                report.leave_out_row()
+                continue
             if example.scores is not None:
                 expanded = expand_scores(example, data, report)
                 if expanded is None:

@@ -20,6 +20,7 @@ from ..config import format_diff
 from ..config.schema import RunConfig
 from ..data import LintReport, load_dataset_groups
 from ..data.groups import PreferenceDataset
+from ..data.held_out import HeldOut
 from ..durable import write_atomically
 from ..errors import UserError, counted
 from ..model import Policy, load_tokenizer, ready_policy, resolve_device
@@ -172,7 +173,7 @@ def _load_data(
 ) -> tuple[dict[str, PreferenceDataset], dict[str, LintReport]]:
     datasets: dict[str, PreferenceDataset] = {}
     lint: dict[str, LintReport] = {}
-    splits = ("train", "eval") if config.data.eval_dataset_name is not None else ("train",)
+    splits = ("train", "eval") if config.data.has_evaluation else ("train",)
     for split in splits:
         datasets[split], lint[split] = load_dataset_groups(config.data, tokenizer, split=split)  # type: ignore[arg-type]
         objective.check_dataset(datasets[split])
@@ -181,7 +182,25 @@ def _load_data(
             tokens_per_pack=config.packing.tokens_per_pack,
             share_prompts=config.packing.share_prompts,
         )
+    if "eval" in datasets:
+        _compare(datasets, lint["eval"], config.data.strict)
     return datasets, lint
+
+
+def _compare(datasets: dict[str, PreferenceDataset], report: LintReport, strict: bool) -> None:
+    """Note which evaluation rows are trained on."""
+    held_out = HeldOut()
+    for group in datasets["train"]:
+        held_out.trains(group)
+    for group in datasets["eval"]:
+        held_out.evaluates(group)
+    if found := held_out.report(report):
+        log.warning(
+            "%s of %s evaluation rows are not held out: row or prompt is trained on, too (`dpo check` says which)",
+            f"{found:,}",
+            f"{len(datasets['eval']):,}",
+        )
+    report.raise_if_strict(strict)
 
 
 def describe_run(setup: Setup) -> str:
@@ -312,10 +331,16 @@ def write_data_file(setup: Setup, output_dir: Path) -> None:
             "rejected": [int(x) for n in sample for x in np.asarray(n[2:])],
         },
         "rows_per_length": stride,
-        "lint": setup.lint["train"].to_dict(),
+        "lint": _lint(setup.lint),
         "plan": asdict(setup.plan),
     }
     write_atomically(output_dir / DATA_FILE, json.dumps(record) + "\n")
+
+
+def _lint(reports: dict[str, LintReport]) -> dict[str, Any]:
+    """The report of the training data, or one a split."""
+    found = {name: report.to_dict() for name, report in reports.items()}
+    return found if len(found) > 1 else found["train"]
 
 
 def _count(number: int) -> str:

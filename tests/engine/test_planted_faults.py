@@ -9,6 +9,7 @@ import pytest
 from engine.check import check
 from engine.config.schema import DataConfig, LossConfig, ModelConfig, PackingConfig, RunConfig
 from engine.data.columns import layouts
+from engine.data.held_out import TRAINED
 from engine.data.lint import PROBLEMS
 
 MAX_LENGTH, TOKENS_PER_PACK = 64, 90
@@ -298,8 +299,8 @@ def test_every_fault_is_reported_at_its_row_and_nothing_else_is(layout, make_tok
 
 def test_every_problem_is_planted_somewhere():
     planted = {problem for _, faults in FAULTS.values() for problems, _ in faults for problem in problems}
-    # Rankings of scored completions are in test_scored, embeddings in test_check.
-    assert planted | {"no_chat_template", "tied_ranking", "beyond_embedding"} == set(PROBLEMS)
+    # Rankings of scored completions are in test_scored, embeddings in test_check, what is trained on in test_held_out.
+    assert planted | {"no_chat_template", "tied_ranking", "beyond_embedding", *TRAINED} == set(PROBLEMS)
 
 
 def test_elements_of_an_array(make_tokenizer, tmp_path):

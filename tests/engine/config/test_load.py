@@ -258,6 +258,7 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "optim.warmup_steps": st.floats(0, 0.999) | st.integers(0, 10**6),
         "optim.lr_scheduler_kwargs": st.none()
         | st.dictionaries(st.text(), st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)),
+        "data.eval_fraction": st.none(),
         "data.template_date": st.none() | st.dates().map(str),
         "data.columns": st.none() | st.dictionaries(st.sampled_from(["prompt", "system"]), st.none(), max_size=2),
         "data.turn_fields": st.none() | st.dictionaries(st.sampled_from(["role", "content"]), st.text(min_size=1)),
