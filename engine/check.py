@@ -17,10 +17,10 @@ from .data.read import Split, stream_groups
 from .data.tokenize import Encoder
 from .errors import RowError, UserError
 from .inputs import check_inputs
-from .model.load import load_tokenizer
 from .model.sources import num_embeddings
+from .model.tokenizer import load_tokenizer
 from .packing.plan import group_sizes
-from .train.objective import Objective
+from .train.terms import LossTerms
 
 PERCENTILES = (0, 50, 90, 99, 100)
 PROMPT_TOKENS_SHOWN = 48
@@ -100,7 +100,7 @@ def _check_split(config: RunConfig, tokenizer, split: Split, held_out: HeldOut) 
     if shown is not None:
         parts += [_format_lengths(lengths, config.data.max_length), _format_example(shown, tokenizer)]
     reasons = _verdicts(report, config.data.strict)
-    if several_pairs and (reason := Objective(config.loss).against_several_pairs):
+    if several_pairs and (reason := LossTerms(config.loss).against_several_pairs):
         reasons.append(f"{report.source}: {reason}")
     return "\n\n".join(parts), report, reasons
 

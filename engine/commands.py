@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -10,7 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .config import load_config
+from .config.schema import RunConfig
 from .errors import UserError
+
+
+def _begin(options: Namespace, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of a command; and a first line, since what it imports next takes seconds."""
+    config = load_config(options.config, overrides)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"dpo {options.command} {options.config}: loading torch and transformers", file=sys.stderr, flush=True)
+    return config
 
 
 def demo(options: Namespace, overrides: Sequence[str]) -> int:
@@ -39,7 +49,7 @@ def init(options: Namespace, overrides: Sequence[str]) -> int:
 
 def check(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo check``"""
-    config = load_config(options.config, overrides)
+    config = _begin(options, overrides)
     from .check import check
 
     found = check(config)
@@ -49,7 +59,7 @@ def check(options: Namespace, overrides: Sequence[str]) -> int:
 
 def plan(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo plan``"""
-    config = load_config(options.config, overrides)
+    config = _begin(options, overrides)
     from .data import load_dataset_groups
     from .inputs import check_inputs
     from .model import load_tokenizer
@@ -67,7 +77,7 @@ def plan(options: Namespace, overrides: Sequence[str]) -> int:
 
 def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo precompute``"""
-    config = load_config(options.config, overrides)
+    config = _begin(options, overrides)
     from .forecast.advice import KnownRun, memory_errors
     from .precompute import check_columns, check_settings, fill_store
 
@@ -82,7 +92,7 @@ def precompute(options: Namespace, overrides: Sequence[str]) -> int:
 
 def train(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo train``"""
-    config = load_config(options.config, overrides)
+    config = _begin(options, overrides)
     from .forecast.advice import KnownRun, memory_errors
     from .train.loop import train
 
@@ -94,7 +104,7 @@ def train(options: Namespace, overrides: Sequence[str]) -> int:
 
 def evaluate(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo evaluate``"""
-    config = load_config(options.config, overrides)
+    config = _begin(options, overrides)
     from .evaluate import evaluate
     from .forecast.advice import KnownRun, memory_errors
 

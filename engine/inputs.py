@@ -9,7 +9,7 @@ from .config.schema import RunConfig
 from .data import check_files
 from .data.read import Split
 from .errors import raise_all
-from .model import check_folder
+from .model.sources import check_folder
 
 
 def check_inputs(

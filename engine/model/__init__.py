@@ -1,14 +1,35 @@
-"""Any transformers causal language model, run on packs."""
+"""Any transformers causal language model, run on packs. Names are imported when they are asked for: models bring parts
+of transformers that take seconds, which commands that read data alone do not need."""
 
-from .adapters import load_adapter
-from .attention import Backend, choose_backend
-from .checks import check_dataset, check_packing
-from .head import read_head
-from .load import load_policy, load_tokenizer, resolve_device
-from .policy import Policy
-from .ready import load_sharded, ready_policy
-from .shard import shard_policy
-from .sources import check_folder
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters import load_adapter
+    from .attention import Backend, choose_backend
+    from .checks import check_dataset, check_packing
+    from .head import read_head
+    from .load import load_policy, resolve_device
+    from .policy import Policy
+    from .ready import load_sharded, ready_policy
+    from .shard import shard_policy
+    from .sources import check_folder
+    from .tokenizer import load_tokenizer
+
+_PLACES = {
+    "adapters": ("load_adapter",),
+    "attention": ("Backend", "choose_backend"),
+    "checks": ("check_dataset", "check_packing"),
+    "head": ("read_head",),
+    "load": ("load_policy", "resolve_device"),
+    "policy": ("Policy",),
+    "ready": ("load_sharded", "ready_policy"),
+    "shard": ("shard_policy",),
+    "sources": ("check_folder",),
+    "tokenizer": ("load_tokenizer",),
+}
 
 __all__ = [
     "Backend",
@@ -26,3 +47,10 @@ __all__ = [
     "resolve_device",
     "shard_policy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

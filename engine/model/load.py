@@ -14,14 +14,13 @@ from torch import nn
 from .. import distributed
 from ..config.schema import ModelConfig
 from ..errors import UserError
-from ..paths import expanded
-from .adapter_forms import base_of_adapter, is_adapter
 from .adapters import FROZEN, add_lora, continue_adapter
 from .attention import Backend, choose_backend, register_backends
 from .experts import EXPERTS, register_experts
 from .policy import Policy
 from .quantization import check_quantization, quantization_arguments, use_one_product
 from .sources import check_folder, first_line, hide_weight_bars, hub_options, needs_own_code, not_found
+from .tokenizer import not_a_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Attributes that functional dropout, layer drop and router noise read, beside the `p` of dropout modules.
@@ -42,36 +41,6 @@ def _damaged(folder: Path) -> Path | None:
         except SafetensorError:
             return file
     return None
-
-
-def load_tokenizer(model: ModelConfig):
-    """The tokenizer of a model.
-
-    Raises:
-        UserError: there is none at the given place.
-    """
-    from transformers import AutoTokenizer
-
-    source = model.tokenizer_name_or_path or model.model_name_or_path
-    field = "tokenizer_name_or_path" if model.tokenizer_name_or_path else "model_name_or_path"
-    check_folder(source, f"model.{field}=")
-    if field == "model_name_or_path" and is_adapter(expanded(source)) and base_of_adapter(source) is not None:
-        raise _not_a_model(f"model.{field}={source}")
-    options = hub_options(source, f"model.{field}=")
-    try:
-        with distributed.local_main_first(source):
-            return AutoTokenizer.from_pretrained(
-                source, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
-            )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        if (own_code := needs_own_code(f"model.{field}={source}", error)) is not None:
-            raise own_code from error
-        if not Path(source).is_dir():
-            raise not_found(f"model.{field}={source}", error) from error
-        raise UserError(
-            f"model.{field}={source} has no tokenizer that loads: {first_line(error)}; "
-            "set model.tokenizer_name_or_path to a folder or Hub id that has one"
-        ) from error
 
 
 def load_policy(
@@ -195,15 +164,8 @@ def _read_causal_lm(model: ModelConfig, device: torch.device, backend: Backend, 
             why = f"{file.name} is damaged ({why}); copy it again"
         raise UserError(f"{source} does not load as a causal language model: {why}") from error
     if getattr(causal_lm, "_hf_peft_config_loaded", False):
-        raise _not_a_model(source)
+        raise not_a_model(source)
     return causal_lm
-
-
-def _not_a_model(source: str) -> UserError:
-    return UserError(
-        f"{source} is an adapter, not a model: give the base model here and the adapter in "
-        "model.adapter_name_or_path, or merge it into its base with peft's merge_and_unload"
-    )
 
 
 def _from_config(

@@ -30,19 +30,16 @@ from dpo_kernels import ld_token_weights, linear_dpo_loss, linear_logps, placket
 from dpo_kernels.chunks import sum_responses, to_device
 from dpo_kernels.head import Head
 from dpo_kernels.linear_logps.api import TokenLogps
-from dpo_kernels.losses import resolve_loss
 
 from .. import distributed
 from ..config.schema import LossConfig
-from ..data.groups import PreferenceDataset
-from ..errors import UserError
 from ..model import Policy
 from ..packing import PackedBatch
 from .feed import TrainingStep
 from .routing import Routing, same_random_numbers
 from .scored import Scored
+from .terms import LossTerms
 
-RANKING_LOSS = "plackett_luce"
 TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
 """Statistics of tokens that metrics are made of."""
 TOKEN_COLUMNS = 6
@@ -51,7 +48,7 @@ PAIR_LOSS = "sigmoid"
 """What ``RANKING_LOSS`` is for two responses."""
 
 
-class Objective:
+class Objective(LossTerms):
     """The configured loss.
 
     Args:
@@ -66,29 +63,11 @@ class Objective:
         live_reference: Callable[[PackedBatch], Tensor] | None = None,
         token_metrics: bool = False,
     ):
-        self.config = config
+        super().__init__(config)
         self.token_stats = TOKEN_STATS if token_metrics else ()
         self.live_reference = live_reference
         self.routing: Routing | None = None
         """What the routers of a mixture did in the newest step."""
-        self.ranks = RANKING_LOSS in config.loss_types
-        terms = config.terms
-        self.mix = None if self.ranks else resolve_loss(tuple(terms), tuple(terms.values()))
-        self.ld_alpha = None if config.ld_alpha == 1 else config.ld_alpha
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.mix is None or self.mix.needs_reference
-
-    @property
-    def couples_pairs(self) -> bool:
-        return self.mix is not None and self.mix.couples_pairs
-
-    @property
-    def needs_token_logps(self) -> bool:
-        """Whether the log-probs come first and the loss of them then: ``linear_logps`` instead of the fused op."""
-        weighs_likelihood = self.ld_alpha is not None and self.mix is not None and self.mix.likelihood
-        return self.couples_pairs or self.config.use_weighting or weighs_likelihood
 
     @property
     def stats(self) -> tuple[str, ...]:
@@ -99,28 +78,6 @@ class Objective:
     def num_sums(self) -> int:
         """Columns of what ``score_responses`` gives beside log-probs."""
         return len(self.stats) + (self.ld_alpha is not None)
-
-    @property
-    def against_several_pairs(self) -> str | None:
-        """Why a group cannot stand for several pairs; None when it can."""
-        if not (self.ranks or self.couples_pairs or self.ld_alpha is not None):
-            return None
-        needed = "ranking" if self.ranks else "best_worst"
-        what = f"loss_type {self.config.loss_name}" if self.ranks or self.couples_pairs else "ld_alpha"
-        return f"loss.{what} does not take several pairs of one prompt: set data.scored_pairs to {needed}"
-
-    def check_dataset(self, dataset: PreferenceDataset) -> None:
-        """Raise a ``UserError`` when groups are not what the loss takes: pairs, or rankings."""
-        if (dataset.terms > 1).any() and (reason := self.against_several_pairs):
-            raise UserError(reason)
-        if self.ranks:
-            return
-        responses = dataset.lengths.responses
-        for index in ((responses != 2) & ~dataset.has_pairs).nonzero()[0][:1]:
-            raise UserError(
-                f"row {dataset[index].row} has {responses[index]} responses, and loss.loss_type "
-                f"{self.config.loss_name} takes pairs: set loss.loss_type to {RANKING_LOSS}"
-            )
 
     def _options(self) -> dict[str, Any]:
         c = self.config

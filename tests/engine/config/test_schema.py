@@ -80,7 +80,9 @@ def test_shares_of_all_steps_are_those_of_transformers(steps, tmp_path):
         assert train.every("save_steps", total) == state.save_steps
         assert train.every("logging_steps", total) == state.logging_steps
     assert TrainConfig().every("eval_steps", 10) is None
-    with pytest.raises(ValueError, match=r"train\.save_steps must be a positive whole number of steps or a share below"):
+    with pytest.raises(
+        ValueError, match=r"train\.save_steps must be a positive whole number of steps or a share below"
+    ):
         TrainConfig(save_steps=1.5)
 
 

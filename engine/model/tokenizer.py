@@ -1,0 +1,49 @@
+"""The tokenizer of a model: all that reading data needs of it. No part of transformers is loaded that models need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import distributed
+from ..config.schema import ModelConfig
+from ..errors import UserError
+from ..paths import expanded
+from .adapter_forms import base_of_adapter, is_adapter
+from .sources import check_folder, first_line, hub_options, needs_own_code, not_found
+
+
+def load_tokenizer(model: ModelConfig):
+    """The tokenizer of a model.
+
+    Raises:
+        UserError: there is none at the given place.
+    """
+    from transformers import AutoTokenizer
+
+    source = model.tokenizer_name_or_path or model.model_name_or_path
+    field = "tokenizer_name_or_path" if model.tokenizer_name_or_path else "model_name_or_path"
+    check_folder(source, f"model.{field}=")
+    if field == "model_name_or_path" and is_adapter(expanded(source)) and base_of_adapter(source) is not None:
+        raise not_a_model(f"model.{field}={source}")
+    options = hub_options(source, f"model.{field}=")
+    try:
+        with distributed.local_main_first(source):
+            return AutoTokenizer.from_pretrained(
+                source, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+            )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if (own_code := needs_own_code(f"model.{field}={source}", error)) is not None:
+            raise own_code from error
+        if not Path(source).is_dir():
+            raise not_found(f"model.{field}={source}", error) from error
+        raise UserError(
+            f"model.{field}={source} has no tokenizer that loads: {first_line(error)}; "
+            "set model.tokenizer_name_or_path to a folder or Hub id that has one"
+        ) from error
+
+
+def not_a_model(source: str) -> UserError:
+    return UserError(
+        f"{source} is an adapter, not a model: give the base model here and the adapter in "
+        "model.adapter_name_or_path, or merge it into its base with peft's merge_and_unload"
+    )

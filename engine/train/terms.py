@@ -1,0 +1,58 @@
+"""What the configured loss adds up and takes, before there is any model."""
+
+from __future__ import annotations
+
+from dpo_kernels.losses import resolve_loss
+
+from ..config.schema import LossConfig
+from ..data.groups import PreferenceDataset
+from ..errors import UserError
+
+RANKING_LOSS = "plackett_luce"
+
+
+class LossTerms:
+    """The losses of a configuration and what they need."""
+
+    def __init__(self, config: LossConfig):
+        self.config = config
+        self.ranks = RANKING_LOSS in config.loss_types
+        terms = config.terms
+        self.mix = None if self.ranks else resolve_loss(tuple(terms), tuple(terms.values()))
+        self.ld_alpha = None if config.ld_alpha == 1 else config.ld_alpha
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.mix is None or self.mix.needs_reference
+
+    @property
+    def couples_pairs(self) -> bool:
+        return self.mix is not None and self.mix.couples_pairs
+
+    @property
+    def needs_token_logps(self) -> bool:
+        """Whether the log-probs come first and the loss of them then: ``linear_logps`` instead of the fused op."""
+        weighs_likelihood = self.ld_alpha is not None and self.mix is not None and self.mix.likelihood
+        return self.couples_pairs or self.config.use_weighting or weighs_likelihood
+
+    @property
+    def against_several_pairs(self) -> str | None:
+        """Why a group cannot stand for several pairs; None when it can."""
+        if not (self.ranks or self.couples_pairs or self.ld_alpha is not None):
+            return None
+        needed = "ranking" if self.ranks else "best_worst"
+        what = f"loss_type {self.config.loss_name}" if self.ranks or self.couples_pairs else "ld_alpha"
+        return f"loss.{what} does not take several pairs of one prompt: set data.scored_pairs to {needed}"
+
+    def check_dataset(self, dataset: PreferenceDataset) -> None:
+        """Raise a ``UserError`` when groups are not what the loss takes: pairs, or rankings."""
+        if (dataset.terms > 1).any() and (reason := self.against_several_pairs):
+            raise UserError(reason)
+        if self.ranks:
+            return
+        responses = dataset.lengths.responses
+        for index in ((responses != 2) & ~dataset.has_pairs).nonzero()[0][:1]:
+            raise UserError(
+                f"row {dataset[index].row} has {responses[index]} responses, and loss.loss_type "
+                f"{self.config.loss_name} takes pairs: set loss.loss_type to {RANKING_LOSS}"
+            )
