@@ -1,15 +1,17 @@
-"""Where benchmark results go: one JSON and one Markdown table each, below ``benchmarks/results/<device>/``."""
+"""Where benchmark results go: one JSON and one Markdown table each, in ``benchmarks/results/<device>/``, or below the
+folder that ``DPO_BENCH_RESULTS`` names."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("DPO_BENCH_RESULTS") or Path(__file__).parent / "results")
 
 
 def device_name() -> str:

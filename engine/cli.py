@@ -215,7 +215,8 @@ def _add_options(commands: dict[str, _Parser]) -> None:
         "pytest_args",
         metavar="ARG",
         nargs="*",
-        help="passed to pytest, such as -k train; or tune and its options, which `dpo bench tune --help` lists",
+        help="passed to pytest, such as -k train; --publish writes to benchmarks/results, not to a scratch folder; or "
+        "tune and its options, which `dpo bench tune --help` lists",
     )
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,8 +141,21 @@ def bench(options: Namespace, overrides: Sequence[str]) -> int:
     missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"the benchmarks need {' and '.join(missing)}: pip install 'dpo-kernels[bench]'")
-    command = [sys.executable, "-m", "pytest", str(folder), *options.pytest_args]
-    return subprocess.call(command, cwd=folder.parent)
+    publish = "--publish" in options.pytest_args
+    results = folder / "results" if publish else Path(tempfile.mkdtemp(prefix="dpo-bench-"))
+    passed = [argument for argument in options.pytest_args if argument != "--publish"]
+    command = [sys.executable, "-m", "pytest", str(folder), *passed]
+    code = subprocess.call(command, cwd=folder.parent, env={**os.environ, "DPO_BENCH_RESULTS": str(results)})
+    tables = sorted(results.rglob("*.md"))
+    if publish:
+        print(f"results are in {results}, which the repository holds: look at `git diff` before you commit them")
+    elif tables:
+        print(f"results, in {results} (--publish writes them to {folder / 'results'}):")
+        print("\n".join(f"  {table.relative_to(results)}" for table in tables))
+    else:
+        results.rmdir()
+        print("no results were written")
+    return code
 
 
 def _tune(arguments: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -29,6 +29,8 @@ from .evaluation import evaluate_policy, format_evaluation, scalar_metrics, writ
 from .export import export_model, package_versions
 from .feed import TrainingStep
 from .metrics import (
+    Callback,
+    CallbackTracker,
     IntervalMeter,
     Tracker,
     evaluation_line,
@@ -59,7 +61,9 @@ class _Evidence(NamedTuple):
     grad_norm: Tensor
 
 
-def train(config: RunConfig, *, resume: bool = False, on_data: OnData | None = None) -> TrainResult:
+def train(
+    config: RunConfig, *, resume: bool = False, on_data: OnData | None = None, callbacks: Sequence[Callback] = ()
+) -> TrainResult:
     """Train as ``config`` says and leave a run folder. Under ``torchrun``, all processes train one model.
 
     Args:
@@ -67,6 +71,8 @@ def train(config: RunConfig, *, resume: bool = False, on_data: OnData | None = N
             without the interruption ends with; start anew when there is none. Otherwise the folder must not hold a
             run. Another number of processes continues to rounding.
         on_data: is told of the data before the model is loaded.
+        callbacks: called with the step and the values of every row of metrics, those of evaluations included, on the
+            first process. What they raise ends the run as a crash would: checkpoints stay.
 
     Raises:
         UserError: whatever the user can correct, a loss or gradient that is not finite, or a full disk. Checkpoints
@@ -90,7 +96,7 @@ def train(config: RunConfig, *, resume: bool = False, on_data: OnData | None = N
             if finished is not None:
                 log.info("%s is finished: nothing is left to train", output_dir)
                 return finished
-            run = _Run(prepare(config, start, on_data=on_data), output_dir)
+            run = _Run(prepare(config, start, on_data=on_data), output_dir, callbacks)
             if start is not None:
                 run.restore(start)
             return run.train()
@@ -99,8 +105,9 @@ def train(config: RunConfig, *, resume: bool = False, on_data: OnData | None = N
 class _Run:
     """The state of a run between its steps."""
 
-    def __init__(self, setup: Setup, output_dir: Path):
+    def __init__(self, setup: Setup, output_dir: Path, callbacks: Sequence[Callback] = ()):
         self.setup = setup
+        self.callbacks = callbacks
         self.config = setup.config
         self.output_dir = output_dir
         self.policy = setup.policy
@@ -198,6 +205,7 @@ class _Run:
             write_data_file(self.setup, self.output_dir)
             keep_rows_until(self.output_dir, self.done, evaluated_at=self.evaluated_at)
             self.trackers = open_trackers(self.output_dir, self.config.train.report_to, first_step=self.done + 1)
+            self.trackers += [CallbackTracker(callback) for callback in self.callbacks]
         # Processes draw different masks of dropout in adapters. In another number of them no old state fits.
         set_seed((self.config.train.seed + distributed.rank() + distributed.size() * self.done) % 2**32)
         if self._random is not None:

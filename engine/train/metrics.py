@@ -19,7 +19,7 @@ import importlib.util
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,6 +222,26 @@ class Tracker(Protocol):
         """Make durable what was logged: a resume from a checkpoint written after this logs none of it again."""
 
     def close(self) -> None: ...
+
+
+Callback = Callable[[int, Mapping[str, float]], None]
+"""Is told of every row of metrics as it is written: the step and the values."""
+
+
+class CallbackTracker:
+    """A function of the user's own."""
+
+    def __init__(self, callback: Callback):
+        self.callback = callback
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.callback(step, dict(values))
+
+    def flush(self) -> None:
+        """Nothing: what it keeps is its own."""
+
+    def close(self) -> None:
+        """Nothing: it is not ours."""
 
 
 class JsonlTracker:

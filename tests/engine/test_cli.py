@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -322,13 +323,38 @@ def test_doctor_exit_code_follows_the_self_test(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 1
 
 
-def test_bench_hands_its_arguments_to_pytest(monkeypatch):
+def test_bench_hands_its_arguments_to_pytest_and_keeps_results_apart(monkeypatch, capsys):
+    """What the repository holds is written with --publish alone."""
     pytest.importorskip("pytest_benchmark")
     called = {}
-    monkeypatch.setattr(subprocess, "call", lambda command, cwd: called.update(command=command, cwd=cwd) or 5)
+
+    def call(command, cwd, env):
+        called.update(command=command, cwd=cwd, results=Path(env["DPO_BENCH_RESULTS"]))
+        if called["results"] != cwd / "benchmarks" / "results":
+            (called["results"] / "cpu").mkdir()
+            (called["results"] / "cpu" / "train.md").write_text("# train\n")
+        return 5
+
+    monkeypatch.setattr(subprocess, "call", call)
     assert cli.main(["bench", "-k", "train", "--benchmark-only"]) == 5
     assert called["command"][-3:] == ["-k", "train", "--benchmark-only"]
     assert (called["cwd"] / "benchmarks").is_dir()
+    assert not called["results"].is_relative_to(called["cwd"])
+    said = capsys.readouterr().out
+    assert str(called["results"]) in said
+    assert "  cpu/train.md" in said
+    shutil.rmtree(called["results"])
+    assert cli.main(["bench", "--publish", "-k", "train"]) == 5
+    assert called["command"][-2:] == ["-k", "train"]
+    assert called["results"] == called["cwd"] / "benchmarks" / "results"
+    assert "look at `git diff`" in capsys.readouterr().out
+
+
+def test_benchmarks_write_where_they_are_told(tmp_path):
+    code = "from benchmarks.results import write_result; print(write_result('t', {'rows': [{'a': 1}]}, columns=['a']))"
+    environment = {**os.environ, "DPO_BENCH_RESULTS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert Path(done.stdout.splitlines()[-1]).is_relative_to(tmp_path), done.stderr
 
 
 def test_bench_tune_is_the_tuner(refused, monkeypatch, tmp_path):
