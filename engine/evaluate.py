@@ -61,6 +61,8 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     packing = config.packing
     check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts)
     policy, trained = _load_both(config, model_path, dataset)
+    in_rows = policy.layout.in_rows or trained.layout.in_rows
+    check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts, in_rows=in_rows)
     objective = Objective(config.loss, token_metrics=config.train.token_metrics)
     objective.check_dataset(dataset)
     references = prepare_references(config, policy, objective, {"eval": dataset}, say=log.info)
@@ -84,7 +86,7 @@ def _load_both(config: RunConfig, model_path: str | None, dataset: PreferenceDat
         ready_policy,
         device=resolve_device(),
         datasets=[dataset],
-        share_prompts=config.packing.share_prompts,
+        packing=config.packing,
         compare=False,
     )
     if model_path is None:

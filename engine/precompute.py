@@ -14,6 +14,7 @@ from .data.groups import PreferenceDataset
 from .errors import UserError
 from .inputs import check_inputs
 from .model import Policy, load_tokenizer, ready_policy, resolve_device
+from .model.layouts import attention_words, describe_layout
 from .model.quantization import check_quantization
 from .reference import (
     ReferenceStore,
@@ -116,8 +117,9 @@ def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset])
     if config.reference.model_name_or_path is not None:
         policy = load_reference(config, device, rows)
     else:
-        policy = ready_policy(config.model, device, rows, share_prompts=config.packing.share_prompts)
-    distributed.say(f"attention: {policy.backend.name} ({policy.backend.reason})")
+        policy = ready_policy(config.model, device, rows, packing=config.packing)
+    distributed.say(f"attention: {attention_words(policy)}")
+    distributed.say(f"layout: {describe_layout(policy)}")
     return policy
 
 

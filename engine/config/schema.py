@@ -15,6 +15,7 @@ SchedulerType = Literal[
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 ]  # fmt: skip
 Quantization = Literal["nf4", "fp4"]
+LayoutName = Literal["auto", "shared", "rows"]
 RowFormat = Literal[
     "auto", "preference", "conversation", "hh", "sharegpt", "kwise", "scored", "tokenized", "alpaca", "question",
     "messages", "chosen_response", "llama_factory", "ms_swift", "openai", "nemo_rl", "torchtune", "stack_exchange",
@@ -194,6 +195,9 @@ class PackingConfig:
     """Most tokens in one forward pass: the knob for memory."""
     share_prompts: bool = True
     """Compute the prompt once for all its responses."""
+    layout: LayoutName = "auto"
+    """auto takes the first that is exact for the model, which is tried at the start: packs, packs in which modules that
+    mix tokens outside attention get rows, padded rows. shared is one of the first two, rows the last."""
     shuffle: bool = True
     """Draw a new order every epoch, from train.seed; false keeps the order of the file."""
 

@@ -1,7 +1,8 @@
-"""Start-up checks: does this model, on this backend, give on packs what it gives on plain sequences?
+"""Start-up checks: in which layout does this model, on this backend, give what it gives on plain sequences?
 
 Some models never call the registered attention function, mix tokens elsewhere (state-space layers, convolutions), or
-drop keyword arguments on the way. They would train on silently different numbers, so they are refused by name.
+drop keyword arguments on the way. On packs they would train on silently different numbers, so modules that mix tokens
+get rows, and if that is not enough the whole model does.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import distributed
+from ..config.schema import LayoutName
 from ..data.groups import PreferenceDataset, PreferenceGroup
 from ..errors import BackendError, UserError, out_of_memory
 from ..packing.layout import PackedBatch, build_batch
 from .diagnosis import first_difference
 from .layers import largest, text_model
-from .policy import Policy
+from .layouts import eager_attention, use_layout
+from .load import disable_dropout, keep_in_evaluation
+from .policy import Kind, Layout, Policy
 from .precision import float32_weights
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
@@ -37,6 +42,8 @@ _REACH = re.compile(
     r"|index_topk(_blocks)?|index_block_size"
 )
 _PROBE_REACH = 3
+_ROW_PROBES = 3
+"""Probes that a model in rows is given: what picks the best of several keys may be unequal only where two are even."""
 # Names of learned or tabulated absolute positions.
 _POSITIONS = re.compile(r"wpe|embed_positions|pos(ition)?s?_emb(ed|edding|eddings)?")
 _ADVICE = "choose a family that docs/conformance.md lists as equal"
@@ -44,33 +51,86 @@ _ADVICE = "choose a family that docs/conformance.md lists as equal"
 _MODEL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError, AssertionError)
 
 
-def check_packing(policy: Policy, *, share_prompts: bool = True, seed: int = 0) -> None:
-    """Compare a small pack with the model's own forward, perturb one response, switch to training mode.
+class Fault(NamedTuple):
+    """Why a model is not exact in a layout."""
 
+    words: str
+    mixer: str | None = None
+    """The class of the first module at fault, where it may be right in rows."""
+
+
+def check_packing(policy: Policy, *, share_prompts: bool = True, requested: LayoutName = "auto", seed: int = 0) -> None:
+    """Have a policy compute packs in the first layout in which they are exact, from the fastest on.
+
+    A small pack is compared with the model's own forward, one response is perturbed, and training mode is tried.
     Attention that reaches only so far is given a reach shorter than the probe, so that windows count.
 
     Args:
         policy: before its first optimizer step.
-        share_prompts: the layout to check.
+        share_prompts: whether packs hold a prompt once.
+        requested: ``packing.layout``.
 
     Raises:
-        UserError: the model is not equal on packs, a response changes another one's log-probs, or training mode does.
+        UserError: packs are not equal, a response changes another one's log-probs, or training mode does, in all
+            layouts that may be taken.
         BackendError: the attention backend cannot compute the model, or fails; no fault of the model.
     """
     training = policy.training
     policy.eval()
     try:
         with torch.no_grad(), _short_reach(policy.causal_lm):
-            reason = _difference(policy, share_prompts, seed)
-            if reason is None:
-                return
-            if share_prompts and _difference(policy, False, seed) is None:
-                raise UserError(f"{reason}; without shared prompts it is equal: set packing.share_prompts to false")
-            if _equal_in_float32(policy, share_prompts, seed):
-                raise UserError(f"{reason}; in float32 it is equal: set model.dtype to float32")
-            raise UserError(f"{reason}; {_ADVICE}")
+            _choose_layout(policy, requested, share_prompts, seed)
     finally:
         policy.train(training)
+
+
+def _choose_layout(policy: Policy, requested: LayoutName, share_prompts: bool, seed: int) -> None:
+    reason = "packing.layout asks for it"
+    if requested != "rows":
+        fault = _fault_on_packs(policy, share_prompts, seed)
+        if fault is None:
+            return
+        reason = fault.words
+        if share_prompts and policy.obstacle is None and _difference(policy, False, seed) is None:
+            reason += "; without shared prompts it is equal: set packing.share_prompts to false"
+            if requested == "shared":
+                raise UserError(reason)
+        if requested == "shared":
+            raise UserError(f"{reason}; set packing.layout to auto, or {_float32_or(policy, share_prompts, seed)}")
+    layouts: tuple[Kind, ...] = ("rows", "single")
+    for kind in layouts:
+        use_layout(policy, Layout(kind, reason=reason))
+        probes = (_difference(policy, share_prompts, s) for s in range(seed, seed + _ROW_PROBES))
+        fault = next((found for found in probes if found is not None), None)
+        if fault is None:
+            return
+        reason = f"{reason}; {fault.words}"
+    raise UserError(f"{reason}; {_float32_or(policy, share_prompts, seed)}")
+
+
+def _fault_on_packs(policy: Policy, share_prompts: bool, seed: int) -> Fault | None:
+    """Give modules that mix tokens rows, one class after another, until packs are exact; why they are not, or None."""
+    if policy.obstacle is not None:
+        return Fault(f"{_name(policy)} cannot run on packs: {policy.obstacle}")
+    layout, first = Layout(), None
+    while True:
+        use_layout(policy, layout)
+        fault = _difference(policy, share_prompts, seed)
+        if fault is None:
+            return None
+        first = first or fault
+        if fault.mixer is None or fault.mixer in layout.mixers:
+            return first
+        layout = Layout("mixers", (*layout.mixers, fault.mixer), first.words)
+
+
+def _float32_or(policy: Policy, share_prompts: bool, seed: int) -> str:
+    """What a user may do about a model that is exact in no layout."""
+    if policy.obstacle is None:
+        use_layout(policy, Layout())
+    if _equal_in_float32(policy, share_prompts, seed):
+        return "in float32 it is equal: set model.dtype to float32"
+    return _ADVICE
 
 
 def _equal_in_float32(policy: Policy, share_prompts: bool, seed: int) -> bool:
@@ -88,10 +148,10 @@ def _equal_in_float32(policy: Policy, share_prompts: bool, seed: int) -> bool:
         policy.compute_dtype = half
 
 
-def _difference(policy: Policy, share_prompts: bool, seed: int) -> str | None:
-    """Why this model cannot train on packs of this layout, or None."""
+def _difference(policy: Policy, share_prompts: bool, seed: int) -> Fault | None:
+    """Why this model cannot train in its layout, or None."""
     name = _name(policy)
-    groups = _probe_groups(policy.config, seed)
+    groups = _probe_groups(policy.config, seed, wide=policy.layout.kind == "rows")
     batch = build_batch(groups, share_prompts=share_prompts).to(policy.device)
     try:
         packed = policy.logps(batch)
@@ -103,12 +163,17 @@ def _difference(policy: Policy, share_prompts: bool, seed: int) -> str | None:
     except BackendError:
         raise
     except UserError as error:
-        return f"{name} cannot run on packs: {error}"
+        return Fault(f"{name} cannot run {_on(policy)}: {error}")
     except _MODEL_ERRORS as error:
         if distributed.lost_connection(error) or out_of_memory(error) is not None:
             raise
         words = str(error).strip().splitlines() or [""]
-        return f"{name} cannot run on packs: {type(error).__name__} in {_innermost_module(error)}: {words[0]}"
+        place = f"{type(error).__name__} in {_innermost_module(error)}"
+        return Fault(f"{name} cannot run {_on(policy)}: {place}: {words[0]}")
+
+
+def _on(policy: Policy) -> str:
+    return {"rows": "in padded rows", "single": "one row at a time"}.get(policy.layout.kind, "on packs")
 
 
 def _innermost_module(error: BaseException) -> str:
@@ -145,8 +210,12 @@ def _short_reach(model: nn.Module) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _probe_groups(config: Any, seed: int) -> list[PreferenceGroup]:
-    """Two small groups of random tokens, none of which has a meaning of its own, such as padding or an image."""
+def _probe_groups(config: Any, seed: int, *, wide: bool = False) -> list[PreferenceGroup]:
+    """Small groups of random tokens, none of which has a meaning of its own, such as padding or an image.
+
+    Args:
+        wide: with a group that is several times as long, for rows that are padded to it.
+    """
     text = config.get_text_config()
     owners = (config, text)
     named = [v for o in owners for k, v in vars(o).items() if k.endswith(("token_id", "token_index"))]
@@ -158,45 +227,67 @@ def _probe_groups(config: Any, seed: int) -> list[PreferenceGroup]:
     def draw(size: int) -> np.ndarray:
         return generator.choice(ordinary, size)
 
-    return [PreferenceGroup(0, draw(7), (draw(5), draw(9))), PreferenceGroup(1, draw(3), (draw(4), draw(1), draw(6)))]
+    shapes = [(7, (5, 9)), (3, (4, 1, 6)), *([(2, (18, 40))] if wide else [])]
+    return [PreferenceGroup(row, draw(p), tuple(map(draw, responses))) for row, (p, responses) in enumerate(shapes)]
 
 
-def _leak(policy, groups, batch: PackedBatch, packed: torch.Tensor, share_prompts: bool) -> str | None:
+def _leak(policy, groups, batch: PackedBatch, packed: torch.Tensor, share_prompts: bool) -> Fault | None:
     """Changing the tokens of one response must not change one bit of any other response."""
     start, stop = batch.cu_responses_S1[:2].tolist()
     first_group = groups[0]
-    changed = _probe_groups(policy.config, seed=1)[0].response_ids[0]
+    changed = _probe_groups(policy.config, seed=_ROW_PROBES)[0].response_ids[0]
     perturbed = [replace(first_group, response_ids=(changed, *first_group.response_ids[1:])), *groups[1:]]
     other = policy.logps(build_batch(perturbed, share_prompts=share_prompts).to(policy.device))
     if not _unchanged(policy, packed[stop:], other[stop:]):
-        return f"{_name(policy)} leaks tokens between responses of a pack{_where(policy, groups)}"
+        if policy.layout.in_rows:
+            return Fault(f"{_name(policy)} is not causal: what it makes of a prompt depends on the response behind it")
+        return _placed(policy, groups, f"{_name(policy)} leaks tokens between responses of a pack")
     if torch.equal(packed[start:stop], other[start:stop]):
-        return f"{_name(policy)} ignores its input in the isolation check"
+        return Fault(f"{_name(policy)} ignores its input in the isolation check")
     return None
 
 
-def _where(policy: Policy, groups: list[PreferenceGroup]) -> str:
-    """Where a pack of two sequences first differs from the second one."""
+def _placed(policy: Policy, groups: list[PreferenceGroup], words: str) -> Fault:
+    """A fault, with where a pack of two sequences first differs from the second one."""
+    if policy.layout.in_rows:
+        return Fault(words)
     pack = build_batch([replace(g, response_ids=g.response_ids[:1]) for g in groups]).to(policy.device)
-    return f", first in {first_difference(policy, pack, pack.plan.segments[-1].start)}"
+    place = first_difference(policy, pack, pack.plan.segments[-1].start)
+    return Fault(f"{words}, first in {place.words}", place.mixer)
 
 
-def _randomness(policy: Policy, batch: PackedBatch) -> str | None:
+def _randomness(policy: Policy, batch: PackedBatch) -> Fault | None:
     """Dropout that could not be switched off would make the policy another function than its reference.
 
     The dropout of adapters is asked for; the reference, which this looks at, has none.
     """
-    with policy.reference_mode():
-        evaluation = policy.logps(batch)
-        policy.train()
-        training = policy.logps(batch)
-        policy.eval()
-    if _unchanged(policy, evaluation, training):
+
+    def changes() -> bool:
+        with policy.reference_mode():
+            evaluation = policy.logps(batch)
+            policy.train()
+            training = policy.logps(batch)
+            policy.eval()
+        return not _unchanged(policy, evaluation, training)
+
+    if not changes():
         return None
-    return (
+    # such as models that read their probabilities from the config whenever they run, or that exchange modules then
+    policy.disabled_dropouts += disable_dropout(policy.causal_lm)
+    for module in policy.causal_lm.modules():
+        if type(module).__module__.startswith("transformers") and _keeps_no_checkpoints(module):
+            keep_in_evaluation(module)
+    if not changes():
+        return None
+    return Fault(
         f"{_name(policy)} gives other log-probs in training mode than in evaluation: it has dropout or noise that "
         "cannot be switched off here; set its probabilities to 0 in the model's config.json"
     )
+
+
+def _keeps_no_checkpoints(module: nn.Module) -> bool:
+    """Whether a module does not ask for its mode inside its forward to know whether to keep activations."""
+    return isinstance(module, GradientCheckpointingLayer) or not hasattr(module, "gradient_checkpointing")
 
 
 def check_dataset(policy: Policy, dataset: PreferenceDataset) -> None:
@@ -250,13 +341,18 @@ def _unchanged(policy: Policy, before: torch.Tensor, after: torch.Tensor) -> boo
 def has_experts(config) -> bool:
     """Whether a transformers config is of a mixture of experts."""
     text = config.get_text_config()
-    return largest(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts") > 1
+    parts = [text, *(getattr(text, name, None) for name in text.sub_configs)]
+    return any(_num_experts(part) > 1 for part in parts if part is not None)
 
 
-def _inequality(policy: Policy, groups, packed: torch.Tensor) -> str | None:
+def _num_experts(config) -> int:
+    return largest(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _inequality(policy: Policy, groups, packed: torch.Tensor) -> Fault | None:
     """Packs are held to the model's own eager forward in float32, with twice the error of that forward in bfloat16."""
     sequences = [(g.prompt_ids, r) for g in groups for r in g.response_ids]
-    with _own_attention(policy):
+    with eager_attention(policy):
         own = torch.cat([_plain_logps(policy, p, r) for p, r in sequences])
         allowed = _TOLERANCE[policy.compute_dtype]
         worst = (packed - own).abs().max().item()
@@ -268,22 +364,10 @@ def _inequality(policy: Policy, groups, packed: torch.Tensor) -> str | None:
     # written so that NaN is refused
     if worst <= allowed:
         return None
-    return (
-        f"{_name(policy)} gives different log-probs on packs than on single sequences (largest difference {worst:.3g} "
-        f"nats per token){_where(policy, groups)}"
-    )
-
-
-@contextmanager
-def _own_attention(policy: Policy) -> Iterator[None]:
-    """The model's own eager attention for a while."""
-    model: Any = policy.causal_lm
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(implementation)
+    difference = f"largest difference {worst:.3g} nats per token"
+    where = "in rows" if policy.layout.in_rows else "on packs"
+    words = f"{_name(policy)} gives different log-probs {where} than on single sequences ({difference})"
+    return _placed(policy, groups, words)
 
 
 def _exact_logps(policy: Policy, sequences: list[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor | None:

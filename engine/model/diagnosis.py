@@ -1,4 +1,4 @@
-"""Where a model that is wrong on packs goes wrong, in words for its error message."""
+"""Where a model that is wrong on packs goes wrong, in words for its error message, and what to give rows instead."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from ..packing.layout import PackedBatch
+from .layouts import eager_attention
+from .mixers import class_name
 from .policy import Policy
 
 _RELATIVE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -23,24 +25,26 @@ class _Call(NamedTuple):
     after: torch.Tensor | None
 
 
-def first_difference(policy: Policy, batch: PackedBatch, start: int) -> str:
+class Place(NamedTuple):
+    """Where a model goes wrong."""
+
+    words: str
+    """Such as ``model.layers.0.mixer (MambaMixer), which depends on the rest of a pack``."""
+    mixer: str | None
+    """The class of that module, where it may be right in rows."""
+
+
+def first_difference(policy: Policy, batch: PackedBatch, start: int) -> Place:
     """The first module that turns equal inputs into other outputs on a pack than in the model's own eager forward.
 
     Args:
         batch: a pack whose rows from ``start`` on are one sequence.
-
-    Returns:
-        Words such as ``model.layers.0.mixer (MambaMixer), which depends on the rest of a pack``.
     """
-    model: Any = policy.causal_lm
+    model = policy.causal_lm
     packed = _trace(model, batch.num_tokens, lambda: policy.logps(batch))
     ids = batch.input_ids_T[None, start:]
-    model.set_attn_implementation("eager")
-    try:
-        with policy.autocast():
-            plain = _trace(model, ids.shape[1], lambda: model(input_ids=ids, use_cache=False))
-    finally:
-        model.set_attn_implementation(policy.backend.implementation)
+    with eager_attention(policy):
+        plain = _trace(model, ids.shape[1], lambda: policy.plain_logits(ids))
     tolerance = _RELATIVE[policy.compute_dtype]
     for name, pack in packed.items():
         alone = plain.get(name)
@@ -50,8 +54,9 @@ def first_difference(policy: Policy, batch: PackedBatch, start: int) -> str:
         if same_input and not _equal(pack.after, alone.after, start, tolerance):
             reads = pack.type_name in batch.plan.readers
             reason = "whose attention does more than packs support" if reads else "which depends on the rest of a pack"
-            return f"{name} ({pack.type_name}), {reason}"
-    return "the output layers, which do more than a linear layer with the scale and cap that the config names"
+            return Place(f"{name} ({pack.type_name}), {reason}", None if reads else pack.type_name)
+    words = "the output layers, which do more than a linear layer with the scale and cap that the config names"
+    return Place(words, None)
 
 
 def _trace(model: nn.Module, num_tokens: int, run: Callable[[], Any]) -> dict[str, _Call]:
@@ -62,7 +67,7 @@ def _trace(model: nn.Module, num_tokens: int, run: Callable[[], Any]) -> dict[st
         outputs = list(output.values()) if isinstance(output, dict) else output
         after = _per_token(outputs if isinstance(outputs, (tuple, list)) else [outputs], num_tokens)
         before = _per_token([*args, *kwargs.values()], num_tokens)
-        calls.setdefault(names[module], _Call(type(module).__name__, before, after))
+        calls.setdefault(names[module], _Call(class_name(module), before, after))
 
     names = {module: name for name, module in model.named_modules() if name}
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]

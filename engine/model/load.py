@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..errors import UserError
 from .adapters import FROZEN, add_lora, continue_adapter
 from .attention import Backend, choose_backend, register_backends
 from .experts import EXPERTS, register_experts
+from .mixers import checkpoint_contexts
 from .policy import Policy
 from .quantization import check_quantization, quantization_arguments, use_one_product
 from .sources import check_folder, first_line, hide_weight_bars, hub_options, needs_own_code, not_found
@@ -95,7 +97,7 @@ def _load(
     empty: bool,
     layers: int | None,
 ) -> Policy:
-    causal_lm = _read_causal_lm(model, device, backend, empty, layers)
+    causal_lm, obstacle = _read_causal_lm(model, device, backend, empty, layers)
     disabled = disable_dropout(causal_lm)
     if model.quantization:
         use_one_product(causal_lm)
@@ -105,7 +107,7 @@ def _load(
                 f"{type(causal_lm).__name__} does not support gradient checkpointing: "
                 "set train.gradient_checkpointing to false"
             )
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     policy_model: nn.Module = causal_lm
     if model.lora:
         policy_model = add_lora(causal_lm, model.lora)
@@ -118,13 +120,16 @@ def _load(
         reference_adapter=FROZEN if model.adapter_name_or_path else None,
     )
     policy.disabled_dropouts = disabled
+    policy.obstacle = obstacle
     policy.recomputes = gradient_checkpointing
     assert policy.head is not None
     return policy
 
 
-def _read_causal_lm(model: ModelConfig, device: torch.device, backend: Backend, empty: bool, layers: int | None) -> Any:
-    """The transformers model, with its weights unless ``empty``."""
+def _read_causal_lm(
+    model: ModelConfig, device: torch.device, backend: Backend, empty: bool, layers: int | None
+) -> tuple[Any, str | None]:
+    """The transformers model, with its weights unless ``empty``; and why its attention cannot run on packs, if so."""
     from transformers import AutoModelForCausalLM
 
     register_backends()
@@ -138,23 +143,25 @@ def _read_causal_lm(model: ModelConfig, device: torch.device, backend: Backend, 
     if empty:
         options["layers"] = layers
     hide_weight_bars()
+    read: Any = partial(
+        _from_config if empty else AutoModelForCausalLM.from_pretrained,
+        model.model_name_or_path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype=compute_dtype if model.trains_adapter or model.quantization else torch.float32,
+        experts_implementation=EXPERTS,
+        **options,
+    )
+    obstacle = None
     try:
-        read: Any = _from_config if empty else AutoModelForCausalLM.from_pretrained
-        causal_lm = read(
-            model.model_name_or_path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype=compute_dtype if model.trains_adapter or model.quantization else torch.float32,
-            attn_implementation=backend.implementation,
-            experts_implementation=EXPERTS,
-            **options,
-        )
+        try:
+            causal_lm = read(attn_implementation=backend.implementation)
+        except (ValueError, KeyError) as error:
+            if backend.implementation not in str(error):
+                raise
+            obstacle = "its model does not use transformers' AttentionInterface"
+            causal_lm = read()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if backend.implementation in str(error):
-            raise UserError(
-                f"{source} cannot run on packs: its model does not use transformers' AttentionInterface; "
-                "choose a family that docs/conformance.md lists as equal"
-            ) from error
         if (own_code := needs_own_code(source, error)) is not None:
             raise own_code from error
         if not Path(model.model_name_or_path).is_dir():
@@ -165,7 +172,7 @@ def _read_causal_lm(model: ModelConfig, device: torch.device, backend: Backend, 
         raise UserError(f"{source} does not load as a causal language model: {why}") from error
     if getattr(causal_lm, "_hf_peft_config_loaded", False):
         raise not_a_model(source)
-    return causal_lm
+    return causal_lm, obstacle
 
 
 def _from_config(
@@ -195,7 +202,8 @@ def _from_config(
 
 
 def disable_dropout(model: nn.Module) -> int:
-    """Set every dropout probability to 0, of dropout modules and of modules that call dropout as a function.
+    """Set every dropout probability to 0, of dropout modules and of modules that call dropout as a function; routers
+    with noise stay in evaluation.
 
     Returns:
         How many were not 0.
@@ -206,8 +214,32 @@ def disable_dropout(model: nn.Module) -> int:
         for name, value in vars(module).items()
         if isinstance(value, float)
         and value > 0
+        and not ("jitter" in name and hasattr(module, "mode_outside"))
         and ((name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)) or _RANDOM_ATTRIBUTE.search(name))
     ]
     for module, name in active:
-        setattr(module, name, 0.0)
+        if "jitter" in name:
+            # Phi 3.5 MoE reads it in evaluation, too
+            keep_in_evaluation(module)
+        else:
+            setattr(module, name, 0.0)
     return len(active)
+
+
+def keep_in_evaluation(module: nn.Module) -> None:
+    """Have a module compute as in evaluation, whatever mode the model is in; those inside it are not concerned."""
+    if hasattr(module, "mode_outside"):
+        return
+    _begin_evaluation(module, ())
+    _end_evaluation(module, (), None)
+    module.register_forward_pre_hook(_begin_evaluation)
+    module.register_forward_hook(_end_evaluation, always_call=True)
+
+
+def _begin_evaluation(module: Any, args: object) -> None:
+    # gradient checkpointing looks at the mode before a layer runs
+    module.mode_outside, module.training = module.training, False
+
+
+def _end_evaluation(module: Any, args: object, output: object) -> None:
+    module.training = module.mode_outside

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from dpo_kernels import linear_logps
+from dpo_kernels.chunks import to_device
 from dpo_kernels.head import Head
 
 from ..packing.layout import PackedBatch
+from ..packing.rows import Blocks, RowPlan, plan_rows
 from .attention import PLAN_ARGUMENT, Backend
+from .before_head import taken_before_head
 from .head import adapted_head, read_head
+from .mixers import RowsOfPack
 from .offload import OffloadedActivations
 from .routers import RouterSums, router_arguments, sum_routers
 
 R = TypeVar("R")
+
+Kind = Literal["shared", "mixers", "rows", "single"]
+
+
+class Layout(NamedTuple):
+    """What runs on packs and what on rows."""
+
+    kind: Kind = "shared"
+    """shared: the whole model runs on packs. mixers: all but some modules do, which get rows. rows: the whole model
+    runs on padded rows with a mask, in its own attention. single: on one row at a time, without padding."""
+    mixers: tuple[str, ...] = ()
+    """Classes of the modules that get rows."""
+    reason: str = ""
+    """What the next better one failed on."""
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether the whole model runs on rows."""
+        return self.kind in ("rows", "single")
+
+
+_BLOCKS: dict[Kind, Blocks] = {"mixers": "alike", "rows": "together", "single": "alone"}
 
 
 class Policy(nn.Module):
@@ -49,6 +75,12 @@ class Policy(nn.Module):
         """Whether backward runs the layers once more instead of keeping what they made (gradient checkpointing)."""
         self.sharded = False
         """Whether the parameters are spread over processes: see ``engine/model/shard.py``."""
+        self.layout = Layout()
+        """How packs are computed: see ``engine/model/layouts.py``."""
+        self._scale_behind_head: float | None = None
+        """In rows, where factors before the head are part of what it is given: known after the first forward pass."""
+        self.obstacle: str | None = None
+        """Why attention of this model cannot run on packs at all: it is none that transformers lets us exchange."""
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -71,7 +103,12 @@ class Policy(nn.Module):
     @property
     def head(self) -> Head:
         """The output layer, without low-rank adapters on it."""
-        return read_head(self.causal_lm)
+        return self._scaled(read_head(self.causal_lm))
+
+    def _scaled(self, head: Head) -> Head:
+        if self.layout.in_rows and self._scale_behind_head is not None:
+            return head._replace(logit_scale=self._scale_behind_head)
+        return head
 
     def autocast(self):
         """The context in which forward computes."""
@@ -82,23 +119,58 @@ class Policy(nn.Module):
         kept = torch.is_grad_enabled() and not (self.sharded or self.recomputes)
         return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=kept)
 
+    def rows_of(self, batch: PackedBatch) -> RowPlan | None:
+        """The rows of a batch that the layout of this policy asks for."""
+        if self.layout.kind == "shared":
+            return None
+        return plan_rows(batch.plan.segments, _BLOCKS[self.layout.kind])
+
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Final hidden states of all packed tokens, [T, D]."""
-        return self._body_output(batch).last_hidden_state[0]
+        return self._run_body(batch)[0]
 
-    def _body_output(self, batch: PackedBatch, *, router_logits: bool = False) -> Any:
-        """What the body returns of all packed tokens, the logits of its routers where they are asked for."""
+    def _run_body(
+        self, batch: PackedBatch, *, router_logits: bool = False
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor] | None]:
+        """[T, D], final hidden states of all packed tokens; and the logits of each router, where they are asked for."""
+        rows = batch.rows_plan
+        if rows is None and (planned := self.rows_of(batch)) is not None:
+            rows = planned.map_tensors(lambda tensor: to_device(tensor, self.device))
+        wanted = router_arguments(self.config, router_logits)
+        with OffloadedActivations(batch.num_tokens, rows) if self.activation_offload else nullcontext():
+            if rows is not None and self.layout.in_rows:
+                return self._run_in_rows(batch, rows, wanted)
+            return self._run_on_pack(batch, rows, wanted)
+
+    def _run_on_pack(self, batch: PackedBatch, rows: RowPlan | None, wanted: dict[str, bool]):
         model: Any = self.causal_lm
         # Llama 4 keeps its body elsewhere than its prefix says, and is then its own base_model
         body = model.model if model.base_model is model else model.base_model
-        with OffloadedActivations(batch.num_tokens) if self.activation_offload else nullcontext():
-            return body(
+        with RowsOfPack(rows):
+            output = body(
                 input_ids=batch.input_ids_T[None],
                 position_ids=batch.position_ids_T[None],
                 use_cache=False,
-                **router_arguments(self.config, router_logits),
+                **wanted,
                 **{PLAN_ARGUMENT: batch.plan},
             )
+        return output.last_hidden_state[0], getattr(output, "router_logits", None)
+
+    def _run_in_rows(self, batch: PackedBatch, rows: RowPlan, wanted: dict[str, bool]):
+        """What the head is given by the model's own forward on each block of rows."""
+        padding = getattr(self.config.get_text_config(), "pad_token_id", None) or 0
+        ids = rows.split(batch.input_ids_T, fill=padding)
+        masks: list[torch.Tensor | None] = [None] * len(ids) if self.layout.kind == "single" else [*rows.masks()]
+        blocks, routers = [], []
+        for ids_BL, mask_BL in zip(ids, masks, strict=True):
+            options = {} if mask_BL is None else {"attention_mask": mask_BL}
+            with taken_before_head(self.causal_lm) as taken:
+                output = self.causal_lm(input_ids=ids_BL, use_cache=False, **options, **wanted)
+            if self._scale_behind_head is None:
+                self._scale_behind_head = taken.scale(output.logits)
+            blocks.append(taken.hidden)
+            routers.append([x.reshape(*ids_BL.shape, -1) for x in getattr(output, "router_logits", None) or ()])
+        return rows.join(blocks), [rows.join(layer) for layer in zip(*routers, strict=True)]
 
     def forward(
         self, batch: PackedBatch, objective: Callable[[torch.Tensor, Head], R], *, top_k: int | None = None
@@ -114,18 +186,16 @@ class Policy(nn.Module):
             What the objective returns; with ``top_k`` also the sums of the routers.
         """
         with self.autocast():
-            if top_k is None:
-                hidden_TD = self.hidden_states(batch)
-            else:
-                output = self._body_output(batch, router_logits=True)
-                hidden_TD = output.last_hidden_state[0]
-                sums = sum_routers(getattr(output, "router_logits", None), batch.repeats_T, top_k)
+            hidden_TD, logits = self._run_body(batch, router_logits=top_k is not None)
+            if top_k is not None:
+                sums = sum_routers(logits, batch.repeats_T, top_k)
             result = self.run_objective(batch.gather_predicting(hidden_TD), objective)
         return result if top_k is None else (result, sums)
 
     def run_objective(self, hidden_ND: torch.Tensor, objective: Callable[[torch.Tensor, Head], R]) -> R:
         """Call ``objective`` with the head. A head that is a unit of its own is gathered around this."""
-        return objective(*adapted_head(self.causal_lm, hidden_ND))
+        hidden_NE, head = adapted_head(self.causal_lm, hidden_ND)
+        return objective(hidden_NE, self._scaled(head))
 
     def plain_logits(self, input_ids: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """[B, T, V]: the model's own forward on plain sequences, for comparison; ``exact`` without autocast."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import set_seed
 
-from ..config.schema import ModelConfig, TrainConfig
+from ..config.schema import ModelConfig, PackingConfig, TrainConfig
 from ..data.groups import PreferenceDataset
 from .checks import check_dataset, check_packing
 from .fresh import check_fresh, score_fresh
+from .layouts import use_layout
 from .load import load_policy
-from .policy import Policy
+from .policy import Layout, Policy
 from .shard import shard_policy
 
 
@@ -22,11 +24,13 @@ def load_sharded(
     *,
     gradient_checkpointing: bool = False,
     activation_offload: bool = False,
+    layout: Layout | None = None,
     change: Callable[[Policy], None] | None = None,
 ) -> Policy:
     """Load a model and spread it over the processes of the run. Every rank must call it.
 
     Args:
+        layout: how it computes packs, where that is known.
         change: is given the policy before its layers are sharded.
 
     Raises:
@@ -37,6 +41,8 @@ def load_sharded(
         change(policy)
     policy = shard_policy(policy, device)
     policy.activation_offload = activation_offload
+    if layout is not None:
+        use_layout(policy, layout)
     return policy
 
 
@@ -45,7 +51,7 @@ def ready_policy(
     device: torch.device,
     datasets: Sequence[PreferenceDataset],
     *,
-    share_prompts: bool,
+    packing: PackingConfig,
     train: TrainConfig | None = None,
     change: Callable[[Policy], None] | None = None,
     compare: bool = True,
@@ -55,7 +61,7 @@ def ready_policy(
 
     Args:
         datasets: what it will be used on.
-        share_prompts: how their rows will be laid out.
+        packing: how their rows will be laid out. What it leaves open, ``policy.layout`` then says.
         train: of a policy that will be trained: how it saves memory, and the seed that new adapters start from. None
             leaves the generators of random numbers as they are.
         change: as in ``load_sharded``.
@@ -67,7 +73,7 @@ def ready_policy(
             fit its vocabulary or length; or the adapter is not loaded rightly.
     """
     fresh = score_fresh(model, datasets[0], device) if compare else None
-    memory = {}
+    memory: dict[str, Any] = {}
     if train is not None:
         set_seed(train.seed)
         memory = {
@@ -75,7 +81,7 @@ def ready_policy(
             "activation_offload": train.activation_offload,
         }
     policy = load_sharded(model, device, change=change, **memory)
-    check_packing(policy, share_prompts=share_prompts)
+    check_packing(policy, share_prompts=packing.share_prompts, requested=packing.layout)
     for dataset in datasets:
         check_dataset(policy, dataset)
     check_fresh(policy, fresh)

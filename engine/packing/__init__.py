@@ -1,7 +1,7 @@
 """From preference groups to forward passes: which groups go together, and how a pack is laid out."""
 
 from .layout import AttentionPlan, PackedBatch, Segment, build_batch
-from .plan import Pack, Step, check_fits, group_costs, group_sizes, pack_groups, plan_epoch
+from .plan import Pack, Step, check_fits, group_costs, group_sizes, pack_groups, pack_lengths, plan_epoch
 from .summary import PlanSummary, describe_plan, plan_first_epoch, summarize_plan
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "group_costs",
     "group_sizes",
     "pack_groups",
+    "pack_lengths",
     "plan_epoch",
     "plan_first_epoch",
     "summarize_plan",

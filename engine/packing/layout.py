@@ -11,31 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..data.groups import PreferenceGroup, pair_places
 from .gather import gather_rows, pick_order
+from .rows import RowPlan, Segment
 from .transfer import send
-
-
-class Segment(NamedTuple):
-    """Packed rows ``start:stop`` attend, causally, to rows ``prefix_start:prefix_stop`` followed by themselves."""
-
-    start: int
-    stop: int
-    prefix_start: int
-    prefix_stop: int
-
-    @property
-    def num_queries(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def num_keys(self) -> int:
-        return self.stop - self.start + self.prefix_stop - self.prefix_start
 
 
 @dataclass(frozen=True)
@@ -107,6 +91,8 @@ class PackedBatch:
     rows_order_N: torch.Tensor
     """int64 [N], and ``rows_counts``: what ``pick_order`` gives for ``rows_N``."""
     rows_counts: tuple[int, ...]
+    rows_plan: RowPlan | None = None
+    """The same tokens as rows, where the layout of a model asks for them and they were built with the pack."""
 
     @property
     def num_tokens(self) -> int:
@@ -132,7 +118,8 @@ class PackedBatch:
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         """The same batch with ``change`` of each of its device-side tensors."""
         changes = _changed(self, change, skipped="cu_responses_S1")
-        return replace(self, **changes, plan=self.plan.map_tensors(change))
+        rows_plan = None if self.rows_plan is None else self.rows_plan.map_tensors(change)
+        return replace(self, **changes, plan=self.plan.map_tensors(change), rows_plan=rows_plan)
 
 
 def _changed(

@@ -27,17 +27,19 @@ PAIRS_PER_ROW = 16_384
 hidden size^2 weights. Between those of models of 0.5 and 8 billion weights (8,000 and 27,000)."""
 
 
-def group_sizes(lengths: Sequence[np.ndarray], *, share_prompts: bool = True) -> np.ndarray:
+def group_sizes(lengths: Sequence[np.ndarray], *, share_prompts: bool = True, in_rows: bool = False) -> np.ndarray:
     """Tokens that each group takes in a pack.
 
     Args:
         lengths: per group, [1 + K] token counts: prompt, then each response.
         share_prompts: whether the prompt is laid out once, or once per response.
+        in_rows: every response has a row with its prompt, padded to the longest of the group.
 
     Returns:
         int64 [groups].
     """
-    return GroupLengths.of(lengths).packed(share_prompts=share_prompts)
+    flat = GroupLengths.of(lengths)
+    return flat.responses * (flat.prompts + flat.longest) if in_rows else flat.packed(share_prompts=share_prompts)
 
 
 def group_costs(lengths: Sequence[np.ndarray], *, share_prompts: bool = True) -> np.ndarray:
@@ -83,6 +85,54 @@ def pack_groups(sizes: Sequence[int] | np.ndarray, tokens_per_pack: int) -> list
     return [tuple(sorted(pack)) for pack in packs]
 
 
+def pack_lengths(
+    lengths: Sequence[np.ndarray], tokens_per_pack: int, *, share_prompts: bool = True, in_rows: bool = False
+) -> list[Pack]:
+    """Packs of groups of these lengths: by ``pack_groups``, or in rows by ``pack_rows``."""
+    if in_rows:
+        return pack_rows(GroupLengths.of(lengths), tokens_per_pack)
+    return pack_groups(group_sizes(lengths, share_prompts=share_prompts), tokens_per_pack)
+
+
+def pack_rows(lengths: GroupLengths, tokens_per_pack: int) -> list[Pack]:
+    """Packs of whole groups whose responses are rows, padded to the longest of a pack: groups of like length together.
+
+    Args:
+        tokens_per_pack: most tokens in the rows of a pack, padding included.
+
+    Returns:
+        Packs of positions into ``lengths``, each ascending, the longest rows first.
+
+    Raises:
+        ValueError: a group is larger than ``tokens_per_pack``.
+    """
+    widths_G, rows_G = lengths.prompts + lengths.longest, lengths.responses
+    packs: list[list[int]] = []
+    width = count = 0
+    for index in np.argsort(-widths_G, kind="stable").tolist():
+        rows = int(rows_G[index])
+        if not packs or (count + rows) * width > tokens_per_pack:
+            packs.append([])
+            width, count = int(widths_G[index]), 0
+        if (count + rows) * width > tokens_per_pack:
+            raise ValueError(f"group {index} has {rows * width} tokens, more than tokens_per_pack={tokens_per_pack}")
+        packs[-1].append(index)
+        count += rows
+    return [tuple(sorted(pack)) for pack in packs]
+
+
+def _deal_rows(packs: list[Pack], costs: np.ndarray, ranks: int) -> list[list[Pack]]:
+    """The packs of each rank for one step in rows: equally many, of about the same cost.
+
+    Packs are halved until each rank has as many; where there are too few groups, some are empty.
+    """
+    wanted = -(-len(packs) // ranks) * ranks
+    while len(packs) < wanted and (largest := max(packs, key=len)) and len(largest) > 1:
+        packs.remove(largest)
+        packs += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return _deal([*packs, *[()] * (wanted - len(packs))], costs, ranks)
+
+
 def _balance(sizes: np.ndarray, costs: np.ndarray, tokens_per_pack: int, packs: int, ranks: int) -> list[list[Pack]]:
     """The packs of each rank for one step: equally many, of about the same cost.
 
@@ -94,7 +144,12 @@ def _balance(sizes: np.ndarray, costs: np.ndarray, tokens_per_pack: int, packs: 
     # Even costs can leave no pack with room for a long group; with a pack for each group there always is.
     while (spread := _spread(sizes, costs, tokens_per_pack, per_rank * ranks)) is None:
         per_rank += 1
-    spread.sort(key=lambda pack: -sum(int(costs[i]) for i in pack))
+    return _deal(spread, costs, ranks)
+
+
+def _deal(spread: list[Pack], costs: np.ndarray, ranks: int) -> list[list[Pack]]:
+    """The packs of each rank, of ``spread`` with a multiple of their number, the dearest first."""
+    spread = sorted(spread, key=lambda pack: -sum(int(costs[i]) for i in pack))
     # Processes wait for each other after every pack, so packs of about the same cost run side by side; whoever had the
     # dearer one of a round is given the cheaper one of the next.
     rounds = [spread[start : start + ranks] for start in range(0, len(spread), ranks)]
@@ -150,24 +205,32 @@ def plan_epoch(
     if not 0 <= rank < ranks:
         raise ValueError(f"rank must be in 0..{ranks - 1} for ranks={ranks}, got {rank}")
     lengths = GroupLengths.of(lengths)
-    sizes = group_sizes(lengths, share_prompts=packing.share_prompts)
-    costs = group_costs(lengths, share_prompts=packing.share_prompts)
+    in_rows = packing.layout == "rows"
+    share = packing.share_prompts and not in_rows
+    sizes = group_sizes(lengths, share_prompts=share)
+    costs = group_costs(lengths, share_prompts=share)
     order = np.random.default_rng((seed, epoch)).permutation(len(sizes)) if packing.shuffle else np.arange(len(sizes))
     steps: list[Step] = []
     for start in range(0, len(order), packing.pairs_per_step):
         members = order[start : start + packing.pairs_per_step]
-        packs = pack_groups(sizes[members], packing.tokens_per_pack)
-        if ranks > 1:
+        if in_rows:
+            packs = pack_rows(GroupLengths.of([lengths[i] for i in members]), packing.tokens_per_pack)
+            packs = _deal_rows(packs, costs[members], ranks)[rank]
+        else:
+            packs = pack_groups(sizes[members], packing.tokens_per_pack)
+        if ranks > 1 and not in_rows:
             packs = _balance(sizes[members], costs[members], packing.tokens_per_pack, len(packs), ranks)[rank]
         steps.append(tuple(tuple(members[list(pack)].tolist()) for pack in packs))
     return steps
 
 
-def check_fits(dataset: PreferenceDataset, *, tokens_per_pack: int, share_prompts: bool = True) -> None:
+def check_fits(
+    dataset: PreferenceDataset, *, tokens_per_pack: int, share_prompts: bool = True, in_rows: bool = False
+) -> None:
     """Raise a ``UserError`` that names the longest group when it does not fit in one pack."""
     if not len(dataset):
         raise UserError("no preference rows are left after filtering: see `dpo check` for what was dropped and why")
-    sizes = group_sizes(dataset.lengths, share_prompts=share_prompts)
+    sizes = group_sizes(dataset.lengths, share_prompts=share_prompts, in_rows=in_rows)
     longest = int(sizes.argmax())
     if sizes[longest] > tokens_per_pack:
         raise UserError(

@@ -66,7 +66,8 @@ def plan_first_epoch(dataset: PreferenceDataset, config: RunConfig) -> list[Step
         UserError: a group does not fit in a pack, or there is none.
     """
     packing, train = config.packing, config.train
-    check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts)
+    fits = {"share_prompts": packing.share_prompts, "in_rows": packing.layout == "rows"}
+    check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, **fits)
     return plan_epoch(dataset.lengths, packing, seed=train.seed)
 
 

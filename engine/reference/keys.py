@@ -24,6 +24,7 @@ from dpo_kernels.dispatch import choose
 
 from .. import distributed
 from ..data.groups import PreferenceDataset
+from ..model.layouts import attention_name
 
 if TYPE_CHECKING:
     from ..model.policy import Policy
@@ -93,7 +94,7 @@ def identify(policy: Policy) -> ModelIdentity:
 
 
 def _profile(policy: Policy) -> dict[str, str]:
-    device, dtype, name = policy.device, policy.compute_dtype, policy.backend.name
+    device, dtype, name = policy.device, policy.compute_dtype, attention_name(policy)
     package = _ATTENTION_PACKAGES.get(name)
     return {
         "dtype": str(dtype).removeprefix("torch."),

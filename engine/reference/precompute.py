@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 from .. import distributed, stop
 from ..data.groups import PreferenceDataset, PreferenceGroup
 from ..errors import UserError, counted, out_of_memory
-from ..packing import PackedBatch, build_batch, check_fits, group_costs, group_sizes, pack_groups
+from ..packing import Pack, PackedBatch, build_batch, check_fits, group_costs, pack_lengths
 from ..shared_folders import check_shared
 from .keys import ModelIdentity, dataset_keys, identify
 from .provenance import note_profile, why_absent
@@ -102,7 +103,9 @@ def precompute(
             store that cannot be written.
         Stopped: on all ranks, when any process was asked to end; what is computed is stored.
     """
-    check_fits(dataset, tokens_per_pack=tokens_per_pack, share_prompts=share_prompts)
+    in_rows = policy.layout.in_rows
+    share_prompts = share_prompts and not in_rows
+    check_fits(dataset, tokens_per_pack=tokens_per_pack, share_prompts=share_prompts, in_rows=in_rows)
     identity = identity or identify(policy)
     keys = dataset_keys(dataset, identity.digest)
     flat = [key for group in keys for key in group]
@@ -116,7 +119,8 @@ def precompute(
             _explain_absence(store, identity)
         # Inside, since what a killed writer leaves there goes.
         check_shared(store.folder(flat[0]), f"reference.store={store.path}")
-        packs = _plan(dataset, keys, absent, tokens_per_pack, share_prompts)
+        divide = partial(pack_lengths, tokens_per_pack=tokens_per_pack, share_prompts=share_prompts, in_rows=in_rows)
+        packs = _plan(dataset, keys, absent, divide)
         # The first pack may take a minute.
         log.info(
             "reference log-probs: %s of %s rows are not stored; they are computed now, in %s",
@@ -147,15 +151,13 @@ def _plan(
     dataset: PreferenceDataset,
     keys: list[tuple[bytes, ...]],
     absent: set[bytes],
-    tokens_per_pack: int,
-    share_prompts: bool,
+    divide: Callable[[list[np.ndarray]], list[Pack]],
 ) -> list[list[_Work]]:
     """Packs to run: those of the whole dataset that lack every key, then the rest of what is absent, packed anew."""
     lengths = dataset.lengths
 
     def pack(work: list[_Work]) -> list[list[_Work]]:
-        sizes = group_sizes(_lengths(lengths, work), share_prompts=share_prompts)
-        return [[work[i] for i in members] for members in pack_groups(sizes, tokens_per_pack)]
+        return [[work[i] for i in members] for members in divide(_lengths(lengths, work))]
 
     untouched: list[list[_Work]] = []
     leftover: list[_Work] = []

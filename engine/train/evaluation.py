@@ -22,7 +22,8 @@ from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset, pair_places
 from ..durable import CONTINUE, write_atomically
 from ..model import Policy
-from ..packing import Pack, build_batch, group_costs, group_sizes, pack_groups
+from ..model.layouts import settled
+from ..packing import Pack, build_batch, group_costs, pack_lengths
 from ..run_folder import BY_LENGTH, EVALUATION_FILE, PAIRS_BY_LENGTH
 from .metrics import PREFERENCE_NAMES, TOKEN_NAMES
 from .objective import Objective
@@ -99,9 +100,14 @@ def _score_all(
 ) -> _Scores:
     from tqdm.auto import tqdm
 
-    packing, device = config.packing, routing.policy.device
-    sizes = group_sizes(dataset.lengths, share_prompts=packing.share_prompts)
-    packs = pack_groups(sizes, packing.tokens_per_pack)
+    policy, device = routing.policy, routing.policy.device
+    packing = settled(config.packing, policy)
+    packs = pack_lengths(
+        dataset.lengths,
+        packing.tokens_per_pack,
+        share_prompts=packing.share_prompts,
+        in_rows=policy.layout.in_rows,
+    )
     costs_G = group_costs(dataset.lengths, share_prompts=packing.share_prompts)
     costs = [int(costs_G[list(pack)].sum()) for pack in packs]
     share = distributed.own_share(costs)

@@ -17,6 +17,7 @@ from .. import distributed, stop
 from ..config.schema import PackingConfig, RunConfig, TrainConfig
 from ..data.groups import PreferenceDataset
 from ..packing import Pack, PackedBatch, Step, build_batch, plan_epoch
+from ..packing.rows import RowPlan
 from ..packing.transfer import gather, send
 from .metrics import StepWork
 from .throughput import FlopModel
@@ -91,7 +92,9 @@ class TrainingFeed:
     Args:
         dataset: what is trained on.
         lookup: reference log-probs (float32 [S]) of the responses of some groups, in order; None without references.
+        packing: with the layout that the policy has.
         flops: what ``perf/mfu`` counts.
+        rows_of: the rows that the layout asks for.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class TrainingFeed:
         lookup: Callable[[Pack], np.ndarray] | None,
         flops: FlopModel,
         device: torch.device,
+        rows_of: Callable[[PackedBatch], RowPlan | None] = lambda batch: None,
     ):
         self.dataset = dataset
         self.packing = packing
@@ -110,6 +114,7 @@ class TrainingFeed:
         self.lookup = lookup
         self.flops = flops
         self.device = device
+        self.rows_of = rows_of
         self.waited = 0.0
         """Seconds that ``steps`` waited for a step to be built. The first one has nothing to hide behind."""
         self.steps_per_epoch = math.ceil(len(dataset) / packing.pairs_per_step)
@@ -126,6 +131,7 @@ class TrainingFeed:
         self._visible_G = self.lengths.visible_pairs(share_prompts=packing.share_prompts)
         # Two epochs: the last step of one is built while the first of the next is.
         self._plan = lru_cache(maxsize=2)(self._plan_epoch)
+        self._in_rows = packing.layout == "rows"
         self._shortest = int(self._packed_G.argmin())
 
     def _plan_epoch(self, epoch: int) -> list[Step]:
@@ -168,12 +174,13 @@ class TrainingFeed:
         if not pack:
             return replace(self._build_pack((self._shortest,)), counts=False)
         batch = build_batch([self.dataset[i] for i in pack], share_prompts=self.packing.share_prompts)
+        batch = replace(batch, rows_plan=self.rows_of(batch))
         built = TrainingPack(batch, None if self.lookup is None else torch.from_numpy(self.lookup(pack)))
         return gather(built, pin=True) if self.device.type == "cuda" else built
 
     def _work(self, members: Step, packs: tuple[TrainingPack, ...]) -> StepWork:
         groups = [i for pack in members for i in pack]
-        rows = sum(p.batch.num_tokens for p in packs)
+        rows = sum(self._cells(p.batch) for p in packs)
         return StepWork(
             pairs=int(self._terms_G[groups].sum()),
             unshared_tokens=sum(p.batch.num_unshared_tokens for p in packs if p.counts),
@@ -181,3 +188,7 @@ class TrainingFeed:
             rows=rows,
             flop=self.flops.step(rows, int(self._completions_G[groups].sum()), int(self._visible_G[groups].sum())),
         )
+
+    def _cells(self, batch: PackedBatch) -> int:
+        """Rows that go through the model, padding included."""
+        return batch.rows_plan.num_cells if self._in_rows and batch.rows_plan is not None else batch.num_tokens

@@ -144,6 +144,7 @@ class _Run:
                 self.setup.device,
                 gradient_checkpointing=self.config.train.gradient_checkpointing,
                 activation_offload=self.config.train.activation_offload,
+                layout=self.policy.layout,
             )
             self._build_update()
         checkpoints.load_optimizer(path, state, self.optimizer, self.names)

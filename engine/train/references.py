@@ -202,7 +202,7 @@ def load_reference(config: RunConfig, device: torch.device, datasets: Sequence[P
     """
     model, name = reference_model(config), config.reference.model_name_or_path
     try:
-        return ready_policy(model, device, datasets, share_prompts=config.packing.share_prompts)
+        return ready_policy(model, device, datasets, packing=config.packing)
     except UserError as error:
         if name is None:
             raise

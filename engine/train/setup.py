@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..errors import UserError, counted
 from ..model import Policy, load_tokenizer, ready_policy, resolve_device
 from ..model.companions import describe_trained, take_template
 from ..model.head import head_words
+from ..model.layouts import attention_words, describe_layout, settled
 from ..model.quantization import check_quantization, check_trainable, num_weights
 from ..model.routers import Balance
 from ..packing import PlanSummary, check_fits, summarize_plan
@@ -128,10 +129,13 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
         config.model,
         device,
         list(datasets.values()),
-        share_prompts=config.packing.share_prompts,
+        packing=config.packing,
         train=config.train,
     )
     Balance.of(policy.config, config.loss.router_aux_loss_coef)
+    packing = settled(config.packing, policy)
+    for dataset in datasets.values() if policy.layout.in_rows else ():
+        check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, in_rows=True)
     check_disk(policy, config, done=start.step if start else 0, total=total)
     base = weights_digest(policy)
     if start is not None:
@@ -145,13 +149,14 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
     peak_flops = sum(distributed.gather(measure_matmul_rate(device, policy.compute_dtype)))
     feed = TrainingFeed(
         datasets["train"],
-        config.packing,
+        packing,
         config.train,
         lookup=references.lookup("train"),
         flops=FlopModel.of(policy),
         device=device,
+        rows_of=policy.rows_of,
     )
-    plan = summarize_plan(datasets["train"], config)
+    plan = summarize_plan(datasets["train"], replace(config, packing=packing))
     first_loss = _first_loss(config, policy, references, objective, datasets["train"])
     setup = Setup(
         config, tokenizer, policy, objective, references, datasets, lint, plan, feed, peak_flops, base, first_loss
@@ -181,6 +186,7 @@ def _load_data(
             datasets[split],
             tokens_per_pack=config.packing.tokens_per_pack,
             share_prompts=config.packing.share_prompts,
+            in_rows=config.packing.layout == "rows",
         )
     if "eval" in datasets:
         _compare(datasets, lint["eval"], config.data.strict)
@@ -218,7 +224,8 @@ def describe_run(setup: Setup) -> str:
         ),
         *([("head", head_words(policy.causal_lm))] if policy.has_adapter else []),
         *([("processes", _process_words(setup))] if distributed.size() > 1 else []),
-        ("attention", f"{policy.backend.name} ({policy.backend.reason})"),
+        ("attention", attention_words(policy)),
+        ("layout", describe_layout(policy)),
         ("loss", f"{config.loss.loss_name}, {_loss_op(setup)}"),
         *_balance_rows(setup),
         ("dropout", _dropout_words(config, policy.disabled_dropouts)),
@@ -333,6 +340,7 @@ def write_data_file(setup: Setup, output_dir: Path) -> None:
         "rows_per_length": stride,
         "lint": _lint(setup.lint),
         "plan": asdict(setup.plan),
+        "layout": {**setup.policy.layout._asdict(), "words": describe_layout(setup.policy)},
     }
     write_atomically(output_dir / DATA_FILE, json.dumps(record) + "\n")
 

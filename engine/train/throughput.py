@@ -54,11 +54,7 @@ class FlopModel:
             size = num_weights(p) * (active if "expert" in name and "shared" not in name else 1.0)
             body += size
             trained += size if p.requires_grad else 0.0
-        width = sum(
-            layer.num_attention_heads
-            * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
-            for layer in layer_configs(config)
-        )
+        width = sum(_attention_width(layer) for layer in layer_configs(config))
         return cls(body, trained, head.numel(), head.requires_grad, width)
 
     def step(self, packed_tokens: int, completion_tokens: int, visible_pairs: int) -> float:
@@ -70,6 +66,14 @@ class FlopModel:
         body = packed_tokens * (4 * self.body_weights + 2 * self.trained_body_weights)
         head = completion_tokens * self.head_weights * (6 if self.head_trained else 4)
         return body + head + 12.0 * self.attention_width * visible_pairs
+
+
+def _attention_width(layer) -> int:
+    """Query heads * head dimension; 0 where the config of a layer has no number of heads, as of a state-space model."""
+    heads = getattr(layer, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return 0
+    return heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
 
 
 def _active_share(config) -> float:

@@ -10,34 +10,38 @@ import torch
 import transformers
 
 from tests.conformance.families import DROPOUT, SHORT
-from tests.conformance.trial import EQUAL, FAILS, GRAD_BOUND, LOGPS_BOUND, NOT_BUILT, REFUSED, WRONG, Result
+from tests.conformance.trial import EQUAL, FAILS, GRAD_BOUND, LAYOUTS, LOGPS_BOUND, NOT_BUILT, REFUSED, WRONG, Result
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
 
-_INTRODUCTION = """# Which model families run on packs
+_INTRODUCTION = """# How each model family runs
 
 Written by `make conformance`, not by hand. {date}, transformers {transformers}, torch {torch}, CPU, float32.
 
 **{equal} equal, {refused} refused at start-up with the reason below, {not_built} not built, {fails} fail,
-{wrong} silently wrong**, of all {total} model types that transformers maps to a causal language model.
+{wrong} silently wrong**, of all {total} model types that transformers maps to a causal language model. Of the equal
+ones {layouts}.
 
 Each family is built tiny from its default config, with random weights far from zero, dropout {dropout} wherever the
 config has one, caps and scales of the logits switched on, every kind of layer that its code knows, and local attention
 that reaches {short} tokens. Saved and loaded as a user would, it is compared in training mode with the same weights in
 transformers' own eager forward, one response at a time: log-probs and all gradients, with and without shared prompts,
 and isolation (other tokens in one response leave every other log-prob as it is: to the bit, to rounding with experts).
+The start-up check chooses the layout first, from the fastest one on; it names no family.
 
 - **equal**: log-probs within {logps:g} nats per token, every gradient within {grad:g} of its largest element (or of 1),
   isolated, and the start-up check accepts it. The columns show the largest errors found.
-- **refused**: the start-up check of every command stops with the line given. It ran on two models, with windows
-  shorter and longer than its own probe, and must refuse both. Numbers beside it say how wrong the packs would have
-  been; without numbers they do not run at all.
+- **layout**: *shared*, the whole model on packs; *mixers in rows*, packs in which the modules that are named get one
+  row a response; *rows*, the whole model on padded rows; *one row*, on one row at a time. The last column then says
+  what the next better layout failed on. It was chosen for two models, with windows shorter and longer than the check's
+  own probe, and must be the same for both.
+- **refused**: no layout is exact, and the start-up check of every command stops with the line given.
 - **not built**: no tiny model, or no gradient of it, for the reason given. Such a model is still checked at start-up.
 - **local**: attention of limited reach was part of the trial.
 - **dropouts**: how many probabilities the engine found and set to 0.
 
-| model type | class | verdict | log-probs | gradients | isolated | local | dropouts | what the user is told |
-|---|---|---|---|---|---|---|---|---|
+| model type | class | verdict | layout | log-probs | gradients | isolated | local | dropouts | what the user is told |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -54,6 +58,7 @@ def render(results: list[Result]) -> str:
         fails=counts[FAILS],
         wrong=counts[WRONG],
         total=len(results),
+        layouts=_layouts(results),
         dropout=DROPOUT,
         short=SHORT,
         logps=LOGPS_BOUND,
@@ -62,13 +67,19 @@ def render(results: list[Result]) -> str:
     return head + "".join(_row(result) for result in results)
 
 
+def _layouts(results: list[Result]) -> str:
+    counts = Counter(r.layout for r in results if r.verdict == EQUAL)
+    return ", ".join(f"{counts[name]} run in layout {name}" for name in LAYOUTS.values() if counts[name])
+
+
 def _row(r: Result) -> str:
     numbers = ["", "", ""]
     if r.logps_error is not None:
         numbers = [f"{r.logps_error:.1e}", f"{r.grad_error:.1e}", "yes" if r.isolated else "no"]
     dropouts = str(r.dropouts) if r.dropouts else ""
     reason = r.reason.replace("|", "\\|").encode("ascii", "replace").decode()
-    cells = [r.model_type, r.class_name, r.verdict, *numbers, "yes" if r.local else "", dropouts, reason]
+    layout = f"{r.layout}: {r.mixers}" if r.mixers else r.layout
+    cells = [r.model_type, r.class_name, r.verdict, layout, *numbers, "yes" if r.local else "", dropouts, reason]
     return "| " + " | ".join(cells) + " |\n"
 
 

@@ -36,39 +36,50 @@ def test_equal(model_type, local):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "reason"),
+    ("model_type", "layout", "mixers", "reason"),
     [
-        ("mamba", r"MambaForCausalLM leaks tokens between responses of a pack, first in \S+mixer \(MambaMixer\)"),
-        ("qwen3_next", r"leaks tokens.*\(Qwen3NextGatedDeltaNet\), which depends on the rest of a pack"),
-        ("lfm2", r"leaks tokens.*\(Lfm2ShortConv\)"),
-        ("bloom", r"leaks tokens.*\(BloomAttention\)"),
-        ("stablelm", r"cannot run on packs: StableLmAttention does not pass keyword arguments"),
-        ("bert", r"different log-probs.*first in the output layers"),
-        ("bart", r"different log-probs.*embed_positions \(BartLearnedPositionalEmbedding\)"),
-        ("minimax_m3_vl_text", r"MiniMaxM3VLAttention gives its attention `block_indices`"),
-        ("gpt_neo", r"cannot run on packs: its model does not use transformers' AttentionInterface"),
+        ("mamba", "mixers in rows", "MambaMixer x 4", r"leaks tokens .* first in \S+mixer \(MambaMixer\)"),
+        ("qwen3_5_text", "mixers in rows", "Qwen3_5GatedDeltaNet x 2", r"\(Qwen3_5GatedDeltaNet\), which depends"),
+        ("lfm2", "mixers in rows", "Lfm2ShortConv x 2", r"leaks tokens.*\(Lfm2ShortConv\)"),
+        ("recurrent_gemma", "mixers in rows", "RecurrentGemmaRecurrentBlock x 3", r"leaks tokens"),
+        ("rwkv", "mixers in rows", "ZeroPad2d x 8, RwkvSelfAttention x 4", r"\(ZeroPad2d\)"),
+        ("bart", "mixers in rows", "BartLearnedPositionalEmbedding x 1", r"different log-probs.*embed_positions"),
+        ("bloom", "rows", "", r"leaks tokens.*\(BloomAttention\)"),
+        ("stablelm", "rows", "", r"cannot run on packs: StableLmAttention does not pass keyword arguments"),
+        ("bert", "rows", "", r"different log-probs.*first in the output layers"),
+        ("minimax_m3_vl_text", "rows", "", r"MiniMaxM3VLAttention gives its attention `block_indices`"),
+        ("falcon", "rows", "", r"cannot run on packs: its model does not use transformers' AttentionInterface"),
+        ("phimoe", "rows", "", r"\(PhimoeAttention\), whose attention does more than packs support"),
+        ("deepseek_v32", "one row", "", r"DeepseekV32ForCausalLM gives different log-probs in rows"),
     ],
 )
-def test_refused_with_a_reason(model_type, reason):
+def test_what_packs_change_gets_rows(model_type, layout, mixers, reason):
     result = try_family(model_type)
+    assert result.verdict == EQUAL, result
+    assert (result.layout, result.mixers) == (layout, mixers)
+    assert re.search(reason, result.reason), result.reason
+
+
+def test_what_is_not_causal_is_refused_with_a_reason():
+    result = try_family("xlnet")
     assert result.verdict == REFUSED, result
     assert "\n" not in result.reason
+    assert "XLNetLMHeadModel is not causal: what it makes of a prompt depends" in result.reason
     assert result.reason.endswith("choose a family that docs/conformance.md lists as equal")
-    assert re.search(reason, result.reason), result.reason
 
 
 def test_committed_table_holds_what_the_readme_promises():
     rows = read_rows()
     counts = Counter(row["verdict"] for row in rows)
     assert set(counts) <= {EQUAL, REFUSED, NOT_BUILT}
-    assert counts[EQUAL] + counts[REFUSED] >= 40
+    assert sum(row["layout"].startswith(("shared", "mixers in rows")) for row in rows) >= 120
     assert f"**{counts[EQUAL]} equal, {counts[REFUSED]} refused" in PATH.read_text(encoding="ascii")
     for row in rows:
         if row["verdict"] == EQUAL:
             assert float(row["log-probs"]) <= LOGPS_BOUND, row
             assert float(row["gradients"]) <= GRAD_BOUND, row
             assert row["isolated"] == "yes"
-            assert not row["what the user is told"]
+            assert (row["layout"] == "shared") == (not row["what the user is told"])
         else:
             assert row["what the user is told"], row
 

@@ -17,12 +17,15 @@ from engine.data.groups import PreferenceGroup
 from engine.errors import UserError
 from engine.model import Policy, check_packing, load_policy
 from engine.model.checks import has_experts
+from engine.model.layouts import count_mixers
+from engine.model.policy import Layout
 from engine.packing import build_batch
 from tests.conformance.families import LONG, VOCAB, tiny_config, tiny_model
 
 LOGPS_BOUND, GRAD_BOUND = 2e-4, 2e-3
 """Largest difference of a token's log-prob, in nats, and of a gradient, relative to its largest element."""
 
+LAYOUTS = {"shared": "shared", "mixers": "mixers in rows", "rows": "rows", "single": "one row"}
 EQUAL, REFUSED, NOT_BUILT, FAILS, WRONG = "equal", "refused", "not built", "fails", "SILENTLY WRONG"
 
 
@@ -42,7 +45,11 @@ class Result:
     dropouts: int = 0
     """How many probabilities the engine set to 0."""
     reason: str = ""
-    """The error that a user gets, or what keeps the family from being tried."""
+    """The error that a user gets, what keeps the family from being tried, or what the next better layout failed on."""
+    layout: str = ""
+    """One of ``LAYOUTS``; nothing where none is exact."""
+    mixers: str = ""
+    """The modules that get rows, and how many there are of each."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,29 +93,33 @@ def try_family(model_type: str) -> Result:
 def _judge(model_type: str, model: nn.Module, long: nn.Module, expected: Expected, folder: Path) -> Result:
     name = type(model).__name__
     reasons: list[str] = []
+    layouts: list[Layout] = []
     measured: Measured | None = None
-    dropouts = 0
+    dropouts, mixers = 0, ""
     for label, candidate in (("short", model), ("long", long)):
         try:
             policy = _load(candidate, folder / label)
-            dropouts = policy.disabled_dropouts
-            if label == "short":
-                measured = _measure(policy, expected)
             check_packing(policy)
         except UserError as error:
             reasons.append(str(error).replace(str(folder / label), model_type))
-    wrong = measured is not None and not measured.right
+            continue
+        layouts.append(policy.layout)
+        if label == "short":
+            dropouts, mixers = policy.disabled_dropouts, count_mixers(policy.causal_lm, policy.layout.mixers)
+            measured = _measure(policy, expected)
     numbers = (measured.logps_error, measured.grad_error, measured.isolated) if measured else (None, None, None)
     if len(reasons) == 2:
         verdict = REFUSED
-    elif wrong:
+    elif measured is not None and not measured.right:
         verdict = WRONG
-    elif reasons or measured is None:
+    elif reasons or measured is None or len({layout[:2] for layout in layouts}) > 1:
         verdict = FAILS
     else:
         verdict = EQUAL
     local = not torch.equal(*(_own_logits(m, torch.arange(8, 40)) for m in (model, long)))
-    return Result(model_type, name, verdict, *numbers, local, dropouts, reasons[0] if reasons else "")
+    kind = LAYOUTS[layouts[0].kind] if layouts else ""
+    reason = reasons[0] if reasons else next((layout.reason for layout in layouts), "")
+    return Result(model_type, name, verdict, *numbers, local, dropouts, reason, kind, mixers)
 
 
 def _load(model: nn.Module, folder: Path) -> Policy:

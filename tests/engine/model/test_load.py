@@ -95,10 +95,14 @@ def test_a_model_that_mixes_tokens_elsewhere_is_refused(tmp_path):
         check_packing(policy)
 
 
-def test_a_model_that_never_calls_the_attention_function_is_refused(tmp_path):
-    policy = load_policy(saved(tmp_path, "bloom", n_head=4, n_layer=2), device=CPU)
-    with pytest.raises(UserError, match="BloomForCausalLM"):
-        check_packing(policy)
+@pytest.mark.parametrize("family", ["bloom", "falcon"])
+def test_a_model_that_never_calls_the_attention_function_runs_in_rows(family, tmp_path):
+    sizes = {"n_head": 4, "n_layer": 2, "head_dim": None, "num_key_value_heads": None}
+    policy = load_policy(saved(tmp_path, family, **sizes), device=CPU)
+    with pytest.raises(UserError, match=f"{type(policy.causal_lm).__name__} .*; set packing.layout to auto"):
+        check_packing(policy, requested="shared")
+    check_packing(policy)
+    assert policy.layout.kind == "rows"
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])

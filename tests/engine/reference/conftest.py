@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from engine.data.groups import PreferenceDataset, PreferenceGroup
+from engine.model.policy import Layout
 
 VOCAB = 50
 
@@ -31,6 +32,7 @@ class BigramPolicy(nn.Module):
         self.compute_dtype = dtype
         self.backend = SimpleNamespace(name=backend)
         self.device = torch.device("cpu")
+        self.layout = Layout()
         self.scored: list[tuple[int, ...]] = []
         self.modes: list[tuple[bool, bool, bool]] = []
         self._in_reference = False

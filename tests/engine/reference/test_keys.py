@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from engine.data.groups import PreferenceDataset, PreferenceGroup
+from engine.model.policy import Layout
 from engine.reference import dataset_keys, keys, model_digest, response_key
 
 DIGEST = "0123456789abcdef" * 2
@@ -26,6 +27,7 @@ class Scored:
         self.device = torch.device("cpu")
         self.reference_adapter = reference_adapter
         self.backend = type("Backend", (), {"name": backend})
+        self.layout = Layout()
 
     @property
     def has_adapter(self) -> bool:

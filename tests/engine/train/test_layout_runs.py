@@ -1,0 +1,93 @@
+"""Whole runs of a hybrid model, whose mixers get rows, and of a model that runs in rows: what packs promise holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.config.schema import RunConfig
+from engine.evaluate import evaluate
+from engine.train.loop import train
+from tests.conformance.families import tiny_config, tiny_model
+from tests.engine.distributed.launch import run_jobs
+from tests.engine.train.conftest import assert_same_trajectory, read_rows
+from tests.engine.train.test_resume import assert_resumes_exactly
+
+FAMILIES = {"lfm2": "mixers", "bloom": "rows"}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def model_dir(request, tmp_path_factory, tiny_tokenizer) -> Path:
+    """The folder of a tiny model of a family, after which it is named."""
+    folder = tmp_path_factory.mktemp("models") / request.param
+    config = tiny_config(request.param)
+    config.vocab_size = len(tiny_tokenizer)
+    config.initializer_range = 0.02
+    tiny_model(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_run_says_its_layout_and_does_not_depend_on_packs(model_dir, make_config, rows_of, tmp_path):
+    rows = []
+    for budget, share, layout in ((400, True, "auto"), (1200, False, "auto"), (1200, True, "rows")):
+        config = make_config(
+            model={"model_name_or_path": str(model_dir)},
+            packing={"tokens_per_pack": budget, "share_prompts": share, "layout": layout},
+            train={"output_dir": str(tmp_path / f"{budget}{share}{layout}"), "max_steps": 2},
+        )
+        train(config)
+        rows.append(rows_of(config))
+        found = json.loads((Path(config.train.output_dir) / "data.json").read_text())["layout"]
+        assert found["kind"] == (FAMILIES[model_dir.name] if layout == "auto" else "rows")
+    assert rows[0][0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert_same_trajectory(rows[0], rows[1], 1e-4)
+    assert_same_trajectory(rows[0], rows[2], 1e-4)
+    in_rows = [row["perf/padding_fraction"] > 0 for row in rows[0]]
+    assert all(in_rows) if FAMILIES[model_dir.name] == "rows" else not any(in_rows)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "dropout": 0.3}])
+def test_a_run_resumes_to_the_same_bits(lora, model_dir, make_config, tmp_path, monkeypatch):
+    model = {"model_name_or_path": str(model_dir), "lora": lora}
+
+    def make(**sections) -> RunConfig:
+        return make_config(**{**sections, "train": {**sections["train"], "gradient_checkpointing": lora is not None}})
+
+    assert_resumes_exactly(make, tmp_path, monkeypatch, model=model)
+
+
+def test_what_was_trained_is_evaluated(model_dir, make_config, pairs_jsonl):
+    config = make_config(
+        model={"model_name_or_path": str(model_dir)},
+        data={"eval_dataset_name": str(pairs_jsonl), "eval_dataset_split": "train"},
+        train={"max_steps": 2},
+    )
+    train(config)
+    written = json.loads((Path(config.train.output_dir) / "evaluation.json").read_text())
+    values = evaluate(config, config.train.output_dir)
+    for name in ("eval_loss", "eval_logps/chosen", "eval_ranking_accuracy"):
+        assert values[name] == pytest.approx(written[name], rel=1e-5)
+
+
+def test_two_processes_train_as_one(model_dir, make_config, rows_of, tmp_path):
+    alone, together = (
+        make_config(
+            model={"model_name_or_path": str(model_dir)},
+            train={"max_steps": 2, "gradient_checkpointing": True, "output_dir": str(tmp_path / name)},
+        )
+        for name in ("alone", "together")
+    )
+    train(alone)
+    ended = run_jobs(tmp_path, 2, [{"kind": "train", "config": asdict(together), "resume": False}])
+    assert all(process.code == 0 for process in ended), ended[0].err
+    theirs = [row for row in read_rows(together.train.output_dir) if "loss" in row]
+    assert_same_trajectory(theirs, rows_of(alone), 1e-4)
+    one, two = (load_file(Path(c.train.output_dir) / "model.safetensors") for c in (alone, together))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-3 * weight.abs().max().item())
