@@ -20,6 +20,11 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{path}: this user has no home folder that ~ could stand for; write the whole path") from error
 
 
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for several files, such as ``data/*.jsonl``."""
+    return any(mark in name for mark in "*?[")
+
+
 def names_a_path(name: str) -> bool:
     """Whether a name can only be one of this machine: it is there, or looks like a path and not like ``org/name``."""
-    return expanded(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return is_pattern(name) or expanded(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1

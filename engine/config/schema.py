@@ -107,11 +107,12 @@ class DataConfig:
     """Where preference rows come from and how they become tokens."""
 
     dataset_name: str
-    """A file (.json, .jsonl, .parquet, each also .gz), a folder of them, or a dataset name on the Hub."""
+    """A file (.json, .jsonl, .parquet, .csv, .tsv, each also .gz), a pattern such as data/*.jsonl, a folder of files,
+    or a dataset name on the Hub."""
     dataset_config: str | None = None
-    """Configuration name of a Hub dataset."""
+    """Configuration of a Hub dataset, or of a folder whose README.md lists some."""
     dataset_train_split: str = "train"
-    """Split that is trained on; a single file has only the split train."""
+    """Split that is trained on, possibly a slice such as train[:80%]; a single file has only the split train."""
     eval_dataset_name: str | None = None
     """As dataset_name, for evaluation; null is no evaluation."""
     eval_dataset_split: str = "test"

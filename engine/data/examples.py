@@ -46,10 +46,19 @@ def refuse_images(row: Row) -> None:
 
 
 def finite_numbers(values: Sequence[Any], row: Row, name: str, problem: str) -> list[float]:
+    """Numbers of a row; text of a number, as CSV has it, is one, too."""
+    values = [_number(value) if isinstance(value, str) else value for value in values]
     good = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
     if not good:
         raise RowError(problem, f"{row.where}: {name} must be finite numbers, got {list(values)}")
     return [float(v) for v in values]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def template_kwargs(row: Row) -> dict[str, Any]:

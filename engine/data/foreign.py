@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import RowError
-from .examples import PromptsDifferError, answer_messages, messages_of
+from .examples import PromptsDifferError, answer_messages, finite_numbers, messages_of
 from .sources import Row
 from .turns import Message, listed
 
@@ -235,6 +235,8 @@ def _strength(name: str) -> Callable[[Row], tuple[float, float]]:
 
     def score(row: Row) -> tuple[float, float]:
         strength = needed(row, name)
+        if isinstance(strength, str):
+            (strength,) = finite_numbers([strength], row, f"{name!r}", "bad_score")
         if not isinstance(strength, int | float) or strength != strength:
             raise RowError("bad_score", f"{row.where}: column {name!r} must be a number, got {strength!r}")
         return -float(strength), 0.0

@@ -1,4 +1,4 @@
-"""Rows of one local file: JSON lines, a JSON array or Parquet, each also gzipped, read without holding the file.
+"""Rows of one local file: JSON lines, a JSON array, Parquet or CSV, each also gzipped, read without holding the file.
 
 JSON is read here, and not through ``datasets``, so that an error can name its line and a file of many gigabytes never
 becomes one object.
@@ -6,13 +6,16 @@ becomes one object.
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,7 +25,7 @@ import pyarrow.parquet
 from ..errors import RowError, UserError
 from .cells import cells
 
-EXTENSIONS = (".jsonl", ".json", ".parquet")
+EXTENSIONS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 CHUNK_CHARS = 1 << 20
 PARQUET_ROWS = 1024
 _CORRECT = "correct the file there"
@@ -39,7 +42,7 @@ class FileRow(NamedTuple):
 
 
 def data_extension(path: Path) -> str | None:
-    """``.jsonl``, ``.json`` or ``.parquet`` without a trailing ``.gz``; None for a file that is no data file."""
+    """``.jsonl``, ``.parquet`` and so on, without a trailing ``.gz``; None for a file that is no data file."""
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -59,6 +62,8 @@ def read_file(path: Path, *, tolerant: bool = False) -> Iterator[FileRow]:
         ".jsonl": _read_json_lines,
         ".json": _read_json,
         ".parquet": _read_parquet,
+        ".csv": _read_csv,
+        ".tsv": partial(_read_csv, separator="\t"),
     }
     reader = readers.get(data_extension(path))
     if reader is None:
@@ -224,6 +229,27 @@ def _read_json_array(path: Path) -> Iterator[FileRow]:
             more = scanner.take(",]") == ","
         if scanner.peek():
             raise UserError(f"{path}, line {scanner.here()}: broken JSON: text after the end of the array; {_CORRECT}")
+
+
+def _read_csv(path: Path, separator: str = ",") -> Iterator[FileRow]:
+    """Rows of text below a row of column names; an empty cell of a column that has others is empty text."""
+    csv.field_size_limit(2**31 - 1)
+    with _opened(path) as stream:
+        lines = csv.reader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=separator, strict=True)
+        try:
+            names = next(lines, [])
+            if len(set(names)) < len(names):
+                raise UserError(f"{path}, line 1: two columns have one name; {_CORRECT}")
+            for cells_of_row in lines:
+                if cells_of_row and len(cells_of_row) != len(names):
+                    text = f": {len(cells_of_row)} cells for {len(names)} columns; correct or remove the row"
+                    yield _broken(path, lines.line_num, text)
+                elif cells_of_row:
+                    yield FileRow(path, lines.line_num, dict(zip(names, cells_of_row, strict=True)))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {lines.line_num}: broken CSV: {error}; {_CORRECT}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, line {lines.line_num + 1}: not UTF-8 text; convert the file to UTF-8") from None
 
 
 def _read_parquet(path: Path) -> Iterator[FileRow]:

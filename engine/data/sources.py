@@ -1,8 +1,8 @@
 """Where rows come from: a data file, a folder of data files, a folder saved by ``datasets``, or a dataset on the Hub.
 
-Splits. A single file is one split, whatever split is asked for. In a folder the split is read from the names of files
-and folders (``train-00000-of-00002.parquet``, ``test/rows.jsonl``); files that name no split at all are ``train``. A
-split may be sliced as in ``datasets``: ``train[:1000]``, ``train[90%:]``.
+Splits. A single file is one split, whatever known split is asked for, and so are all files of a pattern
+(``data/*.jsonl``); those of a folder are in ``splits.py``. A split may be sliced as in ``datasets``: ``train[:1000]``,
+``train[90%:]``.
 """
 
 from __future__ import annotations
@@ -17,21 +17,10 @@ from typing import Any, Protocol
 
 from ..errors import RowError, UserError
 from ..hub import unreachable
-from ..paths import expanded, names_a_path
+from ..paths import expanded, is_pattern, names_a_path
 from .readers import EXTENSIONS, data_extension, read_file
+from .splits import files_of_split, matching_files
 
-SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-}
 _SLICED = re.compile(r"(?P<name>[^\[\]+]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
 
@@ -119,9 +108,10 @@ def open_source(
     """Open one split of a dataset.
 
     Args:
-        name: a data file, a folder, or a dataset on the Hub. A path that exists wins over a Hub name.
+        name: a data file, a pattern of files, a folder, or a dataset on the Hub; a path that exists wins over a Hub
+            name.
         split: split name, possibly sliced.
-        config: configuration of a Hub dataset.
+        config: configuration of a Hub dataset or of a folder.
         max_rows: read no more than the first rows of the split.
         tolerant: yield unreadable rows of a file with their fault, and read on, as ``read_file`` does.
         option: what the name is the value of, for messages.
@@ -135,9 +125,9 @@ def open_source(
         raise UserError(f"{name}: split {split!r} is not understood; write a name or a slice such as train[:1000]")
     path = expanded(name)
     if path.exists():
-        if config is not None:
-            raise UserError(f"data.dataset_config={config} is for Hub datasets, but {name} is a local path; remove it")
-        rows = _local_rows(path, match["name"], tolerant)
+        rows = _local_rows(path, match["name"], config, tolerant)
+    elif is_pattern(name):
+        rows = _rows_of(matching_files(name), tolerant)
     elif is_hub_name(name):
         rows = _hub_rows(name, match["name"], config)
     else:
@@ -145,10 +135,13 @@ def open_source(
     return Source(name, rows, match["start"], match["stop"], max_rows)
 
 
-def _local_rows(path: Path, split: str, tolerant: bool) -> Callable[[], Iterator[Row]]:
+def _local_rows(path: Path, split: str, config: str | None, tolerant: bool) -> Callable[[], Iterator[Row]]:
     if path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
         return _saved_rows(path, split)
-    files = _folder_files(path, split) if path.is_dir() else [path]
+    return _rows_of(files_of_split(path, split, config), tolerant)
+
+
+def _rows_of(files: list[Path], tolerant: bool) -> Callable[[], Iterator[Row]]:
     for file in files:
         if data_extension(file) is None:
             known = ", ".join(EXTENSIONS)
@@ -162,37 +155,6 @@ def _local_rows(path: Path, split: str, tolerant: bool) -> Callable[[], Iterator
                 index += 1
 
     return rows
-
-
-def _named_split(file: Path, folder: Path) -> str | None:
-    """The split that a path names; the file's own name counts before its folders'."""
-    for part in reversed(file.relative_to(folder).parts):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in SPLIT_WORDS:
-                return SPLIT_WORDS[word]
-    return None
-
-
-def _folder_files(folder: Path, split: str) -> list[Path]:
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and data_extension(f) and not _is_no_data(f, folder))
-    if not files:
-        raise UserError(f"{folder} holds no data files ({', '.join(EXTENSIONS)}, each also with .gz)")
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        by_split.setdefault(_named_split(file, folder) or "", []).append(file)
-    if set(by_split) == {""}:
-        by_split = {"train": files}
-    wanted = by_split.get(SPLIT_WORDS.get(split, split))
-    if wanted is None:
-        found = ", ".join(sorted(name or "(files that name no split)" for name in by_split))
-        raise UserError(f"{folder} has no split {split!r}; it has {found}")
-    return wanted
-
-
-def _is_no_data(file: Path, folder: Path) -> bool:
-    if file.name in ("dataset_info.json", "dataset_infos.json"):
-        return True
-    return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
 
 
 def _dataset_rows(dataset, name: str) -> Callable[[], Iterator[Row]]:

@@ -116,7 +116,7 @@ def test_array_is_read_in_bounded_memory(tmp_path):
         ("a.jsonl", b"\n\n", r"a\.jsonl holds no rows"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is not a readable Parquet file"),
         ("a.parquet", b"", r"a\.parquet is not a readable Parquet file"),
-        ("a.csv", b"a,b", r"a\.csv: unknown kind of data file; expected \.jsonl, \.json, \.parquet"),
+        ("a.txt", b"a,b", r"a\.txt: unknown kind of data file; expected \.jsonl, \.json, \.parquet"),
     ],
 )
 def test_fault_names_file_and_line(tmp_path, name, content, message):
@@ -145,3 +145,32 @@ def test_rows_before_a_broken_line_are_read(tmp_path):
     assert [next(rows).data, next(rows).data] == [{"a": 1}, {"a": 2}]
     with pytest.raises(UserError, match="line 3"):
         next(rows)
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('\ufeffprompt,chosen\n"Hi, ""you""",two\n\n"a\nb",\n', encoding="utf-8")
+    assert [(row.line, row.data) for row in read_file(path)] == [
+        (2, {"prompt": 'Hi, "you"', "chosen": "two"}),
+        (5, {"prompt": "a\nb", "chosen": ""}),
+    ]
+    with gzip.open(tmp_path / "rows.tsv.gz", "wt") as stream:
+        stream.write("prompt\tchosen\na\tb, c\n")
+    assert [row.data for row in read_file(tmp_path / "rows.tsv.gz")] == [{"prompt": "a", "chosen": "b, c"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a,b\n1,2,3\n", r"rows\.csv, line 2: 3 cells for 2 columns"),
+        (b'a,b\n"1,2\n', r"rows\.csv, line 2: broken CSV"),
+        (b"a,b\n\xff,2\n", r"rows\.csv, line \d+: not UTF-8"),
+        (b"a,a\n1,2\n", r"rows\.csv, line 1: two columns have one name"),
+        (b"a,b\n", r"rows\.csv holds no rows"),
+    ],
+)
+def test_broken_csv_is_named(tmp_path, content, message):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_file(path))

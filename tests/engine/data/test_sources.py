@@ -163,3 +163,84 @@ def test_other_faults(tmp_path):
         open_source(str(tmp_path / "rows.jsonl"), split="train+test")
     with pytest.raises(UserError, match=r"data\.dataset_config=x is for Hub datasets"):
         open_source(str(tmp_path / "rows.jsonl"), config="x")
+
+
+def test_shards_are_the_split_that_they_are_named_after(tmp_path):
+    for number, name in enumerate(("train_prefs", "train_sft", "test_prefs")):
+        write_rows(tmp_path / "data" / f"{name}-00000-of-00001.jsonl", [number])
+    assert values(open_source(str(tmp_path), split="train_prefs")) == [0]
+    assert values(open_source(str(tmp_path), split="test_prefs[:1]")) == [2]
+    with pytest.raises(UserError, match="no split 'train'; it has test_prefs, train_prefs, train_sft"):
+        open_source(str(tmp_path))
+
+
+def test_splits_are_those_that_datasets_finds(tmp_path):
+    data_files = pytest.importorskip("datasets.data_files")
+    names = ("data/train_prefs-00000-of-00002.jsonl", "data/train_prefs-00001-of-00002.jsonl",
+             "data/other-00000-of-00001.jsonl")  # fmt: skip
+    worded = ("train.jsonl", "sub/my_test_rows.jsonl", "val-1.jsonl")
+    folders = ("train/a.jsonl", "my-dev/a.jsonl", "b/test_2/c.jsonl")
+    for folder, files in (
+        ("sharded", names),
+        ("worded", worded),
+        ("folders", folders),
+        ("plain", ("a.jsonl", "b/c.jsonl")),
+    ):
+        for number, name in enumerate(files):
+            write_rows(tmp_path / folder / name, [number])
+        patterns = data_files.get_data_patterns(str(tmp_path / folder))
+        found = data_files.DataFilesDict.from_patterns(patterns, base_path=str(tmp_path / folder))
+        for split, paths in found.items():
+            source = open_source(str(tmp_path / folder), split=str(split))
+            assert {row.file for row in source} == set(paths), split
+
+
+README = """---
+configs:
+- config_name: clean
+  default: true
+  data_files:
+  - split: train
+    path: [rows/a.jsonl, "rows/b*.jsonl"]
+  - {split: held, path: c.jsonl}
+- config_name: raw
+  data_files: "rows/*.jsonl"
+---
+# Rows
+"""
+
+
+def test_configurations_of_a_folder(tmp_path):
+    for name, number in (("rows/a", 1), ("rows/b1", 2), ("rows/x", 3), ("c", 4)):
+        write_rows(tmp_path / f"{name}.jsonl", [number])
+    (tmp_path / "README.md").write_text(README)
+    assert values(open_source(str(tmp_path))) == [1, 2]
+    assert values(open_source(str(tmp_path), split="held")) == [4]
+    assert values(open_source(str(tmp_path), config="raw")) == [1, 2, 3]
+    assert values(open_source(str(tmp_path), config="raw", split="train[:67%]")) == [1, 2]
+    with pytest.raises(UserError, match=r"no configuration 'odd'; set data\.dataset_config to one of clean, raw"):
+        open_source(str(tmp_path), config="odd")
+    (tmp_path / "README.md").write_text(README.replace("  default: true\n", ""))
+    with pytest.raises(UserError, match=r"several configurations; set data\.dataset_config to one of clean, raw"):
+        open_source(str(tmp_path))
+    (tmp_path / "README.md").write_text("# Rows")
+    assert values(open_source(str(tmp_path), config="rows")) == [1, 2, 3]
+    with pytest.raises(UserError, match="neither such a folder nor configs"):
+        open_source(str(tmp_path), config="odd")
+
+
+def test_patterns(tmp_path, monkeypatch):
+    for name, number in (("a/x", 1), ("a/y", 2), ("b", 3)):
+        write_rows(tmp_path / f"{name}.jsonl", [number])
+    monkeypatch.chdir(tmp_path)
+    assert values(open_source("a/*.jsonl")) == [1, 2]
+    assert values(open_source(f"{tmp_path}/**")) == [1, 2, 3]
+    assert values(open_source("a/[y]*")) == [2]
+    with pytest.raises(UserError, match=r"a/\*\.csv: no data file fits this pattern"):
+        open_source("a/*.csv")
+
+
+def test_an_unknown_split_of_a_file_is_refused(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [1])
+    with pytest.raises(UserError, match="one file without splits, so it has no split 'train_prefs'; ask for train"):
+        open_source(str(tmp_path / "rows.jsonl"), split="train_prefs")
