@@ -155,6 +155,11 @@ __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
+// Until here the products write the accumulators; no use of them may move ahead of it.
+__device__ __forceinline__ void take(float (&d)[ACCUMULATORS]) {
+  asm volatile("" : F16(0), F16(16), F16(32), F16(48), F16(64), F16(80), F16(96), F16(112)::"memory");
+}
+
 // ---------------------------------------------------------------- what becomes of accumulators
 
 __device__ __forceinline__ float power_of_2(float x) {
@@ -447,6 +452,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
       wait_products<0>();
+      take(d);
       if (thread < CLUSTER) arrive_at(empty + 8 * last, thread);
       finish(d, args, rows, place.col, quarter);
     }

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dpo_kernels.head import Head
-from dpo_kernels.kernels.tile_config import default_table_path
+from dpo_kernels.kernels.tile_config import HOPPER_TILE, default_table_path
 
 STATS, EXPS, GRADIENT = 0, 1, 2
 """What becomes of a tile: its sums; its sums and exponentials; the gradient of its logits."""
-ROWS, COLUMNS, DEPTH = 128, 256, 64
+(ROWS, COLUMNS), DEPTH = HOPPER_TILE, 64
 """Of a block's tile, and features of a step."""
 CLUSTER = 2
 """Blocks that share columns."""
 FEW_TILES = 19
 """An empty tile beside so few costs more than the 5% that these kernels are faster."""
 THREADS = 384
+DIGEST_BYTES = hashlib.sha256().digest_size
 SHARED_BYTES = 4 * (ROWS + COLUMNS) * DEPTH * 2 + 1024 + 128
 """Four stages of tiles, room to align them, barriers."""
 VARIABLE = "DPO_HOPPER_KERNELS"
@@ -41,7 +43,7 @@ SOURCES = (_PACKAGE / "hopper_logits.cu", _PACKAGE.parent / "csrc" / "hopper_log
 """Where an installation has it, and a checkout."""
 
 
-class HopperError(Exception):
+class HopperError(RuntimeError):
     """What a library said."""
 
 
@@ -82,18 +84,20 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "they are for a GPU of compute capability 9.0"
     if dtype not in DTYPES:
         return f"they are for bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    return _why_not(device.index if device.index is not None else torch.cuda.current_device())
+    return _why_not(device.index if device.index is not None else torch.cuda.current_device(), dtype)
 
 
 @functools.cache
-def _why_not(index: int) -> str | None:
+def _why_not(index: int, dtype: torch.dtype) -> str | None:
     if os.environ.get(VARIABLE) == "none":
         return f"{VARIABLE}=none hides them"
     if torch.version.hip is not None or torch.cuda.get_device_capability(index) != (9, 0):
         return "they are for a GPU of compute capability 9.0"
     try:
         with torch.cuda.device(index):
-            _function(index, torch.bfloat16, STATS)
+            # All that may be launched later: there a thread may be capturing a graph, or nobody catch the error.
+            for mode in (STATS, EXPS, GRADIENT):
+                _function(index, dtype, mode)
     except (HopperError, OSError) as error:
         return str(error)
     return None
@@ -124,6 +128,15 @@ def launch(
     for name, tensor in tensors.items():
         expected = torch.float64 if name == "lse" else torch.float32
         assert tensor is None or (tensor.dtype == expected and tensor.is_contiguous()), name
+    if out is not None:
+        # Written in whole tiles of columns, 16 bytes at a time.
+        assert out.shape[1] >= -(-V // COLUMNS) * COLUMNS
+        assert out.stride(1) == 1
+        assert out.stride(0) % 8 == 0
+        assert out.data_ptr() % 16 == 0
+    if mode != GRADIENT:
+        partials = (-(-V // COLUMNS) * (1 if mode == EXPS else 2), T)
+        assert all(t is not None and t.shape == partials for t in map(tensors.get, ("tile_shift", "tile_sum")))
     labels_T = labels_T.to(torch.int64).contiguous()
     args = _Args(
         labels=labels_T.data_ptr(),
@@ -227,12 +240,22 @@ def compiled(dtype: torch.dtype, mode: int) -> bytes:
     key = hashlib.sha256(b"\0".join([text, *map(str.encode, given), compiler.version])).hexdigest()[:32]
     table = default_table_path()
     kept = None if table is None else table.with_name("kernels") / f"{key}.cubin"
-    if kept is not None and os.path.isfile(kept):
-        return kept.read_bytes()
+    if kept is not None and (found := _kept(kept)) is not None:
+        return found
     code = compiler.compile(text, given)
     if kept is not None:
         _keep(kept, code)
     return code
+
+
+def _kept(path: Path) -> bytes | None:
+    """Machine code that was kept, None where there is none or the file is not as it was written."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
 
 
 def options(dtype: torch.dtype, mode: int) -> list[str]:
@@ -242,11 +265,18 @@ def options(dtype: torch.dtype, mode: int) -> list[str]:
 
 def _keep(path: Path, code: bytes) -> None:
     """Whole or not at all; a folder that cannot be written only means that the next process compiles again."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(code)
-        part.replace(path)
+        # Processes of several machines may share the folder.
+        handle, part = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except OSError:
+            os.unlink(part)
     except OSError:
         return
 

@@ -148,6 +148,6 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def tma_ready(matrix: torch.Tensor) -> bool:
-    """Tensor descriptors need rows of contiguous elements that begin at multiples of 16 bytes."""
+    """Tensor descriptors need rows of contiguous elements that begin at multiples of 16 bytes and do not overlap."""
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-    return aligned and matrix.stride(1) == 1
+    return aligned and matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]

@@ -23,6 +23,10 @@ _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.floa
 _SIZES, _FLAGS = ("min_D", "max_D", "min_V", "max_V"), ("heavy", "aligned")
 MAX_BLOCK = 256
 """Widest tile."""
+HOPPER_TILE = 128, 256
+"""Rows and columns of the one tile that ``kernels.hopper`` has."""
+HOPPER_KERNELS = ("linear_stats", "linear_exps", "slice_grad")
+"""Kernels whose place it takes."""
 FILTER_BLOCK = 128
 """Widest tile of the filtered kernels: rows and columns that a filter keeps or leaves out together."""
 TABLE_VARIABLE = "DPO_TILE_CONFIGS"
@@ -59,6 +63,10 @@ class TileConfig:
             raise ValueError(f"tile config: block_n and block_v must be at most {MAX_BLOCK}, got {self}")
         if self.group_n < 1 or self.num_stages < 1:
             raise ValueError(f"tile config: group_n and num_stages must be at least 1, got {self}")
+        if self.hopper and ((self.block_n, self.block_v) != HOPPER_TILE or not self.tma):
+            raise ValueError(
+                f"tile config: hopper has tiles of {HOPPER_TILE[0]} x {HOPPER_TILE[1]} with tma, got {self}"
+            )
 
 
 class TileTableError(ValueError):
@@ -189,12 +197,11 @@ def _arch_entries(where: str, table: Any) -> Entries:
             field = f"{where}.{kernel}.{dtype}"
             if not isinstance(rows, list):
                 raise ValueError(f"{field}: expected a list, got {rows!r}")
-            widest = FILTER_BLOCK if kernel.startswith("filtered_") else MAX_BLOCK
-            entries[kernel][dtype] = [_entry(f"{field}[{i}]", row, widest) for i, row in enumerate(rows)]
+            entries[kernel][dtype] = [_entry(f"{field}[{i}]", row, kernel) for i, row in enumerate(rows)]
     return entries
 
 
-def _entry(where: str, entry: Any, widest: int) -> tuple[Bounds, TileConfig]:
+def _entry(where: str, entry: Any, kernel: str) -> tuple[Bounds, TileConfig]:
     _check_keys(entry, where, {"bounds", "config"}, {"measured"})
     bounds = dict(_items(entry["bounds"], f"{where}.bounds", (*_SIZES, *_FLAGS)))
     _check_numbers(f"{where}.bounds", bounds, flags=_FLAGS)
@@ -205,6 +212,9 @@ def _entry(where: str, entry: Any, widest: int) -> tuple[Bounds, TileConfig]:
         config = TileConfig(**entry["config"])
     except ValueError as error:
         raise ValueError(f"{where}.config: {str(error).removeprefix('tile config: ')}") from error
+    widest = FILTER_BLOCK if kernel.startswith("filtered_") else MAX_BLOCK
+    if config.hopper and kernel not in HOPPER_KERNELS:
+        raise ValueError(f"{where}.config.hopper: only for {', '.join(HOPPER_KERNELS)}")
     if max(config.block_n, config.block_v) > widest:
         found = f"got {config.block_n} and {config.block_v}"
         raise ValueError(f"{where}.config: block_n and block_v must be at most {widest}, {found}")

@@ -175,9 +175,10 @@ def test_what_it_does_not_take_goes_to_triton(driver, monkeypatch):
     assert not goes_to_hopper(token_stats=True)
     assert not goes_to_hopper(head=Head(head.weight_VD, softcap=3.0))
     assert not goes_to_hopper(hidden=hidden.float(), head=Head(head.weight_VD.float()))
-    # Rows that do not begin at multiples of 16 bytes; a tile whose neighbour is empty.
+    # Rows that overlap; such as do not begin at multiples of 16 bytes; a tile whose neighbour is empty.
     assert not goes_to_hopper(hidden=hidden[:, :127].contiguous(), head=Head(head.weight_VD[:, :127].contiguous()))
     assert not goes_to_hopper(hidden=hidden[:128])
+    assert not goes_to_hopper(hidden=hidden[:1].expand(256, 128))
 
 
 def test_reasons_why_not(monkeypatch):
@@ -198,6 +199,35 @@ def test_reasons_why_not(monkeypatch):
         patch()
         assert hopper.why_not(torch.device("cuda", 0), torch.bfloat16) == reason
     hopper._why_not.cache_clear()
+
+
+def test_machine_code_that_was_kept(tmp_path, monkeypatch):
+    """It is compiled once, and once more when the file is not as it was written: cut off at any byte, or another byte."""
+    compiled = []
+
+    class Compiler:
+        version = b"1.0"
+
+        def compile(self, source, options):
+            compiled.append(options)
+            return b"machine code " + str(options).encode()
+
+    monkeypatch.setattr(hopper, "_Compiler", Compiler)
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
+    code = hopper.compiled(torch.bfloat16, hopper.STATS)
+    assert hopper.compiled(torch.bfloat16, hopper.STATS) == code
+    assert len(compiled) == 1
+    (kept,) = (tmp_path / "kernels").iterdir()
+    whole = kept.read_bytes()
+    for damaged in [whole[:size] for size in range(len(whole))] + [b"x" + whole[1:], whole[:-1] + b"x", whole + b"x"]:
+        kept.write_bytes(damaged)
+        compiled.clear()
+        assert hopper.compiled(torch.bfloat16, hopper.STATS) == code
+        assert len(compiled) == 1
+        assert kept.read_bytes() == whole
+    assert hopper.compiled(torch.float16, hopper.STATS) != code
+    monkeypatch.setenv("DPO_CACHE", str(kept))
+    assert hopper.compiled(torch.bfloat16, hopper.STATS) == code, "a folder that cannot be made"
 
 
 # ---------------------------------------------------------------- what becomes of accumulators

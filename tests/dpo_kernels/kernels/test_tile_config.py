@@ -15,6 +15,7 @@ from dpo_kernels.kernels import tile_config as tables
 BOUNDS = {"min_D": 2049, "max_D": 4096, "min_V": 65537, "max_V": 131072, "heavy": False, "aligned": True}
 CONFIG = {"block_n": 64, "block_v": 256, "block_d": 64, "group_n": 16, "num_warps": 8, "num_stages": 2}
 CONFIG |= {"tma": True, "hopper": False}
+HOPPER = {**CONFIG, "block_n": 128, "hopper": True}
 ENTRY = {"bounds": BOUNDS, "config": CONFIG, "measured": {"device": "none"}}
 TABLE = {"format": 1, "archs": {"sm_90": {"linear_stats": {"bfloat16": [ENTRY]}}}}
 PROBLEM = {"arch": "sm_90", "dtype": torch.bfloat16, "D": 4096, "V": 128256, "heavy": False, "aligned": True}
@@ -133,6 +134,15 @@ WHERE = r"archs\.sm_90\.linear_stats\.bfloat16\[0\]"
         ("{", "is not JSON"),
         ("[]", "the file: expected an object, got"),
         (changed("format", to=2), "format: expected 1, got 2"),
+        (changed(*AT, "config", "hopper", to=True), rf"{WHERE}\.config: hopper has tiles of 128 x 256 with tma, got"),
+        (
+            changed(*AT, "config", to=HOPPER | {"tma": False}),
+            rf"{WHERE}\.config: hopper has tiles of 128 x 256 with tma",
+        ),
+        (
+            changed("archs", "sm_90", to={"filtered_dx": {"float16": [{"bounds": {}, "config": HOPPER}]}}),
+            r"filtered_dx\.float16\[0\]\.config\.hopper: only for linear_stats, linear_exps, slice_grad",
+        ),
         (changed("format", drop=True), "the file: format is missing"),
         (changed("extra", to=2), r"the file\.extra: unknown, expected one of archs, format"),
         (
