@@ -15,7 +15,7 @@ from benchmarks.figures import draw_table
 from benchmarks.inputs import make_inputs, softmax_shape
 from benchmarks.measure import Race
 from benchmarks.results import RESULTS, device_name, write_result
-from benchmarks.shapes import CPU_BENCHMARK
+from benchmarks.shapes import CPU_BENCHMARK, HeadShape
 from benchmarks.tasks import COLUMNS, LEGEND
 
 THREADS = 2
@@ -25,10 +25,10 @@ RESPONSE_LENGTH = 128
 Row = dict[str, Any]
 
 
-def race_on(kind: str, entrants: Mapping[str, Sequence[Contender]]) -> Race:
-    """A warmed-up race at the CPU's shape, float32 and two threads."""
+def race_on(kind: str, entrants: Mapping[str, Sequence[Contender]], shape: HeadShape | None = None) -> Race:
+    """A warmed-up race, by default at the CPU's shape, float32 and two threads."""
     torch.set_num_threads(THREADS)
-    race = Race(make_inputs(kind, CPU_BENCHMARK, length=RESPONSE_LENGTH), entrants)
+    race = Race(make_inputs(kind, shape or CPU_BENCHMARK, length=RESPONSE_LENGTH), entrants)
     race.warm_up()
     return race
 

@@ -55,4 +55,5 @@ RESPONSE_LENGTHS = {
 """Tokens of chosen_0, rejected_0, chosen_1, ..."""
 
 CPU_BENCHMARK = HeadShape(1024, 896, 37984)
+SMALL_CPU_BENCHMARK = HeadShape(1024, 256, 16384)
 GPU_BENCHMARK = HeadShape(8192, 4096, 128256)

@@ -46,6 +46,6 @@ def test_write_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "dX error" not in rows[LOGPS, "ours: linear_logps"]
     page = (tmp_path / "head.md").read_text()
     assert "not run: is not installed" in page
-    assert "target, time: linear_dpo_loss at most 1.15x of three bare products" in page
+    assert "target, time: linear_dpo_loss at most 1.04x of three bare products" in page
     assert result["target, memory"].endswith("MiB beyond the results: " + f"{ours['extra MiB']:.4g}, met")
     assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG")
