@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import load_config
-from ..config.schema import RunConfig
+from ..config.schema import DataConfig, ModelConfig, RunConfig
 from ..data.groups import PreferenceDataset
 from ..durable import check_content, is_complete, remove_leftovers
 from ..errors import UserError
@@ -165,11 +165,15 @@ def check_same_run(saved: Mapping[str, Any], config: RunConfig, where: Path) -> 
     What leads to data, weights and a reference model is left to ``check_data``, ``check_base`` and ``check_reference``.
     """
     now = config_values(config)
+    defaults = config_values(
+        RunConfig(model=ModelConfig(model_name_or_path="none"), data=DataConfig(dataset_name="none"))
+    )
     free = {*_FREE_KEYS, *_STEP_KEYS, *_DATA_KEYS, *_BASE_KEYS, _REFERENCE_KEY}
     if config.optim.lr_scheduler_type in METRIC_SCHEDULES:
         free.remove("train.eval_steps")
     for key in sorted(key for key in saved.keys() | now.keys() if not _is_among(key, free)):
-        before, after = saved.get(key), now.get(key)
+        # A key that the version which wrote the checkpoint did not have was what its default is.
+        before, after = saved.get(key, defaults.get(key)), now.get(key)
         if before != after:
             raise UserError(
                 f"cannot resume {where}: {key} was {before!r} and is now {after!r}, which changes the training; "

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import UserError
 from engine.train.loop import train
+from engine.train.resume import check_same_run, config_values
 from tests.engine.train.test_resume import interrupted_after, run_files
 
 
@@ -126,3 +127,12 @@ def test_a_checkpoint_alone_becomes_a_model(make_config, tmp_path):
     weights, expected = (load_file(tmp_path / p / "model.safetensors") for p in ("new", "run/checkpoint-2"))
     assert weights.keys() == expected.keys()
     assert all(weights[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_a_key_that_an_older_checkpoint_lacks_was_what_its_default_is(make_config, tmp_path):
+    config = make_config()
+    saved = config_values(config)
+    del saved["loss.dpop_lambda"], saved["loss.ld_alpha"]
+    check_same_run(saved, config, tmp_path)
+    with pytest.raises(UserError, match=r"loss\.ld_alpha was None and is now 0\.5"):
+        check_same_run(saved, make_config(loss={"ld_alpha": 0.5}), tmp_path)
