@@ -21,6 +21,7 @@ from ..errors import UserError, out_of_memory
 from ..packing import build_batch
 from .adapter_forms import READ_ERRORS
 from .adapters import quiet_loading
+from .composites import read_causal_lm
 from .load import DTYPES
 from .policy import Policy
 from .precision import TOKEN_TOLERANCE, float32_weights
@@ -155,7 +156,6 @@ def _sum(loaded: Any, prompt: np.ndarray, response: np.ndarray, device: torch.de
 
 def _load(model: ModelConfig, device: torch.device) -> Any:
     import peft
-    from transformers import AutoModelForCausalLM
 
     assert model.adapter_name_or_path is not None
     dtype = DTYPES[model.dtype]
@@ -163,7 +163,7 @@ def _load(model: ModelConfig, device: torch.device) -> Any:
     if model.quantization:
         options |= quantization_arguments(model.quantization, device, dtype)
     hide_weight_bars()
-    base = AutoModelForCausalLM.from_pretrained(
+    base = read_causal_lm(
         model.model_name_or_path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,

@@ -17,6 +17,7 @@ from ..config.schema import ModelConfig
 from ..errors import UserError
 from .adapters import FROZEN, add_lora, continue_adapter
 from .attention import Backend, choose_backend, register_backends
+from .composites import causal_lm_reader, read_causal_lm
 from .experts import EXPERTS, register_experts
 from .mixers import checkpoint_contexts
 from .policy import Policy
@@ -130,8 +131,6 @@ def _read_causal_lm(
     model: ModelConfig, device: torch.device, backend: Backend, empty: bool, layers: int | None
 ) -> tuple[Any, str | None]:
     """The transformers model, with its weights unless ``empty``; and why its attention cannot run on packs, if so."""
-    from transformers import AutoModelForCausalLM
-
     register_backends()
     register_experts()
     compute_dtype = DTYPES[model.dtype]
@@ -144,7 +143,7 @@ def _read_causal_lm(
         options["layers"] = layers
     hide_weight_bars()
     read: Any = partial(
-        _from_config if empty else AutoModelForCausalLM.from_pretrained,
+        _from_config if empty else read_causal_lm,
         model.model_name_or_path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
@@ -185,7 +184,7 @@ def _from_config(
     **kwargs: Any,
 ) -> nn.Module:
     """As ``from_pretrained``, with the initial weights of the architecture."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
         name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=local_files_only
@@ -198,7 +197,7 @@ def _from_config(
             # the last layers use the keys of earlier ones (Gemma 3n)
             text.num_kv_shared_layers = max(0, layers - (text.num_hidden_layers - shared))
         text.num_hidden_layers = layers
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **kwargs).eval()
+    return causal_lm_reader(config).from_config(config, trust_remote_code=trust_remote_code, **kwargs).eval()
 
 
 def disable_dropout(model: nn.Module) -> int:

@@ -36,6 +36,7 @@ from ..errors import UserError
 from ..model import Policy
 from ..model.adapter_forms import ADAPTER_CONFIG, ADAPTER_FILE
 from ..model.adapters import TRAINED
+from ..model.composites import put_in_whole
 from ..model.sources import MODEL_CONFIG, STATE_FILE
 from ..run_folder import CONFIG_FILE, METRICS_FILE
 from . import sharded
@@ -186,21 +187,26 @@ def is_sharded(state: Mapping[str, Any]) -> bool:
     return state.get("ranks", 1) > 1
 
 
-def save_weights(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+def save_weights(
+    policy: Policy, folder: Path, weights: Mapping[str, Tensor] | None = None, whole: Any | None = None
+) -> None:
     """Write the model, or the adapter alone, in Hugging Face layout and the dtype that its parameters have.
 
     Args:
         weights: the whole state of a sharded model, or of its adapter.
+        whole: the checkpoint of several models that the text model is put back into.
     """
     options: dict[str, Any] = (
         {"save_embedding_layers": False, "selected_adapters": [TRAINED]} if policy.has_adapter else {}
     )
-    if weights is not None:
+    if whole is not None:
+        options["state_dict"] = put_in_whole(whole, policy.causal_lm, weights)
+    elif weights is not None:
         options["state_dict"] = dict(weights)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        policy.model.save_pretrained(folder, **options)  # type: ignore[operator]
+        (whole or policy.model).save_pretrained(folder, **options)  # type: ignore[operator]
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -25,6 +25,7 @@ from ..durable import FOLDER_SUFFIX, MANIFEST, disk_errors, seal, sync
 from ..model import Policy
 from ..model.adapter_forms import ADAPTER_CONFIG
 from ..model.companions import copy_companions, set_dtype
+from ..model.composites import read_whole
 from ..model.load import DTYPES
 from ..model.sources import MODEL_CONFIG
 from ..paths import names_a_path
@@ -82,11 +83,13 @@ def _write_model(
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            save_weights(policy, temporary, weights)
+            whole = None if policy.has_adapter else read_whole(config.model, policy.causal_lm)
+            save_weights(policy, temporary, weights, whole)
             if not policy.has_adapter:
                 # Written by the dtype of the first parameter, which may be one that the model keeps in float32.
-                set_dtype(policy.config, DTYPES[stored_dtype(config)])
-                policy.config.save_pretrained(temporary)
+                written = policy.config if whole is None else whole.config
+                set_dtype(written, DTYPES[stored_dtype(config)])
+                written.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             copy_companions(config.model, temporary)
             (temporary / CARD_FILE).write_text(card, encoding="utf-8")
