@@ -97,7 +97,8 @@ def _choose_layout(policy: Policy, requested: LayoutName, share_prompts: bool, s
                 raise UserError(reason)
         if requested == "shared":
             raise UserError(f"{reason}; set packing.layout to auto, or {_float32_or(policy, share_prompts, seed)}")
-    layouts: tuple[Kind, ...] = ("rows", "single")
+    # Ranks run as many forward passes each, and packs hold different numbers of rows.
+    layouts: tuple[Kind, ...] = ("rows", "single") if distributed.size() == 1 else ("rows",)
     for kind in layouts:
         use_layout(policy, Layout(kind, reason=reason))
         probes = (_difference(policy, share_prompts, s) for s in range(seed, seed + _ROW_PROBES))

@@ -307,7 +307,7 @@ def test_large_scores_hide_no_fault(kernels, monkeypatch):
     )
     monkeypatch.setitem(choice.KERNELS, "flash", wide)
     with pytest.raises(UserError, match="different log-probs on packs"):
-        check_packing(policy_on(Backend("flash", "test"), model))
+        check_packing(policy_on(Backend("flash", "test"), model), requested="shared")
 
 
 def test_shapes_alone_go_through():
