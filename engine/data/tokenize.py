@@ -9,6 +9,7 @@ of the prompt belongs to the completions.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
@@ -25,7 +26,7 @@ from ..paths import expanded
 from .examples import Example
 from .turns import Message, with_text_arguments
 
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
+TEMPLATE_ERRORS: tuple[type[Exception], ...] = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 
 class Encoded(NamedTuple):
@@ -52,11 +53,14 @@ class Encoder:
         self.bos_id: int | None = tokenizer.bos_token_id  # type: ignore[assignment]
         self.eos_id: int | None = tokenizer.eos_token_id  # type: ignore[assignment]
         self.vocab_size = len(tokenizer)
-        added = tokenizer.added_tokens_decoder
+        self._own_chat = has_own_chat(tokenizer)
+        # A method that raises in mistral-common's, whose special tokens are all known by name.
+        decoder = tokenizer.added_tokens_decoder
+        added = decoder if isinstance(decoder, Mapping) else {}
         self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         names = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         self.control_tokens = _control_pattern(sorted(names))
-        self._own_chat = has_own_chat(tokenizer)
+        self._answered = _with_answers(tokenizer)
         self.writes_date = writes_date(tokenizer, data)
         self._now = datetime.fromisoformat(data.template_date) if data.template_date else datetime.now()
         self._template = template_of(data)
@@ -145,7 +149,7 @@ class Encoder:
         try:
             prompt = render(example.prompt, add_generation_prompt=True)
             return [prompt, *(render(example.prompt + completion) for completion in example.completions)]
-        except TEMPLATE_ERRORS as error:
+        except TEMPLATE_ERRORS + _own_errors() as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RowError(
                 "template_refused", f"{example.where}: the chat template does not accept this row: {reason}"
@@ -170,7 +174,8 @@ class Encoder:
 
     def _apply(self, messages: list[Message], tokenize: bool, kwargs: dict[str, Any]) -> Any:
         with _clock_at(self._now) if self.writes_date else nullcontext():
-            made: Any = self.tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
+            tokenizer = self.tokenizer if kwargs.get("add_generation_prompt") else self._answered
+            made: Any = tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
         return list(made["input_ids"]) if tokenize else made
 
     def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -190,6 +195,20 @@ class Encoder:
                 "tokenise the rows again with this model's tokenizer",
             )
         return Encoded(example.prompt, example.completions, merged=False)
+
+
+def _with_answers(tokenizer: Any) -> Any:
+    """The tokenizer for conversations that end with an answer: mistral-common's takes them in another mode only."""
+    file = getattr(tokenizer, "_tokenizer_path", None)
+    if file is None or not hasattr(tokenizer, "mode"):
+        return tokenizer
+    return type(tokenizer)(tokenizer_path=file, mode="finetuning")
+
+
+def _own_errors() -> tuple[type[Exception], ...]:
+    """What mistral-common raises for conversations that it does not take; nothing where it is not in use."""
+    module = sys.modules.get("mistral_common.exceptions")
+    return () if module is None else (module.MistralCommonException,)
 
 
 def has_own_chat(tokenizer: PreTrainedTokenizerBase) -> bool:

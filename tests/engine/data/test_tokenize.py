@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -278,6 +279,34 @@ def test_tokenizer_that_builds_conversations_itself(plain_tokenizer):
     row = {"prompt": [turn("user", "abc")], "chosen": [turn("assistant", "a")], "rejected": [turn("assistant", "")]}
     groups, _ = groups_of([row], tokenizer)
     assert [groups[0].prompt_ids.tolist(), *(ids.tolist() for ids in groups[0].response_ids)] == [[13], [11], [10]]
+
+
+def test_a_tokenizer_with_modes_takes_answers_in_the_one_for_them(plain_tokenizer, monkeypatch):
+    class RefusedError(Exception):
+        pass
+
+    class Modes(type(plain_tokenizer)):
+        """As transformers' backend for mistral-common."""
+
+        def __init__(self, tokenizer_path=None, mode="test"):
+            type(self).added_tokens_decoder = type(plain_tokenizer).added_tokens_decoder
+            super().__init__(tokenizer_object=plain_tokenizer.backend_tokenizer, eos_token="</s>")
+            self._tokenizer_path, self.mode = tokenizer_path, mode
+            # There it is a method that raises.
+            type(self).added_tokens_decoder = lambda tokenizer: tokenizer.nothing
+
+        def apply_chat_template(self, messages, *, tokenize, return_dict, **kwargs):
+            if messages[0]["content"] == "odd" or (messages[-1]["role"] == "assistant") != (self.mode == "finetuning"):
+                raise RefusedError("Expected last role\nAssistant")
+            return {"input_ids": [10 + len(m["content"]) for m in messages]}
+
+    row = {"prompt": [turn("user", "abc")], "chosen": [turn("assistant", "a")], "rejected": [turn("assistant", "")]}
+    groups, _ = groups_of([row], Modes("tekken.json"))
+    assert [groups[0].prompt_ids.tolist(), *(ids.tolist() for ids in groups[0].response_ids)] == [[13], [11], [10]]
+    library = SimpleNamespace(MistralCommonException=RefusedError)
+    monkeypatch.setitem(sys.modules, "mistral_common.exceptions", library)
+    with pytest.raises(UserError, match="row 0: the chat template does not accept this row: Expected last role Assist"):
+        groups_of([row | {"prompt": [turn("user", "odd")]}], Modes("tekken.json"))
 
 
 def test_planted_faults_are_found_by_row(bos_tokenizer):
