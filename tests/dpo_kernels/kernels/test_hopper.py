@@ -202,7 +202,7 @@ def test_reasons_why_not(monkeypatch):
 
 
 def test_machine_code_that_was_kept(tmp_path, monkeypatch):
-    """It is compiled once, and once more when the file is not as it was written: cut off at any byte, or another byte."""
+    """Compiled once, and again when the file is not as it was written: cut off at any byte, or another byte."""
     compiled = []
 
     class Compiler:
