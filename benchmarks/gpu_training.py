@@ -142,7 +142,7 @@ def _train_ours(context: Context, folder: Path) -> dict[str, Any]:
             "packing": {"pairs_per_step": _pairs_per_step(context), "tokens_per_pack": 16384},
             "optim": {"learning_rate": LEARNING_RATE},
             "reference": {"store": str(folder / "store")},
-            "train": {"output_dir": str(folder / "run"), "logging_steps": 1, "report_to": []},
+            "train": {"output_dir": str(folder / "run"), "logging_steps": 1, "report_to": [], "save_steps": None},
         },
         "benchmark",
     )

@@ -61,7 +61,7 @@ def run_ours(model_dir: Path, data_file: Path, folder: Path) -> Rates:
                 "data": {"dataset_name": str(data_file)},
                 "packing": {"pairs_per_step": PAIRS_PER_STEP, "shuffle": False},
                 "reference": {"store": str(folder / "store")},
-                "train": {"output_dir": str(folder / "run"), "logging_steps": 1},
+                "train": {"output_dir": str(folder / "run"), "logging_steps": 1, "save_steps": None},
             }
         )
     )

@@ -8,6 +8,7 @@ By hand: ``python csrc/build_native.py [--sanitize] [--output FILE]``.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import shlex
@@ -58,6 +59,14 @@ def find_compiler() -> list[str]:
     raise BuildError(f"no C++ compiler ({' '.join(given) or ', '.join(COMPILERS)})")
 
 
+def digest() -> str:
+    """SHA-256 of what the library is built from, this file with its flags included."""
+    found = hashlib.sha256()
+    for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"), Path(__file__)]):
+        found.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def build(output: Path, *, sanitize: bool = False, machine: str = "") -> None:
     """Compile and link the library to ``output``, which appears whole or not at all.
 
@@ -72,7 +81,8 @@ def build(output: Path, *, sanitize: bool = False, machine: str = "") -> None:
         raise BuildError("it is not built on Windows")
     if not any(SOURCES.glob("*.cpp")):
         raise BuildError(f"no sources in {SOURCES}")
-    compiler, flags = find_compiler(), FLAGS + WARNINGS + (SANITIZE if sanitize else [])
+    compiler = find_compiler()
+    flags = [*FLAGS, *WARNINGS, *(SANITIZE if sanitize else []), f'-DDPO_SOURCES="{digest()}"']
     machine = machine or target_of(compiler)
     sets = INSTRUCTION_SETS.get(NAMES.get(machine, machine), {"PLAIN": []})
     with tempfile.TemporaryDirectory() as folder:

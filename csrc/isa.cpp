@@ -74,6 +74,9 @@ DPO_EXPORT int dpo_is_intel() {
 #endif
 }
 
+// The digest of the sources that build_native.py compiled.
+DPO_EXPORT const char* dpo_sources() { return DPO_SOURCES; }
+
 DPO_EXPORT const char* dpo_isa() { return dpo::kNames[static_cast<int>(dpo::current_isa())]; }
 
 // Whether this build and this processor have the instruction set; with `use`, all later calls run on it.

@@ -5,6 +5,7 @@ from dpo_kernels.linear_dpo.api import LinearDPOLoss, LinearDPOLossStats, linear
 from dpo_kernels.linear_logps.api import TokenLogps, linear_logps
 from dpo_kernels.linear_logps.vocab_parallel import linear_logps_vocab_parallel
 from dpo_kernels.losses import LOSS_TYPES
+from dpo_kernels.native import warn_if_stale
 from dpo_kernels.preference import (
     PlackettLuceLoss,
     PreferenceLoss,
@@ -28,3 +29,5 @@ __all__ = [
     "plackett_luce_loss",
     "preference_loss",
 ]
+
+warn_if_stale()

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +23,12 @@ import torch
 from torch import Tensor
 
 INTERFACE = 4
-"""Of the functions and structs below; a library that was built from other sources has another number."""
+"""Of the functions and structs below; a library that was built for others has another number."""
 ISAS = ("plain", "avx2", "avx512", "neon")
 """Names of instruction sets."""
 BUILT = Path(__file__).resolve().with_name("libdpo_native.so")
+BUILDER = Path(__file__).resolve().parents[1] / "csrc" / "build_native.py"
+"""In a checkout, with the sources beside it."""
 HUGE_BYTES = 8 * 2**20
 HOW_TO_BUILD = (
     "install a C++ compiler (g++ or clang++), then install dpo-kernels again, or in a checkout run "
@@ -47,6 +51,9 @@ def _load() -> _Loaded:
     try:
         library = ctypes.CDLL(path)
         interface = library.dpo_interface()
+        if _is_stale(library):
+            stale = f"the native extension {path} was built from other sources than csrc/ holds now; rebuild it with "
+            return _Loaded(None, stale + "`python csrc/build_native.py`")
     except (OSError, AttributeError) as error:
         return _Loaded(None, f"the native extension does not load ({error}); {HOW_TO_BUILD}")
     if interface != INTERFACE:
@@ -59,6 +66,26 @@ def _load() -> _Loaded:
     if wanted and not library.dpo_has_isa(wanted.encode(), 1):
         return _Loaded(None, f"DPO_NATIVE_ISA={wanted}: this processor or build has no such instruction set")
     return _Loaded(library, "")
+
+
+def _is_stale(library: ctypes.CDLL) -> bool:
+    """Whether the sources that a checkout has beside the package are others than the library was built from."""
+    spec = importlib.util.spec_from_file_location("dpo_build_native", BUILDER) if BUILDER.is_file() else None
+    if spec is None or spec.loader is None:
+        return False
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    # Libraries from before it was recorded are of other sources, too.
+    if not hasattr(library, "dpo_sources"):
+        return True
+    library.dpo_sources.restype = ctypes.c_char_p
+    return library.dpo_sources().decode() != builder.digest()
+
+
+def warn_if_stale() -> None:
+    """Warn of a library that is left out since it was built from other sources than the checkout has."""
+    if "other sources than csrc/" in _load().obstacle:
+        warnings.warn(f"{_load().obstacle}; until then torch computes in its place", RuntimeWarning, stacklevel=3)
 
 
 def library() -> ctypes.CDLL | None:

@@ -79,27 +79,24 @@ def plan(options: Namespace, overrides: Sequence[str]) -> int:
 def precompute(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo precompute``"""
     config = _begin(options, overrides)
-    from .forecast.advice import KnownRun, memory_errors
     from .precompute import check_columns, check_settings, fill_store
 
     check_settings(config, options.export)
-    with memory_errors(KnownRun(config)):
-        if options.import_columns:
-            check_columns(config)
-        else:
-            fill_store(config, options.export)
+    if options.import_columns:
+        check_columns(config)
+    else:
+        fill_store(config, options.export)
     return 0
 
 
 def train(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo train``"""
     config = _begin(options, overrides)
-    from .forecast.advice import KnownRun, memory_errors
+    from .forecast.advice import KnownRun
     from .train.loop import train
 
-    known = KnownRun(config, trains=True)
-    with memory_errors(known):
-        train(config, resume=options.resume, on_data=known.take)
+    known = KnownRun(config)
+    train(config, resume=options.resume, on_data=known.take, forecast=known.told)
     return 0
 
 
@@ -107,10 +104,8 @@ def evaluate(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo evaluate``"""
     config = _begin(options, overrides)
     from .evaluate import evaluate
-    from .forecast.advice import KnownRun, memory_errors
 
-    with memory_errors(KnownRun(config)):
-        evaluate(config, options.model)
+    evaluate(config, options.model)
     return 0
 
 

@@ -102,11 +102,13 @@ def _choices() -> Rows:
     import torch
 
     import dpo_kernels
+    from dpo_kernels import native
 
     from .model import choose_backend, resolve_device
 
     device = resolve_device()
     yield "device", str(device)
+    yield "native library", native.why_not() or f"runs {native.isa()}, of {', '.join(native.isas())}"
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         chosen = dpo_kernels.describe(device, dtype)

@@ -16,6 +16,7 @@ from .data import load_dataset_groups
 from .data.groups import PreferenceDataset
 from .errors import UserError, raise_all
 from .inputs import check_inputs
+from .memory_errors import advised
 from .model import Policy, check_folder, load_adapter, load_tokenizer, ready_policy, resolve_device
 from .model.adapter_forms import changes_base, is_adapter
 from .model.adapters import import_peft
@@ -35,6 +36,7 @@ _RERUN = "move the run elsewhere, then evaluate again to have its numbers, which
 log = logging.getLogger(__name__)
 
 
+@advised
 def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, float]:
     """Evaluate a model on the evaluation split of ``config``.
 

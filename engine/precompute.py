@@ -13,6 +13,7 @@ from .data import load_dataset_groups, open_rows
 from .data.groups import PreferenceDataset
 from .errors import UserError
 from .inputs import check_inputs
+from .memory_errors import advised
 from .model import Policy, load_tokenizer, ready_policy, resolve_device
 from .model.layouts import attention_words, describe_layout
 from .model.quantization import check_quantization
@@ -54,6 +55,7 @@ def check_settings(config: RunConfig, export: Path | None) -> None:
             check_export_row(row)
 
 
+@advised
 def fill_store(config: RunConfig, export: Path | None = None) -> None:
     """Compute and store what is not stored yet of the training data and, where it is set, the evaluation data.
 
@@ -76,6 +78,7 @@ def fill_store(config: RunConfig, export: Path | None = None) -> None:
         _export(config, export, datasets["train"], store, identity.digest)
 
 
+@advised
 def check_columns(config: RunConfig) -> None:
     """Recompute some rows of each dataset that has reference columns.
 

@@ -14,11 +14,8 @@ from .fields import nearest, show
 from .load import TRL_FILE, build_config, read_yaml, to_dict
 from .trl_conversion import Conversion, Note
 from .trl_file import TrlFile
-from .trl_keys import CONVERTED, LOSS_OPTIONS, NEW_RESULT, RPO_ALPHA, SAME_RESULT
+from .trl_keys import ADAMW, CONVERTED, LOSS_OPTIONS, NEW_RESULT, RPO_ALPHA, SAME_RESULT
 
-_ADAMW = {
-    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_hf", "adamw_apex_fused",
-}  # fmt: skip
 _SAME_OPTIMIZER = {
     "rmsprop": "rmsprop", "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw", "paged_adamw_32bit": "paged_adamw", "paged_adamw_8bit": "paged_adamw_8bit",
@@ -245,11 +242,11 @@ class _Converter:
         optim = self.result.values["optim"]
         name = str(self.trl.take("optim", "adamw_torch_fused"))
         optim["optimizer"] = _SAME_OPTIMIZER.get(name, "adamw")
-        if name not in _SAME_OPTIMIZER and name not in _ADAMW:
+        if name not in _SAME_OPTIMIZER and name not in ADAMW:
             self._new("optim", f"{name} is not supported; optim.optimizer adamw takes its place")
         elif name in _SAME_OPTIMIZER:
             self._same("optim", f"{name} -> optim.optimizer {optim['optimizer']}")
-        elif name in _ADAMW and name not in ("adamw_torch", "adamw_torch_fused"):
+        elif name in ADAMW and name not in ("adamw_torch", "adamw_torch_fused"):
             self._same("optim", f"{name} -> optim.optimizer adamw, fused where the device has it")
         optim["learning_rate"] = self.trl.number("learning_rate", 1e-6)
         self._copy("optim", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -305,7 +302,10 @@ class _Converter:
         """``KIND_strategy`` and ``KIND_steps``; every strategy but ``steps`` is replaced."""
         strategy, value = self.trl.take(f"{kind}_strategy", "steps"), self.trl.take(key)
         train = self.result.values["train"]
-        if strategy != "steps":
+        if strategy in ("no", False) and kind == "save":
+            train[key] = None
+            self._same(f"{kind}_strategy", f"no -> train.{key} null")
+        elif strategy != "steps":
             self._same(f"{kind}_strategy", f"{strategy}: here every train.{key} optimizer steps, {default} by default")
         elif value is not None:
             train[key] = self._steps(key, value)

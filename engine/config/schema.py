@@ -279,8 +279,9 @@ class TrainConfig:
     """Optimizer steps; when positive it replaces num_train_epochs."""
     seed: int = 42
     """Seed of the data order and of dropout in adapters."""
-    save_steps: float = 500
-    """Optimizer steps between checkpoints; a number below 1 is a share of all steps, here and in the next two."""
+    save_steps: float | None = 500
+    """Optimizer steps between checkpoints; the last step has one, too, and null saves none. A number below 1 is a share of
+    all steps, here and in the next two."""
     save_total_limit: int | None = None
     """Keep only the newest checkpoints; null keeps all."""
     save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -147,3 +147,8 @@ _converted(
     "output_dir seed save_total_limit num_train_epochs max_steps gradient_checkpointing activation_offloading "
     "report_to logging_strategy logging_steps save_strategy save_steps eval_strategy evaluation_strategy eval_steps"
 )
+
+ADAMW = {
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_hf", "adamw_apex_fused",
+}  # fmt: skip
+"""Names of ``optim`` that mean the same optimizer."""

@@ -1,10 +1,8 @@
-"""What a run that is short of memory is told: the forecast beside what the device has, and what to lower."""
+"""What a run that is short of memory is told: the forecast beside what the device has."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 from .. import distributed
 from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset
-from ..errors import UserError, out_of_memory
+from ..memory_errors import remedies
 from ..packing import plan_first_epoch
 from .memory import Memory, forecast_memory
 from .resident import resident_bytes
@@ -80,19 +78,6 @@ def figures(memory: Memory, device: torch.device) -> str:
     return f"forecast {needed(memory, device) / GIB:.1f} GiB{each} ({listed}), {has}"
 
 
-def remedies(config: RunConfig, *, trains: bool = True) -> str:
-    """What to change, beginning with what costs least and changes no result."""
-    found = [f"lower packing.tokens_per_pack (now {config.packing.tokens_per_pack:,})"]
-    if trains and not config.train.gradient_checkpointing:
-        found.append("set train.gradient_checkpointing to true")
-    if trains and not (config.train.activation_offload or config.train.gradient_checkpointing):
-        found.append("set train.activation_offload to true")
-    found.append("use more processes" if config.model.quantization is None else "use a larger device")
-    if trains and not config.model.trains_adapter:
-        found.append("train an adapter (model.lora)")
-    return ", ".join(found[:-1]) + f", or {found[-1]}"
-
-
 def advise(config: RunConfig, memory: Memory, device: torch.device) -> None:
     """Say before the first step what a run needs, and what to do where the device has less."""
     short = needed(memory, device) > capacity(device)
@@ -107,7 +92,6 @@ class KnownRun:
     """What can be said of the memory of a run of ``config`` by the time it runs out."""
 
     config: RunConfig
-    trains: bool = False
     memory: Memory | None = None
     datasets: dict[str, PreferenceDataset] = field(default_factory=dict)
     device: torch.device | None = None
@@ -125,16 +109,7 @@ class KnownRun:
             self.memory = forecast_run(self.config, self.datasets["train"], self.device)
         return self.memory
 
-
-@contextmanager
-def memory_errors(known: KnownRun) -> Iterator[None]:
-    """Turn running out of memory into a ``UserError`` that says what to lower, with the forecast where there is one."""
-    try:
-        yield
-    except Exception as error:
-        what = out_of_memory(error)
-        if what is None or isinstance(error, UserError):
-            raise
-        memory = known.forecast()
-        told = "" if memory is None or known.device is None else f" ({figures(memory, known.device)})"
-        raise UserError(f"out of {what}{told}: {remedies(known.config, trains=known.trains)}") from error
+    def told(self) -> str:
+        """The figures of the forecast, once there is one."""
+        memory = self.forecast()
+        return "" if memory is None or self.device is None else figures(memory, self.device)

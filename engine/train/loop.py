@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -20,6 +20,7 @@ from ..config.schema import RunConfig
 from ..durable import MANIFEST, remove_leftovers, write_atomically
 from ..errors import Stopped, UserError
 from ..inputs import check_inputs
+from ..memory_errors import memory_errors
 from ..model import load_sharded
 from ..run_folder import CONFIG_FILE, hold_folder
 from ..shared_folders import check_shared
@@ -62,7 +63,12 @@ class _Evidence(NamedTuple):
 
 
 def train(
-    config: RunConfig, *, resume: bool = False, on_data: OnData | None = None, callbacks: Sequence[Callback] = ()
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    on_data: OnData | None = None,
+    callbacks: Sequence[Callback] = (),
+    forecast: Callable[[], str] = str,
 ) -> TrainResult:
     """Train as ``config`` says and leave a run folder. Under ``torchrun``, all processes train one model.
 
@@ -73,13 +79,14 @@ def train(
         on_data: is told of the data before the model is loaded.
         callbacks: called with the step and the values of every row of metrics, those of evaluations included, on the
             first process. What they raise ends the run as a crash would: checkpoints stay.
+        forecast: what the run was expected to need, in words, for when memory runs out.
 
     Raises:
-        UserError: whatever the user can correct, a loss or gradient that is not finite, or a full disk. Checkpoints
-            that were complete stay so.
+        UserError: whatever the user can correct, too little memory, a loss or gradient that is not finite, or a full
+            disk. Checkpoints that were complete stay so.
         Stopped: on all ranks, when any process was asked to end; steps that are done are in a checkpoint.
     """
-    with distributed.process_group():
+    with memory_errors(config, trains=True, figures=forecast), distributed.process_group():
         distributed.set_timeout(config.train.timeout_minutes)
         output_dir = Path(config.train.output_dir)
         main = distributed.is_main()
@@ -220,7 +227,7 @@ class _Run:
         if self.done and self._evaluates_at(self.done) and self.evaluated_at != self.done:
             # The run was asked to end in the middle of it.
             self._evaluate()
-            if self._due("save_steps", self.done):
+            if self._saves_at(self.done):
                 self._save()
         for step in self.feed.steps(self.done):
             objective = self.setup.objective
@@ -235,7 +242,7 @@ class _Run:
             self.done, self.epoch = step.number, step.epoch
             log_now = self._due("logging_steps", step.number) or step.number == total
             evaluate_now = self._evaluates_at(step.number)
-            save_now = self._due("save_steps", step.number)
+            save_now = self._saves_at(step.number)
             if log_now or evaluate_now or save_now or not self.update.deferred:
                 self._require_finite()
             if log_now:
@@ -253,6 +260,11 @@ class _Run:
         """Whether what ``key`` of ``train`` counts is due after a step."""
         every = self.config.train.every(key, self.feed.total_steps)
         return every is not None and step % every == 0
+
+    def _saves_at(self, step: int) -> bool:
+        # The last one is what a finished run can be extended from.
+        last = step == self.feed.total_steps and self.config.train.save_steps is not None
+        return last or self._due("save_steps", step)
 
     def _remember(self, step: TrainingStep, scored: Scored, loss: Tensor, grad_norm: Tensor) -> None:
         logps = [scored.chosen_logps, scored.rejected_logps]

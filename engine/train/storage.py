@@ -45,6 +45,13 @@ class DiskNeed(NamedTuple):
         return max(self.model + min(self.due, self.kept) * self.checkpoint, self.once)
 
 
+def save_points(every: int | None, *, done: int, total: int) -> range | list[int]:
+    """The steps after ``done`` that end with a checkpoint: each multiple of ``every``, and the last."""
+    if every is None or done >= total:
+        return []
+    return [*range((done // every + 1) * every, total, every), total]
+
+
 def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> DiskNeed:
     """What the steps from ``done`` to ``total`` of a run will write.
 
@@ -61,9 +68,7 @@ def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> Di
         model += tensor.numel() * dtypes.get(name, tensor.dtype).itemsize
         weights += tensor.numel() * tensor.dtype.itemsize
         state += tensor.numel() * _STATE_BYTES[config.optim.optimizer] if tensor.requires_grad else 0
-    every = config.train.every("save_steps", total)
-    assert every is not None
-    due = total // every - done // every
+    due = len(save_points(config.train.every("save_steps", total), done=done, total=total))
     limit = config.train.save_total_limit
     # The one that goes is there until the next one is durable.
     return DiskNeed(model, weights + state, due, due if limit is None else min(due, limit + 1))
@@ -95,7 +100,7 @@ def check_disk(policy: Policy, config: RunConfig, *, done: int, total: int) -> N
     if config.train.save_dtype != "bfloat16":
         advice.append("store half as much with train.save_dtype bfloat16")
     if need.due:
-        advice.append("keep fewer checkpoints with train.save_total_limit, or write fewer with train.save_steps")
+        advice.append("keep fewer checkpoints with train.save_total_limit, or write none with train.save_steps null")
     if ends:
         log.warning("disk space: this run writes up to %s: the disk fills on the way; %s", words, ", or ".join(advice))
         return

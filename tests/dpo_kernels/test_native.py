@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import _ctypes
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +44,32 @@ def test_a_library_of_other_sources_is_refused(monkeypatch) -> None:
     loaded = load()
     assert loaded.library is None
     assert "was built from other sources; install" in loaded.obstacle
+
+
+@needs_library
+def test_a_library_of_older_sources_is_refused_and_told_of(monkeypatch, tmp_path) -> None:
+    """Whatever was edited: a kernel, a header or the flags. An installed package has no sources to compare with."""
+    changed = shutil.copytree(CSRC, tmp_path / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(native, "BUILDER", changed / "build_native.py")
+    assert load().library is not None
+    for name in ("logits_kernels.cpp", "simd.h", "build_native.py"):
+        before = (changed / name).read_text()
+        (changed / name).write_text(before + "\n")
+        loaded = load()
+        assert loaded.library is None
+        assert loaded.obstacle.endswith(
+            "other sources than csrc/ holds now; rebuild it with `python csrc/build_native.py`"
+        )
+        monkeypatch.setattr(native, "_load", lambda loaded=loaded: loaded)
+        with pytest.warns(RuntimeWarning, match=r"rebuild it with .*; until then torch computes in its place"):
+            native.warn_if_stale()
+        (changed / name).write_text(before)
+    shutil.rmtree(changed)
+    assert load().library is not None
+
+
+def test_a_library_from_before_sources_were_recorded_is_stale() -> None:
+    assert native._is_stale(SimpleNamespace())
 
 
 @needs_library

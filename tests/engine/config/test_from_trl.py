@@ -223,7 +223,16 @@ def test_no_evaluation_in_every_spelling(load):
         assert load(MINIMAL + line).data.eval_dataset_name is None
 
 
-@pytest.mark.parametrize("strategy", ["epoch", "no", "best"])
+@pytest.mark.parametrize("spelling", ["no", "'no'"])
+def test_no_checkpoints_in_every_spelling(convert, load, spelling):
+    assert (
+        _notes(convert(MINIMAL + f"save_strategy: {spelling}\n"), "same")["save_strategy"]
+        == "no -> train.save_steps null"
+    )
+    assert load(MINIMAL + f"save_strategy: {spelling}\nsave_steps: 5\n").train.save_steps is None
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "best"])
 def test_other_save_strategies_are_explained(convert, strategy):
     conversion = convert(MINIMAL + f"save_strategy: '{strategy}'\n")
     assert "train.save_steps" in _notes(conversion, "same")["save_strategy"]

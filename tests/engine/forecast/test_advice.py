@@ -12,10 +12,14 @@ from engine import cli
 from engine.config import to_yaml
 from engine.config.schema import LoraConfig
 from engine.data import load_dataset_groups
+from engine.errors import UserError
+from engine.evaluate import evaluate
 from engine.forecast import advice
 from engine.forecast.advice import GIB, advise, forecast_run
 from engine.forecast.memory import Memory
+from engine.memory_errors import remedies
 from engine.packing import plan_first_epoch
+from engine.precompute import check_columns, fill_store
 from engine.train import loop, setup
 from engine.train.optimizer import GuardedUpdate
 from engine.train.setup import prepare
@@ -71,6 +75,19 @@ def test_a_pass_without_gradients_says_what_to_lower(command, run_file, pairs_js
     assert line.startswith("error: out of GPU memory: lower packing.tokens_per_pack (now 512), or use more processes")
 
 
+@pytest.mark.parametrize("call", [loop.train, evaluate, fill_store, check_columns], ids=lambda call: call.__name__)
+def test_calls_from_python_are_told_the_same(call, config, tmp_path, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    for name in ("engine.train.loop.prepare", "engine.evaluate.load_tokenizer", "engine.precompute.load_tokenizer"):
+        monkeypatch.setattr(name, fails(error))
+    data = replace(config.data, eval_dataset_name=config.data.dataset_name)
+    config = replace(config, data=data, train=replace(config.train, output_dir=str(tmp_path / "run")))
+    with pytest.raises(UserError) as caught:
+        call(config)
+    assert str(caught.value) == "out of GPU memory: " + remedies(config, trains=call is loop.train)
+    assert caught.value.__cause__ is error
+
+
 @pytest.mark.parametrize("ranks", [(0, 1), (1,)])
 def test_several_processes_say_it_once(ranks, run_file):
     code = f"""
@@ -101,7 +118,7 @@ def test_what_will_not_fit_is_said_before_it_is_tried(config, tiny_tokenizer, mo
     fits, short = (record.message for record in caplog.records)
     assert fits.startswith(f"memory: forecast {memory.peak / GIB:.1f} GiB (weights ")
     assert "may not fit" not in fits
-    assert short.endswith("it may not fit; " + advice.remedies(config))
+    assert short.endswith("it may not fit; " + remedies(config))
 
 
 def test_a_cuda_device_gives_more_than_tensors_take(monkeypatch):

@@ -49,7 +49,7 @@ def unordered_of(config, folder) -> Counter:
 @pytest.mark.parametrize("case", NAMES)
 def test_every_operation_of_a_step_has_a_fixed_order(case, make_config, tmp_path, tiny_mixture_dir):
     sections = CASES[case](tiny_mixture_dir) if callable(CASES[case]) else CASES[case]
-    train = {"logging_steps": 2, "max_steps": 2, "save_steps": 100, **sections.get("train", {})}
+    train = {"logging_steps": 2, "max_steps": 2, "save_steps": None, **sections.get("train", {})}
     config = make_config(**{**sections, "train": train})
     assert not unordered_of(config, tmp_path)
 
@@ -62,7 +62,7 @@ def test_four_responses_of_one_prompt(model, share_prompts, make_config, tmp_pat
         data={"dataset_name": rankings(tmp_path)},
         loss={"loss_type": "plackett_luce"},
         packing={"share_prompts": share_prompts, "pairs_per_step": 3},
-        train={"logging_steps": 2, "max_steps": 2, "save_steps": 100},
+        train={"logging_steps": 2, "max_steps": 2, "save_steps": None},
     )
     assert not unordered_of(config, tmp_path)
 
@@ -73,7 +73,7 @@ def test_a_gather_without_an_order_is_found(make_config, tmp_path, monkeypatch):
     config = make_config(
         data={"dataset_name": rankings(tmp_path)},
         loss={"loss_type": "plackett_luce"},
-        train={"logging_steps": 2, "max_steps": 2, "save_steps": 100},
+        train={"logging_steps": 2, "max_steps": 2, "save_steps": None},
     )
     assert set(unordered_of(config, tmp_path)) == {"aten::index_add"}
 

@@ -371,7 +371,7 @@ def test_a_full_disk_at_the_very_end_leaves_no_half_model(make_config, tmp_path,
     assert not (run / "model.safetensors").exists()
     monkeypatch.undo()
     monkeypatch.setattr("engine.train.setup.measure_matmul_rate", lambda device, dtype: 1e12)
-    assert train(config, resume=True).resumed_from == 3
+    assert train(config, resume=True).resumed_from == 4
     assert (run / "model.safetensors").exists()
 
 

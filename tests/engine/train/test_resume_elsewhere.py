@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from engine.errors import UserError
+from engine.train.checkpoint import complete_checkpoints
 from engine.train.loop import train
 from engine.train.resume import check_same_run, config_values
 from tests.engine.train.test_resume import interrupted_after, run_files
@@ -112,9 +113,20 @@ def test_an_extended_run_follows_the_schedule_of_all_its_steps(make_config, tmp_
     assert f"the run goes on to step 6 instead of 4, and from here on {said}" in caplog.text
 
 
-def test_a_finished_run_without_a_checkpoint_cannot_go_on(make_config):
-    train(make_config())
-    assert train(make_config(train={"max_steps": 4}), resume=True).steps == 4
+@pytest.mark.parametrize("every", [500, 3])
+def test_a_finished_run_goes_on_from_its_last_step(every, make_config, tmp_path):
+    """However short it was."""
+    train(make_config(train={"save_steps": every}))
+    steps = [step for step, _ in complete_checkpoints(tmp_path / "run")]
+    assert steps == ([4] if every == 500 else [3, 4])
+    result = train(make_config(train={"save_steps": every, "max_steps": 5}), resume=True)
+    assert (result.steps, result.resumed_from) == (5, 4)
+
+
+def test_a_finished_run_without_a_checkpoint_cannot_go_on(make_config, tmp_path):
+    train(make_config(train={"save_steps": None}))
+    assert not complete_checkpoints(tmp_path / "run")
+    assert train(make_config(train={"save_steps": None, "max_steps": 4}), resume=True).steps == 4
     with pytest.raises(UserError, match=r"finished after 4 steps and holds no checkpoint, .*model.model_name_or_path="):
         train(make_config(train={"max_steps": 5}), resume=True)
 

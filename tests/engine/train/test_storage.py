@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from engine.errors import UserError
 from engine.train.loop import train
 from engine.train.setup import prepare
-from engine.train.storage import check_disk, disk_need
+from engine.train.storage import check_disk, disk_need, save_points
 
 MIB = 2**20
 
@@ -39,6 +39,15 @@ def test_the_forecast_is_what_is_written(model, optimizer, train_section, make_c
     assert need.model == tensor_bytes(tmp_path / "run")
     assert need.checkpoint == tensor_bytes(tmp_path / "run" / "checkpoint-2")
     assert need.due == need.kept == 2
+
+
+@pytest.mark.parametrize(
+    ("every", "done", "total", "steps"),
+    [(2, 0, 4, [2, 4]), (2, 0, 5, [2, 4, 5]), (500, 0, 4, [4]), (3, 3, 7, [6, 7]), (3, 4, 6, [6]), (2, 5, 5, []),
+     (None, 0, 5, [])],
+)  # fmt: skip
+def test_the_last_step_has_a_checkpoint_where_any_has(every, done, total, steps):
+    assert [*save_points(every, done=done, total=total)] == steps
 
 
 @pytest.fixture
