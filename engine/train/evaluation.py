@@ -127,7 +127,8 @@ def _score_all(
             own.append(pack)
             pair = torch.stack([logps_S, torch.zeros_like(logps_S) if ref_S is None else ref_S], 1)
             columns.append(torch.cat([pair, sums_SK], 1))
-    rows_SC = torch.cat([torch.zeros(0, 2 + objective.num_sums), *(rows.cpu() for rows in columns)])
+    # The host waits here, once, and not for every pack.
+    rows_SC = torch.cat(columns).cpu() if columns else torch.zeros(0, 2 + objective.num_sums)
     order = _response_order(dataset, [pack for packs in distributed.gather(own) for pack in packs])
     logps_S, ref_S, *sums = torch.cat(distributed.concat_over_ranks(rows_SC))[order].unbind(1)
     sums_SK = torch.stack(sums, 1) if sums else logps_S.new_zeros(len(logps_S), 0)

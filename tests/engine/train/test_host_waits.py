@@ -13,6 +13,7 @@ from dpo_kernels import dispatch
 from dpo_kernels.losses import LOSS_TYPES
 from engine.model.attention import choice
 from engine.train import feed, loop, references
+from engine.train.evaluation import evaluate_policy
 from engine.train.setup import Setup, prepare
 from tests.pretended_cuda import CUDA, PretendedCuda, on_host, pretended_cuda
 
@@ -117,3 +118,31 @@ def test_steps_between_two_log_lines(case, make_config, monkeypatch, tmp_path, t
     assert waits == {2, 4}
     names = [name for name in want if not name.startswith("perf/")]
     assert [got[name] for name in names] == pytest.approx([want[name] for name in names], rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("case", ["sigmoid 1", "aot 1", "bf16", "lora", "live model", "experts"])
+def test_an_evaluation_waits_no_more_often_for_many_packs(
+    case, make_config, monkeypatch, pairs_jsonl, tiny_mixture_dir
+):
+    loaded: list = []
+    load = references.load_reference
+    monkeypatch.setattr(references, "load_reference", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    sections = CASES[case](tiny_mixture_dir) if callable(CASES[case]) else CASES[case]
+    waits, values = [], []
+    for tokens in (None, 4096, 200):
+        packing = {"tokens_per_pack": tokens or 4096}
+        setup = prepare(make_config(**sections, packing=packing, data={"eval_dataset_name": str(pairs_jsonl)}))
+        call = (setup.policy, setup.datasets["eval"], setup.objective, setup.config)
+        lookup = setup.references.lookup("eval")
+        if tokens is None:
+            values.append(evaluate_policy(*call, lookup=lookup))
+            continue
+        with pretended_cuda() as cuda:
+            for policy in (setup.policy, *loaded):
+                cuda.take(policy)
+            with cuda.waiting():
+                values.append(evaluate_policy(*call, lookup=lookup))
+            waits.append(cuda.waits)
+    assert 0 < waits[0] == waits[1] <= 4
+    for found in values[1:]:
+        assert found == pytest.approx(values[0], rel=2e-3, abs=2e-3)
