@@ -280,8 +280,8 @@ class TrainConfig:
     seed: int = 42
     """Seed of the data order and of dropout in adapters."""
     save_steps: float | None = 500
-    """Optimizer steps between checkpoints; the last step has one, too, and null saves none. A number below 1 is a share of
-    all steps, here and in the next two."""
+    """Optimizer steps between checkpoints, the last of which follows the last step; null saves none. A number below 1
+    is a share of all steps, here and in the next two."""
     save_total_limit: int | None = None
     """Keep only the newest checkpoints; null keeps all."""
     save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
