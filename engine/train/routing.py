@@ -75,7 +75,8 @@ class Routing:
             return self._run(batch, objective, counts)
         with counting_experts(batch.repeats_T * counts) as count:
             result = self._run(batch, objective, counts)
-        layers = count.layers
+        # A model in rows shows its experts repeated prompts and padding, block by block.
+        layers = [] if self.policy.layout.in_rows else count.layers
         if not layers and self._newest is not None:
             # These experts are not told their tokens, but the routers say them.
             layers = list(self._newest.chosen_LE.double())
