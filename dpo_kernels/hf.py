@@ -10,7 +10,7 @@ Legend: B sequences of L tokens, D features, V vocabulary, T rows whose label co
 from __future__ import annotations
 
 import functools
-import types
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +42,10 @@ _FACTORS = {
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _EXCEPTIONS = {"hyperclovax": {"logits_scaling": 1}}
 """The same name with the opposite meaning."""
+_HEAD_OPTIONS = ("bias", "softcap", "logit_scale", "temperature")
+"""Keywords of the loss that the model itself decides."""
+_CHOICES = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k")
+"""What models call the number of experts that a token goes to."""
 
 
 class CompletionRows(NamedTuple):
@@ -78,6 +82,7 @@ def completion_rows(
         labels: [B, L], as transformers takes them: not shifted, ``ignore_index`` where a token does not count. Or
         input_ids, completion_mask: [B, L] each, as TRL's collator makes them: 1 where a token is of the completion.
             Beside ``labels`` the ids are compared with them, so that labels that were shifted already are refused.
+            Every sequence needs a token that counts.
         attention_mask: [B, L] of 0 and 1, padding on either side; None for no padding.
         order: "halves", all chosen and then all rejected, as TRL collates them; or "interleaved", chosen and rejected
             in turn.
@@ -95,19 +100,24 @@ def completion_rows(
         if tensor is not None and tensor.shape != (B, L):
             hint = ": pass the 2-d mask of the tokenizer" if name == "attention_mask" else ""
             raise ValueError(f"{name} must have shape [{B}, {L}], like the tokens; got {list(tensor.shape)}{hint}")
+    _check_mask("attention_mask", attention_mask)
+    _check_mask("completion_mask", completion_mask)
     labels_BL, counts_BL = _labels(labels, input_ids, completion_mask, ignore_index)
     labels_BL, counts_BL = labels_BL.to(device), counts_BL.to(device).clone()
     counts_BL[:, 0] = False
     if attention_mask is not None:
         real_BL = attention_mask.to(device) != 0
-        if bool((attention_mask > 1).any()):
-            raise ValueError("attention_mask must hold 0 and 1; numbers above 1 look like packed sequences")
         counts_BL &= real_BL
         counts_BL[:, 1:] &= real_BL[:, :-1]
     rank_B = torch.arange(B, device=device)
     sequences_B = rank_B.view(2, B // 2).T.reshape(B) if order == "halves" else rank_B
     sequence_T, token_T = counts_BL[sequences_B].nonzero(as_tuple=True)
     lengths_B = torch.bincount(sequence_T, minlength=B).cpu()
+    for place in (lengths_B == 0).nonzero().flatten().tolist()[:1]:
+        raise ValueError(
+            f"sequence {int(sequences_B[place])} of the batch has no token that counts: all of its labels are "
+            f"{ignore_index}, masked or without a token before them; leave its pair out"
+        )
     cu_responses = torch.cat((lengths_B.new_zeros(1), lengths_B.cumsum(0)))
     rows_T = sequences_B[sequence_T] * L + token_T
     hidden_TD = hidden_BLD.reshape(B * L, -1).index_select(0, rows_T - 1)
@@ -120,6 +130,14 @@ def _check_order(order: str, B: int) -> None:
     if B % 2:
         how = "chosen sequences, then as many rejected ones" if order == "halves" else "chosen and rejected in turn"
         raise ValueError(f"a batch of pairs must hold {how}; got {B} sequences")
+
+
+def _check_mask(name: str, mask: Tensor | None) -> None:
+    if mask is not None and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(
+            f"{name} must hold 0 and 1; numbers above 1 look like packed sequences, others like a mask that is added "
+            "to scores"
+        )
 
 
 def _labels(
@@ -153,8 +171,14 @@ def pair_loss(ref_logps: Tensor | None, **options: Any) -> Objective:
         ref_logps: [S], as ``response_logps`` gives them: chosen_0, rejected_0, chosen_1, ...; None for losses without a
             reference. Any device. They do not travel as an argument of the model, where FSDP2 would round them to the
             dtype of its parameters.
-        options: keywords of ``linear_dpo_loss``: ``loss_type``, ``beta`` and so on.
+        options: keywords of ``linear_dpo_loss``: ``loss_type``, ``beta`` and so on, but for those of the head, which
+            come from the model.
+
+    Raises:
+        ValueError: a keyword of the head.
     """
+    if of_model := [name for name in _HEAD_OPTIONS if name in options]:
+        raise ValueError(f"pair_loss reads {', '.join(of_model)} from the model and its config: leave it out")
 
     def objective(rows: CompletionRows, head: Head) -> Any:
         device = rows.hidden_TD.device
@@ -175,10 +199,14 @@ def response_logps(rows: CompletionRows, head: Head) -> Tensor:
 def attach_head(model: Any, *, order: Order = "halves", check: bool = True) -> None:
     """Let ``model(..., labels=..., objective=...)`` run an objective on completion rows instead of forming logits.
 
+    It then returns what the objective returns: under ``pair_loss`` a ``LinearDPOLoss``, whatever ``return_dict`` says.
     Without ``objective`` the forward is the original one, with its signature, so generation is as before. The forward
     takes ``labels``, or ``completion_mask`` beside ``input_ids``, as ``completion_rows`` does. Adapters on the head are
     part of it, dropout included; adapters that are off (``disable_adapter``) are not. With ``output_router_logits`` in
     the config the router's loss, times its coefficient, is added to an objective's ``loss``.
+
+    The model becomes an instance of a subclass of its class, so deep copies, pickles and ``torch.save(model)`` have the
+    head, too; a model that ``from_pretrained`` reads is a new one.
 
     Args:
         model: a causal language model of transformers, or a peft model around one; before or after ``fully_shard``,
@@ -197,45 +225,89 @@ def attach_head(model: Any, *, order: Order = "halves", check: bool = True) -> N
     if not hasattr(causal_lm, "get_output_embeddings") or not hasattr(causal_lm, "base_model"):
         raise ValueError(f"attach_head takes a causal language model of transformers; got {type(causal_lm).__name__}")
     _check_layer(causal_lm)
-    original = causal_lm.forward
-
-    # Generation checks its keyword arguments against the signature of forward.
-    @functools.wraps(type(causal_lm).forward)
-    def forward(self, *args, objective: Objective | None = None, **kwargs):
-        if objective is None:
-            return original(*args, **kwargs)
-        return _forward(self, objective, order, args, kwargs)
-
-    causal_lm.forward = types.MethodType(forward, causal_lm)
+    kind: Any = type(causal_lm)
+    attributes = dict(causal_lm.__dict__)
+    if not issubclass(kind, _WithHead):
+        causal_lm.__class__ = _with_head(kind)
+        # A forward of the instance, such as the hooks of accelerate, would hide that of the class.
+        if "forward" in attributes:
+            causal_lm._forward_below_head = _unbound(causal_lm.__dict__.pop("forward"), causal_lm)
+    causal_lm._order_of_pairs = order
     if check and not any(p.is_meta or isinstance(p, DTensor) for p in causal_lm.parameters()):
         try:
             _check_logits(causal_lm)
         except ValueError:
-            causal_lm.forward = original
+            causal_lm.__class__ = kind
+            causal_lm.__dict__.clear()
+            causal_lm.__dict__.update(attributes)
             raise
 
 
-def _forward(model: Any, objective: Objective, order: Order, args: tuple, kwargs: dict[str, Any]) -> Any:
+class _WithHead:
+    """What the class of a model is derived from, beside its own class, which comes last."""
+
+    def __reduce_ex__(self, protocol):
+        # Pickle finds a class by its name, which is that of the original here.
+        return (_blank, (type(self).__bases__[-1],), *super().__reduce_ex__(protocol)[2:])
+
+
+@functools.cache
+def _with_head(kind: Any) -> Any:
+    """A subclass of the same name, by which transformers and peft look models up."""
+
+    # Generation checks its keyword arguments against the signature of forward.
+    @functools.wraps(kind.forward)
+    def forward(self, *args, objective: Objective | None = None, **kwargs):
+        if objective is None:
+            below, takes_self = self.__dict__.get("_forward_below_head", (kind.forward, True))
+            return below(self, *args, **kwargs) if takes_self else below(*args, **kwargs)
+        names = list(inspect.signature(kind.forward).parameters)[1:]
+        return _forward(self, objective, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    namespace = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (_WithHead, kind), namespace)
+
+
+def _unbound(function: Any, model: Any) -> tuple[Any, bool]:
+    """A function of a model and whether it takes the model: pickle looks a bound one up by name, and finds another."""
+    of_model = getattr(function, "__self__", None) is model
+    return (function.__func__, True) if of_model else (function, False)
+
+
+def _blank(kind: Any) -> Any:
+    """A model with a head to be filled with what was pickled of another one."""
+    made = _with_head(kind)
+    return made.__new__(made)
+
+
+def _forward(model: Any, objective: Objective, kwargs: dict[str, Any]) -> Any:
     labels, completion_mask = kwargs.pop("labels", None), kwargs.pop("completion_mask", None)
     kwargs["use_cache"] = False
+    if not kwargs.pop("return_dict", True) or not getattr(model.config, "return_dict", True):
+        kwargs["return_dict"] = True
     config = model.config.get_text_config()
     routed = bool(getattr(config, "output_router_logits", False))
     if routed:
         kwargs["output_router_logits"] = True
+        if getattr(config, "router_aux_loss_coef", None) is None:
+            raise ValueError(
+                f"output_router_logits=True, but the config of {config.model_type} has no router_aux_loss_coef: set "
+                "it, or set output_router_logits to False"
+            )
     # Llama 4 keeps its body elsewhere than its prefix says, and is then its own base_model.
-    body = (model.model if model.base_model is model else model.base_model)(*args, **kwargs)
+    body = (model.model if model.base_model is model else model.base_model)(**kwargs)
     rows = completion_rows(
         body.last_hidden_state,
         labels=labels,
-        input_ids=kwargs.get("input_ids", args[0] if args else None),
+        input_ids=kwargs.get("input_ids"),
         completion_mask=completion_mask,
-        attention_mask=kwargs.get("attention_mask", args[1] if len(args) > 1 else None),
-        order=order,
+        attention_mask=kwargs.get("attention_mask"),
+        order=model._order_of_pairs,
     )
     hidden_TD, head = read_head(model, rows.hidden_TD)
     found = objective(rows._replace(hidden_TD=hidden_TD), head)
     if routed and hasattr(found, "loss"):
-        aux = router_loss(config, body.router_logits, kwargs.get("attention_mask"))
+        aux = router_loss(config, getattr(body, "router_logits", None), kwargs.get("attention_mask"))
         found = found._replace(loss=found.loss + config.router_aux_loss_coef * aux)
     return found
 
@@ -335,14 +407,20 @@ def router_loss(text_config: Any, router_logits: Any, attention_mask: Tensor | N
     """Load-balancing loss of a mixture of experts; every such family in transformers has the one of Mixtral.
 
     Raises:
-        ValueError: the model returns no router logits.
+        ValueError: the model returns no router logits, or its config does not say how many experts a token goes to.
     """
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     num_experts = getattr(text_config, "num_experts", None) or getattr(text_config, "num_local_experts", None)
     if router_logits is None or num_experts is None:
         raise ValueError(f"output_router_logits=True, but {text_config.model_type} returns no router logits")
-    return load_balancing_loss_func(router_logits, num_experts, text_config.num_experts_per_tok, attention_mask)
+    top_k = next((k for name in _CHOICES if (k := getattr(text_config, name, None))), None)
+    if top_k is None:
+        raise ValueError(
+            f"output_router_logits=True, but the config of {text_config.model_type} has none of {', '.join(_CHOICES)}, "
+            "the experts that a token goes to: set it, or set output_router_logits to False"
+        )
+    return load_balancing_loss_func(router_logits, num_experts, top_k, attention_mask)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dpo_kernels.hf import attach_head, pair_loss, response_logps
+from dpo_kernels.hf import LinearDPOLoss, attach_head, pair_loss, response_logps
 
 MODES = ("plain", "lora", "ddp", "fsdp2", "accelerate")
 PAD = 0
@@ -112,6 +112,8 @@ def train(mode: str, path: str | None = None, *, steps: int = 10, pairs_per_step
     for batch, ref_logps in zip(data, references, strict=True):
         optimizer.zero_grad()
         out = model(**batch, objective=pair_loss(ref_logps, beta=0.5))
+        # The model's own output would mean that the head is not attached, and its loss be that of both sides' text.
+        assert isinstance(out, LinearDPOLoss)
         if accelerator is None:
             out.loss.backward()
         else:

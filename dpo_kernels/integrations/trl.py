@@ -82,6 +82,9 @@ def add_fused_lm_head(
     stats = tuple(name for name in STATS if name in outputs)
     settings = _HeadSettings(text_config, softcap, logit_scale, temperature, cast_lm_head_to_fp32, stats)
     original_forward = model.forward
+    # Unbound where it can be, so that a deep copy runs its own weights.
+    is_bound = getattr(original_forward, "__self__", None) is model
+    unbound = getattr(original_forward, "__func__", None) if is_bound else None
 
     # Generation checks its keyword arguments against the signature of forward.
     @functools.wraps(type(model).forward)
@@ -90,7 +93,7 @@ def add_fused_lm_head(
             return _fused_forward(self, settings, args, kwargs, labels, shift_labels, num_items_in_batch)
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         kwargs.update((name, value) for name, value in given.items() if value is not None)
-        return original_forward(*args, **kwargs)
+        return original_forward(*args, **kwargs) if unbound is None else unbound(self, *args, **kwargs)
 
     forward.has_dpo_kernels_head = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)

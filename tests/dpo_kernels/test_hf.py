@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
-from dpo_kernels.hf import attach_head, completion_rows, pair_loss, response_logps
+from dpo_kernels.hf import LinearDPOLoss, attach_head, completion_rows, pair_loss, response_logps
 from tests.engine.model.families import VOCAB, tiny_model
 
 peft = pytest.importorskip("peft")
@@ -105,6 +109,11 @@ def test_what_does_not_fit_is_said():
     refused("pass labels, with -100 where a token does not count, or input_ids and completion_mask", labels=None)
     refused("pass labels or completion_mask, not both", completion_mask=batch["attention_mask"])
     refused("attention_mask must hold 0 and 1; numbers above 1", attention_mask=batch["attention_mask"] * 2)
+    refused("attention_mask must hold 0 and 1", attention_mask=(1 - batch["attention_mask"]) * -1e9)
+    refused("completion_mask must hold 0 and 1", labels=None, completion_mask=batch["attention_mask"] * 2)
+    empty = batch["labels"].clone()
+    empty[2] = -100
+    refused("sequence 2 of the batch has no token that counts: all of its labels are -100", labels=empty)
     refused("they seem to be shifted already", labels=batch["labels"].roll(-1, 1))
     refused("labels must be the input_ids, not shifted, or -100; got label 5", labels=batch["labels"] * 0 + 5)
 
@@ -196,6 +205,29 @@ def test_the_router_is_trained_as_by_the_model():
     assert_same_gradients(model, out.loss, want_loss + 0.5 * aux, rtol=1e-4, atol=1e-6)
 
 
+def test_a_router_whose_config_lacks_a_number_is_refused(monkeypatch):
+    batch = make_batch()
+    for name, match in (
+        ("router_aux_loss_coef", "the config of mixtral has no router_aux_loss_coef: set it"),
+        ("num_experts_per_tok", "the config of mixtral has none of num_experts_per_tok, .*: set it"),
+    ):
+        model = tiny_model("mixtral", output_router_logits=True)
+        attach_head(model, check=False)
+        monkeypatch.delattr(type(model.config), name, raising=False)
+        del model.config.__dict__[name]
+        with pytest.raises(ValueError, match=match):
+            model(**batch, objective=pair_loss(REF))
+        monkeypatch.undo()
+
+
+def test_a_router_sees_a_mask_that_is_passed_by_place():
+    model, batch = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=9.0), make_batch()
+    attach_head(model)
+    want = model(**batch, objective=pair_loss(REF)).loss
+    ids, mask = batch.pop("input_ids"), batch.pop("attention_mask")
+    assert torch.equal(model(ids, mask, **batch, objective=pair_loss(REF)).loss, want)
+
+
 def test_options_of_the_loss_and_an_objective_of_ones_own():
     model, batch = tiny_model("llama"), make_batch()
     attach_head(model)
@@ -219,6 +251,63 @@ def test_without_an_objective_nothing_changes():
     out = model(**batch)
     assert_close((out.loss, out.logits), (want.loss, want.logits), rtol=0, atol=0)
     assert model.generate(batch["input_ids"][:, :3], max_new_tokens=2, do_sample=False).shape == (4, 5)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "torch.save": saved_and_loaded}
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "forward of the instance"])
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_run_their_own_weights_and_have_the_head(how, hooked):
+    """A forward of the instance is what accelerate's hooks leave behind."""
+    model, batch = tiny_model("llama"), make_batch()
+    if hooked:
+        model.forward = model.forward
+    attach_head(model)
+    want, logits = model(**batch, objective=pair_loss(REF)), model(**batch).logits
+    made = COPIES[how](model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(made(**batch).logits, logits)
+    found = made(**batch, objective=pair_loss(REF))
+    assert isinstance(found, LinearDPOLoss)
+    assert torch.equal(found.loss, want.loss)
+    assert type(made).__name__ == "LlamaForCausalLM"
+    assert made.generate(batch["input_ids"][:, :3], max_new_tokens=2, do_sample=False).shape == (4, 5)
+
+
+def test_a_saved_model_has_the_name_of_its_class_and_no_more(tmp_path):
+    model = tiny_model("llama")
+    attach_head(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(tiny_model("llama")).from_pretrained(tmp_path)
+    assert loaded.config.architectures == ["LlamaForCausalLM"]
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_arguments_by_place_and_tuples():
+    model, batch = tiny_model("llama"), make_batch()
+    attach_head(model)
+    want = model(**batch, objective=pair_loss(REF)).loss
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    assert torch.equal(model(ids, mask, None, None, None, labels, objective=pair_loss(REF)).loss, want)
+    assert torch.equal(model(**batch, return_dict=False, objective=pair_loss(REF)).loss, want)
+    model.config.return_dict = False
+    assert torch.equal(model(**batch, objective=pair_loss(REF)).loss, want)
+
+
+@pytest.mark.parametrize("name", ["bias", "softcap", "logit_scale", "temperature"])
+def test_what_the_model_decides_is_no_option_of_the_loss(name):
+    with pytest.raises(ValueError, match=f"pair_loss reads {name} from the model"):
+        pair_loss(REF, **{name: 2.0})
 
 
 def test_models_that_it_cannot_serve_are_refused():

@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from dpo_kernels.integrations import versions
-from tests.dpo_kernels.integrations.trl_setup import make_trainer
+from tests.dpo_kernels.integrations.trl_setup import disturb_, make_trainer
 from tests.engine.model.families import VOCAB, tiny_model
 
 trl = pytest.importorskip("trl")
@@ -246,6 +246,14 @@ def test_forward_without_the_head_is_the_original():
     assert_close((out.loss, out.logits), (want.loss, want.logits), rtol=0, atol=0)
     assert inspect.signature(model.forward) == signature
     assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 8)
+
+
+def test_a_copy_runs_its_own_weights():
+    model, ids = tiny_model("llama"), torch.arange(5)[None]
+    add_fused_lm_head(model)
+    want, made = model(ids).logits, copy.deepcopy(model)
+    disturb_(model, 1.0)
+    assert torch.equal(made(ids).logits, want)
 
 
 def test_entropy_refuses_a_gradient():
