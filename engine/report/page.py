@@ -139,11 +139,14 @@ def _by_length(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _lint(lint: Any) -> list[dict[str, str]]:
-    """Rows of the data table. ``lint`` is one report, or one for each split."""
+    """Rows of the data table. ``lint`` is the report of the training data, which holds that of the evaluation data,
+    or one for each split."""
     if not isinstance(lint, dict):
         return []
     if "total" not in lint:
         reports = [(str(split), report) for split, report in lint.items() if isinstance(report, dict)]
+    elif isinstance(lint.get("eval"), dict):
+        reports = [("train", lint), ("eval", lint["eval"])]
     else:
         reports = [("", lint)]
     table: list[dict[str, str]] = []

@@ -114,8 +114,9 @@ def test_data_problems_are_explained(make_run):
     assert page.row("<b>pairs</b>.jsonl - kept")[1] == "3"
 
 
-def test_reports_of_two_splits(make_run):
-    page = Page(write_report(make_run(BRIEF, data={"lint": {"train": DATA["lint"], "eval": {"total": 7}}})))
+@pytest.mark.parametrize("lint", [{"train": DATA["lint"], "eval": {"total": 7}}, DATA["lint"] | {"eval": {"total": 7}}])
+def test_reports_of_two_splits(make_run, lint):
+    page = Page(write_report(make_run(BRIEF, data={"lint": lint})))
     assert page.row("eval - total")[1] == "7"
     assert page.row("train: <b>pairs</b>.jsonl - total")[1] == "5"
 
