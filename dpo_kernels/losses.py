@@ -350,7 +350,8 @@ def resolve_loss(loss_type: str | Sequence[str], loss_weights: Sequence[float] |
         loss_weights: one factor per name; all 1 by default.
 
     Raises:
-        ValueError: an unknown name (the nearest one is suggested), no name, or weights that do not match the names.
+        ValueError: an unknown name (the nearest one is suggested), no name, or weights that do not match the names or
+            are not finite.
     """
     names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     names = tuple(ALIASES.get(name, name) for name in names)
@@ -364,6 +365,8 @@ def resolve_loss(loss_type: str | Sequence[str], loss_weights: Sequence[float] |
     weights = (1.0,) * len(names) if loss_weights is None else tuple(float(w) for w in loss_weights)
     if len(weights) != len(names):
         raise ValueError(f"loss_weights must have one entry per loss_type, expected {len(names)}; got {len(weights)}")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"loss_weights must be finite; got {', '.join(map(str, weights))}")
     return LossMix(tuple(_TABLE[name] for name in names), weights)
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 """Divergences between policy and reference, by TRL's names; the first is that of DPO."""
 LARGEST_EXPONENT = 80.0
-"""Where the exponential of the alpha-divergence is cut off, as in TRL: float32 ends at 88."""
+"""Where the exponential of the alpha-divergence is cut off, as in TRL: float32 ends at 88. From there on that of the
+forward KL divergence goes on as its tangent, so that of two responses far below the reference the lower one is known.
+"""
 
 
 class LossOptions(NamedTuple):
@@ -55,7 +57,7 @@ def make_options(*, f_divergence_type: str, f_alpha_divergence_coef: float, **nu
 
 
 def check_options(options: LossOptions) -> None:
-    """Raise ValueError for a number outside its range."""
+    """Raise ValueError for a number outside its range, or not finite."""
     if not options.beta > 0:
         raise ValueError(f"beta must be positive; got {options.beta}")
     if not 0 <= options.label_smoothing < 0.5:
@@ -66,6 +68,9 @@ def check_options(options: LossOptions) -> None:
         raise ValueError(f"dpop_lambda must not be negative; got {options.dpop_lambda}")
     if not 0 < options.shift_lambda <= 1:
         raise ValueError(f"shift_lambda must be in (0, 1]; got {options.shift_lambda}")
+    for name, value in options._asdict().items():
+        if not math.isfinite(value):
+            raise ValueError(f"{'f_alpha_divergence_coef' if name == 'f_alpha' else name} must be finite; got {value}")
 
 
 def score(ratio: Tensor, options: LossOptions) -> Tensor:
@@ -73,7 +78,7 @@ def score(ratio: Tensor, options: LossOptions) -> Tensor:
     arXiv 2309.16240, Table 1, in the form of TRL 1.16."""
     kind = options.divergence
     if kind == "forward_kl":
-        return 1 - torch.exp(-ratio)
+        return 1 - torch.exp((-ratio).clamp(max=LARGEST_EXPONENT)) * (1 + F.relu(-ratio - LARGEST_EXPONENT))
     if kind == "js_divergence":
         return math.log(2) + F.logsigmoid(ratio)
     if kind == "alpha_divergence":

@@ -28,8 +28,10 @@ KERNEL_LOSSES = (*MARGIN_LOSSES, *REWARD_LOSSES, *PER_TOKEN_LOSSES)
 def _score(ratio, f_alpha, DIVERGENCE: tl.constexpr):
     """What takes the place of a log-ratio under a divergence, and its derivative by the ratio."""
     if DIVERGENCE == "forward_kl":
-        slope = tl.exp(-ratio)
-        score = 1.0 - slope
+        # Not tl.minimum, which drops a nan. Beyond 80 the tangent, as in the table.
+        beyond = tl.where(ratio < -80.0, -ratio - 80.0, 0.0)
+        slope = tl.exp(tl.where(ratio < -80.0, 80.0, -ratio))
+        score = 1.0 - slope * (1.0 + beyond)
     elif DIVERGENCE == "js_divergence":
         score = 0.6931471805599453 - softplus(-ratio)
         slope = tl.sigmoid(-ratio)

@@ -90,6 +90,10 @@ class LossConfig:
             f"loss.loss_weights must have one number for each of {self.loss_name}, got {weights}",
         )
         self._check_options()
+        _require(
+            any(self.terms.values()),
+            f"loss.loss_weights leave nothing of {self.loss_name}: give one of them a weight other than 0",
+        )
 
     def _check_options(self) -> None:
         _require(
@@ -108,7 +112,7 @@ class LossConfig:
         )
         for name in ("rpo_alpha", "ld_alpha", "use_weighting"):
             _require(
-                not getattr(self, name) or "plackett_luce" not in self.loss_types,
+                (given := getattr(self, name)) is None or given is False or "plackett_luce" not in self.loss_types,
                 f"loss.{name} is for pairs; it has no meaning for loss_type plackett_luce",
             )
         _require(
@@ -120,6 +124,12 @@ class LossConfig:
             or not ({"aot", "aot_unpaired"} & set(self.terms) and LIKELIHOOD_LOSSES & set(self.terms)),
             f"loss.ld_alpha is not supported with {self.loss_name} together: leave out either",
         )
+
+        for name, value in vars(self).items():
+            for number in value if name == "loss_weights" and value else (value,):
+                _require(
+                    not isinstance(number, float) or math.isfinite(number), f"loss.{name} must be finite, got {number}"
+                )
 
     @property
     def loss_types(self) -> tuple[str, ...]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from ..config import load_config
-from ..config.schema import DataConfig, ModelConfig, RunConfig
+from ..config.schema import LoraConfig, RunConfig
 from ..data.groups import PreferenceDataset
 from ..durable import check_content, is_complete, remove_leftovers
 from ..errors import UserError
+from ..model.routers import Balance
 from ..run_folder import CONFIG_FILE, METRICS_FILE, read_metrics
 from . import checkpoint as checkpoints
 from .feed import count_steps, total_steps
@@ -47,6 +48,8 @@ _DATA_KEYS = frozenset(
 """What leads to the training data: its digest decides."""
 _BASE_KEYS = frozenset({"model.model_name_or_path", "model.revision", "model.adapter_name_or_path"})
 """What leads to the weights before step 1: their digest decides."""
+_ROUTER_KEY = "loss.router_aux_loss_coef"
+"""Where a checkpoint lacks it, no load-balancing loss was there yet; its default depends on the model."""
 _REFERENCE_KEY = "reference.model_name_or_path"
 _NEW_RUN = "or start a new run in another train.output_dir"
 
@@ -163,22 +166,31 @@ def check_same_run(saved: Mapping[str, Any], config: RunConfig, where: Path) -> 
     """Raise a ``UserError`` that names the first setting that would change what is learned.
 
     What leads to data, weights and a reference model is left to ``check_data``, ``check_base`` and ``check_reference``.
+    A setting that an older run did not know had its default.
     """
     now = config_values(config)
-    defaults = config_values(
-        RunConfig(model=ModelConfig(model_name_or_path="none"), data=DataConfig(dataset_name="none"))
-    )
     free = {*_FREE_KEYS, *_STEP_KEYS, *_DATA_KEYS, *_BASE_KEYS, _REFERENCE_KEY}
+    if _ROUTER_KEY not in saved:
+        free.add(_ROUTER_KEY)
+    saved = _with_defaults(saved)
     if config.optim.lr_scheduler_type in METRIC_SCHEDULES:
         free.remove("train.eval_steps")
     for key in sorted(key for key in saved.keys() | now.keys() if not _is_among(key, free)):
-        # A key that the version which wrote the checkpoint did not have was what its default is.
-        before, after = saved.get(key, defaults.get(key)), now.get(key)
+        before, after = saved.get(key), now.get(key)
         if before != after:
             raise UserError(
                 f"cannot resume {where}: {key} was {before!r} and is now {after!r}, which changes the training; "
                 f"set it back, {_NEW_RUN}"
             )
+
+
+def check_balance(start: Start, balance: Balance | None) -> None:
+    """Raise a ``UserError`` when a run that began without a load-balancing loss would go on with one."""
+    if _ROUTER_KEY not in start.state["config"] and balance is not None:
+        raise UserError(
+            f"cannot resume {start.path}: it began without a load-balancing loss, which the model has now with a "
+            f"coefficient of {balance.coefficient:g}; set {_ROUTER_KEY} to 0, {_NEW_RUN}"
+        )
 
 
 def digests(datasets: Mapping[str, PreferenceDataset]) -> dict[str, Any]:
@@ -244,10 +256,20 @@ def check_reference(start: Start, config: RunConfig, digest: str | None) -> None
 
 def _changes(start: Start, config: RunConfig, keys: frozenset[str] | set[str]) -> str:
     """Those of the keys that have changed, in words."""
-    before, now = start.state["config"], config_values(config)
+    before, now = _with_defaults(start.state["config"]), config_values(config)
     among = sorted(key for key in before.keys() | now.keys() if _is_among(key, keys))
     changed = [key for key in among if before.get(key) != now.get(key)]
     return ", ".join(f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in changed)
+
+
+def _with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a checkpoint, and at its default each that it does not know: the run was made before it was."""
+    sections = {**get_type_hints(RunConfig), "model.lora": LoraConfig}
+    # A run without adapters has no settings of adapters.
+    there = [name for name in sections if any(key.startswith(f"{name}.") for key in saved)]
+    known = {f"{name}.{f.name}": f.default for name in there for f in fields(sections[name])}
+    defaults = json.loads(json.dumps({key: value for key, value in known.items() if value is not MISSING}))
+    return {**defaults, **saved}
 
 
 def _is_among(key: str, keys: Collection[str]) -> bool:

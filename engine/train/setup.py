@@ -38,7 +38,7 @@ from .metrics import check_trackers
 from .objective import Objective
 from .optimizer import METRIC_SCHEDULES, check_optimizer, check_schedule, warn_of_long_warmup
 from .references import References, check_first_loss, prepare_references, resolve_mode
-from .resume import Start, check_base, check_data, check_reference
+from .resume import Start, check_balance, check_base, check_data, check_reference
 from .storage import check_disk
 from .throughput import FlopModel, measure_matmul_rate
 
@@ -132,7 +132,9 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
         packing=config.packing,
         train=config.train,
     )
-    Balance.of(policy.config, config.loss.router_aux_loss_coef)
+    balance = Balance.of(policy.config, config.loss.router_aux_loss_coef)
+    if start is not None:
+        check_balance(start, balance)
     packing = settled(config.packing, policy)
     for dataset in datasets.values() if policy.layout.in_rows else ():
         check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, in_rows=True)

@@ -335,6 +335,34 @@ def test_an_alpha_divergence_at_one_is_dpo_and_does_not_overflow() -> None:
     assert far.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "alpha_divergence", "js_divergence"])
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "exo_pair", "robust", "discopop", "sigmoid_norm"])
+@pytest.mark.parametrize("chosen", [-100.0, -120.0, 120.0])
+def test_ratios_far_from_0_give_numbers(kind: str, name: str, chosen: float) -> None:
+    """In float32: e^100 is none."""
+    sides = [torch.tensor([side], requires_grad=True) for side in (chosen, -110.0)]
+    lengths = {"chosen_lengths": torch.tensor([9]), "rejected_lengths": torch.tensor([9])}
+    options = {"loss_type": name, "f_divergence_type": kind, "label_smoothing": 0.1, **lengths}
+    loss = preference_loss(*sides, torch.zeros(1), torch.zeros(1), **options).loss
+    loss.sum().backward()
+    assert not loss.isnan()
+    assert all(side.grad.isfinite() for side in sides)
+    if kind == "forward_kl" and name in ("hinge", "discopop", "sigmoid_norm"):
+        # The lower response is far the lower one for this divergence.
+        assert (loss > 1) if chosen < -110 else (loss == 0)
+
+
+@pytest.mark.parametrize(
+    "option", ["beta", "dpop_lambda", "simpo_gamma", "cpo_alpha", "discopop_tau", "f_alpha_divergence_coef"]
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_are_refused(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{option} must .*; got {value}"):
+        preference_loss(**some_pairs(), **{option: value})
+    with pytest.raises(ValueError, match="loss_weights must be finite"):
+        preference_loss(**some_pairs(), loss_weights=[value])
+
+
 def test_options_without_a_meaning_are_refused() -> None:
     pairs = some_pairs()
     with pytest.raises(ValueError, match="no meaning for apo_zero: what does not cancel there cancels in sigm"):

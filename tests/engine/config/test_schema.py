@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 
 import pytest
@@ -61,6 +62,13 @@ def test_names_of_others_are_one_loss():
         ({"ld_alpha": 0.5, "loss_type": ("aot", "sft")}, r"loss.ld_alpha is not supported with aot \+ sft"),
         ({"shift_lambda": 1.5}, r"loss.shift_lambda must be in \(0, 1\], got 1.5"),
         ({"dpop_lambda": -1.0}, "loss.dpop_lambda must not be negative, got -1.0"),
+        ({"ld_alpha": 0.0, "loss_type": "plackett_luce"}, "loss.ld_alpha is for pairs"),
+        ({"f_alpha_divergence_coef": math.nan}, "loss.f_alpha_divergence_coef must be finite, got nan"),
+        ({"dpop_lambda": math.inf}, "loss.dpop_lambda must be finite, got inf"),
+        ({"rpo_alpha": math.inf}, "loss.rpo_alpha must be finite, got inf"),
+        ({"loss_weights": (math.inf,)}, "loss.loss_weights must be finite, got inf"),
+        ({"loss_type": ("nll", "nll"), "loss_weights": (0, 0)}, r"loss.loss_weights leave nothing of nll \+ nll"),
+        ({"loss_weights": (0.0,)}, "loss.loss_weights leave nothing of sigmoid: give one"),
     ],
 )
 def test_options_that_a_loss_does_not_take(options, message):

@@ -9,10 +9,12 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from engine.config import build_config
 from engine.errors import UserError
+from engine.model.routers import Balance
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.loop import train
-from engine.train.resume import check_same_run, config_values
+from engine.train.resume import Start, check_balance, check_same_run, config_values
 from tests.engine.train.test_resume import interrupted_after, run_files
 
 
@@ -148,3 +150,93 @@ def test_a_key_that_an_older_checkpoint_lacks_was_what_its_default_is(make_confi
     check_same_run(saved, config, tmp_path)
     with pytest.raises(UserError, match=r"loss\.ld_alpha was None and is now 0\.5"):
         check_same_run(saved, make_config(loss={"ld_alpha": 0.5}), tmp_path)
+
+
+OLD_SETTINGS = {
+    "model.model_name_or_path": "m",
+    "model.tokenizer_name_or_path": None,
+    "model.revision": None,
+    "model.trust_remote_code": False,
+    "model.dtype": "bfloat16",
+    "model.attention": "auto",
+    "model.lora.r": 16,
+    "model.lora.alpha": 32,
+    "model.lora.dropout": 0.0,
+    "model.lora.target_modules": "all-linear",
+    "model.adapter_name_or_path": None,
+    "model.quantization": None,
+    "data.dataset_name": "d",
+    "data.dataset_config": None,
+    "data.dataset_train_split": "train",
+    "data.eval_dataset_name": None,
+    "data.eval_dataset_split": "test",
+    "data.max_length": 1024,
+    "data.truncation_mode": "keep_start",
+    "data.format": "auto",
+    "data.chat_template": "auto",
+    "data.max_rows": None,
+    "data.strict": False,
+    "packing.pairs_per_step": 64,
+    "packing.tokens_per_pack": 16384,
+    "packing.share_prompts": True,
+    "packing.shuffle": True,
+    "loss.loss_type": "sigmoid",
+    "loss.loss_weights": None,
+    "loss.beta": 0.1,
+    "loss.label_smoothing": 0.0,
+    "loss.discopop_tau": 0.05,
+    "loss.simpo_gamma": 0.5,
+    "loss.cpo_alpha": 1.0,
+    "optim.optimizer": "adamw",
+    "optim.learning_rate": 1e-06,
+    "optim.lr_scheduler_type": "linear",
+    "optim.lr_scheduler_kwargs": None,
+    "optim.warmup_steps": 0,
+    "optim.max_grad_norm": 1.0,
+    "optim.weight_decay": 0.0,
+    "optim.adam_beta1": 0.9,
+    "optim.adam_beta2": 0.999,
+    "optim.adam_epsilon": 1e-08,
+    "optim.rmsprop_alpha": 0.99,
+    "reference.store": None,
+    "reference.mode": "auto",
+    "reference.model_name_or_path": None,
+    "train.output_dir": "runs/default",
+    "train.num_train_epochs": 1,
+    "train.max_steps": -1,
+    "train.seed": 42,
+    "train.save_steps": 500,
+    "train.save_total_limit": None,
+    "train.logging_steps": 10,
+    "train.eval_steps": None,
+    "train.gradient_checkpointing": False,
+    "train.activation_offload": False,
+    "train.report_to": ["tensorboard"],
+}
+"""Of a checkpoint from before most keys of losses, adapters and data were there."""
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(tmp_path):
+    def config(loss=None, lora=None):
+        model = {"model_name_or_path": "m", "lora": {"r": 16} | (lora or {})}
+        return build_config({"model": model, "data": {"dataset_name": "d"}, "loss": loss or {}}, "test")
+
+    check_same_run(OLD_SETTINGS, config(), tmp_path)
+    check_same_run(OLD_SETTINGS, config({"router_aux_loss_coef": 0.0}), tmp_path)
+    for key, after in (("dpop_lambda", 3.0), ("use_weighting", True), ("f_divergence_type", "forward_kl")):
+        with pytest.raises(UserError, match=rf"loss\.{key} was .* and is now {after!r}"):
+            check_same_run(OLD_SETTINGS, config({key: after}), tmp_path)
+    with pytest.raises(UserError, match=r"model\.lora\.use_dora was False and is now True"):
+        check_same_run(OLD_SETTINGS, config(lora={"use_dora": True}), tmp_path)
+    whole = {key: value for key, value in OLD_SETTINGS.items() if not key.startswith("model.lora.")}
+    with pytest.raises(UserError, match=r"model\.lora\.alpha was None and is now 32"):
+        check_same_run(whole | {"model.lora": None}, config(), tmp_path)
+
+
+def test_an_older_run_of_experts_does_not_go_on_with_a_loss_that_it_did_not_have(make_config, tmp_path):
+    config, balance = make_config(), Balance(0.02, 2)
+    old, new = (Start(tmp_path, {"config": values}) for values in (OLD_SETTINGS, config_values(config)))
+    with pytest.raises(UserError, match=r"coefficient of 0\.02; set loss\.router_aux_loss_coef to 0, or start a new"):
+        check_balance(old, balance)
+    check_balance(old, None)
+    check_balance(new, balance)
