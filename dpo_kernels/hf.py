@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
+from dpo_kernels.adapters import active_copy, whole, with_adapters
 from dpo_kernels.chunks import to_device
 from dpo_kernels.head import Head
 from dpo_kernels.linear_dpo.api import LinearDPOLoss, linear_dpo_loss
@@ -28,8 +28,6 @@ from dpo_kernels.linear_logps.api import linear_logps
 Order = Literal["halves", "interleaved"]
 ORDERS = ("halves", "interleaved")
 IGNORE_INDEX = -100
-FEATURES_MULTIPLE = 16
-"""Features that adapters add to a row are padded with zeros to a multiple of this, which kernels load at once."""
 
 _FACTORS = {
     "logit_scale": 1,
@@ -314,11 +312,7 @@ def _forward(model: Any, objective: Objective, kwargs: dict[str, Any]) -> Any:
 
 def _check_layer(model: Any) -> Any:
     """The output layer, without the wrapper of a peft that trains a copy of it."""
-    layer = model.get_output_embeddings()
-    if hasattr(layer, "modules_to_save"):
-        if layer.disable_adapters or not layer.active_adapters:
-            return layer.original_module
-        return layer.modules_to_save[layer.active_adapters[0]]
+    layer = active_copy(model.get_output_embeddings())
     base = layer.base_layer if hasattr(layer, "lora_A") else layer
     weight = getattr(base, "weight", None)
     if not isinstance(base, nn.Linear) or weight is None or weight.ndim != 2 or not weight.is_floating_point():
@@ -332,8 +326,7 @@ def _check_layer(model: Any) -> Any:
 def read_head(model: Any, hidden_TD: Tensor) -> tuple[Tensor, Head]:
     """Hidden states and head for the ops. Softcap and scale come from the model's config.
 
-    With LoRA on the output layer, x W^T + s A(x) B^T is [x, s A(x)] [W, B]^T: the update is neither rounded to the
-    weight's dtype nor added to it, and the dropout of an adapter acts where peft has it act.
+    With LoRA on the output layer both are wider, as ``dpo_kernels.adapters`` makes them.
 
     Returns:
         Hidden states, [T, D] or with adapters [T, D + some], and the head, [V, D] or [V, D + some].
@@ -351,36 +344,9 @@ def read_head(model: Any, hidden_TD: Tensor) -> tuple[Tensor, Head]:
         # Where FSDP2 gathers, it gives a parameter the dtype in which it computes; here it did not.
         weight, bias = weight.to(hidden_TD.dtype), None if bias is None else bias.to(hidden_TD.dtype)
     softcap, scale = logit_options(model.config.get_text_config())
-    if layer is not base and not layer.disable_adapters and not layer.merged:
-        hidden_TD, weight, bias = _with_adapters(layer, hidden_TD, weight, bias)
+    if layer is not base:
+        hidden_TD, weight, bias = with_adapters(layer, hidden_TD, weight, bias)
     return hidden_TD, Head(weight, bias, softcap, scale)
-
-
-def _with_adapters(
-    layer: Any, hidden_TD: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    features, columns, width = [hidden_TD], [weight], 0
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        if name in getattr(layer, "lora_variant", {}):
-            kind = type(layer.lora_variant[name]).__name__.removesuffix("Variant")
-            raise ValueError(f"adapter {name!r} on the output layer is {kind}, expected plain LoRA: leave lm_head out")
-        dropped_TD = layer.lora_dropout[name](hidden_TD)
-        down, up = whole(layer.lora_A[name].weight), whole(layer.lora_B[name].weight)
-        down_Tr = F.linear(dropped_TD.to(down.dtype), down) * layer.scaling[name]
-        features.append(down_Tr.to(hidden_TD.dtype))
-        columns.append(up.to(weight.dtype))
-        width += up.shape[1]
-        up_bias = layer.lora_B[name].bias
-        if up_bias is not None:
-            shift = (whole(up_bias) * layer.scaling[name]).to(weight.dtype)
-            bias = shift if bias is None else bias + shift
-    if not width:
-        return hidden_TD, weight, bias
-    padding = -width % FEATURES_MULTIPLE
-    hidden_TD, weight = torch.cat(features, dim=1), torch.cat(columns, dim=1)
-    return F.pad(hidden_TD, (0, padding)), F.pad(weight, (0, padding)), bias
 
 
 def logit_options(text_config: Any) -> tuple[float | None, float]:
@@ -390,17 +356,6 @@ def logit_options(text_config: Any) -> tuple[float | None, float]:
     for name, power in (_FACTORS | _EXCEPTIONS.get(text_config.model_type, {})).items():
         scale *= float(getattr(text_config, name, None) or 1.0) ** power
     return softcap, scale
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """A sharded parameter gathered; its gradient is the mean over ranks, as data parallelism defines it."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    mesh = parameter.device_mesh
-    full = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if full.requires_grad:
-        full.register_hook(lambda grad: grad / mesh.size())
-    return full
 
 
 def router_loss(text_config: Any, router_logits: Any, attention_mask: Tensor | None) -> Any:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 _ORDER = {
     "dpo_kernels": """
-        pairs losses head chunks linear_logps.tile_filter linear_logps.stats kernels native native_passes
+        pairs losses head adapters chunks linear_logps.tile_filter linear_logps.stats kernels native native_passes
         native_products dispatch linear_logps linear_dpo preference description __init__ hf integrations tuning
     """,
     "engine": """

@@ -1,8 +1,6 @@
 """The head of a transformers causal language model as the record that ``dpo_kernels`` takes.
 
-Adapters on it are columns of a wider head: W x + s B A x is [W, B] [x, s A x]. So dropout in front of A is what peft
-computes, an update that is small beside W is not rounded to the digits of W, and gradients reach A and B by autograd.
-The wider weight is the only copy that is made. DoRA scales its rows.
+Adapters on it make it wider, as ``dpo_kernels.adapters`` says.
 
 Legend: N tokens, D features, V vocabulary, R ranks of adapters.
 """
@@ -11,16 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from dpo_kernels.adapters import active_copy, with_adapters
 from dpo_kernels.head import Head
 from dpo_kernels.hf import logit_options
 
 from ..errors import UserError
-
-_ALIGNED = 16
-"""Features of a wider head are a multiple of this, so that its rows start where tensor cores can load them."""
 
 
 def read_head(model: nn.Module) -> Head:
@@ -34,7 +29,7 @@ def read_head(model: nn.Module) -> Head:
     Raises:
         UserError: no linear output layer.
     """
-    layer = _active_copy(model.get_output_embeddings())  # type: ignore[operator]
+    layer = active_copy(model.get_output_embeddings())  # type: ignore[operator]
     layer = getattr(layer, "base_layer", layer)
     name = type(model).__name__
     if layer is None:
@@ -53,30 +48,19 @@ def adapted_head(model: nn.Module, hidden_ND: Tensor) -> tuple[Tensor, Head]:
 
     Returns:
         [N, D + R] and a head of as many features, whose logits are those of the adapted layer.
+
+    Raises:
+        UserError: adapters that are no product with one weight.
     """
     head = read_head(model)
-    layer: Any = _active_copy(model.get_output_embeddings())  # type: ignore[operator]
-    if not hasattr(layer, "base_layer") or layer.disable_adapters or layer.merged:
+    layer = active_copy(model.get_output_embeddings())  # type: ignore[operator]
+    if not hasattr(layer, "base_layer"):
         return hidden_ND, head
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not names:
-        return hidden_ND, head
-    rows, columns, bias_V = [hidden_ND], [head.weight_VD], head.bias_V
-    for name in names:
-        lora_B = layer.lora_B[name]
-        low_NR = layer.lora_A[name](layer.lora_dropout[name](hidden_ND)) * layer.scaling[name]
-        rows.append(low_NR.to(hidden_ND.dtype))
-        columns.append(lora_B.weight.to(head.weight_VD.dtype))
-        if lora_B.bias is not None:
-            extra_V = lora_B.bias * layer.scaling[name]
-            bias_V = extra_V if bias_V is None else bias_V + extra_V
-    if pad := -sum(part.shape[1] for part in rows) % _ALIGNED:
-        rows.append(hidden_ND.new_zeros(len(hidden_ND), pad))
-        columns.append(head.weight_VD.new_zeros(len(head.weight_VD), pad))
-    weight_VE = torch.cat(columns, 1)
-    if magnitudes := [name for name in names if name in layer.lora_magnitude_vector]:
-        weight_VE = weight_VE * _dora_scale(layer, magnitudes[0], head.weight_VD).to(weight_VE.dtype)
-    return torch.cat(rows, 1), head._replace(weight_VD=weight_VE, bias_V=bias_V)
+    try:
+        wide_NE, weight_VE, bias_V = with_adapters(layer, hidden_ND, head.weight_VD, head.bias_V)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return wide_NE, head._replace(weight_VD=weight_VE, bias_V=bias_V)
 
 
 def head_words(model: Any) -> str:
@@ -91,23 +75,3 @@ def head_words(model: Any) -> str:
     if read_head(model).weight_VD is model.get_input_embeddings().weight:
         words.append("tied to the embeddings" + (", which have none" if ranks else ""))
     return ", ".join(words)
-
-
-def _active_copy(layer: Any) -> Any:
-    """The module that computes: of an output layer with trained copies (``modules_to_save`` of peft) the copy that is
-    on, or the original.
-    """
-    if not hasattr(layer, "original_module"):
-        return layer
-    (name,) = layer.active_adapters or [None]
-    on = not layer.disable_adapters and name in layer.modules_to_save
-    return layer.modules_to_save[name] if on else layer.original_module
-
-
-def _dora_scale(layer: Any, name: str, weight_VD: Tensor) -> Tensor:
-    """[V, 1]: trained magnitude over the norm of the adapted row, which the paper takes as a constant (section 4.3)."""
-    with torch.no_grad(), torch.autocast(weight_VD.device.type, enabled=False):
-        lora_A, lora_B = layer.lora_A[name].weight, layer.lora_B[name].weight
-        adapted_VD = torch.addmm(weight_VD.to(lora_B.dtype), lora_B, lora_A, alpha=layer.scaling[name])
-        norm_V = adapted_VD.norm(dim=1)
-    return (layer.lora_magnitude_vector[name].weight / norm_V)[:, None]

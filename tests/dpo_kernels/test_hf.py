@@ -155,6 +155,7 @@ def lora_model(**options):
         {},
         {"lora_bias": True},
         {"use_rslora": True, "r": 16},
+        {"use_dora": True},
         {"target_modules": ["q_proj"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ],
@@ -317,8 +318,12 @@ def test_models_that_it_cannot_serve_are_refused():
     model.set_output_embeddings(torch.nn.Sequential(model.lm_head))
     with pytest.raises(ValueError, match="the output layer of LlamaForCausalLM is Sequential; expected a linear layer"):
         attach_head(model)
-    with pytest.raises(ValueError, match=r"on the output layer is .*Dora.*, expected plain LoRA: leave lm_head out"):
-        attach_head(lora_model(use_dora=True))
+    model = lora_model(use_dora=True, lora_dropout=0.5).train()
+    attach_head(model)
+    with pytest.raises(ValueError, match="the output layer is DoRA with dropout, which is no product with one weight"):
+        model(**make_batch(), objective=pair_loss(REF))
+    with pytest.raises(ValueError, match="the output layer is ALoraLinear, expected LoRA or DoRA; or leave lm_head"):
+        attach_head(lora_model(alora_invocation_tokens=[1]))
     with pytest.raises(ValueError, match="order must be one of halves"):
         attach_head(tiny_model("llama"), order="chosen first")
 
