@@ -56,7 +56,13 @@ def check(config: RunConfig) -> Checked:
     check_inputs(config, tokenizer_only=True)
     tokenizer = load_tokenizer(config.model)
     encoder = Encoder(tokenizer, config.data)
-    dated = "; it writes today's date, which a run pins (data.template_date)" if encoder.writes_date else ""
+    dated = ""
+    if encoder.writes_date:
+        # References need torch and models, which rows of other templates do not.
+        from .reference.template_date import with_template_date
+
+        config = with_template_date(config, tokenizer, keep=False)
+        dated = f"; it writes today's date, pinned to {config.data.template_date} (data.template_date)"
     parts = [f"chat template: {encoder.template_origin}{dated}"]
     splits: tuple[Split, ...] = ("train", "eval") if config.data.has_evaluation else ("train",)
     reports: dict[Split, LintReport] = {}

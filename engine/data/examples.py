@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..errors import RowError
 from .sources import Row, Turns
 from .stored import without_none
-from .turns import Message, TurnForm
+from .turns import Message, TurnForm, listed
 
 _USUAL_FORM = TurnForm()
 
@@ -43,6 +43,15 @@ def refuse_images(row: Row) -> None:
         raise RowError(
             "has_images", f"{row.where}: the row has images, but only text is supported; remove the image columns"
         )
+
+
+def needed(row: Row, name: str) -> Any:
+    """The value of a column; RowError where there is none."""
+    value = row.data.get(name)
+    if value is None:
+        problem, state = ("null_value", "empty") if name in row.data else ("missing_column", "missing")
+        raise RowError(problem, f"{row.where}: column {name!r} is {state}; found columns {listed(row.data)}")
+    return value
 
 
 def finite_numbers(values: Sequence[Any], row: Row, name: str, problem: str) -> list[float]:

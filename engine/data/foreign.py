@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
 from ..errors import RowError
-from .examples import PromptsDifferError, answer_messages, finite_numbers, messages_of
+from .examples import PromptsDifferError, answer_messages, messages_of, needed
+from .labels import first_if, strength, winner
 from .sources import Row
-from .turns import Message, listed
+from .turns import Message
 
 SYSTEMS = ("system", "system_prompt")
 ALWAYS = (
@@ -55,15 +57,6 @@ class Foreign:
         return frozenset((*self.columns, *self.further, *ALWAYS))
 
 
-def needed(row: Row, name: str) -> Any:
-    """The value of a column; RowError where there is none."""
-    value = row.data.get(name)
-    if value is None:
-        problem, state = ("null_value", "empty") if name in row.data else ("missing_column", "missing")
-        raise RowError(problem, f"{row.where}: column {name!r} is {state}; found columns {listed(row.data)}")
-    return value
-
-
 def _text(row: Row, name: str) -> str:
     value = needed(row, name)
     if not isinstance(value, str):
@@ -77,12 +70,26 @@ def _asked(row: Row, name: str, below: str | None = None) -> str | list[Message]
     extra = row.data.get(below) if below else None
     extra = extra if isinstance(extra, str) and extra.strip() else None
     value = "" if extra and row.data.get(name) is None else needed(row, name)
-    if not isinstance(value, str):
-        return messages_of(value, row, name)
-    if extra:
-        value = f"{value}\n{extra}" if value.strip() else extra
     history = row.data.get("history") if name != "history" else None
-    return [*_history(history, row), {"role": "user", "content": value}] if history else value
+    if isinstance(value, str):
+        if extra:
+            value = f"{value}\n{extra}" if value.strip() else extra
+        return [*_history(history, row), {"role": "user", "content": value}] if history else value
+    turns = messages_of(value, row, name)
+    if extra and below:
+        turns = _with_text_below(turns, extra, below, row)
+    systems = sum(1 for _ in takewhile(lambda turn: turn["role"] in ("system", "developer"), turns))
+    return [*turns[:systems], *_history(history, row), *turns[systems:]] if history else turns
+
+
+def _with_text_below(turns: list[Message], text: str, name: str, row: Row) -> list[Message]:
+    """Turns with a text below what the user says last, unless it is there."""
+    said = turns[-1].get("content") if turns and turns[-1]["role"] == "user" else None
+    if not isinstance(said, str):
+        raise RowError("bad_turn", f"{row.where}: column {name!r} has text, but the prompt does not end with the user")
+    if f"\n{said.strip()}".endswith(f"\n{text.strip()}"):
+        return turns
+    return [*turns[:-1], {**turns[-1], "content": f"{said}\n{text}"}]
 
 
 def _history(history: Any, row: Row) -> list[Message]:
@@ -97,6 +104,13 @@ def _history(history: Any, row: Row) -> list[Message]:
     return turns
 
 
+def _stripped(turns: list[Message]) -> list[Message]:
+    """Turns without white space around what they say, to compare them."""
+    return [
+        turn | {"content": said.strip()} if isinstance(said := turn.get("content"), str) else turn for turn in turns
+    ]
+
+
 def _exchange(prompt: str, chosen: str, rejected: str, below: str | None = None) -> Callable[[Row], dict[str, Any]]:
     """A prompt and two answers, in text or turns."""
 
@@ -107,32 +121,36 @@ def _exchange(prompt: str, chosen: str, rejected: str, below: str | None = None)
             return {"prompt": asked, "chosen": sides[0], "rejected": sides[1]}
         start = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         answers = [answer_messages(side, row, name) for side, name in zip(sides, (chosen, rejected), strict=True)]
-        size = len(start)
-        if all(answer[:size] == start and len(answer) > size for answer in answers):
-            # The sides are whole conversations.
-            answers = [answer[size:] for answer in answers]
-        elif size > 1 and start[-1]["role"] == "assistant" and start[-1:] == answers[0]:
+        if len(start) > 1 and start[-1]["role"] == "assistant" and _stripped(start[-1:]) == _stripped(answers[0]):
             # The conversation ends with the answer that was chosen.
             start = start[:-1]
+        answers = [_without_prompt(answer, start) for answer in answers]
         return {"prompt": start, "chosen": answers[0], "rejected": answers[1]}
 
     return convert
 
 
+def _without_prompt(answer: list[Message], start: list[Message]) -> list[Message]:
+    """The answer of a side that may be the whole conversation."""
+    size = len(start)
+    return answer[size:] if len(answer) > size and _stripped(answer[:size]) == _stripped(start) else answer
+
+
 def _conversation(row: Row) -> dict[str, Any]:
     names = ("prompt", "chosen", "rejected")
     prompt, *sides = (row.data.get(name) for name in names)
-    # A text prompt beside whole conversations repeats a turn of theirs.
-    if all(isinstance(side, str) for side in sides) or not isinstance(prompt, str):
-        return _exchange(*names, below="input")(row)
-    return {name: row.data[name] for name in names if name in row.data}
+    turns = [messages_of(side, row, "chosen or rejected") for side in sides if side and not isinstance(side, str)]
+    if isinstance(prompt, str) and turns and all(side and side[0]["role"] != "assistant" for side in turns):
+        # A text prompt beside whole conversations repeats a turn of theirs.
+        return {name: row.data[name] for name in names if name in row.data}
+    return _exchange(*names, below="input")(row)
 
 
 def _llama_factory(row: Row) -> dict[str, Any]:
     answers = needed(row, "output")
     if len(answers) != 2:
         raise RowError("wrong_type", f"{row.where}: column 'output' needs two answers, the chosen one first")
-    return {"prompt": _asked(row, "instruction"), "chosen": answers[0], "rejected": answers[1]}
+    return {"prompt": _asked(row, "instruction", "input"), "chosen": answers[0], "rejected": answers[1]}
 
 
 def _ms_swift(row: Row) -> dict[str, Any]:
@@ -192,15 +210,25 @@ def _nectar(row: Row) -> dict[str, Any]:
 
 
 def _turns_marked_by(pattern: re.Pattern[str], text: str, user: str) -> str | list[Message]:
-    """A dialogue in which a mark stands before turns; text before the first mark is the user's."""
-    before, *marked = pattern.split(text)
-    if not marked:
+    """A dialogue in which a mark stands before turns; text before the first mark is the user's.
+
+    Speakers take turns, so the mark of the one who speaks already is part of what is said.
+    """
+    turns: list[list[str]] = []
+    last = 0
+    for mark in pattern.finditer(text):
+        speaker = "user" if mark[1] == user else "assistant"
+        if not turns and text[: mark.start()].strip():
+            turns.append(["user", ""])
+        if turns and turns[-1][0] == speaker:
+            continue
+        if turns:
+            turns[-1][1] = text[last : mark.start()]
+        turns.append([speaker, ""])
+        last = mark.end()
+    if last == 0:
         return text
-    turns = [("user", before)] if before.strip() else []
-    turns += [
-        ("user" if speaker == user else "assistant", said)
-        for speaker, said in zip(marked[::2], marked[1::2], strict=True)
-    ]
+    turns[-1][1] = text[last:]
     if turns[-1][0] == "assistant" and not turns[-1][1].strip():
         turns.pop()
     return [{"role": role, "content": said.strip()} for role, said in turns]
@@ -216,34 +244,6 @@ def _labelled(prompt: Callable[[Row], Any], a: str, b: str, score: Callable[[Row
     return convert
 
 
-def _first_if(name: str, first: int) -> Callable[[Row], tuple[float, float]]:
-    """Scores of two answers of which the first is the better one where the label is ``first``, and 0 or 1."""
-
-    def score(row: Row) -> tuple[float, float]:
-        label = needed(row, "label" if "label" in row.data else name)
-        if label in ("0", "1"):
-            label = int(label)
-        if label not in (0, 1):
-            raise RowError("bad_score", f"{row.where}: column {name!r} must be 0 or 1, got {label!r}")
-        return (1.0, 0.0) if label == first else (0.0, 1.0)
-
-    return score
-
-
-def _strength(name: str) -> Callable[[Row], tuple[float, float]]:
-    """Scores by a strength that is negative where the first answer is better; their gap is its size."""
-
-    def score(row: Row) -> tuple[float, float]:
-        strength = needed(row, name)
-        if isinstance(strength, str):
-            (strength,) = finite_numbers([strength], row, f"{name!r}", "bad_score")
-        if not isinstance(strength, int | float) or strength != strength:
-            raise RowError("bad_score", f"{row.where}: column {name!r} must be a number, got {strength!r}")
-        return -float(strength), 0.0
-
-    return score
-
-
 def _helpsteer_prompt(row: Row) -> str | list[Message]:
     return _turns_marked_by(_HELPSTEER_TURN, _text(row, "prompt"), "User")
 
@@ -251,11 +251,9 @@ def _helpsteer_prompt(row: Row) -> str | list[Message]:
 def _arena(row: Row) -> dict[str, Any]:
     a, b = (messages_of(needed(row, name), row, name) for name in ("conversation_a", "conversation_b"))
     size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)) - 1)
-    if size < 1:
+    if size < 1 or any(x != y for x, y in zip(a[size:], b[size:], strict=False) if "user" in (x["role"], y["role"])):
         raise PromptsDifferError
-    winner = needed(row, "winner")
-    scores = [float(winner == "model_a"), float(winner == "model_b")]
-    return {"prompt": a[:size], "responses": [a[size:], b[size:]], "scores": scores}
+    return {"prompt": a[:size], "responses": [a[size:], b[size:]], "scores": list(winner(row))}
 
 
 def _torchtune(row: Row) -> dict[str, Any]:
@@ -270,15 +268,27 @@ def _step_dpo(row: Row) -> dict[str, Any]:
 
 
 def _input_ids(row: Row) -> dict[str, Any]:
-    chosen, rejected = needed(row, "chosen_input_ids"), needed(row, "rejected_input_ids")
+    names = ("chosen", "rejected")
+    ids = [needed(row, f"{name}_input_ids") for name in names]
     if "chosen_labels" not in row.data:
-        return {"prompt_ids": needed(row, "prompt_input_ids"), "chosen_ids": chosen, "rejected_ids": rejected}
-    # Before TRL 0.12 both sides began with the prompt, whose labels were -100.
-    labels = needed(row, "chosen_labels"), needed(row, "rejected_labels")
-    size = min(next((i for i, label in enumerate(side) if label != -100), len(side)) for side in labels)
-    if chosen[:size] != rejected[:size]:
+        return {"prompt_ids": needed(row, "prompt_input_ids"), "chosen_ids": ids[0], "rejected_ids": ids[1]}
+    # Before TRL 0.12 both sides began with the prompt, whose labels were -100, and could end with padding.
+    ends = []
+    for name, side in zip(names, ids, strict=True):
+        labels = needed(row, f"{name}_labels")
+        if not isinstance(labels, list) or len(labels) != len(side):
+            raise RowError("wrong_type", f"{row.where}: column '{name}_labels' needs one label for each token")
+        trained = [i for i, label in enumerate(labels) if label != -100]
+        if not trained or len(trained) != trained[-1] + 1 - trained[0]:
+            raise RowError(
+                "wrong_type", f"{row.where}: column '{name}_labels' must have one run of labels other than -100"
+            )
+        ends.append((trained[0], trained[-1] + 1))
+    size = ends[0][0]
+    if size != ends[1][0] or ids[0][:size] != ids[1][:size]:
         raise PromptsDifferError
-    return {"prompt_ids": chosen[:size], "chosen_ids": chosen[size:], "rejected_ids": rejected[size:]}
+    chosen, rejected = (side[size:end] for side, (_, end) in zip(ids, ends, strict=True))
+    return {"prompt_ids": ids[0][:size], "chosen_ids": chosen, "rejected_ids": rejected}
 
 
 def _is_pair_list(data: dict[str, Any]) -> bool:
@@ -329,36 +339,36 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
     "nectar": (Foreign(("prompt", "answers"), _nectar, "scored"),),
     "shp": (
         _one_of_two(
-            lambda row: _text(row, "history"), "history", "human_ref_A", "human_ref_B", "labels", _first_if("labels", 1)
+            lambda row: _text(row, "history"), "history", "human_ref_A", "human_ref_B", "labels", first_if("labels", 1)
         ),
     ),
     "pku_saferlhf": (
         _one_of_two(
             lambda row: _asked(row, "prompt"),
             *("prompt", "response_0", "response_1", "better_response_id"),
-            _first_if("better_response_id", 0),
+            first_if("better_response_id", 0),
         ),
     ),
     "helpsteer2": (
         _one_of_two(
             _helpsteer_prompt,
             *("prompt", "response_1", "response_2", "preference_strength"),
-            _strength("preference_strength"),
+            strength("preference_strength"),
         ),
     ),
     "helpsteer3": (
         _one_of_two(
             lambda row: _asked(row, "context"),
             *("context", "response1", "response2", "overall_preference"),
-            _strength("overall_preference"),
+            strength("overall_preference"),
         ),
     ),
-    "arena": (Foreign(("conversation_a", "conversation_b", "winner"), _arena, "scored"),),
+    "arena": (Foreign(("conversation_a", "conversation_b", "winner"), _arena, "scored", further=("label",)),),
     "step_dpo": (Foreign(("prompt", "initial_reason_steps", "chosen", "rejected"), _step_dpo),),
     "alpaca": (_pair("instruction", below="input"),),
     "question": (_pair("question", below="input"), _pair("query"), _pair("input"), _pair("problem")),
     "messages": tuple(map(_pair, ("messages", "conversation", "context_messages", "trajectory", "context", "history"))),
-    "conversation": (Foreign(("prompt", "chosen", "rejected"), _conversation, further=("history",)),),
+    "conversation": (Foreign(("prompt", "chosen", "rejected"), _conversation, further=("history", "input")),),
 }
 """By name of the format its variants, which are tried in this order; each is known by its columns."""
 BESIDE_ANSWERS = ("alpaca", "question", "messages")

@@ -97,7 +97,7 @@ def _read_preference(row: Row) -> Example:
         # Beside whole conversations a text prompt only repeats a turn that both sides begin with.
         start, *rest = split_implicit_prompt(*sides)
         sides = rest[0], rest[1]
-        if not start:
+        if not start or any(side[0]["role"] == "user" for side in sides):
             raise PromptsDifferError
     return Example(row.index, row.where, "messages", start, sides, refs, template_kwargs(row))
 

@@ -263,6 +263,7 @@ class LintReport:
         self.layout = ""
         self.total = 0
         self.dropped = 0
+        self._left_out = 0
         self.ended: str | None = None
         """Why the source could not be read to its end, where the report is tolerant."""
         self._rows: dict[str, array[int]] = {}
@@ -275,6 +276,7 @@ class LintReport:
     def leave_out_row(self) -> None:
         """Take back the last row, which belongs to the other split."""
         self.total -= 1
+        self._left_out += 1
 
     def add(self, problem: str, row: int) -> None:
         """Note a problem of a row, at most once for each row. A row may be dropped only once."""
@@ -328,6 +330,11 @@ class LintReport:
 
     def raise_if_empty(self) -> None:
         """Stop when no row is left."""
+        if self.total == 0 and self._left_out:
+            raise UserError(
+                f"{self.source}: data.eval_fraction leaves this split none of {self._left_out:,} rows; give it another "
+                "share, or set data.eval_dataset_name instead"
+            )
         if self.total == 0:
             raise UserError(f"{self.source}: the split has no rows; check data.dataset_train_split and its slice")
         if self.kept == 0:

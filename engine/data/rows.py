@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..config.schema import DataConfig
-from ..errors import RowError
+from ..errors import RowError, UserError
 from .cells import Unreadable
 from .columns import COLUMNS, PROMPTS, RESPONSES, SCORES, detect_format
 from .examples import Example
@@ -27,6 +27,9 @@ _OWN_READS = {
 }
 
 
+_NO_ANSWER = frozenset({"user", "system", "developer"})
+
+
 class RowReader:
     """Turns the rows of one split into examples. The first row decides on the layout, unless ``data.format`` does.
 
@@ -44,6 +47,7 @@ class RowReader:
         self._read: Callable[[Row], Example] | None = None
         self._reads: frozenset[str] = frozenset()
         self._as_turns = False
+        self._ends_asked = False
 
     def __call__(self, row: Row) -> Example:
         """The example of a row.
@@ -59,7 +63,10 @@ class RowReader:
         for name in self._reads:
             if isinstance(value := row.data.get(name), Unreadable):
                 raise RowError("broken_row", f"{row.where}: column {name!r} {value.reason}; correct or remove the row")
+        self._refuse_unread_parts(row)
         example = self._read(row)
+        self._refuse_shared_text(row, example)
+        self._check_speakers(example)
         if self._as_turns and example.kind == "text":
             example = _as_turns(example)
         before = example.prompt
@@ -68,13 +75,51 @@ class RowReader:
         refuse_unread(row, example, reads, self._data)
         return example
 
+    def _refuse_unread_parts(self, row: Row) -> None:
+        """Stop at a part that ``data.columns`` names and that rows of the layout do not have."""
+        for part in sorted(row.mapped - self._reads):
+            found = (self._data.columns or {})[part]
+            raise UserError(
+                f"{row.where}: data.columns.{part} is {found}, but rows of the layout {self.layout} have no {part}; "
+                f"they have {', '.join(sorted(self._reads - set(ALWAYS)))}; remove it, or set data.format"
+            )
+
+    def _refuse_shared_text(self, row: Row, example: Example) -> None:
+        """Stop where a prompt is only what two texts share, which differs from row to row, and is to be split by."""
+        implicit = self.layout == "preference" and example.kind == "text" and row.data.get("prompt") is None
+        if implicit and self._data.eval_fraction is not None:
+            raise UserError(
+                f"{row.where}: data.eval_fraction splits by prompts, but here they are only what chosen and rejected "
+                "share; give prompts a column of their own, or set data.eval_dataset_name instead"
+            )
+
+    def _check_speakers(self, example: Example) -> None:
+        """Stop at completions that do not begin with an answer, and at a prompt that ends with another one."""
+        if example.kind != "messages":
+            return
+        firsts = [completion[0]["role"] for completion in example.completions if completion]
+        # Of the standard layouts, lint counts what TRL takes: a prompt that is repeated, a user's turn.
+        refused = _NO_ANSWER if self.layout in FOREIGN else _NO_ANSWER - {"user"}
+        if found := next((role for role in firsts if role in refused), None):
+            raise RowError(
+                "bad_turn",
+                f"{example.where}: a completion begins with a turn of the {found}, not with an answer; leave out what "
+                "repeats the prompt",
+            )
+        if self._ends_asked and example.prompt and example.prompt[-1]["role"] == "assistant" and "assistant" in firsts:
+            raise RowError(
+                "bad_turn", f"{example.where}: the prompt ends with an answer; it must end with what is asked"
+            )
+
     def decide(self, row: Row) -> str:
         """The name of the layout of a row.
 
         Raises:
             RowError: it has none.
         """
-        self._decide(self._prepared(row))
+        row = self._prepared(row)
+        self._decide(row)
+        self._refuse_unread_parts(row)
         return self.layout
 
     def _prepared(self, row: Row) -> Row:
@@ -97,7 +142,7 @@ class RowReader:
         for name, value in columns.items():
             if isinstance(value, str):
                 columns[name] = decode_text(value, row, name, self._form.is_turn)
-        return replace(row, data=columns, form=self._form)
+        return replace(row, data=columns, form=self._form, mapped=frozenset(taken))
 
     def _decide(self, row: Row) -> None:
         name = self._data.format if self._data.format != "auto" else self._detect(row)
@@ -113,6 +158,7 @@ class RowReader:
         self._as_turns = (
             name in FOREIGN or self._data.system is not None or (name in ("scored", "kwise") and has_system)
         )
+        self._ends_asked = name in FOREIGN and name != "conversation"
         self.layout = name
 
     def _detect(self, row: Row) -> str:

@@ -47,6 +47,8 @@ class Row:
     """Why there is no data, where the source was asked to read on after such rows."""
     form: Turns | None = None
     """How its turns are written; None is role/content or from/value."""
+    mapped: frozenset[str] = frozenset()
+    """The parts whose column ``data.columns`` names."""
 
     @property
     def where(self) -> str:

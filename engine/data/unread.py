@@ -13,12 +13,17 @@ from .sources import Row
 PROMPT_NAMES = (
     "prompt", "prompts", "question", "instruction", "instructions", "input", "inputs", "query", "problem", "context",
     "history", "messages", "context_messages", "conversation", "conversations", "dialogue", "dialog", "trajectory",
-    "user_prompt", "user_input",
+    "user_prompt", "user_input", "document", "post", "passage", "article", "text_input", "premise",
 )  # fmt: skip
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 _PART = dict.fromkeys(PROMPT_NAMES, "prompt") | dict.fromkeys(SYSTEM_NAMES, "system")
 _PART |= {"tools": "tools", "functions": "tools"}
 _WHAT = {"prompt": "a prompt", "system": "a system text", "tools": "tools for messages"}
+_JOINED = ("input", "history")
+"""Columns that layouts join to a prompt, so that being read is not enough."""
+_LONG = 60
+"""Characters of a text that is not inside another one by chance."""
+_OPENS, _CLOSES = "\n:\"'`([{>*=", "\n\"'`)]}<*="
 _ASKERS = frozenset({"user", "human", "system", "developer", "tool", "observation"})
 _ASKED_KEYS = ("input", "instruction", "question", "prompt", "human", "user")
 
@@ -26,7 +31,8 @@ _ASKED_KEYS = ("input", "instruction", "question", "prompt", "human", "user")
 def refuse_unread(row: Row, example: Example, reads: Collection[str], data: DataConfig) -> None:
     """Stop at a column that looks like a prompt, is not read, and says something that the example does not.
 
-    A part that ``data.columns`` names was decided on, so other columns that look like it are left alone.
+    A part that ``data.columns`` names was decided on, so other columns that look like it are left alone; but the
+    column that it names must be in the example.
 
     Raises:
         RowError: there is one.
@@ -37,22 +43,38 @@ def refuse_unread(row: Row, example: Example, reads: Collection[str], data: Data
     said = None
     for name, value in row.data.items():
         part = _PART.get(str(name).lower())
-        if part is None or part in decided or not value:
+        if part is None or not value:
             continue
-        if part != "tools" and name in reads:
+        joined = name in _JOINED and name in reads
+        if not joined and (name not in row.mapped or part == "prompt") and part in decided:
+            continue
+        if part != "tools" and name in reads and not joined:
             continue
         if part == "tools":
             # Only a chat template writes tools.
             lost = example.kind == "text" and str(value).strip() not in ("[]", "{}", "null")
         else:
             said = said if said is not None else "\n".join(_given(example))
-            lost = any(text.strip() not in said for text in _asked(value))
+            lost = not all(_is_block(text.strip(), said) for text in _asked(value))
         if lost:
             raise RowError(
                 "unread_column",
                 f"{row.where}: column {name!r} is not read, though it looks like {_WHAT[part]} and its text is in no "
                 f"column that is: {_advice(str(name), part)}",
             )
+
+
+def _is_block(text: str, said: str) -> bool:
+    """Whether ``said`` holds a text as a block: between line ends, a label or quotes; a long text anywhere."""
+    if not text or (len(text) >= _LONG and text in said):
+        return True
+    at = said.find(text)
+    while at >= 0:
+        before, after = said[:at].rstrip(" \t"), said[at + len(text) :].lstrip(" \t")
+        if (not before or before[-1] in _OPENS) and (not after or after[0] in _CLOSES):
+            return True
+        at = said.find(text, at + 1)
+    return False
 
 
 def _advice(name: str, part: str) -> str:
@@ -92,7 +114,7 @@ def _asked(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, list):
         for item in value:
-            yield from _asked(item) if isinstance(item, dict | str) else ()
+            yield from _asked(item)
     elif isinstance(value, dict):
         speaker = value.get("role", value.get("from"))
         if isinstance(speaker, str):

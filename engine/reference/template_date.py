@@ -26,11 +26,12 @@ DATE_FILE = "template_date.json"
 log = logging.getLogger(__name__)
 
 
-def with_template_date(config: RunConfig, tokenizer: Any, saved: str | None = None) -> RunConfig:
+def with_template_date(config: RunConfig, tokenizer: Any, saved: str | None = None, *, keep: bool = True) -> RunConfig:
     """``config`` with ``data.template_date`` set, where the chat template writes a date; the store keeps it.
 
     Args:
         saved: the date of the run that goes on, or is evaluated.
+        keep: write the date into a reference store that has none.
 
     Raises:
         UserError: the store's date cannot be read or written.
@@ -54,7 +55,7 @@ def with_template_date(config: RunConfig, tokenizer: Any, saved: str | None = No
             )
             if day is not None
         )
-        if with_store and stored is None:
+        if keep and with_store and stored is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps({"date": day}) + "\n")
         log.info("the chat template writes today's date: pinned to %s, as %s (data.template_date)", day, origin)

@@ -73,6 +73,19 @@ def test_a_share_of_the_prompts_is_on_one_side_only(write, tiny_tokenizer, messa
     assert reversed_order == evaluated
 
 
+@pytest.mark.parametrize(
+    ("row", "fraction", "message"),
+    [
+        ({"chosen": "Where? In 3.", "rejected": "Where? No."}, 0.3, "give prompts a column of their own"),
+        (ROWS[0], 1e-9, r"data\.eval_fraction leaves this split none of 1 rows; give it another share"),
+    ],
+)
+def test_a_split_that_cannot_be_made_says_so(write, tiny_tokenizer, row, fraction, message):
+    data = DataConfig(dataset_name=write("rows.jsonl", [row]), eval_fraction=fraction)
+    with pytest.raises(UserError, match=message):
+        load_dataset_groups(data, tiny_tokenizer, split="eval")
+
+
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"data\.eval_fraction must be a share between 0 and 1, got 1"):
         DataConfig(dataset_name="x", eval_fraction=1.0)

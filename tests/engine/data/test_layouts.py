@@ -74,6 +74,10 @@ def test_ids_of_old_trl(load):
     whole = {f"{side}_input_ids": [5, 6, *answer] for side, answer in (("chosen", [7, 2]), ("rejected", [8, 9, 2]))}
     labels = {"chosen_labels": [-100, -100, 7, 2], "rejected_labels": [-100, -100, 8, 9, 2]}
     assert ids(load({"prompt_input_ids": [5, 6], **whole, **labels})[0]) == expected
+    padded = {name: [*values, 0] for name, values in whole.items()}
+    assert ids(load(padded | {name: [*values, -100] for name, values in labels.items()})[0]) == expected
+    with pytest.raises(UserError, match="'chosen_labels' must have one run of labels"):
+        load(whole | labels | {"chosen_input_ids": [5, 6, 7, 3, 2], "chosen_labels": [-100, -100, 7, -100, 2]})
 
 
 MAPPED = {"ask": ASK, "good": GOOD, "bad": BAD}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.check import check
 from engine.config import load_config
 from engine.config.schema import DataConfig
 from engine.data.tokenize import Encoder
@@ -78,6 +79,17 @@ def test_stored_references_are_found_another_day(config_file, tmp_path, on_day):
     (tmp_path / "store" / DATE_FILE).write_text("{}")
     with pytest.raises(UserError, match=rf"{DATE_FILE} holds no date"):
         with_template_date(load_config(config_file), tokenizer_of(tmp_path))
+
+
+def test_check_shows_the_day_that_training_would_use(config_file, tmp_path, on_day):
+    on_day("2026-12-31")
+    assert "pinned to 2026-12-31 (data.template_date)" in check(load_config(config_file)).text
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / DATE_FILE).write_text('{"date": "2026-11-26"}')
+    text = check(load_config(config_file)).text
+    assert "pinned to 2026-11-26" in text
+    assert "'26 Nov 2026" in text
 
 
 def tokenizer_of(folder: Path):

@@ -1,0 +1,43 @@
+"""Text of columns that are not read: the prompt holds it as a block, or the row is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.config.schema import DataConfig
+from engine.data.rows import RowReader
+from engine.data.sources import Row
+from engine.errors import UserError
+from tests.engine.data.layout_rows import SIDES
+
+LONG = "A text of more than sixty characters, which nobody writes twice by chance."
+
+
+def read(data, **options):
+    return RowReader(DataConfig(dataset_name="x", **options), use_messages=True)(Row(0, data, "f.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "columns"),
+    [
+        ("Why?", {"question": " Why?\n"}),
+        ("Read it.\nThe river.\nWhy?", {"context": "The river.", "question": "Why?"}),
+        ("Context: The river.\nQuestion: 'Why?' ", {"passage": "The river.", "question": "Why?"}),
+        (f"Sum up {LONG} in a line", {"article": LONG, "post": 3, "document": None}),
+    ],
+)
+def test_a_block_of_the_prompt_is_read(prompt, columns):
+    assert read({"prompt": prompt, **SIDES, **columns}).prompt == prompt
+
+
+@pytest.mark.parametrize("text", ["Why", "y", "Why? Sing.", "river"])
+@pytest.mark.parametrize("name", ["question", "document", "post", "passage", "article", "text_input", "premise"])
+def test_a_part_of_a_word_or_line_is_none(name, text):
+    with pytest.raises(UserError, match=f"column '{name}' is not read"):
+        read({"prompt": "The river runs. Why? ", **SIDES, name: text})
+
+
+@pytest.mark.parametrize(("name", "value"), [("system", "Be kind."), ("tools", [{"name": "clock"}])])
+def test_a_column_that_is_named_is_read_or_refused(name, value):
+    with pytest.raises(UserError, match=f"column '{name}' is not read"):
+        read({"prompt": "Why?", **SIDES, "mine": value}, columns={name: "mine"}, format="preference", system=None)
