@@ -43,8 +43,8 @@ def check_settings(config: RunConfig, export: Path | None) -> None:
         UserError: settings that cannot run, or a file that the rows cannot be exported to.
     """
     distributed.set_timeout(config.train.timeout_minutes)
-    check_inputs(config)
     check_quantization(reference_model(config))
+    check_inputs(config)
     if export is not None and config.loss.ld_alpha not in (None, 1):
         raise UserError(
             "--export writes sums over responses, and loss.ld_alpha weighs single tokens: set it to null for an export"
