@@ -7,6 +7,7 @@ get rows, and if that is not enough the whole model does.
 
 from __future__ import annotations
 
+import logging
 import re
 import traceback
 from collections.abc import Iterator
@@ -24,12 +25,15 @@ from ..config.schema import LayoutName
 from ..data.groups import PreferenceDataset, PreferenceGroup
 from ..errors import BackendError, UserError, out_of_memory
 from ..packing.layout import PackedBatch, build_batch
+from .attention import Backend
 from .diagnosis import first_difference
 from .layers import largest, text_model
 from .layouts import eager_attention, use_layout
 from .load import disable_dropout, keep_in_evaluation
 from .policy import Kind, Layout, Policy
 from .precision import float32_weights
+
+log = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 """Largest allowed difference of a token's log-prob from the model's own eager forward, in nats."""
@@ -90,6 +94,8 @@ def _choose_layout(policy: Policy, requested: LayoutName, share_prompts: bool, s
         fault = _fault_on_packs(policy, share_prompts, seed)
         if fault is None:
             return
+        if _wrong_attention(policy, share_prompts, seed):
+            _tell_of_attention(policy, requested, fault)
         reason = fault.words
         if share_prompts and policy.obstacle is None and _difference(policy, False, seed) is None:
             reason += "; without shared prompts it is equal: set packing.share_prompts to false"
@@ -107,6 +113,30 @@ def _choose_layout(policy: Policy, requested: LayoutName, share_prompts: bool, s
             return
         reason = f"{reason}; {fault.words}"
     raise UserError(f"{reason}; {_float32_or(policy, share_prompts, seed)}")
+
+
+def _wrong_attention(policy: Policy, share_prompts: bool, seed: int) -> bool:
+    """Whether a model that is not exact on packs is exact with the attention of torch alone."""
+    chosen = policy.backend
+    if policy.obstacle is not None or chosen.name == "sdpa":
+        return False
+    policy.backend = Backend("sdpa", "compared")
+    try:
+        return _fault_on_packs(policy, share_prompts, seed) is None
+    except BackendError:
+        return False
+    finally:
+        policy.backend = chosen
+        use_layout(policy, Layout())
+
+
+def _tell_of_attention(policy: Policy, requested: LayoutName, fault: Fault) -> None:
+    name = policy.backend.name
+    words = f"attention backend {name} gives wrong numbers here, and sdpa right ones: {fault.words}"
+    advice = f"set model.attention to sdpa, or install {name} anew"
+    if policy.backend.asked_for or requested == "shared":
+        raise BackendError(f"{words}; {advice}")
+    log.warning("%s; the model runs in rows, which is slower: %s", words, advice)
 
 
 def _fault_on_packs(policy: Policy, share_prompts: bool, seed: int) -> Fault | None:
@@ -152,7 +182,7 @@ def _equal_in_float32(policy: Policy, share_prompts: bool, seed: int) -> bool:
 def _difference(policy: Policy, share_prompts: bool, seed: int) -> Fault | None:
     """Why this model cannot train in its layout, or None."""
     name = _name(policy)
-    groups = _probe_groups(policy.config, seed, wide=policy.layout.kind == "rows")
+    groups = probe_groups(policy.config, seed, wide=policy.layout.kind == "rows")
     batch = build_batch(groups, share_prompts=share_prompts).to(policy.device)
     try:
         packed = policy.logps(batch)
@@ -211,7 +241,7 @@ def _short_reach(model: nn.Module) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _probe_groups(config: Any, seed: int, *, wide: bool = False) -> list[PreferenceGroup]:
+def probe_groups(config: Any, seed: int, *, wide: bool = False) -> list[PreferenceGroup]:
     """Small groups of random tokens, none of which has a meaning of its own, such as padding or an image.
 
     Args:
@@ -236,7 +266,7 @@ def _leak(policy, groups, batch: PackedBatch, packed: torch.Tensor, share_prompt
     """Changing the tokens of one response must not change one bit of any other response."""
     start, stop = batch.cu_responses_S1[:2].tolist()
     first_group = groups[0]
-    changed = _probe_groups(policy.config, seed=_ROW_PROBES)[0].response_ids[0]
+    changed = probe_groups(policy.config, seed=_ROW_PROBES)[0].response_ids[0]
     perturbed = [replace(first_group, response_ids=(changed, *first_group.response_ids[1:])), *groups[1:]]
     other = policy.logps(build_batch(perturbed, share_prompts=share_prompts).to(policy.device))
     if not _unchanged(policy, packed[stop:], other[stop:]):

@@ -44,6 +44,17 @@ class Layout(NamedTuple):
         return self.kind in ("rows", "single")
 
 
+class OwnBalance(NamedTuple):
+    """What the forward of a model itself returns of its routers."""
+
+    has_routers: bool
+    """Whether it returns logits of any."""
+    has_loss: bool
+    """Whether it returns a load-balancing loss."""
+    same: bool
+    """Whether that loss, where there is one, is ours of these logits."""
+
+
 _BLOCKS: dict[Kind, Blocks] = {"mixers": "alike", "rows": "together", "single": "alone"}
 
 
@@ -79,6 +90,8 @@ class Policy(nn.Module):
         """How packs are computed: see ``engine/model/layouts.py``."""
         self._scale_behind_head: float | None = None
         """In rows, where factors before the head are part of what it is given: known after the first forward pass."""
+        self.own_balance: OwnBalance | None = None
+        """What its routers return, once that was looked at: see ``engine/model/balance.py``."""
         self.obstacle: str | None = None
         """Why attention of this model cannot run on packs at all: it is none that transformers lets us exchange."""
 
@@ -99,6 +112,13 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def _body(self) -> Any:
+        """What makes hidden states of tokens."""
+        model: Any = self.causal_lm
+        # Llama 4 keeps its body elsewhere than its prefix says, and is then its own base_model
+        return model.model if model.base_model is model else model.base_model
 
     @property
     def head(self) -> Head:
@@ -143,11 +163,8 @@ class Policy(nn.Module):
             return self._run_on_pack(batch, rows, wanted)
 
     def _run_on_pack(self, batch: PackedBatch, rows: RowPlan | None, wanted: dict[str, bool]):
-        model: Any = self.causal_lm
-        # Llama 4 keeps its body elsewhere than its prefix says, and is then its own base_model
-        body = model.model if model.base_model is model else model.base_model
         with RowsOfPack(rows):
-            output = body(
+            output = self._body(
                 input_ids=batch.input_ids_T[None],
                 position_ids=batch.position_ids_T[None],
                 use_cache=False,
@@ -196,6 +213,16 @@ class Policy(nn.Module):
         """Call ``objective`` with the head. A head that is a unit of its own is gathered around this."""
         hidden_NE, head = adapted_head(self.causal_lm, hidden_ND)
         return objective(hidden_NE, self._scaled(head))
+
+    def plain_routers(self, input_ids: torch.Tensor) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+        """The logits of each router, and the load-balancing loss, that the model's own forward returns, if any."""
+        options = {"input_ids": input_ids, "use_cache": False, **router_arguments(self.config, True)}
+        with self.autocast():
+            # From the logits of no router some dense models try to make a loss.
+            if not (logits := getattr(self._body(**options), "router_logits", None)):
+                return (), None
+            output = self.causal_lm(**options)
+        return getattr(output, "router_logits", None) or logits, getattr(output, "aux_loss", None)
 
     def plain_logits(self, input_ids: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
         """[B, T, V]: the model's own forward on plain sequences, for comparison; ``exact`` without autocast."""

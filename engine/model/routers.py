@@ -1,4 +1,4 @@
-"""How a mixture of experts spreads its tokens: the load-balancing loss, and how much each expert has to do.
+"""How a mixture of experts spreads its tokens, summed over packs, and the load-balancing loss of these sums.
 
 The loss is that of the Switch Transformer as transformers and TRL compute it: over all routers together, the number of
 experts times the sum over experts of (share of tokens that chose it) x (its mean probability). Only the second factor
@@ -11,7 +11,6 @@ Legend: T packed tokens, E experts, L routers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 from ..errors import UserError
 
 _FLAG = "output_router_logits"
-_CHOICES = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k")
 
 
 class RouterSums(NamedTuple):
@@ -43,47 +41,13 @@ class RouterSums(NamedTuple):
         return RouterSums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-@dataclass(frozen=True)
-class Balance:
-    """The load-balancing loss of a model."""
+def balance_loss(total: RouterSums, probs_E: Tensor) -> Tensor:
+    """The part of tokens with summed probabilities ``probs_E`` in the loss of all tokens of ``total``, unscaled.
 
-    coefficient: float
-    """What it is added to the preference loss with."""
-    top_k: int
-    """Experts that a token goes to."""
-
-    @classmethod
-    def of(cls, config: Any, wanted: float | None) -> Balance | None:
-        """That of a model; None for one without, or with a coefficient of 0.
-
-        Args:
-            config: the model's, of transformers.
-            wanted: ``loss.router_aux_loss_coef``; None is the model's own, 0 where its config names none.
-
-        Raises:
-            UserError: a coefficient for a model whose routers cannot be read.
-        """
-        text = config.get_text_config()
-        coefficient = getattr(text, "router_aux_loss_coef", None) if wanted is None else wanted
-        if not coefficient:
-            return None
-        top_k = next((k for name in _CHOICES if (k := getattr(text, name, None))), None)
-        if not hasattr(text, _FLAG) or top_k is None:
-            if wanted is None:
-                return None
-            raise UserError(
-                f"loss.router_aux_loss_coef {wanted:g}: {text.model_type} is no mixture of experts that returns the "
-                "logits of its routers; set it to 0, or leave it out"
-            )
-        return cls(float(coefficient), int(top_k))
-
-    def loss(self, total: RouterSums, probs_E: Tensor) -> Tensor:
-        """The part of tokens with summed probabilities ``probs_E`` in the loss of all tokens of ``total``, unscaled.
-
-        The parts of packs add up to the loss of the step, whatever packs it is divided into.
-        """
-        chosen_E = total.chosen_LE.sum(0)
-        return len(probs_E) * (chosen_E / total.tokens * (probs_E / total.tokens)).sum()
+    The parts of packs add up to the loss of the step, whatever packs it is divided into.
+    """
+    chosen_E = total.chosen_LE.sum(0)
+    return len(probs_E) * (chosen_E / total.tokens * (probs_E / total.tokens)).sum()
 
 
 def router_arguments(config: Any, wanted: bool) -> dict[str, bool]:

@@ -62,6 +62,7 @@ def shard_policy(policy: Policy, device: torch.device) -> Policy:
         policy.run_objective = head.run_objective  # type: ignore[method-assign]
     shard(policy)
     register_fsdp_forward_method(policy, "plain_logits")
+    register_fsdp_forward_method(policy, "plain_routers")
     for unit in policy.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)

@@ -76,7 +76,7 @@ def evaluate_policy(
     scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group, pairs_P2, sums_SK=scores.sums_SK)
     names = PREFERENCE_NAMES + TOKEN_NAMES if objective.token_stats else PREFERENCE_NAMES
     aux_loss = routing.aux_loss()
-    means = routing.add_to(scored.means().to(policy.device))
+    means = routing.add_to(scored.means().to(policy.device), aux_loss)
     values = dict(zip((f"eval_{n}" for n in names), means.tolist(), strict=True))
     if aux_loss is not None:
         values["eval_aux_loss"] = aux_loss.item()

@@ -234,10 +234,11 @@ class _Run:
             scored = objective.backward(self.policy, step)
             routing = objective.routing
             assert routing is not None
-            means = routing.add_to(scored.step_means(step.num_terms))
+            aux_loss = routing.aux_loss()
+            means = routing.add_to(scored.step_means(step.num_terms), aux_loss)
             learning_rate = self.update.learning_rate
             grad_norm = self.update.step(means[0])
-            self.meter.add(means, step.work, aux_loss=routing.aux_loss(), expert_tokens=routing.expert_tokens)
+            self.meter.add(means, step.work, aux_loss=aux_loss, expert_tokens=routing.expert_tokens)
             self._remember(step, scored, means[0], grad_norm)
             self.done, self.epoch = step.number, step.epoch
             log_now = self._due("logging_steps", step.number) or step.number == total

@@ -18,7 +18,7 @@ from ..config.schema import LoraConfig, RunConfig
 from ..data.groups import PreferenceDataset
 from ..durable import check_content, is_complete, remove_leftovers
 from ..errors import UserError
-from ..model.routers import Balance
+from ..model.balance import Balance
 from ..run_folder import CONFIG_FILE, METRICS_FILE, read_metrics
 from . import checkpoint as checkpoints
 from .feed import count_steps, total_steps

@@ -21,8 +21,9 @@ from dpo_kernels.head import Head
 from .. import distributed
 from ..config.schema import LossConfig
 from ..model import Policy
+from ..model.balance import Balance
 from ..model.experts import counting_experts
-from ..model.routers import Balance, RouterSums
+from ..model.routers import RouterSums, balance_loss
 from ..packing import PackedBatch
 from .feed import TrainingPack
 
@@ -37,7 +38,7 @@ class Routing:
 
     def __init__(self, policy: Policy, loss: LossConfig, *, count_experts: bool = False):
         self.policy = policy
-        self.balance = Balance.of(policy.config, loss.router_aux_loss_coef)
+        self.balance = Balance.of(policy, loss.router_aux_loss_coef)
         self._counts_experts = count_experts
         self._total: RouterSums | None = None
         self._seen: RouterSums | None = None
@@ -91,23 +92,25 @@ class Routing:
         self._newest = sums.detach()
         self._seen = self._newest if self._seen is None else self._seen.plus(self._newest)
         total = self._newest if self._total is None else self._total
-        return result, self.balance.coefficient * self.balance.loss(total, sums.probs_E)
+        return result, self.balance.coefficient * balance_loss(total, sums.probs_E)
 
     def aux_loss(self) -> Tensor | None:
-        """The load-balancing loss of all that ran, over all ranks: a float64 scalar. None without one."""
+        """The load-balancing loss of all that ran, over all ranks, which wait for each other: a float64 scalar.
+
+        None without one.
+        """
         if self.balance is None:
             return None
         if self._seen is None:
             return torch.zeros((), dtype=torch.float64, device=self.policy.device)
         total = _over_ranks(self._seen)
-        return self.balance.loss(total, total.probs_E)
+        return balance_loss(total, total.probs_E)
 
-    def add_to(self, means: Tensor) -> Tensor:
-        """Means of a step or of an evaluation, the loss first, with the load-balancing loss in that of the loss."""
-        aux = self.aux_loss()
-        if self.balance is None or aux is None:
+    def add_to(self, means: Tensor, aux_loss: Tensor | None) -> Tensor:
+        """Means of a step or of an evaluation, the loss first, with ``aux_loss`` of it in that of the loss."""
+        if self.balance is None or aux_loss is None:
             return means
-        return torch.cat([means[:1] + self.balance.coefficient * aux, means[1:]])
+        return torch.cat([means[:1] + self.balance.coefficient * aux_loss, means[1:]])
 
     @property
     def expert_tokens(self) -> list[Tensor]:
@@ -120,11 +123,13 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
     """Adapters may drop out: a second pass must draw the masks of the first, which runs inside."""
     cuda = device.type == "cuda"
     state = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
-    yield
-    if cuda:
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
+    try:
+        yield
+    finally:
+        if cuda:
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
 
 
 def _nothing(hidden_ND: Tensor, head: Head) -> Any:

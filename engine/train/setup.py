@@ -24,11 +24,11 @@ from ..data.held_out import HeldOut
 from ..durable import write_atomically
 from ..errors import UserError, counted
 from ..model import Policy, load_tokenizer, ready_policy, resolve_device
+from ..model.balance import Balance
 from ..model.companions import describe_trained, take_template
 from ..model.head import head_words
 from ..model.layouts import attention_words, describe_layout, settled
 from ..model.quantization import check_quantization, check_trainable, num_weights
-from ..model.routers import Balance
 from ..packing import PlanSummary, check_fits, summarize_plan
 from ..reference import weights_digest
 from ..reference.template_date import with_template_date
@@ -132,7 +132,7 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
         packing=config.packing,
         train=config.train,
     )
-    balance = Balance.of(policy.config, config.loss.router_aux_loss_coef)
+    balance = Balance.of(policy, config.loss.router_aux_loss_coef)
     if start is not None:
         check_balance(start, balance)
     packing = settled(config.packing, policy)
@@ -269,7 +269,7 @@ def _loss_op(setup: Setup) -> str:
 
 def _balance_rows(setup: Setup) -> list[tuple[str, str]]:
     wanted = setup.config.loss.router_aux_loss_coef
-    balance = Balance.of(setup.policy.config, wanted)
+    balance = Balance.of(setup.policy, wanted)
     if balance is None:
         return []
     source = "the model's own coefficient" if wanted is None else "loss.router_aux_loss_coef"

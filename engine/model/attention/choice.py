@@ -20,6 +20,7 @@ _SHORT = {"flash3": "fa3", "flash": "fa", "varlen": "varlen", "native": "native"
 _HOPPER = (9, 0)
 KERNEL_DEVICES = ("cuda",)
 NATIVE_DEVICES = ("cpu",)
+_REQUESTED = "requested"
 
 
 class Kernel(NamedTuple):
@@ -54,6 +55,11 @@ class Backend(NamedTuple):
     """What computes layers that it cannot, in order of preference; nothing when it was asked for by name."""
 
     @property
+    def asked_for(self) -> bool:
+        """Whether the user named it."""
+        return self.reason == _REQUESTED
+
+    @property
     def implementation(self) -> str:
         """The name under which transformers knows it."""
         return implementation_name((self.name, *self.others))
@@ -74,11 +80,11 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         UserError: the requested backend cannot run here.
     """
     if requested == "sdpa":
-        return Backend("sdpa", "requested")
+        return Backend("sdpa", _REQUESTED)
     if requested != "auto":
         if obstacle := _obstacle(requested, device, dtype):
             raise UserError(f"model.attention={requested} cannot run here: {obstacle}; set model.attention to auto")
-        return Backend(requested, "requested")
+        return Backend(requested, _REQUESTED)
     obstacles = {name: _obstacle(name, device, dtype) for name in KERNELS}
     if device.type in NATIVE_DEVICES:
         slow = "it has no vector instructions for this processor"

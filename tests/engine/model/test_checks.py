@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from engine.data.groups import PreferenceDataset, PreferenceGroup
-from engine.errors import UserError
+from engine.errors import BackendError, UserError
 from engine.model import check_dataset, check_packing, checks
+from engine.model.attention import Backend, interface
 from engine.model.checks import Fault
 from tests.conformance.families import LONG, tiny_config
 from tests.conformance.families import tiny_model as model_of
@@ -64,6 +65,24 @@ def test_a_family_that_half_precision_alone_breaks_is_told_so():
     with pytest.raises(UserError, match=layouts + r".*; in float32 it is equal: set model\.dtype to float32$"):
         check_packing(make_policy(model, torch.bfloat16))
     check_packing(make_policy(model))
+
+
+@pytest.mark.parametrize("reason", ["first choice", "requested"])
+@pytest.mark.parametrize("layout", ["auto", "shared", "rows"])
+def test_attention_that_computes_wrong_numbers_is_named(reason, layout, monkeypatch, caplog):
+    """It is a fault of an installation, not of the model."""
+    monkeypatch.setattr(interface, "native_attention", lambda query, key, value, *unused: 1.5 * query.transpose(1, 2))
+    policy = make_policy(tiny_model("llama"))
+    policy.backend = Backend("native", reason)
+    words = "attention backend native gives wrong numbers here, and sdpa right ones: LlamaForCausalLM gives different"
+    if layout == "shared" or (layout, reason) == ("auto", "requested"):
+        with pytest.raises(BackendError, match=rf"^{words}.*; set model\.attention to sdpa, or install native anew$"):
+            check_packing(policy, requested=layout)
+        return
+    check_packing(policy, requested=layout)
+    assert policy.layout.kind == "rows"
+    assert policy.backend == Backend("native", reason)
+    assert [r.getMessage().startswith(words) for r in caplog.records] == [True] * (layout == "auto")
 
 
 def test_sequences_beyond_learned_positions_are_named():

@@ -30,6 +30,25 @@ def saved(request, tmp_path_factory):
     return request.param, str(folder), one_by_one(model, sample_groups())
 
 
+def test_adapters_on_the_head_of_a_model_in_rows(tmp_path):
+    """Against the shared layout, in float64."""
+    tiny_model(tiny_config("llama")).save_pretrained(tmp_path)
+    lora = LoraConfig(r=2, target_modules=("q_proj", "lm_head"))
+    policy = load_policy(ModelConfig(model_name_or_path=str(tmp_path), dtype="float32", lora=lora), device=CPU).double()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    want_logps, want = backward(policy, [build_batch(sample_groups())])
+    use_layout(policy, Layout("rows"))
+    logps, grads = backward(policy, [build_batch(sample_groups(), share_prompts=False)])
+    torch.testing.assert_close(logps, want_logps, rtol=0, atol=1e-5)
+    assert any("lm_head" in name and grad.abs().max() > 0 for name, grad in grads.items())
+    assert grads.keys() == want.keys()
+    for name, grad in want.items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-5 * grad.abs().max().item())
+
+
 def load(folder: str, **options) -> Policy:
     model = ModelConfig(model_name_or_path=folder, dtype="float32", lora=options.pop("lora", None))
     policy = load_policy(model, device=CPU, **options)

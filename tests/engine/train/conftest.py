@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from engine.config import build_config
 from engine.config.schema import RunConfig
+from tests.conformance.families import tiny_config, tiny_model
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -55,6 +57,16 @@ def default_config(folder: Path, model: Path, pairs: Path, store: Path, /, **sec
 def make_config(tmp_path: Path, tiny_model_dir: Path, pairs_jsonl: Path, store_dir: Path) -> MakeConfig:
     """``make_config(section={...}, ...)``: ``default_config`` with these sections, into ``tmp_path/run``."""
     return partial(default_config, tmp_path, tiny_model_dir, pairs_jsonl, store_dir)
+
+
+def save_family(family: str, folder: Path, tokenizer: Any) -> Path:
+    """Write a tiny model of a family, and the tokenizer, into a folder."""
+    config = tiny_config(family)
+    config.vocab_size = len(tokenizer)
+    config.initializer_range = 0.02
+    tiny_model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def read_rows(run_dir: Path | str) -> list[dict]:

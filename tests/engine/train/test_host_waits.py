@@ -15,6 +15,7 @@ from engine.model.attention import choice
 from engine.train import feed, loop, references
 from engine.train.evaluation import evaluate_policy
 from engine.train.setup import Setup, prepare
+from tests.engine.train.conftest import save_family
 from tests.pretended_cuda import CUDA, PretendedCuda, on_host, pretended_cuda
 
 
@@ -96,6 +97,8 @@ CASES |= {
     "one prompt a response": {"packing": {"share_prompts": False}},
     "experts": lambda folder: {"model": {"model_name_or_path": str(folder), "dtype": "bfloat16"}},
 }
+IN_ROWS = {"lfm2": "mixers", "bloom": "rows"}
+"""Families that packs alone would change, and their layouts."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,6 +121,18 @@ def test_steps_between_two_log_lines(case, make_config, monkeypatch, tmp_path, t
     assert waits == {2, 4}
     names = [name for name in want if not name.startswith("perf/")]
     assert [got[name] for name in names] == pytest.approx([want[name] for name in names], rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", IN_ROWS)
+def test_steps_of_a_model_in_rows(family, dtype, make_config, tmp_path, tiny_tokenizer):
+    folder = save_family(family, tmp_path / family, tiny_tokenizer)
+    train = {"logging_steps": 2, "max_steps": 4, "save_steps": None}
+    setup = prepare(make_config(model={"model_name_or_path": str(folder), "dtype": dtype}, train=train))
+    assert setup.policy.layout.kind == IN_ROWS[family]
+    with pretended_cuda() as cuda:
+        _, _, waits = take_steps(setup, tmp_path, [], cuda)
+    assert waits == {2, 4}
 
 
 @pytest.mark.parametrize("case", ["sigmoid 1", "aot 1", "bf16", "lora", "live model", "experts"])

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from engine.config.schema import RunConfig
 from engine.evaluate import evaluate
 from engine.train.loop import train
-from tests.conformance.families import tiny_config, tiny_model
 from tests.engine.distributed.launch import run_jobs
-from tests.engine.train.conftest import assert_same_trajectory, read_rows
+from tests.engine.train.conftest import assert_same_trajectory, read_rows, save_family
 from tests.engine.train.test_resume import assert_resumes_exactly
 
 FAMILIES = {"lfm2": "mixers", "bloom": "rows"}
@@ -24,13 +23,7 @@ FAMILIES = {"lfm2": "mixers", "bloom": "rows"}
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def model_dir(request, tmp_path_factory, tiny_tokenizer) -> Path:
     """The folder of a tiny model of a family, after which it is named."""
-    folder = tmp_path_factory.mktemp("models") / request.param
-    config = tiny_config(request.param)
-    config.vocab_size = len(tiny_tokenizer)
-    config.initializer_range = 0.02
-    tiny_model(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    return save_family(request.param, tmp_path_factory.mktemp("models") / request.param, tiny_tokenizer)
 
 
 def test_a_run_says_its_layout_and_does_not_depend_on_packs(model_dir, make_config, rows_of, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.config import build_config
 from engine.errors import UserError
-from engine.model.routers import Balance
+from engine.model.balance import Balance
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.loop import train
 from engine.train.resume import Start, check_balance, check_same_run, config_values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +14,17 @@ from engine.config.schema import LoraConfig, LossConfig, ModelConfig
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError
 from engine.model import Policy, load_policy
-from engine.model.checks import check_packing
-from engine.model.routers import Balance
+from engine.model.balance import Balance
+from engine.model.checks import check_packing, has_experts
+from engine.model.layouts import use_layout
+from engine.model.policy import Layout
 from engine.packing import build_batch
 from engine.train.feed import StepWork, TrainingPack, TrainingStep
+from engine.train.loop import train
 from engine.train.objective import Objective
+from engine.train.routing import Routing, same_random_numbers
 from tests.conformance.families import tiny_config, tiny_model
+from tests.engine.model.test_attention import make_policy
 
 CPU = torch.device("cpu")
 COEFFICIENT = 0.7
@@ -77,7 +83,8 @@ def unpacked(policy: Policy, rows: list[PreferenceGroup]) -> tuple[torch.Tensor,
     finally:
         model.set_attn_implementation(implementation)
     layers = tuple(torch.cat(layer) for layer in zip(*routers, strict=True))
-    top_k = model.config.get_text_config().num_experts_per_tok
+    text = model.config.get_text_config()
+    top_k = text.ffn_config.moe_top_k if text.model_type == "dbrx" else text.num_experts_per_tok
     return torch.stack(sums), load_balancing_loss_func(layers, layers[0].shape[-1], top_k)
 
 
@@ -117,7 +124,7 @@ def test_a_step_has_the_balance_of_an_unpacked_batch(family, division, mixtures)
     assert_same(gradients(policy), want)
     routing = objective.routing
     assert routing.aux_loss().item() == pytest.approx(aux.item(), rel=1e-6)
-    means = routing.add_to(scored.step_means(len(rows)))
+    means = routing.add_to(scored.step_means(len(rows)), routing.aux_loss())
     assert means[0].item() == pytest.approx((preference + COEFFICIENT * aux).item(), rel=1e-6)
     # Every layer gives each token top_k experts.
     tokens = sum(len(g.prompt_ids) + len(r) for g in rows for r in g.response_ids)
@@ -198,15 +205,106 @@ def test_without_a_coefficient_nothing_is_added_and_no_pass_is_made(mixtures):
 
 
 def test_the_coefficient_of_a_model(mixtures, tiny_model_dir):
-    config = mixtures("mixtral").config
-    own = Balance.of(config, None)
-    assert own == Balance(config.router_aux_loss_coef, config.num_experts_per_tok)
-    assert Balance.of(config, 0.5) == replace(own, coefficient=0.5)
-    assert Balance.of(config, 0) is None
-    dense = load_policy(ModelConfig(model_name_or_path=str(tiny_model_dir)), device=CPU).config
+    policy = mixtures("mixtral")
+    own = Balance.of(policy, None)
+    assert own == Balance(policy.config.router_aux_loss_coef, policy.config.num_experts_per_tok)
+    assert Balance.of(policy, 0.5) == replace(own, coefficient=0.5)
+    assert Balance.of(policy, 0) is None
+    dense = load_policy(ModelConfig(model_name_or_path=str(tiny_model_dir)), device=CPU)
     assert Balance.of(dense, None) is Balance.of(dense, 0.0) is None
     with pytest.raises(UserError, match=r"router_aux_loss_coef 0.5: llama is no mixture of experts .* set it to 0"):
         Balance.of(dense, 0.5)
+
+
+DENSE = {
+    "granitemoehybrid": {"num_local_experts": 0},
+    "doge": {"is_moe": False},
+    "jamba": {"num_experts": 1, "num_experts_per_tok": 1},
+    "qwen2_moe": {"mlp_only_layers": [0, 1, 2, 3]},
+}
+"""Configs of families of mixtures whose models are dense."""
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_dense_model_of_a_family_of_mixtures_trains_without_balance(family):
+    config = tiny_config(family)
+    for name, value in DENSE[family].items():
+        setattr(config, name, value)
+    policy = make_policy(tiny_model(config))
+    assert config.router_aux_loss_coef
+    check_packing(policy)
+    objective = Objective(LossConfig())
+    objective.backward(policy.train(), one_step([groups()]))
+    assert objective.routing.balance is None
+    assert policy.training
+    with pytest.raises(UserError, match=rf"router_aux_loss_coef 0.5: {family} is no mixture of experts .* set it to 0"):
+        Balance.of(policy, 0.5)
+
+
+def test_a_model_that_returns_no_loss_of_its_routers_has_one_only_when_asked_for(mixtures):
+    policy = mixtures("llama4_text")
+    assert policy.config.get_text_config().router_aux_loss_coef
+    assert Balance.of(policy, None) is None
+    assert Balance.of(policy, 0.5) == Balance(0.5, 2)
+
+
+def test_routers_of_another_form_are_refused():
+    config = tiny_config("doge")
+    config.is_moe = True
+    config.num_experts, config.num_experts_per_tok = 16, 2
+    with pytest.raises(UserError, match=r"loss of doge is not that of one router over all experts.*set it to 0"):
+        Balance.of(make_policy(tiny_model(config)), None)
+
+
+def test_experts_of_a_config_inside_are_balanced_only_when_asked_for():
+    """TRL, too, reads the coefficient of the text config, and dbrx has its own in another."""
+    policy = make_policy(tiny_model(tiny_config("dbrx")))
+    check_packing(policy)
+    assert has_experts(policy.config)
+    assert Balance.of(policy, None) is None
+    policy.double()
+    rows = groups()
+    _, aux = unpacked(policy, rows)
+    objective = Objective(LossConfig(router_aux_loss_coef=COEFFICIENT))
+    objective.backward(policy, one_step([rows[:2], rows[2:]]))
+    assert objective.routing.aux_loss().item() == pytest.approx(aux.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_model_in_rows_has_the_balance_of_an_unpacked_batch(family, mixtures):
+    policy, rows = mixtures(family), groups()
+    _, aux = unpacked(policy, rows)
+    (COEFFICIENT * aux).backward()
+    balance = gradients(policy)
+    before = policy.layout
+    use_layout(policy, Layout("rows"))
+    try:
+        plain, balanced = (Objective(LossConfig(router_aux_loss_coef=weight)) for weight in (0, COEFFICIENT))
+        step = one_step([rows[:2], rows[2:]], share_prompts=False)
+        plain.backward(policy, step)
+        want = gradients(policy)
+        want |= {name: want.get(name, 0) + grad for name, grad in balance.items()}
+        balanced.backward(policy, step)
+        assert_same(gradients(policy), want)
+        assert balanced.routing.aux_loss().item() == pytest.approx(aux.item(), rel=1e-6)
+    finally:
+        use_layout(policy, before)
+
+
+def test_a_step_takes_its_balance_once(make_config, tiny_mixture_dir, monkeypatch):
+    calls = []
+    taken = Routing.aux_loss
+    monkeypatch.setattr(Routing, "aux_loss", lambda routing: calls.append(1) or taken(routing))
+    train(make_config(model={"model_name_or_path": str(tiny_mixture_dir)}, train={"max_steps": 3, "save_steps": None}))
+    assert len(calls) == 3
+
+
+def test_random_numbers_are_put_back_after_an_error():
+    torch.manual_seed(3)
+    want = torch.get_rng_state()
+    with contextlib.suppress(ValueError), same_random_numbers(CPU):
+        raise ValueError(torch.rand(1))
+    assert torch.equal(torch.get_rng_state(), want)
 
 
 def test_an_evaluation_has_the_balance_of_all_its_rows(mixtures):
