@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters import load_adapter
     from .attention import Backend, choose_backend
-    from .checks import check_dataset, check_packing
+    from .checks import check_packing
     from .head import read_head
     from .load import load_policy, resolve_device
     from .policy import Policy
+    from .readable import check_dataset
     from .ready import load_sharded, ready_policy
     from .shard import shard_policy
     from .sources import check_folder
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 _PLACES = {
     "adapters": ("load_adapter",),
     "attention": ("Backend", "choose_backend"),
-    "checks": ("check_dataset", "check_packing"),
+    "checks": ("check_packing",),
     "head": ("read_head",),
     "load": ("load_policy", "resolve_device"),
     "policy": ("Policy",),
+    "readable": ("check_dataset",),
     "ready": ("load_sharded", "ready_policy"),
     "shard": ("shard_policy",),
     "sources": ("check_folder",),

@@ -22,12 +22,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import distributed
 from ..config.schema import LayoutName
-from ..data.groups import PreferenceDataset, PreferenceGroup
+from ..data.groups import PreferenceGroup
 from ..errors import BackendError, UserError, out_of_memory
 from ..packing.layout import PackedBatch, build_batch
 from .attention import Backend
 from .diagnosis import first_difference
-from .layers import largest, text_model
+from .layers import largest
 from .layouts import eager_attention, use_layout
 from .load import disable_dropout, keep_in_evaluation
 from .policy import Kind, Layout, Policy
@@ -48,8 +48,6 @@ _REACH = re.compile(
 _PROBE_REACH = 3
 _ROW_PROBES = 3
 """Probes that a model in rows is given: what picks the best of several keys may be unequal only where two are even."""
-# Names of learned or tabulated absolute positions.
-_POSITIONS = re.compile(r"wpe|embed_positions|pos(ition)?s?_emb(ed|edding|eddings)?")
 _ADVICE = "choose a family that docs/conformance.md lists as equal"
 # What models raise on input of a form that they did not expect.
 _MODEL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError, AssertionError)
@@ -319,47 +317,6 @@ def _randomness(policy: Policy, batch: PackedBatch) -> Fault | None:
 def _keeps_no_checkpoints(module: nn.Module) -> bool:
     """Whether a module does not ask for its mode inside its forward to know whether to keep activations."""
     return isinstance(module, GradientCheckpointingLayer) or not hasattr(module, "gradient_checkpointing")
-
-
-def check_dataset(policy: Policy, dataset: PreferenceDataset) -> None:
-    """Raise a ``UserError`` that names the first row that the model cannot read, or cannot read alike in a pack."""
-    size = policy.causal_lm.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if dataset.largest_id >= size:
-        for group in dataset:
-            largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids))
-            if largest >= size:
-                raise UserError(
-                    f"row {group.row}: token {largest} is outside the {size:,} embeddings of {_name(policy)}: the "
-                    "tokenizer has more tokens than the model; use the model's own tokenizer, or resize its embeddings"
-                )
-    limit, reason = _length_limit(policy)
-    if limit is None:
-        return
-    for group, lengths in zip(dataset, dataset.lengths, strict=True):
-        longest = int(lengths[0] + lengths[1:].max())
-        if longest > limit:
-            raise UserError(
-                f"row {group.row}: prompt and response have {longest:,} tokens, and {_name(policy)} {reason}; "
-                f"set data.max_length to {limit} or less"
-            )
-
-
-def _length_limit(policy: Policy) -> tuple[int | None, str]:
-    """The longest sequence that gives in any pack what it gives alone, and what happens beyond."""
-    config: Any = policy.config.get_text_config()
-    limits: list[tuple[int, str]] = []
-    # A vision tower has a table, too, of the patches of its images.
-    for name, module in text_model(policy.causal_lm).named_modules():
-        if isinstance(module, nn.Embedding) and _POSITIONS.fullmatch(name.rpartition(".")[2]):
-            size = min(module.num_embeddings, getattr(config, "max_position_embeddings", module.num_embeddings))
-            limits.append((size, f"has {size:,} positions"))
-    rope = getattr(config, "rope_parameters", None) or {}
-    for section in (rope, *rope.values()):
-        if isinstance(section, dict) and section.get("rope_type") in ("longrope", "dynamic"):
-            size = section.get("original_max_position_embeddings") or config.max_position_embeddings
-            kind = section["rope_type"]
-            limits.append((size, f"scales all positions by the longest sequence of a pack beyond {size:,} ({kind})"))
-    return min(limits, default=(None, ""))
 
 
 def _unchanged(policy: Policy, before: torch.Tensor, after: torch.Tensor) -> bool:

@@ -10,11 +10,12 @@ from transformers import set_seed
 
 from ..config.schema import ModelConfig, PackingConfig, TrainConfig
 from ..data.groups import PreferenceDataset
-from .checks import check_dataset, check_packing
+from .checks import check_packing
 from .fresh import check_fresh, score_fresh
 from .layouts import use_layout
 from .load import load_policy
 from .policy import Layout, Policy
+from .readable import check_dataset
 from .shard import shard_policy
 
 
