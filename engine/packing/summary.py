@@ -26,6 +26,8 @@ class PlanSummary:
     total_steps: int
     packs: int
     packed_tokens: int
+    computed_tokens: int
+    """With the padding of rows; packs have none."""
     completion_tokens: int
     unshared_tokens: int
     padded_tokens: int
@@ -34,7 +36,12 @@ class PlanSummary:
     @property
     def fill(self) -> float:
         """Share of the token budget that the packs use. The rest is room, not padding: it is never computed."""
-        return self.packed_tokens / self.capacity_tokens
+        return self.computed_tokens / self.capacity_tokens
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed tokens that is padding."""
+        return 1 - self.packed_tokens / self.computed_tokens
 
     @property
     def saved_by_sharing(self) -> float:
@@ -57,6 +64,13 @@ def padded_tokens(lengths: GroupLengths, batch_pairs: int = PADDED_BATCH_PAIRS) 
     starts = np.arange(0, len(lengths), batch_pairs)
     longest = np.maximum.reduceat(lengths.prompts + lengths.longest, starts)
     return int((longest * np.add.reduceat(lengths.responses, starts)).sum())
+
+
+def row_tokens(lengths: GroupLengths, steps: list[Step]) -> int:
+    """Tokens of all packs as rows, each padded to the longest row of its pack."""
+    widths, rows = lengths.prompts + lengths.longest, lengths.responses
+    packs = [np.array(pack) for step in steps for pack in step]
+    return int(sum(widths[pack].max() * rows[pack].sum() for pack in packs))
 
 
 def plan_first_epoch(dataset: PreferenceDataset, config: RunConfig) -> list[Step]:
@@ -82,13 +96,16 @@ def summarize_plan(dataset: PreferenceDataset, config: RunConfig, steps: list[St
         steps = plan_first_epoch(dataset, config)
     packs = sum(len(step) for step in steps)
     total = train.max_steps if train.max_steps > 0 else math.ceil(len(steps) * train.num_train_epochs)
+    in_rows = packing.layout == "rows"
+    packed = int(group_sizes(lengths, share_prompts=packing.share_prompts and not in_rows).sum())
     return PlanSummary(
         groups=len(dataset),
         responses=int(lengths.responses.sum()),
         steps_per_epoch=len(steps),
         total_steps=total,
         packs=packs,
-        packed_tokens=int(group_sizes(lengths, share_prompts=packing.share_prompts).sum()),
+        packed_tokens=packed,
+        computed_tokens=row_tokens(lengths, steps) if in_rows else packed,
         completion_tokens=int(lengths.completions.sum()),
         unshared_tokens=int(group_sizes(lengths, share_prompts=False).sum()),
         padded_tokens=padded_tokens(lengths),
@@ -98,7 +115,10 @@ def summarize_plan(dataset: PreferenceDataset, config: RunConfig, steps: list[St
 
 def describe_plan(s: PlanSummary, packing: PackingConfig) -> list[tuple[str, str, str]]:
     """What ``dpo plan`` says of lengths: name, figure and note of each line."""
-    basis = f"a prompt counts once {'a row' if packing.share_prompts else 'a response'}"
+    in_rows = packing.layout == "rows"
+    basis = f"a prompt counts once {'a row' if packing.share_prompts and not in_rows else 'a response'}"
+    used = f"packs fill {s.fill:.1%} of tokens_per_pack; the rest is never computed"
+    measured = "packs are assumed here; `dpo train` takes the first layout that its start-up check finds exact"
     return [
         ("preference groups", f"{s.groups:,}", f"{s.responses:,} responses"),
         (
@@ -108,15 +128,12 @@ def describe_plan(s: PlanSummary, packing: PackingConfig) -> list[tuple[str, str
         ),
         ("packs per epoch", f"{s.packs:,}", f"{s.packs / s.steps_per_epoch:.2f} per step"),
         ("tokens per epoch", f"{s.packed_tokens:,}", f"{s.completion_tokens:,} of them reach the head; {basis}"),
-        (
-            "padding",
-            "0.0%",
-            f"packs fill {s.fill:.1%} of tokens_per_pack; the rest is never computed",
-        ),
+        ("padding", f"{s.padding:.1%}", used),
         ("saved by sharing prompts", f"{s.saved_by_sharing:.1%}", f"of {s.unshared_tokens:,} tokens without sharing"),
         (
             f"padded batches of {PADDED_BATCH_PAIRS}",
             f"{s.padded_tokens:,}",
             f"{s.padded_ratio:.2f}x the tokens; {s.padding_avoided:.1%} of them padding",
         ),
+        ("layout", packing.layout, measured if packing.layout == "auto" else "as packing.layout says"),
     ]
