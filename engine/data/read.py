@@ -79,10 +79,10 @@ def check_files(data: DataConfig, *, splits: Sequence[Split] = ("train", "eval")
     """Open local data; what is on the Hub waits.
 
     Args:
-        first_rows: also read the first row.
+        first_rows: also read the first row, and further ones until every column that ``data.columns`` names was found.
 
     Raises:
-        UserError: no such data, or a first row that no layout has; for all splits at once.
+        UserError: no such data, a first row that no layout has, or a column that no row has; for all splits at once.
     """
     names: dict[Split, str | None] = {"train": data.dataset_name, "eval": data.eval_dataset_name}
     if data.eval_fraction is not None:
@@ -93,8 +93,14 @@ def check_files(data: DataConfig, *, splits: Sequence[Split] = ("train", "eval")
 
 def _check_split(data: DataConfig, split: Split, first_rows: bool) -> None:
     rows = open_rows(data, split=split)
-    for row in islice(rows, 1) if first_rows else ():
-        RowReader(data, use_messages=False).decide(row)
+    read = RowReader(data, use_messages=False)
+    for row in rows if first_rows else ():
+        if not read.layout:
+            read.decide(row)
+        if not read.lacks(row):
+            return
+    if absent := read.absent_column():
+        raise absent[0]
 
 
 def _source(data: DataConfig, split: Split, *, tolerant: bool = False) -> Source:
@@ -151,6 +157,8 @@ def _examples(
             yield example
         finally:
             report.layout = read.layout
+    if (absent := read.absent_column()) and not report.ended:
+        report.refuse(*absent)
 
 
 def make_groups(

@@ -21,6 +21,8 @@ _OPTIONAL = frozenset({"system", "input", "history", "tools", "chat_template_kwa
     f"ref_{side}_logps" for side in ("chosen", "rejected")
 }
 """Parts whose column a row may lack."""
+_OF_TURNS = frozenset({"system", "tools", "chat_template_kwargs"})
+"""Parts that only a chat template writes."""
 _OWN_READS = {
     "preference": ("prompt", "chosen", "rejected"),
     "scored": (*PROMPTS, *RESPONSES, *SCORES),
@@ -48,6 +50,11 @@ class RowReader:
         self._reads: frozenset[str] = frozenset()
         self._as_turns = False
         self._ends_asked = False
+        self._first: Row | None = None
+        self._absent = {
+            part: name for part, name in (data.columns or {}).items() if name is not None and part in _OPTIONAL
+        }
+        """Parts whose column no row had so far."""
 
     def __call__(self, row: Row) -> Example:
         """The example of a row.
@@ -67,8 +74,11 @@ class RowReader:
         example = self._read(row)
         self._refuse_shared_text(row, example)
         self._check_speakers(example)
-        if self._as_turns and example.kind == "text":
+        if example.kind == "text" and self._as_turns:
+            if not self._use_messages:
+                raise RowError("no_chat_template", f"{row.where}: {self._why_turns(row)}")
             example = _as_turns(example)
+        self._refuse_parts_of_turns(row, example)
         before = example.prompt
         example = self._with_system(example, row)
         reads = self._reads if example.prompt is not before else self._reads.difference(SYSTEMS)
@@ -83,6 +93,49 @@ class RowReader:
                 f"{row.where}: data.columns.{part} is {found}, but rows of the layout {self.layout} have no {part}; "
                 f"they have {', '.join(sorted(self._reads - set(ALWAYS)))}; remove it, or set data.format"
             )
+
+    def _refuse_parts_of_turns(self, row: Row, example: Example) -> None:
+        """Stop at parts of conversations that ``data.columns`` names where a row is text, or token ids."""
+        parts = sorted(row.mapped & _OF_TURNS) if example.kind != "messages" else ()
+        for part in parts:
+            what, advice = ("text", "data.format: conversation to read it, or ") if example.kind == "text" else ("", "")
+            raise UserError(
+                f"{row.where}: data.columns.{part} has no place in data.format: {self.layout} "
+                f"({what or 'a list of token ids'} has no turns); set {advice}data.columns.{part}: null to leave it out"
+            )
+
+    def _why_turns(self, row: Row) -> str:
+        """Why text is laid out as turns, which no chat template can write, and how it stays text."""
+        changes = ["data.format: preference"] if self.layout == "conversation" else []
+        changes += ["data.columns.system: null"] if any(name in row.data for name in SYSTEMS) else []
+        changes += [f"data.columns.{part}: null" for part in ("history", "input") if part in row.mapped]
+        causes = ["in columns that data.columns names"] if self.layout == "conversation" and row.mapped else []
+        causes = causes or ([f"of the layout {self.layout}"] if self.layout in FOREIGN else [])
+        if self._data.system is not None:
+            changes.append("data.system: null")
+            causes.append("beside data.system")
+        keep = f", or {' and '.join(changes)} to keep it as text"
+        return (
+            f"text {' and '.join(causes) or 'beside a system text'} is laid out as turns, but no chat template is in "
+            "use; set data.chat_template to a Jinja file"
+            + (keep if self.layout not in FOREIGN or self.layout == "conversation" else "")
+        )
+
+    def lacks(self, row: Row) -> bool:
+        """Note the columns of a row; whether one that ``data.columns`` names was in no row so far."""
+        self._first = self._first or row
+        if self._absent:
+            self._absent = {part: name for part, name in self._absent.items() if name not in row.data}
+        return bool(self._absent)
+
+    def absent_column(self) -> tuple[RowError, int] | None:
+        """The fault of an optional part whose column none of the rows that were read has, and the first row's index."""
+        if self._first is None or not self._absent:
+            return None
+        row = self._first
+        part, name = min(self._absent.items())
+        message = f"{row.where}: data.columns.{part} is {name}; found columns {listed(row.data)}, and no row has {name}"
+        return RowError("missing_column", message), row.index
 
     def _refuse_shared_text(self, row: Row, example: Example) -> None:
         """Stop where a prompt is only what two texts share, which differs from row to row, and is to be split by."""
@@ -124,6 +177,7 @@ class RowReader:
 
     def _prepared(self, row: Row) -> Row:
         """The row with columns by the names of their parts, and conversations that are stored as text decoded."""
+        self.lacks(row)
         columns = dict(row.data)
         taken = {}
         for part, name in (self._data.columns or {}).items():

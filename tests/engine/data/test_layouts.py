@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 
 from engine.config.schema import DataConfig, RowFormat
-from engine.data import load_dataset_groups
+from engine.data import check_files, load_dataset_groups
 from engine.data.columns import COLUMNS
 from engine.data.foreign import FOREIGN
 from engine.errors import UserError
@@ -215,6 +216,48 @@ def test_missing_mapped_columns_are_named(load):
         load({"prompt": ASK, **SIDES}, columns={"prompt": "ask"})
     with pytest.raises(ValueError, match=r"data\.columns has no part promt; parts are prompt"):
         DataConfig(dataset_name="x", columns={"promt": "ask"})
+
+
+OPTIONAL_PARTS = ("system", "input", "history", "tools", "chat_template_kwargs", "ref_chosen_logps", "ref_logps")
+
+
+@pytest.mark.parametrize("part", OPTIONAL_PARTS)
+def test_a_column_that_no_row_has_is_named(load, tmp_path, part):
+    columns = {**NAMES, part: "nosuch"}
+    absent = rf"row 0 .*data\.columns\.{part} is nosuch; found columns ask, bad, good"
+    for format in ("auto", "preference"):
+        with pytest.raises(UserError, match=absent):
+            load(MAPPED, MAPPED, columns=columns, format=format)
+    with pytest.raises(UserError, match=absent):
+        check_files(DataConfig(dataset_name=str(tmp_path / "rows.jsonl"), columns=columns))
+
+
+def test_a_column_that_some_rows_lack_is_read(load, tmp_path, tokenizer):
+    columns = {**NAMES, "system": "persona"}
+    dataset, _ = load(MAPPED, MAPPED | {"persona": KIND}, columns=columns)
+    assert ids(dataset) == [*trl_ids([PAIR], tokenizer, None), *trl_ids([KIND_PAIR], tokenizer, None)]
+    check_files(DataConfig(dataset_name=str(tmp_path / "rows.jsonl"), columns=columns))
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        (MAPPED, {"columns": NAMES},
+         r"text in columns that data\.columns names .*, or data\.format: preference to keep"),
+        (MAPPED | {"persona": KIND}, {"columns": {**NAMES, "system": "persona"}},
+         r", or data\.format: preference and data\.columns\.system: null to keep it as text"),
+        ({"prompt": ASK, **SIDES}, {"system": KIND}, r"text beside data\.system .*, or data\.system: null to keep"),
+        (MAPPED, {"columns": NAMES, "system": KIND}, r", or data\.format: preference and data\.system: null to keep"),
+        ({"question": ASK, **SIDES}, {}, r"text of the layout question .* to a Jinja file$"),
+    ],
+)  # fmt: skip
+def test_text_that_would_be_turns_says_why_and_how_it_stays_text(tmp_path, plain_tokenizer, row, options, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    config = DataConfig(dataset_name=str(path), **options)
+    with pytest.raises(UserError, match=r"row 0 .*is laid out as turns, but no chat template is in use") as refused:
+        load_dataset_groups(config, plain_tokenizer, split="train")
+    assert re.search(message, str(refused.value))
 
 
 def test_layouts_of_turns_need_a_template(tmp_path, plain_tokenizer):

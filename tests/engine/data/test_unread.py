@@ -37,7 +37,23 @@ def test_a_part_of_a_word_or_line_is_none(name, text):
         read({"prompt": "The river runs. Why? ", **SIDES, name: text})
 
 
-@pytest.mark.parametrize(("name", "value"), [("system", "Be kind."), ("tools", [{"name": "clock"}])])
-def test_a_column_that_is_named_is_read_or_refused(name, value):
-    with pytest.raises(UserError, match=f"column '{name}' is not read"):
-        read({"prompt": "Why?", **SIDES, "mine": value}, columns={name: "mine"}, format="preference", system=None)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("system", "Be kind."),
+        ("system", "Why?"),
+        ("system", None),
+        ("tools", [{"name": "clock"}]),
+        ("chat_template_kwargs", {"thinking": True}),
+    ],
+)
+@pytest.mark.parametrize("column", ["mine", None])
+def test_a_part_of_turns_that_is_named_beside_text_stops(name, value, column):
+    column = column or name
+    text = {"prompt": "Why?", **SIDES}
+    refused = rf"f\.jsonl, row 0: data\.columns\.{name} has no place in data\.format: "
+    with pytest.raises(UserError, match=refused + r"preference \(text has no turns\); set .*conversation"):
+        read({**text, column: value}, columns={name: column}, format="preference")
+    tokens = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    with pytest.raises(UserError, match=refused + r"tokenized \(a list of token ids has no turns\); set data\.columns"):
+        read({**tokens, column: value}, columns={name: column})
