@@ -30,6 +30,8 @@ MODULES = {
 }
 """Files of implementations. Those of compiled code are not part of every build."""
 
+_CALLED = {"linear_dpo": "linear_dpo_loss"}
+"""What users call an op whose name differs."""
 _MISSING = {"triton": "this build has no Triton kernels for {op}", "native": "the native extension is not built"}
 
 
@@ -85,8 +87,12 @@ def choose(
     stats: Sequence[str] = (),
     filtered: bool = False,
     losses: Sequence[str] = (),
+    called: str | None = None,
 ) -> Choice:
     """Resolve a requested ``impl`` for tensors, and for what is asked of the op, as in ``why_not``.
+
+    Args:
+        called: the function that messages name; by default that of the op.
 
     Raises:
         ValueError: an unknown name.
@@ -97,7 +103,8 @@ def choose(
     if impl != "auto":
         obstacle = why_not(op, impl, device, dtype, stats, filtered, losses)
         if obstacle:
-            raise RuntimeError(f"{op} impl={impl!r} cannot run on {device.type} {dtype}: {obstacle}")
+            name = called or _CALLED.get(op, op)
+            raise RuntimeError(f"{name} impl={impl!r} cannot run on {device.type} {dtype}: {obstacle}")
         return Choice(impl, "requested")
     if device.type == "cpu":
         obstacle = why_not(op, "native", device, dtype, stats, filtered, losses)

@@ -360,8 +360,9 @@ def resolve_loss(loss_type: str | Sequence[str], loss_weights: Sequence[float] |
     for name in names:
         if name not in _TABLE:
             nearest = difflib.get_close_matches(str(name), _TABLE, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"unknown loss_type {name!r}{hint} Expected one of {', '.join(_TABLE)}")
+            hint = f"did you mean {nearest[0]!r}? Expected" if nearest else "expected"
+            known = ", ".join((*_TABLE, *ALIASES))
+            raise ValueError(f"unknown loss_type {name!r}; {hint} one of {known}")
     weights = (1.0,) * len(names) if loss_weights is None else tuple(float(w) for w in loss_weights)
     if len(weights) != len(names):
         raise ValueError(f"loss_weights must have one entry per loss_type, expected {len(names)}; got {len(weights)}")

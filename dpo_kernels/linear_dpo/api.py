@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.chunks import accumulation_dtype
-from dpo_kernels.dispatch import check_impl
+from dpo_kernels.dispatch import check_impl, choose
 from dpo_kernels.head import Head, HeadOptions
 from dpo_kernels.linear_dpo.interface import make_pairs
-from dpo_kernels.linear_dpo.ops import Inputs, linear_dpo_op, reduce_losses, response_sums
+from dpo_kernels.linear_dpo.ops import OFFSETS_WANTED, Inputs, linear_dpo_op, reduce_losses, response_sums
 from dpo_kernels.linear_logps.api import check_weight_grad, linear_logps, named_stats
 from dpo_kernels.linear_logps.ops import head_fields
 from dpo_kernels.linear_logps.stats import STATS, check_stats
@@ -179,6 +179,7 @@ def linear_dpo_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices, offsets or numbers that do not fit, an unknown loss, a missing reference.
+        TypeError: offsets that are no tensor.
         RuntimeError: an ``impl`` that cannot run here.
     """
     check_impl(impl)
@@ -303,6 +304,9 @@ def _composed(
     terms: _Terms,
 ) -> _Found:
     """Log-probs of tokens, their sums, the loss: any gradient, in the products of ``linear_logps``."""
+    if terms.impl != "auto" and not torch.compiler.is_compiling():
+        # A refusal by linear_logps would name a function that was not called.
+        choose("linear_logps", terms.impl, hidden_TD.device, hidden_TD.dtype, terms.stats, called="linear_dpo_loss")
     logps_T, found = linear_logps(
         hidden_TD,
         head.weight_VD,
@@ -333,9 +337,14 @@ def _check_pairs(
 ) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    if not isinstance(cu_responses, Tensor):
+        raise TypeError(
+            f"cu_responses must be a tensor of offsets; got {type(cu_responses).__name__}; {OFFSETS_WANTED}"
+        )
     if cu_responses.ndim != 1 or cu_responses.shape[0] % 2 == 0:
         raise ValueError(
-            f"cu_responses must have shape [responses + 1], with two responses per pair; got {list(cu_responses.shape)}"
+            f"cu_responses must have shape [responses + 1], with two responses per pair; got "
+            f"{list(cu_responses.shape)}; {OFFSETS_WANTED}"
         )
     if cu_responses.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_responses must be int32 or int64; got {cu_responses.dtype}")

@@ -38,6 +38,11 @@ from dpo_kernels.linear_logps.ops import (
 from dpo_kernels.losses import resolve_loss
 from dpo_kernels.pairs import LossOptions
 
+OFFSETS_WANTED = (
+    "cumulative offsets that begin with 0 are wanted: for responses of 3, 2, 4 and 1 rows "
+    "torch.tensor([0, 3, 5, 9, 10])"
+)
+
 
 def check_responses(cu_responses: Tensor, num_rows: int) -> list[int]:
     """The offsets as Python ints. Waits for the device when they are on one."""
@@ -45,7 +50,8 @@ def check_responses(cu_responses: Tensor, num_rows: int) -> list[int]:
     ordered = all(a <= b for a, b in itertools.pairwise(offsets))
     if offsets[0] != 0 or offsets[-1] != num_rows or not ordered:
         raise ValueError(
-            f"cu_responses must rise from 0 to the number of rows, {num_rows}; got {offsets[:4]} ... {offsets[-2:]}"
+            f"cu_responses must rise from 0 to the number of rows, {num_rows}; got {offsets[:4]} ... {offsets[-2:]}; "
+            f"{OFFSETS_WANTED}"
         )
     return offsets
 

@@ -100,8 +100,10 @@ def test_an_explicit_request_reaches_the_op(no_library) -> None:
     hidden, weight, labels = torch.randn(4, 3), torch.randn(7, 3), torch.tensor([1, 2, 3, 4])
     with pytest.raises(RuntimeError, match="native extension is not built"):
         linear_logps(hidden, weight, labels, impl="native")
-    with pytest.raises(RuntimeError, match="native extension is not built"):
-        linear_dpo_loss(hidden, weight.requires_grad_(), labels, torch.tensor([0, 2, 4]), torch.zeros(2), impl="native")
+    for trained in (False, True):
+        pairs = hidden, weight.requires_grad_(trained), labels, torch.tensor([0, 2, 4]), torch.zeros(2)
+        with pytest.raises(RuntimeError, match=r"^linear_dpo_loss impl='native' .*native extension is not built"):
+            linear_dpo_loss(*pairs, impl="native")
 
 
 def test_a_loss_without_a_kernel_goes_to_torch_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,3 +140,18 @@ def test_errors_say_what_was_expected_and_what_came(change: dict, message: str, 
     } | change
     with pytest.raises(ValueError, match=message):
         linear_dpo_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "error", "got"),
+    [
+        ([0, 2, 4], TypeError, "got list"),
+        (torch.tensor([2, 2]), ValueError, r"got \[2\]"),
+        (torch.tensor([2, 1, 1]), ValueError, r"got \[2, 1, 1\]"),
+    ],
+)
+def test_offsets_that_are_none_say_what_is_wanted(offsets, error: type[Exception], got: str) -> None:
+    hidden, weight, labels = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.long)
+    wanted = r"cumulative offsets that begin with 0 .*torch\.tensor\(\[0, 3, 5, 9, 10\]\)"
+    with pytest.raises(error, match=rf"^cu_responses .*{got}.*; {wanted}$"):
+        linear_dpo_loss(hidden, weight, labels, offsets, torch.zeros(2))

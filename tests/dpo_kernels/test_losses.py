@@ -214,7 +214,12 @@ def test_several_losses_are_added_with_their_weights() -> None:
 @pytest.mark.parametrize(
     ("loss_type", "weights", "message"),
     [
-        ("sigmiod", None, "did you mean 'sigmoid'"),
+        (
+            "sigmiod",
+            None,
+            r"unknown loss_type 'sigmiod'; did you mean 'sigmoid'\? Expected one of sigmoid, .*, dpo, dpo_",
+        ),
+        ("kto", None, "unknown loss_type 'kto'; expected one of sigmoid, "),
         ("dpo-but-better", None, "unknown loss_type 'dpo-but-better'"),
         ([], None, "at least one loss"),
         (["sigmoid", "sft"], [1.0], "expected 2; got 1"),
