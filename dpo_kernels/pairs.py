@@ -69,7 +69,7 @@ def check_options(options: LossOptions) -> None:
     if not 0 < options.shift_lambda <= 1:
         raise ValueError(f"shift_lambda must be in (0, 1]; got {options.shift_lambda}")
     for name, value in options._asdict().items():
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{'f_alpha_divergence_coef' if name == 'f_alpha' else name} must be finite; got {value}")
 
 

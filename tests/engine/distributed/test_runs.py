@@ -283,6 +283,6 @@ def test_what_two_processes_leave_is_a_model_that_loads(lab):
     model = AutoModelForCausalLM.from_pretrained(run)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert AutoTokenizer.from_pretrained(run).chat_template
-    assert [path.name for _, path in complete_checkpoints(run)] == ["checkpoint-3", "checkpoint-6"]
+    assert [path.name for _, path in complete_checkpoints(run)] == ["checkpoint-3", "checkpoint-6", "checkpoint-8"]
     names = {path.name for path in (run / "checkpoint-3").rglob("*") if path.is_file()}
     assert not any(name.endswith((".pt", ".bin", ".pkl", ".distcp", ".metadata")) for name in names)
