@@ -17,7 +17,7 @@ finally:
 
 FOLDERS = {"dpo_kernels": "dpo_kernels", "dpo_engine": "engine"}
 """Package -> its folder. ``engine`` alone is a name that other projects use."""
-KERNELS = "hopper_logits.cu"
+KERNELS = sorted(path.name for path in (ROOT / "csrc").glob("hopper_*.cu*"))
 
 
 class BuildWithLibrary(build_py):
@@ -27,7 +27,8 @@ class BuildWithLibrary(build_py):
         super().run()
         if not self.editable_mode:
             # Compiled where it runs; a checkout has it in csrc/.
-            self.copy_file(str(ROOT / "csrc" / KERNELS), str(Path(self.build_lib) / "dpo_kernels" / KERNELS))
+            for name in KERNELS:
+                self.copy_file(str(ROOT / "csrc" / name), str(Path(self.build_lib) / "dpo_kernels" / name))
         library = self.library()
         try:
             library.unlink(missing_ok=True)
@@ -42,7 +43,7 @@ class BuildWithLibrary(build_py):
     def get_outputs(self, include_bytecode=True):
         outputs = super().get_outputs(include_bytecode)
         if not self.editable_mode:
-            outputs = [*outputs, str(Path(self.build_lib) / "dpo_kernels" / KERNELS)]
+            outputs = [*outputs, *(str(Path(self.build_lib) / "dpo_kernels" / name) for name in KERNELS)]
         return [*outputs, str(self.library())] if self.library().exists() else outputs
 
 

@@ -39,8 +39,9 @@ SHARED_BYTES = 4 * (ROWS + COLUMNS) * DEPTH * 2 + 1024 + 128
 VARIABLE = "DPO_HOPPER_KERNELS"
 DTYPES = (torch.bfloat16, torch.float16)
 _PACKAGE = Path(__file__).resolve().parents[1]
-SOURCES = (_PACKAGE / "hopper_logits.cu", _PACKAGE.parent / "csrc" / "hopper_logits.cu")
-"""Where an installation has it, and a checkout."""
+FOLDERS = (_PACKAGE, _PACKAGE.parent / "csrc")
+"""Where an installation has the sources, and a checkout."""
+SOURCE, HEADERS = "hopper_logits.cu", ("hopper_machine.cuh", "hopper_epilogue.cuh")
 
 
 class HopperError(RuntimeError):
@@ -231,18 +232,15 @@ def compiled(dtype: torch.dtype, mode: int) -> bytes:
     Raises:
         HopperError: there is no source, no NVRTC, or it refuses the source.
     """
-    source = next((path for path in SOURCES if path.is_file()), None)
-    if source is None:
-        raise HopperError("hopper_logits.cu is not installed")
-    text = source.read_bytes()
+    files = sources()
     compiler = _Compiler()
     given = options(dtype, mode)
-    key = hashlib.sha256(b"\0".join([text, *map(str.encode, given), compiler.version])).hexdigest()[:32]
+    key = hashlib.sha256(b"\0".join([*files.values(), *map(str.encode, given), compiler.version])).hexdigest()[:32]
     table = default_table_path()
     kept = None if table is None else table.with_name("kernels") / f"{key}.cubin"
     if kept is not None and (found := _kept(kept)) is not None:
         return found
-    code = compiler.compile(text, given)
+    code = compiler.compile(files, given)
     if kept is not None:
         _keep(kept, code)
     return code
@@ -256,6 +254,21 @@ def _kept(path: Path) -> bytes | None:
         return None
     digest, code = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     return code if hashlib.sha256(code).digest() == digest else None
+
+
+def sources() -> dict[str, bytes]:
+    """The source and its headers, by name.
+
+    Raises:
+        HopperError: they are not there.
+    """
+    folder = next((folder for folder in FOLDERS if (folder / SOURCE).is_file()), None)
+    if folder is None:
+        raise HopperError(f"{SOURCE} is not installed")
+    try:
+        return {name: (folder / name).read_bytes() for name in (SOURCE, *HEADERS)}
+    except OSError as error:
+        raise HopperError(f"{error.filename}: {error.strerror}") from error
 
 
 def options(dtype: torch.dtype, mode: int) -> list[str]:
@@ -290,13 +303,17 @@ class _Compiler:
         self._check(self.library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
         self.version = f"{major.value}.{minor.value}".encode()
 
-    def compile(self, source: bytes, options: list[str]) -> bytes:
+    def compile(self, files: dict[str, bytes], options: list[str]) -> bytes:
+        """Machine code of the first of the files, which includes the others by name."""
         program = ctypes.c_void_p()
-        self._check(self.library.nvrtcCreateProgram(ctypes.byref(program), source, b"hopper_logits.cu", 0, None, None))
+        (name, source), *headers = ((name.encode(), text) for name, text in files.items())
+        names, texts = ((ctypes.c_char_p * len(headers))(*column) for column in zip(*headers, strict=True))
+        made = self.library.nvrtcCreateProgram(ctypes.byref(program), source, name, len(headers), texts, names)
+        self._check(made)
         try:
             given = (ctypes.c_char_p * len(options))(*map(str.encode, options))
             if self.library.nvrtcCompileProgram(program, len(options), given):
-                raise HopperError(f"NVRTC {self.version.decode()} refuses hopper_logits.cu: {self._log(program)}")
+                raise HopperError(f"NVRTC {self.version.decode()} refuses {SOURCE}: {self._log(program)}")
             return self._read(program, "CUBIN")
         finally:
             self.library.nvrtcDestroyProgram(ctypes.byref(program))

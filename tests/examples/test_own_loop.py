@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from dpo_kernels.hf import attach_head, pair_loss, response_logps
+from tests.ranks import results_of_two
 
 PATH = Path(__file__).resolve().parents[2] / "examples" / "own_loop.py"
 WRAPPERS = ("ddp", "fsdp2", "accelerate")
@@ -66,12 +66,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return results_of_two(worker, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

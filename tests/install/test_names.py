@@ -37,7 +37,10 @@ def run(installed, tmp_path):
     return start
 
 
-COPIED: dict[str, set[str]] = {"dpo_kernels": {"hopper_logits.cu"}, "dpo_engine": set()}
+COPIED: dict[str, set[str]] = {
+    "dpo_kernels": {"hopper_logits.cu", "hopper_machine.cuh", "hopper_epilogue.cuh"},
+    "dpo_engine": set(),
+}
 """What comes from csrc/ and is compiled where it runs."""
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 from torch.testing import assert_close
 
 from tests.dpo_kernels.integrations.trl_setup import distributed_worker, score, sharding_case, train_one_step
 from tests.engine.model.families import tiny_model
+from tests.ranks import results_of_two
 
 pytest.importorskip("trl")
 
@@ -17,12 +16,7 @@ pytest.importorskip("trl")
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(distributed_worker, args=(port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return results_of_two(distributed_worker, tmp_path_factory.mktemp("ranks"))
 
 
 def test_ddp_step_is_that_of_one_process(ranks, tmp_path):

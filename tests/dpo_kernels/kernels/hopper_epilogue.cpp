@@ -1,4 +1,4 @@
-// Runs what csrc/hopper_logits.cu does with accumulators on the CPU: threads of a warp in step, shuffles between them.
+// Runs csrc/hopper_epilogue.cuh on the CPU: threads of a warp in step, shuffles between them.
 // Arguments: folder, T, V. Reads products [256, 512] fp32, labels and what else is there; writes what the mode fills.
 
 #include <algorithm>
@@ -15,7 +15,6 @@
 
 #define __device__
 #define __forceinline__ inline
-#define __align__(x)
 
 using std::min;
 
@@ -71,7 +70,11 @@ inline unsigned short round_bits(float x) {
   if (x != x) return 0x7fff;
   return (unsigned short)((word + 0x7fff + (word >> 16 & 1)) >> 16);
 }
-inline void store_words(unsigned short* target, const unsigned (&words)[4]) { std::memcpy(target, words, 16); }
+// The names of hopper_machine.cuh that the epilogue uses.
+inline float power_of_2(float x) { return std::exp2(x); }
+inline float widen(unsigned short bits) { return from_bits((unsigned)bits << 16); }
+inline unsigned pack(float first, float second) { return round_bits(first) | (unsigned)round_bits(second) << 16; }
+inline void store_16_bytes(unsigned short* target, const unsigned (&words)[4]) { std::memcpy(target, words, 16); }
 
 #include "epilogue.h"
 

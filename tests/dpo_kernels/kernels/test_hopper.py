@@ -24,8 +24,8 @@ from dpo_kernels.head import Head
 from dpo_kernels.kernels import hopper, launch, slice_grad, tile_logps
 from dpo_kernels.kernels.tile_config import table_entries
 
-SOURCE = next(path for path in hopper.SOURCES if path.is_file())
-TEXT = SOURCE.read_text()
+FILES = hopper.sources()
+TEXT = b"".join(FILES.values()).decode()
 KINDS = {"int": ctypes.c_int, "float": ctypes.c_float, "long long": ctypes.c_int64}
 
 
@@ -192,7 +192,7 @@ def test_reasons_why_not(monkeypatch):
     for reason, patch in {
         "DPO_HOPPER_KERNELS=none hides them": lambda: monkeypatch.setenv(hopper.VARIABLE, "none"),
         "libnvrtc.so.99 is not found": lambda: monkeypatch.setattr(torch.version, "cuda", "99.0"),
-        "hopper_logits.cu is not installed": lambda: monkeypatch.setattr(hopper, "SOURCES", ()),
+        "hopper_logits.cu is not installed": lambda: monkeypatch.setattr(hopper, "FOLDERS", ()),
     }.items():
         monkeypatch.delenv(hopper.VARIABLE, raising=False)
         hopper._why_not.cache_clear()
@@ -235,38 +235,20 @@ def test_machine_code_that_was_kept(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def epilogue(tmp_path_factory) -> Path:
-    """The source between its products and its tiles, compiled for threads of the CPU: a program for each mode."""
+    """``hopper_epilogue.cuh`` compiled for threads of the CPU: a program for each mode."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("hopper")
-    part = TEXT[TEXT.index("// ---------------------------------------------------------------- what becomes") :]
-    part = part[: part.index("// ---------------------------------------------------------------- tiles")]
-    for name, body in HOST_BODIES.items():
-        part, count = re.subn(rf"({name}\([^)]*\) \{{\n).*?\n\}}", rf"\1  {body}\n}}", part, count=1, flags=re.S)
-        assert count == 1, name
-    part, count = re.subn(
-        r'asm volatile\("st\.global\.cs\.v4\.b32.*?"memory"\);', "store_words(TARGET, w);", part, flags=re.S
-    )
-    target = "target + 32 * block + 8 * quarter"
-    assert count == 1
-    assert f'"l"({target})' in TEXT
-    part = part.replace("TARGET", target)
-    head = TEXT[: TEXT.index("__device__ __forceinline__ float infinity")]
-    (folder / "epilogue.h").write_text(head + part)
+    # Sizes and types, then the epilogue as it is; what is an instruction of Hopper's the harness has in C++.
+    head = FILES[hopper.SOURCE].decode().partition("#include")[0]
+    (folder / "epilogue.h").write_text(head + FILES["hopper_epilogue.cuh"].decode())
     harness = Path(__file__).with_name("hopper_epilogue.cpp")
     for mode in range(3):
         command = [compiler, "-std=c++17", "-O1", "-pthread", f"-DMODE={mode}", "-DHALF=0", f"-I{folder}", str(harness)]
         subprocess.run([*command, "-o", str(folder / f"mode{mode}")], check=True, capture_output=True, text=True)
     return folder
 
-
-HOST_BODIES = {
-    "power_of_2": "return std::exp2(x);",
-    "widen": "return from_bits((u32)bits << 16);",
-    "pack": "return (u32)round_bits(first) | (u32)round_bits(second) << 16;",
-}
-"""What is assembly in the source, where a function is nothing else."""
 
 T, V = 200, 300
 """The second group of rows ends past T, the second tile of columns past V."""
@@ -378,7 +360,7 @@ def machine_code(tmp_path_factory) -> dict[int, Path]:
     found = {}
     for mode in range(3):
         found[mode] = folder / f"{mode}.cubin"
-        found[mode].write_bytes(compiler.compile(SOURCE.read_bytes(), hopper.options(torch.bfloat16, mode)))
+        found[mode].write_bytes(compiler.compile(FILES, hopper.options(torch.bfloat16, mode)))
     return found
 
 

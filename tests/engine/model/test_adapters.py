@@ -11,23 +11,20 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dpo_kernels import linear_dpo_loss
 from engine.config.schema import LoraConfig, ModelConfig
-from engine.data.groups import PreferenceGroup
 from engine.errors import UserError
-from engine.model import Policy, check_packing, load_adapter, load_policy
+from engine.model import check_packing, load_adapter, load_policy
 from engine.model.adapter_forms import changes_base, is_adapter
 from engine.model.adapters import quiet_loading
-from engine.packing import build_batch
 from engine.reference import model_digest
 from engine.train.checkpoint import save_weights
 from tests.conformance.families import tiny_config, tiny_model
+from tests.engine.model.adapter_setup import disturb_, pack
 
 peft = pytest.importorskip("peft")
 CPU = torch.device("cpu")
@@ -38,24 +35,6 @@ KINDS = {
     "head": LoraConfig(r=4, target_modules=("q_proj", "embed_tokens", "lm_head")),
     "copies": LoraConfig(r=4, target_modules=("v_proj",), modules_to_save=("lm_head", "embed_tokens", "norm")),
 }
-
-
-def pack(tokens: int = 300):
-    generator = np.random.default_rng(3)
-
-    def draw(size: int) -> np.ndarray:
-        return generator.integers(0, tokens, size, dtype=np.int32)
-
-    return build_batch([PreferenceGroup(i, draw(6 + i), (draw(5), draw(9))) for i in range(3)])
-
-
-def disturb_(policy: Policy, scale: float = 0.1) -> None:
-    """Trained adapters: what is trained moves away from its start."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 def plain_logps(model, batch) -> torch.Tensor:
@@ -382,76 +361,3 @@ def test_adapters_that_cannot_go_on_are_named(base, trained, tmp_path):
     (trained / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "LOHA"}))
     with pytest.raises(UserError, match="only LORA is supported"):
         load(trained)
-
-
-def test_a_frozen_head_has_no_gradient_of_its_weight(base, monkeypatch):
-    """LoRA takes the path with two products: no pass makes a tensor of the shape of the head's weight."""
-    policy = load_policy(replace(base, lora=LoraConfig(r=4)), device=CPU)
-    batch, head = pack(), policy.head
-    assert not head.weight_VD.requires_grad
-    shape = head.weight_VD.shape
-    made = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            fresh = out if isinstance(out, torch.Tensor) else None
-            if (
-                fresh is not None
-                and fresh.shape in (shape, shape[::-1])
-                and fresh.data_ptr() != head.weight_VD.data_ptr()
-            ):
-                made.append(func)
-            return out
-
-    def loss(hidden, head):
-        refs = torch.zeros(batch.num_responses)
-        return linear_dpo_loss(
-            hidden, head.weight_VD, batch.labels_N, batch.cu_responses_S1, refs, reduction="sum", **head.options
-        ).loss
-
-    with Watch():
-        policy(batch, loss).backward()
-    assert not made
-    assert head.weight_VD.grad is None
-    assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
-    full = load_policy(base, device=CPU)
-    head = full.head
-    with Watch():
-        full(batch, loss).backward()
-    assert made, "the watch sees the gradient of a trained head"
-
-
-def test_quantization_without_its_package_says_what_to_install(base, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
-    with pytest.raises(
-        UserError, match=r"model\.quantization=nf4 needs bitsandbytes: pip install dpo-kernels\[qlora\]"
-    ):
-        load_policy(replace(base, quantization="nf4", lora=LoraConfig(r=4)), device=CPU)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_quantised_base(kind, base, tmp_path):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    config = replace(base, quantization=kind, lora=LoraConfig(r=4))
-    policy = load_policy(config, device=CPU)
-    assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in policy.modules())
-    assert all(p.dtype == torch.float32 and "lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
-    check_packing(policy)
-    batch = pack()
-    with torch.no_grad():
-        before = policy.eval().logps(batch)
-        exact = load_policy(base, device=CPU).eval().logps(batch)
-    assert 0 < (before - exact).abs().max() < 0.5
-    assert model_digest(policy) != model_digest(load_policy(base, device=CPU))
-    assert model_digest(policy) == model_digest(load_policy(replace(config, lora=None), device=CPU))
-    policy.train().logps(batch).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters() if p.requires_grad)
-    disturb_(policy)
-    save_weights(policy, tmp_path / "saved")
-    again = load_policy(replace(config, lora=None, adapter_name_or_path=str(tmp_path / "saved")), device=CPU)
-    with torch.no_grad():
-        assert torch.equal(again.eval().logps(batch), policy.eval().logps(batch))
-        with again.reference_mode():
-            assert not torch.equal(again.logps(batch), before)

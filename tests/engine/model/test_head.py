@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dpo_kernels import linear_dpo_loss
 from engine.config.schema import LoraConfig, ModelConfig
 from engine.errors import UserError
 from engine.model import Policy, load_policy
 from engine.model.head import adapted_head, head_words, read_head
+from tests.engine.model.adapter_setup import pack
 
 peft = pytest.importorskip("peft")
 CPU = torch.device("cpu")
@@ -127,3 +129,42 @@ def test_what_is_trained_of_the_head_is_said(tiny_model_dir):
     assert words[0] == "frozen, with adapters of rank 3"
     assert "trained copy" in words[1]
     assert head_words(adapted(tiny_model_dir, replace(BASE, target_modules=("q_proj",))).causal_lm) == "frozen"
+
+
+def test_a_frozen_head_has_no_gradient_of_its_weight(tiny_model_dir):
+    """LoRA takes the path with two products: no pass makes a tensor of the shape of the head's weight."""
+    base = ModelConfig(model_name_or_path=str(tiny_model_dir), dtype="float32")
+    policy = load_policy(replace(base, lora=LoraConfig(r=4)), device=CPU)
+    batch, head = pack(), policy.head
+    assert not head.weight_VD.requires_grad
+    shape = head.weight_VD.shape
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            fresh = out if isinstance(out, torch.Tensor) else None
+            if (
+                fresh is not None
+                and fresh.shape in (shape, shape[::-1])
+                and fresh.data_ptr() != head.weight_VD.data_ptr()
+            ):
+                made.append(func)
+            return out
+
+    def loss(hidden, head):
+        refs = torch.zeros(batch.num_responses)
+        return linear_dpo_loss(
+            hidden, head.weight_VD, batch.labels_N, batch.cu_responses_S1, refs, reduction="sum", **head.options
+        ).loss
+
+    with Watch():
+        policy(batch, loss).backward()
+    assert not made
+    assert head.weight_VD.grad is None
+    assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
+    full = load_policy(base, device=CPU)
+    head = full.head
+    with Watch():
+        full(batch, loss).backward()
+    assert made, "the watch sees the gradient of a trained head"
