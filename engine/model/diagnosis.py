@@ -46,15 +46,20 @@ def first_difference(policy: Policy, batch: PackedBatch, start: int) -> Place:
     with eager_attention(policy):
         plain = _trace(model, ids.shape[1], lambda: policy.plain_logits(ids))
     tolerance = _RELATIVE[policy.compute_dtype]
-    for name, pack in packed.items():
-        alone = plain.get(name)
-        if alone is None or pack.after is None or alone.after is None:
-            continue
-        same_input = _equal(pack.before, alone.before, start, tolerance)
-        if same_input and not _equal(pack.after, alone.after, start, tolerance):
-            reads = pack.type_name in batch.plan.readers
-            reason = "whose attention does more than packs support" if reads else "which depends on the rest of a pack"
-            return Place(f"{name} ({pack.type_name}), {reason}", None if reads else pack.type_name)
+    # Small activations are first taken for rounding; where nothing else is found they are measured by themselves, as of
+    # a model fresh from its initialisation.
+    for least in (1.0, 0.0):
+        for name, pack in packed.items():
+            alone = plain.get(name)
+            if alone is None or pack.after is None or alone.after is None:
+                continue
+            same_input = _equal(pack.before, alone.before, start, tolerance, least)
+            if same_input and not _equal(pack.after, alone.after, start, tolerance, least):
+                reads = pack.type_name in batch.plan.readers
+                reason = (
+                    "whose attention does more than packs support" if reads else "which depends on the rest of a pack"
+                )
+                return Place(f"{name} ({pack.type_name}), {reason}", None if reads else pack.type_name)
     words = "the output layers, which do more than a linear layer with the scale and cap that the config names"
     return Place(words, None)
 
@@ -90,10 +95,11 @@ def _per_token(values: Any, num_tokens: int) -> torch.Tensor | None:
     return None
 
 
-def _equal(packed: torch.Tensor | None, alone: torch.Tensor | None, start: int, tolerance: float) -> bool:
+def _equal(packed: torch.Tensor | None, alone: torch.Tensor | None, start: int, tolerance: float, least: float) -> bool:
+    """Within rounding, which is relative to the largest activation, or to ``least`` where all are smaller."""
     if packed is None or alone is None:
         return packed is alone
     packed = packed[start:]
     if packed.shape != alone.shape or not alone.is_floating_point():
         return packed.shape == alone.shape and torch.equal(packed, alone)
-    return bool((packed - alone).abs().max() <= tolerance * max(1.0, alone.abs().max().item()))
+    return bool((packed - alone).abs().max() <= tolerance * max(least, alone.abs().max().item()))

@@ -56,6 +56,21 @@ def load(folder: str, **options) -> Policy:
     return policy
 
 
+@pytest.mark.parametrize("hidden_size", [32, 64])
+def test_a_mixer_is_found_whose_part_is_small(hidden_size, tmp_path):
+    """As transformers initialises a model: what a convolution adds is a thousandth of what the checks call rounding."""
+    from transformers import AutoModelForCausalLM, Lfm2Config
+
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 64, "vocab_size": 128, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Lfm2Config(**sizes, **heads, layer_types=["conv", "full_attention", "conv"])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy = load(str(tmp_path))
+    assert policy.layout.kind == "mixers"
+    assert policy.layout.mixers == ("Lfm2ShortConv",)
+
+
 def backward(policy: Policy, batches) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probs, and gradients of a weighted sum of them; all forward passes come before the first backward pass."""
     policy.train()
