@@ -26,6 +26,8 @@ R = TypeVar("R")
 
 Kind = Literal["shared", "mixers", "rows", "single"]
 
+_BLOCKS: dict[Kind, Blocks] = {"mixers": "alike", "rows": "together", "single": "alone"}
+
 
 class Layout(NamedTuple):
     """What runs on packs and what on rows."""
@@ -43,6 +45,16 @@ class Layout(NamedTuple):
         """Whether the whole model runs on rows."""
         return self.kind in ("rows", "single")
 
+    @property
+    def blocks(self) -> Blocks | None:
+        """Which rows stand together; None where nothing runs on rows."""
+        return _BLOCKS.get(self.kind)
+
+    @property
+    def mixer_blocks(self) -> Blocks | None:
+        """The same of modules that get rows in packs."""
+        return None if self.in_rows else self.blocks
+
 
 class OwnBalance(NamedTuple):
     """What the forward of a model itself returns of its routers."""
@@ -53,9 +65,6 @@ class OwnBalance(NamedTuple):
     """Whether it returns a load-balancing loss."""
     same: bool
     """Whether that loss, where there is one, is ours of these logits."""
-
-
-_BLOCKS: dict[Kind, Blocks] = {"mixers": "alike", "rows": "together", "single": "alone"}
 
 
 class Policy(nn.Module):
@@ -141,9 +150,8 @@ class Policy(nn.Module):
 
     def rows_of(self, batch: PackedBatch) -> RowPlan | None:
         """The rows of a batch that the layout of this policy asks for."""
-        if self.layout.kind == "shared":
-            return None
-        return plan_rows(batch.plan.segments, _BLOCKS[self.layout.kind])
+        blocks = self.layout.blocks
+        return None if blocks is None else plan_rows(batch.plan.segments, blocks)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Final hidden states of all packed tokens, [T, D]."""

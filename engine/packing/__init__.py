@@ -2,7 +2,7 @@
 
 from .layout import AttentionPlan, PackedBatch, Segment, build_batch
 from .plan import Pack, Step, check_fits, group_costs, group_sizes, pack_groups, pack_lengths, plan_epoch
-from .summary import PlanSummary, describe_plan, plan_first_epoch, summarize_plan
+from .summary import PlanSummary, describe_plan, mixer_padding_words, plan_first_epoch, summarize_plan
 
 __all__ = [
     "AttentionPlan",
@@ -16,6 +16,7 @@ __all__ = [
     "describe_plan",
     "group_costs",
     "group_sizes",
+    "mixer_padding_words",
     "pack_groups",
     "pack_lengths",
     "plan_epoch",

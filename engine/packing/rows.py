@@ -65,6 +65,11 @@ class RowPlan:
         """C."""
         return sum(rows * length for rows, length in self.shapes)
 
+    @property
+    def num_row_tokens(self) -> int:
+        """K."""
+        return len(self.picks_K)
+
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RowPlan:
         """The same plan with ``change`` of each of its tensors."""
         return replace(
@@ -78,7 +83,7 @@ class RowPlan:
     def split(self, x_T: torch.Tensor, fill: int = 0) -> list[torch.Tensor]:
         """[B, L, ...] of each block, from packed rows [T, ...]; padding is ``fill``."""
         cells = gather_rows(x_T, self.picks_K, self.order_K, self.counts)
-        if self.num_cells > len(self.picks_K):
+        if self.num_cells > self.num_row_tokens:
             blank = cells.new_full((self.num_cells, *cells.shape[1:]), fill)
             cells = blank.index_copy_(0, self.cells_K, cells)
         sizes = [rows * length for rows, length in self.shapes]
@@ -113,6 +118,11 @@ def plan_rows(segments: Sequence[Segment], blocks: Blocks = "alike") -> RowPlan:
         torch.from_numpy(values.astype(np.int64, copy=False)) for values in (picks_K, order_K, cells_K, homes_T)
     )
     return RowPlan(shapes, len(homes_T), picks, order, counts, cells, homes)
+
+
+def count_cells(lengths_R: np.ndarray, blocks: Blocks = "alike") -> int:
+    """C, of a pack whose rows have these lengths."""
+    return sum(len(rows) * int(lengths_R[rows].max()) for rows in _blocks(lengths_R, blocks))
 
 
 def _blocks(lengths_R: np.ndarray, blocks: Blocks) -> list[np.ndarray]:

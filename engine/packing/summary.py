@@ -11,6 +11,7 @@ from ..config.schema import PackingConfig, RunConfig
 from ..data.groups import PreferenceDataset
 from ..data.lengths import GroupLengths
 from .plan import Step, check_fits, group_sizes, plan_epoch
+from .rows import Blocks, count_cells
 
 PADDED_BATCH_PAIRS = 8
 """Pairs in the padded batch that packing is compared with: TRL's default per-device batch."""
@@ -32,6 +33,15 @@ class PlanSummary:
     unshared_tokens: int
     padded_tokens: int
     capacity_tokens: int
+    mixer_tokens: int = 0
+    """That modules in rows compute: a prompt counts once for each of its responses."""
+    mixer_cells: int = 0
+    """The same with the padding of these rows."""
+
+    @property
+    def mixer_padding(self) -> float:
+        """Share of what modules in rows compute that is padding."""
+        return 1 - self.mixer_tokens / max(self.mixer_cells, 1)
 
     @property
     def fill(self) -> float:
@@ -73,6 +83,12 @@ def row_tokens(lengths: GroupLengths, steps: list[Step]) -> int:
     return int(sum(widths[pack].max() * rows[pack].sum() for pack in packs))
 
 
+def mixer_cells(lengths: GroupLengths, steps: list[Step], blocks: Blocks) -> int:
+    """What modules in rows compute of all packs, padding included."""
+    rows_G = [parts[0] + parts[1:] for parts in lengths]
+    return sum(count_cells(np.concatenate([rows_G[i] for i in pack]), blocks) for step in steps for pack in step)
+
+
 def plan_first_epoch(dataset: PreferenceDataset, config: RunConfig) -> list[Step]:
     """The steps of the first epoch in one process.
 
@@ -85,8 +101,13 @@ def plan_first_epoch(dataset: PreferenceDataset, config: RunConfig) -> list[Step
     return plan_epoch(dataset.lengths, packing, seed=train.seed)
 
 
-def summarize_plan(dataset: PreferenceDataset, config: RunConfig, steps: list[Step] | None = None) -> PlanSummary:
+def summarize_plan(
+    dataset: PreferenceDataset, config: RunConfig, steps: list[Step] | None = None, *, mixers: Blocks | None = None
+) -> PlanSummary:
     """Plan the first epoch of ``config`` over ``dataset``, unless its ``steps`` are given, and count.
+
+    Args:
+        mixers: how the rows of modules stand that get some; None where no module does.
 
     Raises:
         UserError: a group does not fit in a pack, or there is none.
@@ -98,6 +119,7 @@ def summarize_plan(dataset: PreferenceDataset, config: RunConfig, steps: list[St
     total = train.max_steps if train.max_steps > 0 else math.ceil(len(steps) * train.num_train_epochs)
     in_rows = packing.layout == "rows"
     packed = int(group_sizes(lengths, share_prompts=packing.share_prompts and not in_rows).sum())
+    unshared = int(group_sizes(lengths, share_prompts=False).sum())
     return PlanSummary(
         groups=len(dataset),
         responses=int(lengths.responses.sum()),
@@ -107,10 +129,17 @@ def summarize_plan(dataset: PreferenceDataset, config: RunConfig, steps: list[St
         packed_tokens=packed,
         computed_tokens=row_tokens(lengths, steps) if in_rows else packed,
         completion_tokens=int(lengths.completions.sum()),
-        unshared_tokens=int(group_sizes(lengths, share_prompts=False).sum()),
+        unshared_tokens=unshared,
         padded_tokens=padded_tokens(lengths),
         capacity_tokens=packs * packing.tokens_per_pack,
+        mixer_tokens=unshared if mixers else 0,
+        mixer_cells=mixer_cells(lengths, steps, mixers) if mixers else 0,
     )
+
+
+def mixer_padding_words(s: PlanSummary) -> str:
+    """How much of what modules in rows compute is padding."""
+    return f"{s.mixer_padding:.1%} of the {s.mixer_cells:,} tokens an epoch that mixers compute in rows"
 
 
 def describe_plan(s: PlanSummary, packing: PackingConfig) -> list[tuple[str, str, str]]:

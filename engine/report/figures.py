@@ -148,6 +148,7 @@ def throughput(run: RunRecords) -> Figure | None:
             "% of tokens",
             [
                 ("perf/padding_fraction", "padding", REJECTED),
+                ("perf/mixer_padding", "padding of mixers", TRAIN),
                 ("perf/shared_fraction", "saved by prompt sharing", CHOSEN),
             ],
             100.0,

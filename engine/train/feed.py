@@ -181,12 +181,15 @@ class TrainingFeed:
     def _work(self, members: Step, packs: tuple[TrainingPack, ...]) -> StepWork:
         groups = [i for pack in members for i in pack]
         rows = sum(self._cells(p.batch) for p in packs)
+        mixers = [p.batch.rows_plan for p in packs if p.batch.rows_plan is not None and not self._in_rows]
         return StepWork(
             pairs=int(self._terms_G[groups].sum()),
             unshared_tokens=sum(p.batch.num_unshared_tokens for p in packs if p.counts),
             packed_tokens=int(self._packed_G[groups].sum()),
             rows=rows,
             flop=self.flops.step(rows, int(self._completions_G[groups].sum()), int(self._visible_G[groups].sum())),
+            mixer_tokens=sum(plan.num_row_tokens for plan in mixers),
+            mixer_cells=sum(plan.num_cells for plan in mixers),
         )
 
     def _cells(self, batch: PackedBatch) -> int:

@@ -11,6 +11,7 @@ one over the number of experts; ``experts/busiest`` is the largest of them over 
 ``num_tokens`` counts prompt
 and response of every sequence, so the prompt of a pair twice, however it was computed, and so does
 ``perf/tokens_per_second``; times ``1 - perf/shared_fraction`` it is the tokens that went through the model.
+``perf/mixer_padding`` is there where some modules get rows: the share of what these compute that is padding.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +68,10 @@ class StepWork:
     rows: int
     """Rows of the packs, padding included."""
     flop: float
+    mixer_tokens: int = 0
+    """Tokens of the rows of modules that get some in packs."""
+    mixer_cells: int = 0
+    """The same with their padding."""
 
 
 class IntervalMeter:
@@ -146,6 +151,7 @@ class IntervalMeter:
             "perf/pairs_per_second": total.pairs / elapsed,
             "perf/mfu": total.flop / elapsed / self.peak_flops,
             "perf/padding_fraction": 1 - total.packed_tokens / max(total.rows, 1),
+            **({"perf/mixer_padding": 1 - total.mixer_tokens / total.mixer_cells} if total.mixer_cells else {}),
             "perf/shared_fraction": 1 - total.packed_tokens / max(total.unshared_tokens, 1),
             "perf/peak_memory_gib": max(distributed.gather(peak_memory_gib(self.device))),
         }
@@ -204,13 +210,7 @@ def _total(work: Sequence[StepWork]) -> StepWork:
 
 
 def _sum(work: Sequence[StepWork]) -> StepWork:
-    return StepWork(
-        pairs=sum(w.pairs for w in work),
-        unshared_tokens=sum(w.unshared_tokens for w in work),
-        packed_tokens=sum(w.packed_tokens for w in work),
-        rows=sum(w.rows for w in work),
-        flop=sum(w.flop for w in work),
-    )
+    return StepWork(**{f.name: sum(getattr(w, f.name) for w in work) for f in fields(StepWork)})
 
 
 class Tracker(Protocol):

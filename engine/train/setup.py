@@ -29,7 +29,7 @@ from ..model.companions import describe_trained, take_template
 from ..model.head import head_words
 from ..model.layouts import attention_words, describe_layout, settled
 from ..model.quantization import check_quantization, check_trainable, num_weights
-from ..packing import PlanSummary, check_fits, summarize_plan
+from ..packing import PlanSummary, check_fits, mixer_padding_words, summarize_plan
 from ..reference import weights_digest
 from ..reference.template_date import with_template_date
 from ..run_folder import DATA_FILE
@@ -158,7 +158,7 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
         device=device,
         rows_of=policy.rows_of,
     )
-    plan = summarize_plan(datasets["train"], replace(config, packing=packing))
+    plan = summarize_plan(datasets["train"], replace(config, packing=packing), mixers=policy.layout.mixer_blocks)
     first_loss = _first_loss(config, policy, references, objective, datasets["train"])
     setup = Setup(
         config, tokenizer, policy, objective, references, datasets, lint, plan, feed, peak_flops, base, first_loss
@@ -228,6 +228,7 @@ def describe_run(setup: Setup) -> str:
         *([("processes", _process_words(setup))] if distributed.size() > 1 else []),
         ("attention", attention_words(policy)),
         ("layout", describe_layout(policy)),
+        *([("mixer padding", mixer_padding_words(plan))] if plan.mixer_cells else []),
         ("loss", f"{config.loss.loss_name}, {_loss_op(setup)}"),
         *_balance_rows(setup),
         ("dropout", _dropout_words(config, policy.disabled_dropouts)),

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config.schema import PackingConfig, TrainConfig
+from engine.config.schema import DataConfig, ModelConfig, PackingConfig, RunConfig, TrainConfig
 from engine.data.groups import PreferenceDataset, PreferenceGroup
+from engine.packing import mixer_padding_words, summarize_plan
+from engine.packing.rows import plan_rows
 from engine.train.feed import TrainingFeed
 from engine.train.references import ReferenceTable
 from engine.train.throughput import FlopModel
@@ -22,7 +24,9 @@ def dataset(count: int = 10, seed: int = 0) -> PreferenceDataset:
     return PreferenceDataset([PreferenceGroup(10 + i, draw(3, 9), (draw(1, 9), draw(1, 9))) for i in range(count)])
 
 
-def feed(data: PreferenceDataset, *, pairs_per_step: int = 4, share: bool = True, table=None, **train) -> TrainingFeed:
+def feed(
+    data: PreferenceDataset, *, pairs_per_step: int = 4, share: bool = True, table=None, rows_of=None, **train
+) -> TrainingFeed:
     return TrainingFeed(
         data,
         PackingConfig(pairs_per_step=pairs_per_step, tokens_per_pack=60, share_prompts=share),
@@ -30,6 +34,7 @@ def feed(data: PreferenceDataset, *, pairs_per_step: int = 4, share: bool = True
         lookup=None if table is None else table.lookup,
         flops=FLOPS,
         device=torch.device("cpu"),
+        **({} if rows_of is None else {"rows_of": rows_of}),
     )
 
 
@@ -68,6 +73,19 @@ def test_a_resumed_feed_goes_on_with_the_same_batches():
         for p, q in zip(a.packs, b.packs, strict=True):
             assert torch.equal(p.batch.input_ids_T, q.batch.input_ids_T)
     assert list(feed(dataset()).steps(3)) == []
+
+
+@pytest.mark.parametrize("blocks", ["alike", "alone"])
+def test_what_mixers_compute_of_an_epoch_is_what_its_plan_says(blocks):
+    data = dataset(40)
+    run = feed(data, rows_of=lambda batch: plan_rows(batch.plan.segments, blocks))
+    work = [step.work for step in run.steps(0)]
+    model, rows = ModelConfig(model_name_or_path="m"), DataConfig(dataset_name="d")
+    plan = summarize_plan(data, RunConfig(model=model, data=rows, packing=run.packing), mixers=blocks)
+    assert sum(w.mixer_tokens for w in work) == plan.mixer_tokens == plan.unshared_tokens
+    assert sum(w.mixer_cells for w in work) == plan.mixer_cells
+    assert (plan.mixer_padding > 0) == (blocks == "alike")
+    assert f"{plan.mixer_padding:.1%} of the {plan.mixer_cells:,} tokens" in mixer_padding_words(plan)
 
 
 def test_each_response_comes_with_its_reference():

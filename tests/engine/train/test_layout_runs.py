@@ -26,7 +26,8 @@ def model_dir(request, tmp_path_factory, tiny_tokenizer) -> Path:
     return save_family(request.param, tmp_path_factory.mktemp("models") / request.param, tiny_tokenizer)
 
 
-def test_a_run_says_its_layout_and_does_not_depend_on_packs(model_dir, make_config, rows_of, tmp_path):
+def test_a_run_says_its_layout_and_does_not_depend_on_packs(model_dir, make_config, rows_of, tmp_path, caplog):
+    caplog.set_level("INFO")
     rows = []
     for budget, share, layout in ((400, True, "auto"), (1200, False, "auto"), (1200, True, "rows")):
         config = make_config(
@@ -43,6 +44,12 @@ def test_a_run_says_its_layout_and_does_not_depend_on_packs(model_dir, make_conf
     assert_same_trajectory(rows[0], rows[2], 1e-4)
     in_rows = [row["perf/padding_fraction"] > 0 for row in rows[0]]
     assert all(in_rows) if FAMILIES[model_dir.name] == "rows" else not any(in_rows)
+    shares = [[row.get("perf/mixer_padding") for row in run] for run in rows]
+    mixers = FAMILIES[model_dir.name] == "mixers"
+    assert all((share is not None and 0 < share < 0.5) == mixers for share in shares[0] + shares[1])
+    assert set(shares[2]) == {None}
+    told = [line.startswith("mixer padding") for line in caplog.text.splitlines()]
+    assert sum(told) == (2 if mixers else 0)
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "dropout": 0.3}])

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,11 @@ def test_a_row_is_the_mean_over_the_steps_of_the_interval():
     row = meter.row(step=3, epoch=0.75, grad_norm=torch.tensor(1.0), learning_rate=0.1)
     assert (row["loss"], row["num_tokens"], row["perf/pairs_per_second"]) == (5, 300, 1)
     assert json.loads(json.dumps(row)) == row
+    meter = meter_at([2.0])
+    for cells in (20, 30):
+        meter.add(values(*range(7)), replace(WORK, mixer_tokens=18, mixer_cells=cells))
+    row = meter.row(step=2, epoch=0.5, grad_norm=torch.tensor(7.0), learning_rate=0.1)
+    assert row["perf/mixer_padding"] == pytest.approx(14 / 50)
 
 
 def test_token_metrics_are_means_over_the_steps_that_have_them():
