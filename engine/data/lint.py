@@ -78,6 +78,7 @@ _LOST = {
     "lost_turn": ("the chat template leaves out what a turn says", _TEMPLATE_ADVICE),
     "lost_reasoning": ("the chat template leaves out the reasoning of a turn", _TEMPLATE_ADVICE),
     "lost_tool_calls": ("the chat template leaves out tool calls", _TEMPLATE_ADVICE),
+    "lost_field": ("the chat template leaves out a text beside what a turn says", _TEMPLATE_ADVICE),
     "lost_tools": ("the chat template leaves out the tools that a row names", _TEMPLATE_ADVICE),
 }
 LOST = frozenset(_LOST)

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 from .examples import Example
 from .tokenize import TEMPLATE_ERRORS, Encoder
 from .turns import Message
+from .unread import is_sentence
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 END_OF_THOUGHT = "</think>"
 SHAPES_KEPT = 4096
 _PROBLEMS = dict.fromkeys((*REASONING_FIELDS, "content (the reasoning)"), "lost_reasoning")
+_KNOWN = frozenset({"role", "content", "tool_calls", *REASONING_FIELDS})
 _PROBLEMS |= {"content": "lost_turn", "tool_calls": "lost_tool_calls", "tools": "lost_tools"}
 
 
@@ -53,7 +55,7 @@ class LostText:
             turns = example.prompt + completion
             places = dict.fromkeys((*self._of_shape(turns, example.template_kwargs), *_missing(turns, text)))
             for turn, field in places:
-                lost = Lost(_PROBLEMS[field], _place(example, index, turn, field))
+                lost = Lost(_PROBLEMS.get(field, "lost_field"), _place(example, index, turn, field))
                 found.setdefault(lost.problem, lost)
         return list(found.values())
 
@@ -90,6 +92,9 @@ def _missing(turns: list[Message], rendered: str) -> Iterator[tuple[int, str]]:
             yield index, "content (the reasoning)" if reasons else "content"
         for field in REASONING_FIELDS:
             if isinstance(turn.get(field), str) and not _is_in(turn[field], rendered):
+                yield index, field
+        for field, value in turn.items():
+            if field not in _KNOWN and is_sentence(value) and not _is_in(value, rendered):
                 yield index, field
 
 

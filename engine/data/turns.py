@@ -117,6 +117,11 @@ class TurnForm:
             _join_parts(made, row, name)
         if speaker.lower() in _CALLS and isinstance(content, str) and (calls := _calls_in(content)):
             made |= {"content": "", "tool_calls": calls}
+        call = made.get("function_call")
+        if isinstance(call, dict) and isinstance(call.get("name"), str) and not made.get("tool_calls"):
+            # the form before tool_calls
+            del made["function_call"]
+            made["tool_calls"] = [{"type": "function", "function": call}]
         if isinstance(made.get("tool_calls"), list):
             made["tool_calls"] = [_parsed_call(call, row, name) for call in made["tool_calls"]]
         _check_content(made, row, name)

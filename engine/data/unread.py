@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 from typing import Any
 
 from ..config.schema import DataConfig
@@ -10,14 +12,22 @@ from ..errors import RowError
 from .examples import Example
 from .sources import Row
 
+DOCUMENTS = ("documents", "passages", "contexts", "articles", "knowledge")
+"""What a prompt is answered from; lists of them hold ids and titles, too."""
 PROMPT_NAMES = (
     "prompt", "prompts", "question", "instruction", "instructions", "input", "inputs", "query", "problem", "context",
     "history", "messages", "context_messages", "conversation", "conversations", "dialogue", "dialog", "trajectory",
-    "user_prompt", "user_input", "document", "post", "passage", "article", "text_input", "premise",
+    "user_prompt", "user_input", "document", "post", "passage", "article", "text_input", "premise", "user", "human",
+    "task", "background", *DOCUMENTS,
 )  # fmt: skip
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 _PART = dict.fromkeys(PROMPT_NAMES, "prompt") | dict.fromkeys(SYSTEM_NAMES, "system")
 _PART |= {"tools": "tools", "functions": "tools"}
+_LAST_WORDS = ("prompt", "question", "instruction", "query", "problem", "messages", "context", "documents")
+"""Of names such as ``original_question``; ``prompt_source`` and ``question_id`` are about a prompt."""
+_FIRST_WORDS = re.compile(r"(prompt|question|instruction|input|query|problem|user)_(text|str|string|content|raw)")
+_SENTENCE = re.compile(r"[^\W\d_]+\W+[^\W\d_]+\W+[^\W\d_]+")
+"""Three words: no label, name or date."""
 _WHAT = {"prompt": "a prompt", "system": "a system text", "tools": "tools for messages"}
 _JOINED = ("input", "history")
 """Columns that layouts join to a prompt, so that being read is not enough."""
@@ -42,7 +52,7 @@ def refuse_unread(row: Row, example: Example, reads: Collection[str], data: Data
     decided = data.columns or {}
     said = None
     for name, value in row.data.items():
-        part = _PART.get(str(name).lower())
+        part = _part_of(str(name))
         if part is None or not value:
             continue
         joined = name in _JOINED and name in reads
@@ -55,13 +65,28 @@ def refuse_unread(row: Row, example: Example, reads: Collection[str], data: Data
             lost = example.kind == "text" and str(value).strip() not in ("[]", "{}", "null")
         else:
             said = said if said is not None else "\n".join(_given(example))
-            lost = not all(_is_block(text.strip(), said) for text in _asked(value))
+            lost = not all(_is_block(text.strip(), said) for text in _asked(value, str(name)))
         if lost:
             raise RowError(
                 "unread_column",
                 f"{row.where}: column {name!r} is not read, though it looks like {_WHAT[part]} and its text is in no "
                 f"column that is: {_advice(str(name), part)}",
             )
+
+
+@lru_cache(maxsize=4096)
+def _part_of(name: str) -> str | None:
+    """Which part a column's name stands for; ``Prompt``, ``user prompt`` and ``prompt_text`` are a prompt, too."""
+    plain = re.sub(r"\W+", "_", name.strip().lower())
+    if plain in _PART:
+        return _PART[plain]
+    asks = plain.endswith(tuple(f"_{word}" for word in _LAST_WORDS)) or _FIRST_WORDS.fullmatch(plain)
+    return "prompt" if asks else None
+
+
+def is_sentence(text: Any) -> bool:
+    """Whether a value is text of three words or more."""
+    return isinstance(text, str) and _SENTENCE.search(text) is not None
 
 
 def _is_block(text: str, said: str) -> bool:
@@ -108,13 +133,20 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _asked(value: Any) -> Iterator[str]:
-    """What a column asks: a text, or what its turns say that are not the assistant's."""
+def _asked(value: Any, name: str) -> Iterator[str]:
+    """What a column asks: a text, or what its turns say that are not the assistant's; the sentences of documents."""
+    if name.lower() in DOCUMENTS:
+        yield from filter(is_sentence, _texts(value))
+    else:
+        yield from _said_by_askers(value)
+
+
+def _said_by_askers(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
         for item in value:
-            yield from _asked(item)
+            yield from _said_by_askers(item)
     elif isinstance(value, dict):
         speaker = value.get("role", value.get("from"))
         if isinstance(speaker, str):

@@ -132,6 +132,7 @@ FAULTS = {
             (["lost_tool_calls"], chat(42, rejected=[turn("assistant", "sea") | {"tool_calls": [{"name": "go"}]}])),
             (["lost_tools"], chat(43, tools=[{"name": "clock"}])),
             (["lost_turn"], chat(44, prompt=[turn("user", "ab"), turn("assistant", "c"), turn("tool", "b")])),
+            (["lost_field"], chat(45, chosen=[turn("assistant", "sea") | {"refusal": "I would rather not."}])),
             (["template_refused"], chat(6, prompt=[turn("user", "a"), turn("function", "b")])),
             (["empty_prompt"], chat(7, prompt=[turn("user", " ")])),
             (["empty_completion"], chat(8, chosen=[turn("assistant", "")])),

@@ -58,6 +58,11 @@ def counted(config):
         (ANSWERS, PAIR | {"prompt": [user("when?"), reply("wait"), {"role": "tool", "content": "noon"}]}, "lost_turn",
          "prompt[2].content"),
         (CUT, PAIR, "lost_turn", "prompt[0].content"),
+        (ALL, PAIR | {"prompt": [user("when?") | {"background": "the river runs"}]}, "lost_field",
+         "prompt[0].background"),
+        (ALL, PAIR | {"prompt": [user("clock Oslo?")],
+                      "chosen": [reply("b") | {"function_call": {"name": "clock", "arguments": "{}"}}]},
+         "lost_tool_calls", "chosen[0].tool_calls"),
     ],
 )  # fmt: skip
 def test_what_a_template_leaves_out_is_named_by_row_and_field(make_tokenizer, template, row, problem, place):
@@ -71,6 +76,13 @@ def test_what_a_template_leaves_out_is_named_by_row_and_field(make_tokenizer, te
     assert place in report.format()
     groups, report = groups_of(tokenizer, good, row, lost_text="count")
     assert (report.rows(problem), report.stopping, report.kept, len(groups)) == ([1], 0, 2, 2)
+
+
+def test_labels_of_a_turn_are_no_text(make_tokenizer):
+    labels = {"name": "Ada", "turn_id": "3", "model": "gpt 4", "time": "2023-01-01 10:00:00", "score": 1.5}
+    row = PAIR | {"prompt": [user("a") | labels], "chosen": [reply("b") | labels], "rejected": [reply("c") | labels]}
+    groups, report = groups_of(make_tokenizer(chat_template=ALL), row)
+    assert (len(groups), report.stopping) == (1, 0)
 
 
 TOJSON = "{% for m in messages %}{{ m['content'] | tojson + eos_token }}{% endfor %}"

@@ -38,6 +38,40 @@ def test_a_part_of_a_word_or_line_is_none(name, text):
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "Question",
+        " question",
+        "user prompt",
+        "original_question",
+        "PROMPT_TEXT",
+        "prompt_raw",
+        "human",
+        "task",
+        "context",
+    ],
+)
+def test_a_prompt_is_known_by_other_spellings(name):
+    with pytest.raises(UserError, match=f"column '{name}' is not read"):
+        read({"prompt": "Why?", **SIDES, name: "The river runs."})
+
+
+@pytest.mark.parametrize("name", ["prompt_id", "prompt_source", "question_type", "user_id", "language", "subtask_name"])
+def test_what_is_about_a_prompt_is_none(name):
+    assert read({"prompt": "Why?", **SIDES, name: "The river runs."}).prompt == "Why?"
+
+
+@pytest.mark.parametrize("name", ["documents", "passages", "Contexts", "knowledge"])
+def test_documents_that_the_prompt_does_not_hold_stop(name):
+    document = {"doc_id": "r-1", "title": "Rivers", "text": "The river runs."}
+    for value in ([document], ["The river runs."], "The river runs."):
+        with pytest.raises(UserError, match=f"column '{name}' is not read"):
+            read({"prompt": "Why?", **SIDES, name: value})
+        asked = "From this:\nThe river runs.\nWhy?"
+        assert read({"prompt": asked, **SIDES, name: value}).prompt == asked
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("system", "Be kind."),
