@@ -113,6 +113,12 @@ PROBLEMS = {
             "lower data.min_score_gap if it leaves out too many",
         ),
         Problem(
+            "scores_reversed",
+            False,
+            "columns of scores put the rejected answer above the chosen one",
+            "see which of the two is right; data.columns can exchange the sides",
+        ),
+        Problem(
             "prompt_too_long",
             True,
             "the prompt alone fills max_length, so no completion token is left",

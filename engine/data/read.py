@@ -20,7 +20,7 @@ from .held_out import is_held_out
 from .lint import LOST, PROBLEMS, LintReport
 from .lost_text import LostText
 from .rows import RowReader
-from .scored import expand_scores
+from .scored import expand_scores, scores_reversed
 from .sources import Row, Source, is_hub_name, is_single_file, open_source
 from .tokenize import Encoded, Encoder
 
@@ -144,6 +144,8 @@ def _examples(
             if data.eval_fraction is not None and is_held_out(example, data.eval_fraction) != (split == "eval"):
                 report.leave_out_row()
                 continue
+            if scores_reversed(row):
+                report.add("scores_reversed", row.index)
             if example.scores is not None:
                 expanded = expand_scores(example, data, report)
                 if expanded is None:

@@ -24,6 +24,21 @@ from .examples import (
 from .lint import LintReport
 from .sources import Row
 
+_SIDE_SCORE = ("score", "rating", "reward")
+
+
+def scores_reversed(row: Row) -> bool:
+    """Whether columns such as ``score_chosen`` and ``chosen-rating`` put the rejected answer above the chosen one."""
+    for word in _SIDE_SCORE:
+        for form in (f"{word}_{{}}", f"{{}}_{word}", f"{{}}-{word}"):
+            names = form.format("chosen"), form.format("rejected")
+            try:
+                chosen, rejected = (float(row.data[name]) for name in names)
+            except (KeyError, TypeError, ValueError):
+                continue
+            return chosen < rejected
+    return False
+
 
 def _needed(row: Row, what: str, names: tuple[str, ...]) -> str:
     found = first_present(names, row.data)

@@ -133,6 +133,7 @@ FAULTS = {
             (["lost_tools"], chat(43, tools=[{"name": "clock"}])),
             (["lost_turn"], chat(44, prompt=[turn("user", "ab"), turn("assistant", "c"), turn("tool", "b")])),
             (["lost_field"], chat(45, chosen=[turn("assistant", "sea") | {"refusal": "I would rather not."}])),
+            (["scores_reversed"], chat(60, chosen=[turn("assistant", "sea sea")], score_chosen="1", score_rejected=2)),
             (["template_refused"], chat(6, prompt=[turn("user", "a"), turn("function", "b")])),
             (["empty_prompt"], chat(7, prompt=[turn("user", " ")])),
             (["empty_completion"], chat(8, chosen=[turn("assistant", "")])),

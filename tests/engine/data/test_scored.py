@@ -49,6 +49,23 @@ def texts(group, tokenizer) -> list[str]:
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in group.response_ids]
 
 
+@pytest.mark.parametrize("form", ["score_{}", "{}_score", "rating_{}", "{}-rating", "{}_reward"])
+def test_scores_beside_a_pair_that_say_the_opposite_are_counted(form, load):
+    pairs = [(2, 1), (1, 1.0), (1, "2.5"), (None, 2), (1, "good")]
+    rows = [
+        {
+            "prompt": f"Why {i}?",
+            "chosen": " Yes.",
+            "rejected": " No.",
+            form.format("chosen"): a,
+            form.format("rejected"): b,
+        }
+        for i, (a, b) in enumerate(pairs)
+    ]
+    dataset, report = load(rows)
+    assert (len(dataset), report.counts, report.rows("scores_reversed")) == (5, {"scores_reversed": 1}, [2])
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_is_the_same_group(name, load, plain_tokenizer):
     dataset, report = load([LAYOUTS[name]])
