@@ -187,9 +187,16 @@ def _add_options(commands: dict[str, _Parser]) -> None:
         default=Path("run.yaml"),
         help="file to write; must not exist (default: %(default)s)",
     )
-    init.add_argument("--from-trl", metavar="FILE", type=Path, help="convert a configuration of `trl dpo`")
     init.add_argument(
-        "--num-processes", metavar="N", type=_positive, help="processes of the TRL run, which multiply its batch"
+        "--from",
+        "--from-trl",
+        dest="from_file",
+        metavar="FILE",
+        type=Path,
+        help="convert the configuration, command or script of another trainer, which is recognised by what is in it",
+    )
+    init.add_argument(
+        "--num-processes", metavar="N", type=_positive, help="processes of the other run, which multiply its batch"
     )
     precompute = commands["precompute"]
     precompute.add_argument(

@@ -36,13 +36,13 @@ def init(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo init``"""
     from .config.init import write_converted, write_template
 
-    if options.from_trl is None:
+    if options.from_file is None:
         if options.num_processes is not None:
-            raise UserError("--num-processes is of use only with --from-trl FILE")
+            raise UserError("--num-processes is of use only with --from FILE")
         write_template(options.output)
         print(f"wrote {options.output}; edit it, then run `dpo check {options.output}`")
         return 0
-    conversion = write_converted(options.from_trl, options.output, num_processes=options.num_processes)
+    conversion = write_converted(options.from_file, options.output, num_processes=options.num_processes)
     print(conversion.report())
     print(f"\nwrote {options.output}; read it, then run `dpo check {options.output}`")
     return 0

@@ -125,5 +125,5 @@ def test_a_converted_file_is_explained_as_the_guide_says(tmp_path, capsys, monke
     assert yaml.safe_load(source)["bf16"] is True
     (tmp_path / "trl.yaml").write_text(source)
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["init", "--from-trl", "trl.yaml"]) == 0
+    assert cli.main(["init", "--from", "trl.yaml"]) == 0
     assert capsys.readouterr().out == printed

@@ -1,20 +1,31 @@
-"""From a TRL DPO file (ScriptArguments, DPOConfig and ModelConfig in one flat YAML) to a run configuration.
+"""From the keys of TRL's DPO (ScriptArguments, DPOConfig and ModelConfig, flat) to a run configuration.
 
-TRL's defaults count: where the file is silent and TRL's default is not ours, the converted file says so in full.
+Files of other trainers come here, too, once their keys have TRL's names (``convert/``). Defaults count: where the file
+is silent and the trainer's default is not ours, the converted file says so in full.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import UserError
+from ..errors import SeveralErrors, UserError
 from .fields import nearest, show
-from .load import TRL_FILE, build_config, read_yaml, to_dict
+from .load import build_config, to_dict
 from .trl_conversion import Conversion, Note
 from .trl_file import TrlFile
-from .trl_keys import ADAMW, CONVERTED, LOSS_OPTIONS, NEW_RESULT, RPO_ALPHA, SAME_RESULT
+from .trl_keys import (
+    ADAMW,
+    COMPARED,
+    CONVERTED,
+    LOSS_OPTIONS,
+    NEW_RESULT,
+    PRECIOUS,
+    RPO_ALPHA,
+    SAME_RESULT,
+    STOPS,
+)
 
 _SAME_OPTIMIZER = {
     "rmsprop": "rmsprop", "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit",
@@ -25,45 +36,53 @@ _SMOOTHED_IN_TRL = {"exo_pair", "robust", "aot", "aot_unpaired"}
 _REQUIRED = {"model": "model_name_or_path", "data": "dataset_name"}
 
 
-def convert_trl(path: str | Path, *, num_processes: int | None = None) -> Conversion:
-    """Convert the TRL file ``path``.
+def convert_keys(
+    trl: TrlFile,
+    *,
+    trainer: str = "TRL",
+    values: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Iterable[Note] = (),
+    num_processes: int | None = None,
+) -> Conversion:
+    """Convert keys that have TRL's names.
 
     Args:
-        num_processes: processes that the TRL run was started with, which multiply its batch; by default the key
+        trainer: whose file it is, for messages.
+        values: sections of the run configuration that are known already; they win.
+        notes: what there is to say of keys that ``trl`` does not have.
+        num_processes: processes that the run was started with, which multiply its batch; by default the key
             ``num_processes`` of the file, or 1.
 
     Raises:
-        UserError: the file cannot be read, or a value is one that TRL would refuse, too.
+        UserError: a value is one that the trainer would refuse, too, or of a kind that must not be lost.
     """
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file; give the path of {TRL_FILE}")
-    trl, _ = read_yaml(path, TRL_FILE)
-    if isinstance(trl.get("model"), dict) or isinstance(trl.get("data"), dict):
-        raise UserError(f"{path}: has the sections of a run configuration already; nothing to convert")
-    converter = _Converter(TrlFile(str(path), {str(k): v for k, v in trl.items()}))
+    converter = _Converter(trl, trainer, values or {})
     converter.run(num_processes)
+    result = converter.result
+    result.notes = [*notes, *(Note(trl.names.get(n.key, n.key), n.effect, n.text) for n in result.notes)]
     # required keys may come from the command line
-    complete = {name: dict(section) for name, section in converter.result.values.items()}
+    complete = {name: dict(section) for name, section in result.values.items()}
     for required_in, key in _REQUIRED.items():
         if complete.setdefault(required_in, {}).setdefault(key, None) is None:
             complete[required_in][key] = "missing"
-    validated = to_dict(build_config(complete, str(path)))
-    for section_name, section in converter.result.values.items():
+    validated = to_dict(build_config(complete, trl.source))
+    for section_name, section in result.values.items():
         # the schema's own types, so that 5e-7 is written as a number
         section.update({key: validated[section_name][key] for key in section})
-    return converter.result
+    return result
 
 
 class _Converter:
     """Takes keys out of ``trl`` one topic at a time; what is left has no counterpart."""
 
-    def __init__(self, trl: TrlFile) -> None:
-        self.trl = trl
-        self.result = Conversion(trl.source)
+    def __init__(self, trl: TrlFile, trainer: str, values: Mapping[str, Mapping[str, Any]]) -> None:
+        self.trl, self.name, self.given = trl, trainer, values
+        self.result = Conversion(trl.source, trainer=trainer)
+        self.stops: list[UserError] = []
 
     def run(self, num_processes: int | None) -> None:
         for section in ("model", "data", "packing", "loss", "optim", "reference", "train"):
-            self.result.values[section] = {}
+            self.result.values[section] = dict(self.given.get(section, {}))
         self._model()
         self._data()
         self._batch(num_processes)
@@ -73,6 +92,10 @@ class _Converter:
         self._train()
         self._evaluation()
         self._rest()
+        for section, values in self.given.items():
+            self.result.values[section] |= values
+        if self.stops:
+            raise self.stops[0] if len(self.stops) == 1 else SeveralErrors(*self.stops)
         self.result.values = {name: values for name, values in self.result.values.items() if values}
 
     def _model(self) -> None:
@@ -109,9 +132,9 @@ class _Converter:
         if held in ("bfloat16", "float16", "auto") and not self.trl.keys.get("use_peft"):
             self._new(
                 "dtype",
-                f"TRL trains the weights in {held}, which rounds small updates away; here trained weights are float32, "
-                f"which takes more memory, and compute in model.dtype {computed}; they are stored as float32, too, "
-                "unless train.save_dtype is bfloat16",
+                f"{self.name} trains the weights in {held}, which rounds small updates away; here trained weights are "
+                f"float32, which takes more memory, and compute in model.dtype {computed}; they are stored as float32, "
+                "too, unless train.save_dtype is bfloat16",
             )
         elif held == "float16":
             self._new("dtype", f"float16 -> model.dtype {computed}, which the frozen base is held in, too")
@@ -135,13 +158,13 @@ class _Converter:
             values["target_modules"] = "all-linear"
         values |= {name: True for name, used in variants.items() if used}
         self.result.values["model"]["lora"] = values
-        self._same("use_peft", "-> model.lora; the adapter switched off is the reference, as in TRL")
+        self._same("use_peft", f"-> model.lora; the adapter switched off is the reference, as in {self.name}")
         for name in given:
             self._same(f"lora_{name}", f"-> model.lora.{name}")
         if "target_modules" not in given:
-            self._same("lora_target_modules", "not given: null, which is peft's own choice, as in TRL")
+            self._same("lora_target_modules", f"not given: null, which is peft's own choice, as in {self.name}")
         if "dropout" not in given:
-            self._same("lora_dropout", "not given: TRL's default, 0.05")
+            self._same("lora_dropout", f"not given: {self.name}'s default, 0.05")
         self._quantization(trains_adapter=True)
 
     def _quantization(self, *, trains_adapter: bool) -> None:
@@ -175,8 +198,7 @@ class _Converter:
         if not isinstance(mixture, list) or not all(isinstance(d, dict) for d in mixture):
             raise UserError(f"{self.trl.source}: datasets: expected a list of mappings, got {show(mixture)}")
         if len(mixture) > 1 or mixture[0].get("data_files") or mixture[0].get("data_dir") or not mixture[0].get("path"):
-            self.trl.take("dataset_name")
-            self._new("datasets", "one file, folder or Hub name is read; join them and set data.dataset_name")
+            self._stop("datasets", "one file, folder or Hub name is read; join the sets and name that as dataset_name")
             return
         for old, new in (("path", "dataset_name"), ("name", "dataset_config"), ("split", "dataset_train_split")):
             if mixture[0].get(old) is not None:
@@ -193,13 +215,13 @@ class _Converter:
         factors = f"{per_device} x {accumulation} (gradient_accumulation_steps) x {processes} (processes)"
         self._same("per_device_train_batch_size", f"{factors} -> packing.pairs_per_step {pairs}")
         if listed is None and num_processes is None:
-            self._same("num_processes", "not given, so 1; convert with --num-processes N if TRL ran on more")
+            self._same("num_processes", f"not given, so 1; convert with --num-processes N if {self.name} ran on more")
         if self.trl.take("accelerate_config") is not None:
             self._same("accelerate_config", "one process trains; --num-processes N keeps the batch of N")
         max_length = self.result.values["data"].get("max_length", 1024)
         if isinstance(max_length, int):
             packing["tokens_per_pack"] = tokens = per_device * 2 * max_length
-            text = f"2 x {max_length} x {per_device} per device, TRL's most -> packing.tokens_per_pack {tokens}"
+            text = f"2 x {max_length} x {per_device} per device, {self.name}'s most -> packing.tokens_per_pack {tokens}"
             self._same("max_length", text)
         sampling = self.trl.take("train_sampling_strategy", "random")
         if sampling == "sequential":
@@ -279,13 +301,15 @@ class _Converter:
         train = self.result.values["train"]
         self._copy("train", "output_dir", "seed", "save_total_limit")
         if "num_train_epochs" not in self.trl.keys:
-            self._same("num_train_epochs", "not given: TRL's default, 3")
+            self._same("num_train_epochs", f"not given: {self.name}'s default, 3")
         train["num_train_epochs"] = self.trl.number("num_train_epochs", 3.0)
         max_steps = self.trl.take("max_steps", -1)
         if isinstance(max_steps, int) and max_steps > 0:
             train["max_steps"] = max_steps
         if "gradient_checkpointing" not in self.trl.keys:
-            self._same("gradient_checkpointing", "not given: TRL's default, true; false is faster where memory allows")
+            self._same(
+                "gradient_checkpointing", f"not given: {self.name}'s default, true; false is faster where memory allows"
+            )
         train["gradient_checkpointing"] = self.trl.flag("gradient_checkpointing", True)
         if self.trl.flag("activation_offloading"):
             train["activation_offload"] = True
@@ -320,10 +344,12 @@ class _Converter:
                 if value is not None:
                     self._same(key, "no effect without eval_strategy")
             return
-        if data.get("dataset_name"):
+        if "eval_fraction" in data or data.get("eval_dataset_name"):
+            split = None
+        elif data.get("dataset_name"):
             data["eval_dataset_name"] = data["dataset_name"]
-        data["eval_dataset_split"] = str(split or "test")
-        self._same("eval_strategy", f"split {split or 'test'} -> data.eval_dataset_name, data.eval_dataset_split")
+            data["eval_dataset_split"] = str(split or "test")
+            self._same("eval_strategy", f"split {split or 'test'} -> data.eval_dataset_name, data.eval_dataset_split")
         if strategy == "steps":
             default = train.get("logging_steps", 10)
             train["eval_steps"] = self._steps("eval_steps", default if steps is None else steps)
@@ -331,7 +357,7 @@ class _Converter:
             self._same("eval_strategy", f"{strategy}: evaluated once, after training; set train.eval_steps for more")
 
     def _rest(self) -> None:
-        known = sorted({*SAME_RESULT, *NEW_RESULT, *CONVERTED})
+        known = sorted({*SAME_RESULT, *NEW_RESULT, *CONVERTED, *STOPS})
         for key, value in self.trl.keys.items():
             harmless, reason = NEW_RESULT.get(key, ((), ""))
             if key in SAME_RESULT:
@@ -340,8 +366,12 @@ class _Converter:
                 self._same(key, f"{json.dumps(value)} is how it is here")
             elif key in NEW_RESULT:
                 self._new(key, reason)
+            elif key in STOPS:
+                if value not in STOPS[key][0]:
+                    self._stop(key, STOPS[key][1])
+            elif (close := nearest(key, known)) in PRECIOUS:
+                self.stops.append(UserError(f"{self.trl.where(key)}: not a key of TRL 1.16; did you mean {close}?"))
             else:
-                close = nearest(key, known)
                 self._new(key, "not a key of TRL 1.16; dropped" + (f" (did you mean {close}?)" if close else ""))
 
     def _put(self, section: str, key: str, value: Any, old: str) -> None:
@@ -354,10 +384,14 @@ class _Converter:
                 self.result.values[section][key] = self.trl.take(key)
 
     def _same(self, key: str, text: str) -> None:
-        self.result.notes.append(Note(key, "same", text))
+        compared = self.name == "TRL" and key in COMPARED
+        self.result.notes.append(Note(key, "same" if compared else "told", text))
 
     def _new(self, key: str, text: str) -> None:
         self.result.notes.append(Note(key, "new", text))
+
+    def _stop(self, key: str, text: str) -> None:
+        self.stops.append(UserError(f"{self.trl.where(key)}: {text}; remove the key to convert without it"))
 
     def _steps(self, key: str, value: Any) -> int | float:
         """Steps, or a share of all steps below 1, as here."""

@@ -7,7 +7,8 @@ from importlib import resources
 from pathlib import Path
 
 from ..errors import UserError, write_fault
-from .from_trl import Conversion, convert_trl
+from .convert import convert_file
+from .trl_conversion import Conversion
 
 
 def template_text() -> str:
@@ -25,12 +26,12 @@ def write_template(path: Path) -> None:
 
 
 def write_converted(source: Path, path: Path, *, num_processes: int | None = None) -> Conversion:
-    """Convert the TRL file ``source`` and write the result to ``path``.
+    """Convert ``source``, a file of another trainer, and write the result to ``path``.
 
     Raises:
         UserError: the source cannot be converted, or ``path`` exists or cannot be written.
     """
-    conversion = convert_trl(source, num_processes=num_processes)
+    conversion = convert_file(source, num_processes=num_processes)
     _write_new(path, conversion.to_yaml())
     return conversion
 

@@ -28,12 +28,11 @@ from .overrides import parse_overrides
 from .schema import RunConfig
 
 RUN_FILE = "the YAML file of a run"
-TRL_FILE = "the YAML file that `trl dpo --config` takes"
-_SAMPLES = {RUN_FILE: "sections such as `loss:`", TRL_FILE: "keys such as `learning_rate: 5.0e-6`"}
+FOREIGN_FILE = "the configuration, command or script of another trainer"
+_SAMPLES = {RUN_FILE: "sections such as `loss:`", FOREIGN_FILE: "keys such as `learning_rate: 5.0e-6`"}
 _REMEDIES = {
     RUN_FILE: "`dpo init` writes one",
-    TRL_FILE: "write the arguments of DPOConfig, and model_name_or_path and dataset_name, into one as lines such as "
-    "`beta: 0.1`, and convert that",
+    FOREIGN_FILE: "write its settings as lines such as `beta: 0.1`, under TRL's names, and convert that",
 }
 _OTHER_KINDS = {".py": "a Python script", ".ipynb": "a notebook", ".sh": "a shell script"} | dict.fromkeys(
     (".jsonl", ".parquet", ".csv", ".arrow", ".gz", ".safetensors"), "data"
@@ -98,22 +97,42 @@ def read_yaml(path: str | Path, expected: str = RUN_FILE) -> tuple[dict[str, Any
     """The mapping in a YAML file and the line of every dotted key.
 
     Args:
-        expected: ``RUN_FILE`` or ``TRL_FILE``.
+        expected: ``RUN_FILE`` or ``FOREIGN_FILE``.
 
     Raises:
         UserError: the file cannot be read, is not YAML, is not a mapping, or has a key twice.
     """
+    return parse_yaml(path, read_text(path, expected), expected)
+
+
+def read_text(path: str | Path, expected: str = RUN_FILE) -> str:
+    """The text of a file.
+
+    Raises:
+        UserError: it cannot be read, or is of a kind that cannot be what is expected.
+    """
     kind = "a folder" if Path(path).is_dir() else _OTHER_KINDS.get(Path(path).suffix.lower())
-    if kind is not None:
+    if kind is not None and not (expected == FOREIGN_FILE and Path(path).suffix.lower() in (".py", ".sh")):
         raise UserError(f"{path} is {kind}, where {expected} belongs; {_REMEDIES[expected]}")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; write one with `dpo init --output {path}`") from None
+        advice = (
+            f"write one with `dpo init --output {path}`" if expected == RUN_FILE else f"give the path of {expected}"
+        )
+        raise UserError(f"{path}: no such file; {advice}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_yaml(path: str | Path, text: str, expected: str = RUN_FILE) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping in the ``text`` of a YAML file, and the line of every dotted key.
+
+    Raises:
+        UserError: it is not YAML, is not a mapping, or has a key twice.
+    """
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -227,7 +246,7 @@ class _Builder:
             candidate = elsewhere[0] if elsewhere else prefix + sibling if sibling else nearest(str(name), known)
             advice = f"did you mean {candidate}?" if candidate else f"known here: {', '.join(hints)}"
             if not prefix and candidate in known:
-                advice += " (`dpo init --from-trl` converts a flat TRL file)"
+                advice += " (`dpo init --from FILE` converts the files of other trainers)"
             raise UserError(f"{self._where(prefix + str(name))}: unknown key; {advice}")
 
     def _attribute(self, message: str) -> str:

@@ -1,4 +1,4 @@
-"""A converted TRL file, and what there is to say about it."""
+"""A converted file of another trainer, and what there is to say about it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ from typing import Any, Literal
 
 import yaml
 
-Effect = Literal["missing", "new", "same"]
-_TITLES = {"missing": "These are missing:", "new": "These change the result:", "same": "The result stays the same:"}
+Effect = Literal["missing", "new", "same", "told"]
+_TITLES = {
+    "missing": "These are missing:",
+    "new": "These change the result:",
+    "same": "The result stays the same, which a test compares with {trainer}:",
+    "told": "These were read, or are left out as nothing here needs them; no test compares them with {trainer}:",
+}
 
 
 @dataclass(frozen=True)
 class Note:
-    """What became of a key. ``effect`` says whether the run still learns the same, or does not start without it."""
+    """What became of a key.
+
+    ``effect`` says whether the run does not start without it, learns something else, learns the same (only where a test
+    compares that with the other trainer), or should learn the same.
+    """
 
     key: str
     effect: Effect
@@ -27,6 +36,8 @@ class Conversion:
     source: str
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
+    trainer: str = "TRL"
+    """Whose file it was."""
 
     def report(self) -> str:
         """The notes for people, what a run does not start without first."""
@@ -38,10 +49,13 @@ class Conversion:
                     keys.setdefault(note.text, []).append(note.key)
             if keys:
                 lines = [f"  {', '.join(names)}: {text}" for text, names in keys.items()]
-                parts.append("\n".join([title, *lines]))
+                parts.append("\n".join([title.format(trainer=self.trainer), *lines]))
         return "\n".join(parts)
 
     def to_yaml(self) -> str:
         """The file to write: the notes as comments, then the sections."""
-        header = [f"# Converted from {self.source}.", *(f"# {line}" for line in self.report().splitlines())]
+        header = [
+            f"# Converted from {self.source} ({self.trainer}).",
+            *(f"# {line}" for line in self.report().splitlines()),
+        ]
         return "\n".join(header) + "\n\n" + yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True, width=120)

@@ -48,7 +48,7 @@ _same("nothing is compiled", "torch_compile torch_compile_backend torch_compile_
 _same("runs are deterministic as they are", "full_determinism")
 _same("the device is found when the run starts", "use_cpu no_cuda use_mps_device")
 _same(
-    "training runs in one process for now",
+    "several processes are started with torchrun, and share the weights out by FSDP2",
     "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap deepspeed parallelism_config local_rank "
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout "
     "ignore_bias_buffers average_tokens_across_devices num_machines machine_rank main_process_ip main_process_port "
@@ -105,9 +105,37 @@ NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
         "LLM.int8 lets the tokens of a pack change each other's numbers; the base is held in model.dtype, "
         "model.quantization nf4 takes less memory",
     ),
-    "lora_target_parameters": ((None, []), "adapters sit on modules, not on single parameters"),
 }
 """Dropped keys that change the result unless they have one of the harmless values: ``(harmless, reason)``."""
+
+STOPS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "lora_target_parameters": ((None, []), "adapters sit on modules, not on single parameters"),
+}
+"""Keys without which something else would be trained: nothing is converted unless they have a harmless value."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+PRECIOUS = _words(
+    "model_name_or_path model_revision dtype torch_dtype load_in_4bit use_peft lora_r lora_alpha lora_target_modules "
+    "lora_modules_to_save use_rslora use_dora datasets dataset_name dataset_config dataset_train_split max_length "
+    "router_aux_loss_coef"
+)
+"""Keys that a misspelt key near them stops for: model, dtype, adapters, data, length, balance of experts."""
+
+COMPARED = dict.fromkeys(
+    _words("max_length padding_free precompute_ref_log_probs"),
+    "tests/parity/test_trl_trajectory.py: test_twenty_steps_equal_trl",
+) | dict.fromkeys(
+    _words(
+        "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing use_peft lora_r lora_alpha "
+        "lora_target_modules"
+    ),
+    "tests/parity/test_trl_variants.py: test_twenty_steps_equal_trl",
+)
+"""Keys whose meaning here a test compares with a run of TRL."""
 
 LOSS_OPTIONS = (
     *("beta", "discopop_tau", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting"),

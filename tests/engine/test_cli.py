@@ -121,7 +121,7 @@ def test_help_imports_nothing_heavy(arguments):
         (["report", "run", "--loss.beta", "1"], ["--loss.beta", "takes no configuration keys"]),
         (["init", "--from_trl", "x"], ["--from_trl", "did you mean --from-trl?"]),
         (["init", "--from-trl"], ["--from-trl", "expected one argument"]),
-        (["init", "--num-processes", "2"], ["--num-processes", "--from-trl"]),
+        (["init", "--num-processes", "2"], ["--num-processes", "--from FILE"]),
         (["init", "--num-processes", "0", "--from-trl", "x"], ["--num-processes", "at least 1"]),
         (["init", "--from-trl", "absent.yaml"], ["absent.yaml: no such file"]),
         (["precompute", "absent.yaml", "--export"], ["--export", "expected one argument"]),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from engine.config import load_config
-from engine.config.from_trl import Conversion, convert_trl
+from engine.config.convert import convert_file as convert_trl
 from engine.config.init import write_converted, write_template
 from engine.config.schema import LoraConfig
-from engine.config.trl_keys import CONVERTED, NEW_RESULT, SAME_RESULT
+from engine.config.trl_conversion import Conversion
+from engine.config.trl_keys import COMPARED, CONVERTED, NEW_RESULT, SAME_RESULT, STOPS
 from engine.errors import UserError
 
 REALISTIC = """
@@ -82,7 +85,9 @@ def load(tmp_path, convert):
 
 
 def _notes(conversion: Conversion, effect: str) -> dict[str, str]:
-    return {note.key: note.text for note in conversion.notes if note.effect == effect}
+    """Texts by key; "same" has those, too, that no test compares with TRL."""
+    effects = ("same", "told") if effect == "same" else (effect,)
+    return {note.key: note.text for note in conversion.notes if note.effect in effects}
 
 
 def test_a_realistic_file_keeps_its_meaning(load):
@@ -123,7 +128,7 @@ def test_a_realistic_file_explains_what_it_drops_and_changes(convert):
     assert "TRL ignores it for sigmoid" in same["label_smoothing"]
     assert "pairs_per_step 16" in same["per_device_train_batch_size"]
     assert "packs hold no padding" in same["padding_free"]
-    assert "one process" in same["deepspeed"]
+    assert "torchrun" in same["deepspeed"]
     mentioned = set(changed) | set(same)
     kept_as_it_is = set(yaml.safe_load(REALISTIC)) - mentioned
     converted = convert(REALISTIC).values
@@ -251,20 +256,21 @@ def test_required_keys_may_come_from_the_command_line(convert, tmp_path):
 def test_a_script_is_told_from_a_file_of_keys(tmp_path, name):
     path = tmp_path / name
     path.write_text("from trl import DPOConfig\n\nargs = DPOConfig(beta=0.2)\n")
-    with pytest.raises(
-        UserError, match=r"write the arguments of DPOConfig, .* as lines such as `beta: 0\.1`"
-    ) as caught:
+    assert convert_trl(path).values["loss"]["beta"] == 0.2
+
+
+def test_text_without_keys_is_refused(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("use beta 0.1\n")
+    with pytest.raises(UserError, match=r"expected keys such as `learning_rate: 5\.0e-6`, got the string"):
         convert_trl(path)
-    told = "is a Python script, where" if path.suffix else "expected keys such as `learning_rate: 5.0e-6`, got the str"
-    assert told in str(caught.value)
 
 
 def test_a_mixture_of_one_is_a_dataset_and_of_two_is_not(convert):
     one = convert("model_name_or_path: m\ndatasets:\n- {path: p, name: n, split: s}\n")
     assert one.values["data"] == {"dataset_name": "p", "dataset_config": "n", "dataset_train_split": "s"}
-    two = convert(MINIMAL + "datasets:\n- {path: p}\n- {path: q}\n")
-    assert "join them" in _notes(two, "new")["datasets"]
-    assert "dataset_name" not in two.values.get("data", {})
+    with pytest.raises(UserError, match=r"trl.yaml, line 3: datasets: .* join the sets"):
+        convert(MINIMAL + "datasets:\n- {path: p}\n- {path: q}\n")
 
 
 @pytest.mark.parametrize(("key", "value"), [(k, v[0][0]) for k, v in NEW_RESULT.items() if v[0]])
@@ -285,7 +291,7 @@ def test_every_field_of_trl_is_known():
 
     classes = (trl.ScriptArguments, trl.ModelConfig, trl.DPOConfig, DatasetMixtureConfig)
     fields = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    assert not fields - CONVERTED - set(SAME_RESULT) - set(NEW_RESULT)
+    assert not fields - CONVERTED - set(SAME_RESULT) - set(NEW_RESULT) - set(STOPS)
     assert not set(SAME_RESULT) & set(NEW_RESULT)
     assert not CONVERTED & set(SAME_RESULT)
 
@@ -294,6 +300,31 @@ def test_an_unknown_key_is_dropped_and_explained(convert):
     changed = _notes(convert(MINIMAL + "learnin_rate: 1.0e-6\nzzz: 1\n"), "new")
     assert changed["learnin_rate"] == "not a key of TRL 1.16; dropped (did you mean learning_rate?)"
     assert changed["zzz"] == "not a key of TRL 1.16; dropped"
+
+
+@pytest.mark.parametrize(("key", "value"), [("max_lenght", "4096"), ("lora_rr", "8"), ("datasett_name", "d")])
+def test_a_misspelt_key_of_what_must_not_be_lost_stops(convert, key, value):
+    with pytest.raises(UserError, match=rf"line 3: {key}: not a key of TRL 1.16; did you mean "):
+        convert(MINIMAL + f"{key}: {value}\n")
+
+
+def test_adapters_on_single_parameters_stop(convert):
+    with pytest.raises(UserError, match="lora_target_parameters: adapters sit on modules"):
+        convert(MINIMAL + "use_peft: true\nlora_target_parameters: [w]\n")
+
+
+def test_the_result_is_called_the_same_only_where_a_test_compares_it(convert):
+    root = Path(__file__).parents[3]
+    for key, test in COMPARED.items():
+        file, _, name = test.partition(": ")
+        assert f"def {name}(" in (root / file).read_text(), key
+    report = convert(MINIMAL + "padding_free: true\npush_to_hub: true\nmax_prompt_length: 5\n").report()
+    told = {
+        title.split(",")[0]: part for title, _, part in (p.partition(":") for p in re.split(r"\n(?=[A-Z])", report))
+    }
+    assert "padding_free" in told["The result stays the same"]
+    assert "push_to_hub" in told["These were read"]
+    assert "padding_free" not in told["These were read"]
 
 
 def test_defaults_are_those_of_trl():
@@ -343,8 +374,8 @@ def test_init_refuses_to_overwrite(tmp_path):
         write_template(tmp_path / "absent" / "run.yaml")
 
 
-def test_a_missing_file_is_a_missing_trl_file(tmp_path):
-    with pytest.raises(UserError, match=r"no such file; give the path of the YAML file that `trl dpo"):
+def test_a_missing_file_is_one_of_another_trainer(tmp_path):
+    with pytest.raises(UserError, match=r"no such file; give the path of the configuration, command or script"):
         convert_trl(tmp_path / "nope.yaml")
 
 

@@ -91,7 +91,7 @@ def test_paths_are_left_as_they_are(load):
         (BASE + "loss: {bta: 1}\n", ["line 3", "loss.bta", "did you mean loss.beta?"]),
         (BASE + "los: {beta: 1}\n", ["line 3", "los:", "did you mean loss?"]),
         (BASE + "train:\n  seed: 1\n  beta: 1\n", ["line 5", "train.beta", "did you mean loss.beta?"]),
-        (BASE + "learning_rate: 1\n", ["optim.learning_rate", "dpo init --from-trl"]),
+        (BASE + "learning_rate: 1\n", ["optim.learning_rate", "dpo init --from FILE"]),
         (BASE + "loss: {zzzzzz: 1}\n", ["loss.zzzzzz", "known here: loss_type, "]),
         (BASE + "loss: {beta: high}\n", ["line 3: loss.beta", "expected a number", "the string 'high'"]),
         (BASE + "loss: {beta: true}\n", ["loss.beta", "expected a number", "got true"]),

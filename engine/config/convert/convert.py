@@ -1,0 +1,70 @@
+"""Which trainer a file belongs to, by what is in it, and its conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ..from_trl import convert_keys
+from ..load import FOREIGN_FILE, parse_yaml, read_text
+from ..trl_conversion import Conversion
+from ..trl_file import TrlFile
+from .axolotl import AXOLOTL
+from .reading import TRL_KEYS, Trainer, convert_with
+from .script import is_script, read_script
+
+TRAINERS = (AXOLOTL,)
+TRL_MARKS = frozenset({"model_name_or_path", "dataset_name", "per_device_train_batch_size", "use_peft", "loss_type"})
+"""Keys that most files of TRL have, and few others."""
+_NAMES = ", ".join(["TRL", *(trainer.name for trainer in TRAINERS)])
+
+
+def convert_file(path: str | Path, *, num_processes: int | None = None) -> Conversion:
+    """Convert the file ``path`` of another trainer, which is recognised by what is in it.
+
+    Args:
+        num_processes: processes that the run was started with, which multiply its batch; by default what the file
+            says, or 1.
+
+    Raises:
+        UserError: the file cannot be read, belongs to no trainer that is known or to several, has a value that its
+            trainer would refuse, or one whose meaning would be lost.
+    """
+    text = read_text(path, FOREIGN_FILE)
+    source = str(path)
+    if is_script(path, text):
+        found = read_script(source, text)
+        trl = TrlFile(source, found.keys, found.lines)
+        return convert_keys(trl, values=found.values, notes=found.notes, num_processes=num_processes)
+    keys, lines = parse_yaml(path, text, FOREIGN_FILE)
+    keys = {str(key): value for key, value in keys.items()}
+    if isinstance(keys.get("model"), dict) or isinstance(keys.get("data"), dict):
+        raise UserError(f"{path}: has the sections of a run configuration already; nothing to convert")
+    trainer = recognise(source, keys)
+    if trainer is None:
+        return convert_keys(TrlFile(source, keys, lines), num_processes=num_processes)
+    return convert_with(trainer, source, keys, lines, num_processes)
+
+
+def recognise(source: str, keys: Mapping[str, Any]) -> Trainer | None:
+    """The trainer that flat keys belong to; None is TRL.
+
+    Raises:
+        UserError: no trainer has such keys, or several do.
+    """
+    marked = {trainer: sorted(trainer.marks & keys.keys()) for trainer in TRAINERS}
+    marked = {trainer: marks for trainer, marks in marked.items() if marks}
+    if not marked:
+        if not TRL_KEYS & keys.keys():
+            raise UserError(f"{source}: not a file of {_NAMES}: none of its keys ({', '.join(keys)}) is known")
+        return None
+    trainer = next(iter(marked))
+    others = {other.name: marks for other, marks in marked.items() if other is not trainer}
+    if foreign := sorted(key for key in TRL_MARKS & keys.keys() if key not in {*trainer.rules, *trainer.same_names}):
+        others["TRL"] = foreign
+    if others:
+        found = [f"{name} ({', '.join(marks)})" for name, marks in {trainer.name: marked[trainer], **others}.items()]
+        raise UserError(f"{source}: has keys of {' and of '.join(found)}; leave those of one trainer in it")
+    return trainer

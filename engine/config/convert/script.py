@@ -1,0 +1,349 @@
+"""A Python script that trains with TRL's ``DPOTrainer``: its settings as TRL's keys. It is never run."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError, raise_all
+from ..trl_conversion import Effect, Note
+from ..trl_keys import SAME_RESULT
+from .constants import Script, UnknownValueError, called, unknown
+from .script_data import Rows, rows_of
+
+_TRAINERS = ("DPOTrainer", "UnslothDPOTrainer")
+_CONFIGS = ("DPOConfig", "TrainingArguments")
+_POSITIONAL = ("model", "ref_model", "args")
+_PLAIN_ARGUMENTS = {  # transformers' defaults, where the script has its TrainingArguments and not TRL's DPOConfig
+    "learning_rate": 5e-5, "gradient_checkpointing": False, "bf16": False, "logging_steps": 500,
+}  # fmt: skip
+_LORA = {
+    "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save", "use_rslora": "use_rslora", "use_dora": "use_dora",
+    "target_parameters": "lora_target_parameters",
+}  # fmt: skip
+_LORA_DEFAULTS = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+_LORA_LEFT: dict[str, tuple[Any, ...] | None] = {
+    "task_type": None, "random_state": None, "max_seq_length": None, "use_gradient_checkpointing": None,
+    "bias": ("none",), "inference_mode": (False,), "loftq_config": (None, {}), "layers_to_transform": (None,),
+    "init_lora_weights": (True,), "fan_in_fan_out": (False,),
+}  # fmt: skip
+"""Further arguments of adapters, and the values at which they change nothing; None is any."""
+_MODEL = {"torch_dtype": "dtype", "dtype": "dtype", "attn_implementation": "attn_implementation",
+          "revision": "model_revision", "trust_remote_code": "trust_remote_code", "load_in_4bit": "load_in_4bit",
+          "load_in_8bit": "load_in_8bit"}  # fmt: skip
+_MODEL_LEFT = ("device_map", "use_cache", "low_cpu_mem_usage", "token", "use_auth_token", "cache_dir", "max_memory",
+               "local_files_only", "max_seq_length", "full_finetuning")  # fmt: skip
+_QUANTIZED = {
+    "load_in_4bit": "load_in_4bit",
+    "load_in_8bit": "load_in_8bit",
+    "bnb_4bit_quant_type": "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+}
+
+
+@dataclass
+class ScriptSettings:
+    """TRL's keys of a script, their lines, and what there is to say."""
+
+    keys: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+
+
+def is_script(path: str | Path, text: str) -> bool:
+    """Whether a file is a Python script, by its ending or by its text."""
+    if Path(path).suffix == ".py":
+        return True
+    if not any(f"{name}(" in text for name in (*_TRAINERS, *_CONFIGS)):
+        return False
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def read_script(source: str, text: str) -> ScriptSettings:
+    """The settings of a script.
+
+    Raises:
+        UserError: it is no Python, does not train with ``DPOTrainer``, or a setting depends on what the script does.
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise UserError(f"{source}, line {line}: no Python that can be read: {getattr(error, 'msg', error)}") from None
+    return _Reader(source, Script(tree)).read()
+
+
+class _Reader:
+    def __init__(self, source: str, script: Script) -> None:
+        self.source, self.script = source, script
+        self.found = ScriptSettings()
+        self.errors: list[UserError] = []
+
+    def read(self) -> ScriptSettings:
+        trainer = self._one(_TRAINERS)
+        if trainer is None and self._one(_CONFIGS) is None:
+            others = self.script.calls("CPOTrainer", "ORPOTrainer", "KTOTrainer", "SFTTrainer", "GRPOTrainer")
+            what = (
+                f"{called(others[0])} in line {others[0].lineno} is not converted"
+                if others
+                else "no DPOTrainer(...) is in it"
+            )
+            raise UserError(f"{self.source}: {what}; scripts that call trl.DPOTrainer are")
+        given = dict(self.script.keywords(trainer, _POSITIONAL)) if trainer else {}
+        self._config(given.pop("args", None))
+        self._model(given.pop("model", None))
+        self._reference(given.pop("ref_model", None))
+        if (peft := given.pop("peft_config", None)) is not None:
+            self._try(lambda: self._lora(peft), "peft_config")
+        self._data(given)
+        self._tokenizer([given.pop(name, None) for name in ("processing_class", "tokenizer")])
+        for name, node in given.items():
+            self._argument(name, node)
+        for cls in (n for n in ast.walk(self.script.tree) if isinstance(n, ast.ClassDef)):
+            if any(called(base) in _TRAINERS for base in cls.bases):
+                self._say(cls.name, "new", "a trainer of its own; what it changes is not read", cls.lineno)
+        raise_all([_raiser(error) for error in self.errors])
+        return self.found
+
+    def _one(self, names: tuple[str, ...]) -> ast.Call | None:
+        calls = self.script.calls(*names)
+        if len(calls) > 1:
+            lines = ", ".join(str(call.lineno) for call in calls)
+            raise UserError(f"{self.source}: {called(calls[0])} is called in lines {lines}; leave one of them")
+        return calls[0] if calls else None
+
+    def _try(self, read: Any, name: str) -> None:
+        """Read a setting; one that cannot be resolved is an error by its name and line."""
+        try:
+            read()
+        except UnknownValueError as error:
+            self.errors.append(
+                UserError(f"{self.source}, line {error.line}: {name}: {error}; write its value there and convert again")
+            )
+
+    def _say(self, key: str, effect: Effect, text: str, line: int) -> None:
+        self.found.notes.append(Note(key, effect, f"line {line}: {text}"))
+
+    def _set(self, key: str, node: ast.expr) -> None:
+        """Set a TRL key to the value of an expression."""
+        self.found.lines[key] = node.lineno
+        if key in SAME_RESULT:
+            try:
+                self.found.keys[key] = self.script.value(node)
+            except UnknownValueError:
+                self.found.keys[key] = ast.unparse(node)
+            return
+
+        def read() -> None:
+            self.found.keys[key] = self.script.value(node)
+
+        self._try(read, key)
+
+    def _config(self, node: ast.expr | None) -> None:
+        call: ast.expr | None = self._one(_CONFIGS)
+        if node is not None:
+            try:
+                call = self.script.node(node)
+            except UnknownValueError as error:
+                raise UserError(f"{self.source}, line {error.line}: args: {error}; {_NO_PARSER}") from None
+        if call is None:
+            return
+        if not isinstance(call, ast.Call) or called(call) not in _CONFIGS:
+            text = ast.unparse(call)[:60]
+            raise UserError(f"{self.source}, line {call.lineno}: args: {text} is not DPOConfig(...); {_NO_PARSER}")
+        arguments: list[tuple[str, ast.expr]] = []
+        self._try(lambda: arguments.extend(self.script.keywords(call, ("output_dir",))), called(call))
+        for key, value in arguments:
+            self._set(key, value)
+        names = {node.id} if isinstance(node, ast.Name) else set()
+        for name, attribute, value, _ in self.script.attributes:
+            if name in names:
+                self._set(attribute, value)
+        if called(call) == "TrainingArguments":
+            for key, default in _PLAIN_ARGUMENTS.items():
+                if key not in self.found.lines:
+                    self.found.keys[key] = default
+                    self._say(key, "told", f"not given: the default of TrainingArguments, {default}", call.lineno)
+
+    def _model(self, node: ast.expr | None) -> None:
+        if node is not None:
+            self._try(lambda: self._model_at(node), "model")
+
+    def _model_at(self, node: ast.expr) -> None:
+        node = self.script.node(node)
+        if not isinstance(node, ast.Call):
+            self._set("model_name_or_path", node)
+            return
+        name = called(node)
+        if name == "from_pretrained" and "Peft" in ast.unparse(node.func):
+            given = dict(self.script.keywords(node, ("model", "adapter")))
+            path = given.get("adapter", given.get("model_id"))
+            self._model_at(given["model"])
+            self.found.values["model"] = {"adapter_name_or_path": self.script.value(path) if path else None}
+            self._say(
+                "model", "told", f"-> model.adapter_name_or_path {ast.unparse(path) if path else ''}", node.lineno
+            )
+        elif name == "from_pretrained":
+            self._loaded(node)
+        elif name == "get_peft_model":
+            given = dict(self.script.keywords(node, ("model", "peft_config")))
+            self._model_at(given.pop("model"))
+            if (peft := given.pop("peft_config", None)) is not None:
+                self._lora(peft)
+            else:
+                self._adapter(given.items())
+        elif name in ("prepare_model_for_kbit_training", "to", "cuda"):
+            inner = node.args[0] if name.startswith("prepare") else node.func.value  # type: ignore[attr-defined]
+            self._model_at(inner)
+        else:
+            raise unknown(node)
+
+    def _loaded(self, node: ast.Call) -> None:
+        """``from_pretrained`` of a model."""
+        for key, value in self.script.keywords(node, ("model_name_or_path",)):
+            if key in ("pretrained_model_name_or_path", "model_name", "model_name_or_path"):
+                self._set("model_name_or_path", value)
+            elif key == "quantization_config":
+                self._quantized(value)
+            elif key in _MODEL:
+                is_none = isinstance(value, ast.Constant) and value.value is None
+                if not is_none:
+                    self._set(_MODEL[key], value)
+            elif key in _MODEL_LEFT:
+                self._say(key, "told", "how the model is loaded is decided here", value.lineno)
+            else:
+                self._say(key, "new", f"{ast.unparse(value)[:60]} changes the model; not supported", value.lineno)
+
+    def _quantized(self, node: ast.expr) -> None:
+        call = self.script.node(node)
+        if isinstance(call, ast.Constant) and call.value is None:
+            return
+        if not isinstance(call, ast.Call) or called(call) != "BitsAndBytesConfig":
+            raise unknown(call)
+        for key, value in self.script.keywords(call):
+            if key in _QUANTIZED:
+                self._set(_QUANTIZED[key], value)
+            else:
+                self._say(key, "told", "4-bit weights compute in model.dtype", value.lineno)
+
+    def _reference(self, node: ast.expr | None) -> None:
+        if node is None:
+            return
+        before = dict(self.found.keys), dict(self.found.values), list(self.found.notes), dict(self.found.lines)
+
+        def read() -> None:
+            found = self.script.node(node)
+            if isinstance(found, ast.Constant) and found.value is None:
+                return
+            self._model_at(found)
+            name = self.found.keys.get("model_name_or_path")
+            self.found.keys, self.found.values, self.found.notes, self.found.lines = before
+            if name != self.found.keys.get("model_name_or_path"):
+                self.found.values.setdefault("reference", {})["model_name_or_path"] = name
+                self._say("ref_model", "told", f"-> reference.model_name_or_path {name}", node.lineno)
+
+        self._try(read, "ref_model")
+
+    def _lora(self, node: ast.expr) -> None:
+        call = self.script.node(node)
+        if isinstance(call, ast.Constant) and call.value is None:
+            return
+        if not isinstance(call, ast.Call) or called(call) != "LoraConfig":
+            raise unknown(call)
+        self._adapter(self.script.keywords(call, ("task_type",)))
+
+    def _adapter(self, arguments: Any) -> None:
+        self.found.keys["use_peft"] = True
+        for key, value in arguments:
+            if key in _LORA:
+                self._set(_LORA[key], value)
+            elif key not in _LORA_LEFT or (
+                (harmless := _LORA_LEFT[key]) is not None and self.script.value(value) not in harmless
+            ):
+                text = f"{key}={ast.unparse(value)} is not supported; remove it to convert without it"
+                self.errors.append(UserError(f"{self.source}, line {value.lineno}: LoraConfig: {text}"))
+        for key, default in _LORA_DEFAULTS.items():
+            self.found.keys.setdefault(key, default)
+
+    def _data(self, given: dict[str, ast.expr]) -> None:
+        data: dict[str, Any] = {}
+        train, evaluation = given.pop("train_dataset", None), given.pop("eval_dataset", None)
+        if train is not None:
+            self._try(lambda: data.update(self._rows(train, "train_dataset").as_training()), "train_dataset")
+        if evaluation is not None and not (isinstance(evaluation, ast.Constant) and evaluation.value is None):
+            self._try(lambda: data.update(self._rows(evaluation, "eval_dataset").as_evaluation(data)), "eval_dataset")
+        if data.get("eval_fraction"):
+            text = "other rows are held out, by the content of their prompts"
+            self.found.notes.append(
+                Note("train_test_split", "new", f"-> data.eval_fraction {data['eval_fraction']:g}: {text}")
+            )
+        self.found.values["data"] = data
+        if "eval_dataset_name" in data or "eval_fraction" in data:
+            self.found.keys.setdefault("eval_strategy", "no")
+            if self.found.keys["eval_strategy"] in ("no", False):
+                for key in [key for key in data if key.startswith("eval_")]:
+                    del data[key]
+                self._say(
+                    "eval_dataset",
+                    "told",
+                    "not evaluated without eval_strategy",
+                    evaluation.lineno if evaluation else 1,
+                )
+
+    def _rows(self, node: ast.expr, name: str) -> Rows:
+        rows = rows_of(self.script, node)
+        for line, text in rows.changes:
+            self._say(name, "new", text, line)
+        return rows
+
+    def _tokenizer(self, nodes: list[ast.expr | None]) -> None:
+        for node in (n for n in nodes if n is not None):
+            try:
+                call = self.script.node(node)
+                first = (
+                    next(iter(dict(self.script.keywords(call, ("name",))).values()))
+                    if isinstance(call, ast.Call)
+                    else call
+                )
+                name = self.script.value(first) if called(call) == "from_pretrained" else None
+            except UnknownValueError:
+                name = None
+            if name is None:
+                self._say("processing_class", "told", "taken to be the model's own tokenizer", node.lineno)
+            elif name != self.found.keys.get("model_name_or_path"):
+                self.found.keys["tokenizer_name_or_path"] = name
+        for _, attribute, value, line in self.script.attributes:
+            if attribute == "chat_template":
+                text = "is not read; write the template to a file for data.chat_template"
+                self._say("chat_template", "new", f"{ast.unparse(value)[:40]} {text}", line)
+
+    def _argument(self, name: str, node: ast.expr) -> None:
+        """Further arguments of the trainer; until TRL 0.12 keys of DPOConfig were among them."""
+        if isinstance(node, ast.Constant) and node.value is None:
+            return
+        if name in ("callbacks", "optimizers", "data_collator", "compute_metrics", "model_init", "formatting_func",
+                    "preprocess_logits_for_metrics", "quantization_config"):  # fmt: skip
+            self._say(name, "new", f"{ast.unparse(node)[:60]} is not read", node.lineno)
+        else:
+            self._set(name, node)
+
+
+_NO_PARSER = (
+    "where options come from a command line or a file, convert that: `dpo init --from FILE` reads YAML and shell "
+    "commands, too"
+)
+
+
+def _raiser(error: UserError) -> Any:
+    def fail() -> None:
+        raise error
+
+    return fail

@@ -1,0 +1,142 @@
+"""Python scripts with ``DPOTrainer``: read by their syntax tree, never run; what cannot be resolved is said by line."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.errors import UserError
+
+from .recipes import convert, notes, written
+
+HEAD = """
+import torch
+from datasets import load_dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import DPOConfig, DPOTrainer
+
+raise SystemExit("never run")
+"""
+MINIMAL = HEAD + 'rows = load_dataset("d", split="train")\n'
+
+
+def script(config: str = "", trainer: str = "", before: str = "", rows: str = "rows", model: str = '"m"') -> str:
+    """A script with the given arguments; ``before`` stands ahead of them."""
+    return (
+        f"{MINIMAL}{before}\nargs = DPOConfig({config})\n"
+        f"trainer = DPOTrainer(model={model}, args=args, train_dataset={rows}, {trainer})\ntrainer.train()\n"
+    )
+
+
+@pytest.fixture
+def converted(tmp_path):
+    return lambda text, **kwargs: convert(tmp_path / "train.py", text, **kwargs)
+
+
+@pytest.fixture
+def run(tmp_path, converted):
+    return lambda text, **kwargs: written(converted(text, **kwargs), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (script("beta=0.3"), {"loss.beta": 0.3}),
+        (script("learning_rate=RATE * 2", before="RATE = 1e-6"), {"optim.learning_rate": 2e-6}),
+        (script("output_dir=f'runs/{NAME}'", before="NAME = 'x'"), {"train.output_dir": "runs/x"}),
+        (script("**common, beta=0.2", before="common = dict(max_length=2048, seed=7)"),
+         {"data.max_length": 2048, "train.seed": 7, "loss.beta": 0.2}),
+        (script("loss_type=['sigmoid', 'sft'], loss_weights=[1, 0.5]"), {"loss.loss_type": ("sigmoid", "sft")}),
+        (script("router_aux_loss_coef=0.01"), {"loss.router_aux_loss_coef": 0.01}),
+        (script(trainer="beta=0.5, max_length=64"), {"loss.beta": 0.5, "data.max_length": 64}),
+        (script(before="LIMIT = 100", rows="rows.shuffle(seed=1).select(range(LIMIT))"),
+         {"data.dataset_train_split": "train[:100]"}),
+        (script(before="rows = rows.rename_column('question', 'prompt')"), {"data.columns": {"prompt": "question"}}),
+        (script(before="rows = load_dataset('json', data_files='x.jsonl', split='train')"),
+         {"data.dataset_name": "x.jsonl"}),
+        (script("eval_strategy='epoch'", before="sets = load_dataset('d')", rows="sets['train_prefs']",
+                trainer="eval_dataset=sets['test_prefs']"),
+         {"data.dataset_train_split": "train_prefs", "data.eval_dataset_split": "test_prefs"}),
+        (script("eval_strategy='epoch'", before="parts = rows.train_test_split(test_size=0.1)", rows="parts['train']",
+                trainer="eval_dataset=parts['test']"), {"data.eval_fraction": 0.1}),
+        (script(trainer="peft_config=lora", before="lora = LoraConfig(r=4, target_modules=['q_proj'])"),
+         {"model.lora.r": 4, "model.lora.alpha": 8, "model.lora.target_modules": ("q_proj",)}),
+        (script(trainer="ref_model='m0'"), {"reference.model_name_or_path": "m0"}),
+        (script(model="model", before="model = AutoModelForCausalLM.from_pretrained('m', dtype=torch.float32)\n"
+                "model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules='all-linear'))"),
+         {"model.model_name_or_path": "m", "model.lora.r": 2, "model.lora.alpha": 4}),
+        (script(model="model", before="base = AutoModelForCausalLM.from_pretrained('m')\n"
+                "model = PeftModel.from_pretrained(base, 'out', is_trainable=True)"),
+         {"model.model_name_or_path": "m", "model.adapter_name_or_path": "out"}),
+        (script(model="model", trainer="peft_config=LoraConfig(r=4)", before="four = BitsAndBytesConfig(load_in_4bit="
+                "True, bnb_4bit_quant_type='fp4', bnb_4bit_use_double_quant=True)\n"
+                "model = AutoModelForCausalLM.from_pretrained('m', quantization_config=four)"),
+         {"model.quantization": "fp4"}),
+    ],
+)  # fmt: skip
+def test_arguments_are_followed_to_their_constants(run, text, expected):
+    found = run(text)
+    assert {key: found.get(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("guard", ["def main():\n{}\nmain()", "if __name__ == '__main__':\n{}", "with open('x'):\n{}"])
+def test_names_inside_functions_and_blocks(run, guard):
+    body = "\n".join("    " + line for line in script("beta=BETA", before="BETA = 0.7").splitlines())
+    assert run(guard.format(body))["loss.beta"] == 0.7
+
+
+def test_plain_training_arguments_have_other_defaults(run):
+    text = script().replace("DPOConfig(", "TrainingArguments(output_dir='o'")
+    found = run(text)
+    assert found["optim.learning_rate"] == 5e-5
+    assert found["model.dtype"] == "float32"
+    assert "train.gradient_checkpointing" not in found
+    # the same script with DPOConfig
+    assert "optim.learning_rate" not in run(script())
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (script("beta=find_beta()"), ", line 11: beta: find_beta() is not a constant"),
+        (script("learning_rate=opts.lr", before="import argparse\nparser = argparse.ArgumentParser()\n"
+                "parser.add_argument('--lr', default=1e-6)\nopts = parser.parse_args()"),
+         "learning_rate: opts.lr comes from the command line (its default in line 12 is 1e-06)"),
+        (script("max_length=N", before="N = 512\nif torch:\n    N = 1024"),
+         "line 13: max_length: N is set in line 12, under the condition of line 11"),
+        (script("max_length=N", before="for N in (1, 2):\n    pass"), "max_length: N is not a constant"),
+        (script(rows="load(3)"), "train_dataset: load(3) is not a constant"),
+        (script(rows="concatenate_datasets([rows, rows])"), "train_dataset: concatenate_datasets joins several"),
+        (script(trainer="peft_config=LoraConfig(r=4, target_modules=['q'], layers_to_transform=[0])"),
+         "LoraConfig: layers_to_transform=[0] is not supported"),
+        (script(trainer="peft_config=lora_of(x)"), "peft_config: lora_of(x) is not a constant"),
+        (script(model="load()"), "model: load() is not a constant"),
+        (script() + "DPOTrainer(model='m2')\n", "DPOTrainer is called in lines 12, 14; leave one of them"),
+        (HEAD + "SFTTrainer(model='m')\n", "SFTTrainer in line 9 is not converted"),
+        (HEAD + "parser = TrlParser((ScriptArguments, DPOConfig))\ns, args = parser.parse_args_and_config()\n"
+         "DPOTrainer('m', args=args)\n", "where options come from a command line or a file, convert that"),
+        ("def broken(:\n", ", line 1: no Python that can be read"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_resolved_is_said_by_name_and_line(converted, text, part):
+    with pytest.raises(UserError) as caught:
+        converted(text)
+    assert part in str(caught.value)
+    assert "train.py" in str(caught.value)
+
+
+def test_all_that_cannot_be_resolved_is_said_at_once(converted):
+    with pytest.raises(UserError) as caught:
+        converted(script("beta=a(), learning_rate=b(), run_name=c()", rows="d()"))
+    assert [error.args[0].split(": ")[1] for error in caught.value.errors] == ["beta", "learning_rate", "train_dataset"]
+
+
+def test_what_is_not_run_is_loud(converted):
+    changed = notes(
+        converted(script(trainer="callbacks=[c]", before="rows = rows.map(f)\nrows = rows.filter(g)")), "new"
+    )
+    assert changed["callbacks"] == "line 13: [c] is not read"
+    texts = [
+        n.text for n in converted(script(before="rows = rows.map(f)\nrows = rows.filter(g)")).notes if n.effect == "new"
+    ]
+    assert [text.split(" is not run")[0] for text in texts] == ["line 10: .map(f)", "line 11: .filter(g)"]

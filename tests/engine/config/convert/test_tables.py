@@ -1,0 +1,37 @@
+"""The page of converters is that of the converters' own tables, and the tables know what they claim to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config.convert.convert import TRAINERS
+from engine.config.convert.reading import TRL_KEYS
+from engine.config.convert.rules import To
+from engine.config.convert.tables import rewritten
+from engine.config.trl_keys import CONVERTED
+
+PAGE = Path(__file__).parents[4] / "docs" / "converters.md"
+
+
+def test_the_page_shows_the_tables_of_the_converters():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == rewritten(page), "write it anew: python -m engine.config.convert.tables"
+
+
+@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.name)
+def test_keys_are_handed_on_to_keys_that_there_are(trainer):
+    handed = {rule.key for rule in trainer.rules.values() if isinstance(rule, To)}
+    assert handed | trainer.same_names | set(trainer.defaults) <= TRL_KEYS
+    assert not trainer.same_names & set(trainer.rules)
+    assert trainer.marks <= set(trainer.rules) | trainer.same_names
+    assert set(trainer.defaults) <= CONVERTED
+
+
+@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.name)
+def test_no_mark_is_a_key_of_another(trainer):
+    for other in TRAINERS:
+        if other is not trainer:
+            assert not trainer.marks & (set(other.rules) | other.same_names)
+    assert not trainer.marks & TRL_KEYS
