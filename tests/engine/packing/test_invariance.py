@@ -1,251 +1,93 @@
 """Packing never changes the maths: whatever the lengths, the budget, the split of an epoch into steps and the number of
 ranks, loss, every log-prob and every gradient are those of one sequence at a time.
 
-The other side is transformers' own forward, one response after another, and losses written out in plain torch. The
-models are tiny and in float64 throughout, so that nothing hides behind rounding: ``gpt2`` with eager attention, and
-``starcoder2`` (rotary positions, grouped heads, a window shorter than the sequences) with ``sdpa``, because its eager
-attention rounds the softmax to float32.
-
-Legend: G groups, K responses of a group, S responses.
+The models are tiny and in float64 throughout, so that nothing hides behind rounding. On packs: ``gpt2``, and
+``starcoder2`` (rotary positions, grouped heads, a window shorter than the sequences). With mixers in rows and whole in
+rows: a gated delta net, a Mamba 2 hybrid, short convolutions and an xLSTM, whose recurrences take several chunks a row;
+and in rows alone ``bloom``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import logsigmoid
 
-from engine.config.schema import LossConfig, PackingConfig
+from engine.config.schema import LossConfig
 from engine.data.groups import PreferenceDataset, PreferenceGroup
-from engine.model.attention import Backend, register_backends
-from engine.model.policy import Policy
-from engine.packing import Pack, build_batch, group_sizes, plan_epoch
-from engine.train.feed import TrainingPack, TrainingStep
-from engine.train.metrics import StepWork
+from engine.model.checks import check_packing
+from engine.model.layouts import use_layout
+from engine.model.policy import Layout, Policy
+from engine.packing import Pack, build_batch
+from engine.packing.rows import BLOCK_COST
 from engine.train.objective import Objective
 from engine.train.references import ReferenceTable
+from tests.conformance import families as all_families
 from tests.engine.model.families import VOCAB, WINDOW, tiny_model
+from tests.engine.packing.one_by_one import (
+    BETA,
+    TOLERANCE,
+    Case,
+    Float64Policy,
+    cases,
+    check_case,
+    close,
+    examples,
+    gradients,
+)
 
 pytestmark = pytest.mark.property
 
-BETA = 0.3
-TOLERANCE = 1e-10
-"""Of the largest value that is compared. A pair that is lost, or weighs twice, is off by a sixth."""
-PLAIN_ATTENTION = {"gpt2": "eager", "starcoder2": "sdpa"}
 OPTIONS: dict[str, dict] = {"gpt2": {}, "starcoder2": {"sliding_window": WINDOW}}
-
-
-def examples(share: float) -> settings:
-    """A share of the profile's number of examples; each takes about a tenth of a second."""
-    return settings(max_examples=int(settings.default.max_examples * share))
+LAYOUTS = [
+    *((family, kind) for family in ("qwen3_5_text", "bamba", "lfm2", "xlstm") for kind in ("mixers", "rows")),
+    *(("bloom", kind) for kind in ("rows", "single")),
+]
+CHUNK = 4
+"""Tokens that a recurrence takes at once: rows of these tests are of 2 to 21."""
 
 
 @cache
 def make_policy(family: str) -> Policy:
-    register_backends()
-    backend = Backend("sdpa", "requested")
-    model = tiny_model(family, tie_word_embeddings=False, **OPTIONS[family]).double()
-    # float32 here stands for no autocast.
-    return Policy(model, backend=backend, compute_dtype=torch.float32)
+    return Float64Policy(tiny_model(family, tie_word_embeddings=False, **OPTIONS[family]))
 
 
-@dataclass(frozen=True)
-class Case:
-    """Groups, and how they are packed."""
-
-    dataset: PreferenceDataset
-    table: ReferenceTable
-    pairs_per_step: int
-    tokens_per_pack: int
-    share_prompts: bool
-    ranks: int
-    seed: int
-
-    def __repr__(self) -> str:
-        lengths = [n.tolist() for n in self.dataset.lengths]
-        settings = {f.name: getattr(self, f.name) for f in fields(self)[2:]}
-        return f"Case(lengths={lengths}, {settings})"
-
-    def plans(self) -> list[list[tuple[Pack, ...]]]:
-        """Steps of each rank."""
-        packing = PackingConfig(
-            pairs_per_step=self.pairs_per_step,
-            tokens_per_pack=self.tokens_per_pack,
-            share_prompts=self.share_prompts,
-        )
-        plan = partial(plan_epoch, self.dataset.lengths, packing, seed=self.seed, ranks=self.ranks)
-        return [plan(rank=rank) for rank in range(self.ranks)]
-
-    def step(self, packs: Sequence[Pack], num_terms: int) -> TrainingStep:
-        """What one rank does in a step of ``num_terms`` over all ranks."""
-        built = tuple(
-            TrainingPack(
-                build_batch([self.dataset[i] for i in pack], share_prompts=self.share_prompts),
-                torch.from_numpy(self.table.lookup(pack)),
-            )
-            for pack in packs
-            if pack
-        )
-        return TrainingStep(1, 1.0, built, StepWork(num_terms, 0, 0, 0, 0.0))
+@cache
+def layout_policy(family: str) -> tuple[Policy, Layout]:
+    """A policy that may take each of the layouts, and the one that the start-up check found."""
+    config = all_families.tiny_config(family)
+    for name in vars(config).keys() & {"chunk_size", "mamba_chunk_size"}:
+        setattr(config, name, CHUNK)
+    policy = Float64Policy(all_families.tiny_model(config))
+    check_packing(policy)
+    return policy, policy.layout
 
 
-@st.composite
-def cases(draw, *, responses: st.SearchStrategy[int], ranks: st.SearchStrategy[int], distinct_tokens: bool = False):
-    """Prompts of 1 to 12 and responses of 1 to 9 tokens. Some groups repeat another one, or differ from it by their
-    prompt alone; with ``distinct_tokens`` no two groups have a token in common."""
-    groups: list[PreferenceGroup] = []
-    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    length = st.integers(1, 9)
-    for row in range(draw(st.integers(1, 6))):
-        copied = (
-            draw(st.sampled_from(["nothing", "group", "responses"])) if groups and not distinct_tokens else "nothing"
-        )
-        low, high = (20 * row, 20 * row + 20) if distinct_tokens else (0, VOCAB)
-
-        def ids(size: int, low=low, high=high) -> np.ndarray:
-            return generator.integers(low, high, size, dtype=np.int32)
-
-        prompt = groups[-1].prompt_ids if copied == "group" else ids(draw(st.integers(1, 12)))
-        if copied == "nothing":
-            parts = tuple(ids(draw(length)) for _ in range(draw(responses)))
-        else:
-            parts = groups[-1].response_ids
-        groups.append(PreferenceGroup(row, prompt, parts))
-    dataset = PreferenceDataset(groups)
-    share = draw(st.booleans())
-    longest = int(group_sizes(dataset.lengths, share_prompts=share).max())
-    sums = [tuple(float(-5 * len(r) + generator.normal()) for r in g.response_ids) for g in groups]
-    return Case(
-        dataset,
-        ReferenceTable(sums),
-        pairs_per_step=draw(st.integers(1, len(groups))),
-        tokens_per_pack=longest + draw(st.sampled_from([0, 1, longest // 2, longest, 4 * longest])),
-        share_prompts=share,
-        ranks=draw(ranks),
-        seed=draw(st.integers(0, 99)),
-    )
-
-
-class OneByOne(NamedTuple):
-    """The model's own forward, a sequence at a time; differentiable."""
-
-    tokens: list[list[torch.Tensor]]
-    """Per group and response: log-prob of each token."""
-
-    @classmethod
-    def of(cls, policy: Policy, dataset: PreferenceDataset) -> OneByOne:
-        model = policy.causal_lm
-        model.set_attn_implementation(PLAIN_ATTENTION[model.config.model_type])
-
-        def score(prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
-            ids = torch.from_numpy(np.r_[prompt, response].astype(np.int64))
-            logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[0]
-            start = len(prompt)
-            return logits[start - 1 : -1].log_softmax(-1).gather(1, ids[start:, None])[:, 0]
-
-        try:
-            return cls([[score(g.prompt_ids, r) for r in g.response_ids] for g in dataset])
-        finally:
-            model.set_attn_implementation(policy.backend.implementation)
-
-    def sums(self, group: int) -> torch.Tensor:
-        """[K]."""
-        return torch.stack([t.sum() for t in self.tokens[group]])
-
-
-def plain_loss(name: str, alone: OneByOne, table: ReferenceTable, members: list[int]) -> torch.Tensor:
-    """The loss of a step that holds ``members``, in float64."""
-    ratios = [alone.sums(g) - torch.from_numpy(table.lookup((g,))).double() for g in members]
-    if name == "plackett_luce":
-        ranked = [BETA * r for r in ratios]
-        return torch.stack([-sum(r[k] - r[k:].logsumexp(0) for k in range(len(r))) for r in ranked]).mean()
-    chosen, rejected = torch.stack(ratios).T
-    if name == "sigmoid":
-        return -logsigmoid(BETA * (chosen - rejected)).mean()
-    if name == "ipo":
-        means = torch.stack(
-            [
-                torch.stack([r[k] / len(alone.tokens[g][k]) for k in (0, 1)])
-                for g, r in zip(members, ratios, strict=True)
-            ]
-        )
-        return (means[:, 0] - means[:, 1] - 1 / (2 * BETA)).square().mean()
-    if name == "aot_unpaired":
-        return -logsigmoid(BETA * (chosen.sort().values - rejected.sort().values)).mean()
-    assert name == "aot"
-    sums = torch.stack([alone.sums(g) for g in members])
-    refs = sums.detach() - torch.stack(ratios).detach()
-    gaps, ref_gaps = ((t[:, 0] - t[:, 1]).sort().values for t in (sums, refs))
-    return -logsigmoid(BETA * (gaps - ref_gaps)).mean()
-
-
-def gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    """Of every parameter, which are then cleared."""
-    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in policy.causal_lm.named_parameters()}
-    policy.zero_grad(set_to_none=True)
-    return found
-
-
-def close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    """Every gradient agrees within ``TOLERANCE`` of the largest one."""
-    largest = max(t.abs().max() for t in want.values()).item()
-    for name, expected in want.items():
-        torch.testing.assert_close(
-            got[name], expected, rtol=0, atol=TOLERANCE * max(largest, 1e-3), msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def check_case(case: Case, family: str, loss: str) -> None:
-    policy = make_policy(family)
-    objective = Objective(LossConfig(loss_type=loss, beta=BETA))
-    objective.check_dataset(case.dataset)
-    alone = OneByOne.of(policy, case.dataset)
-    names, parameters = zip(*policy.causal_lm.named_parameters(), strict=True)
-    plans = case.plans()
-    sizes = group_sizes(case.dataset.lengths, share_prompts=case.share_prompts)
-    seen: list[int] = []
-    for parts in zip(*plans, strict=True):
-        members = [i for packs in parts for pack in packs for i in pack]
-        assert all(sizes[list(pack)].sum() <= case.tokens_per_pack for packs in parts for pack in packs)
-        assert len({len(packs) for packs in parts}) == 1
-        seen += members
-        losses = []
-        for packs in parts:
-            step = case.step(packs, len(members))
-            check_logps(policy, step, alone)
-            if step.packs:
-                losses.append(objective.backward(policy, step).losses)
-        got = gradients(policy)
-        expected = plain_loss(loss, alone, case.table, members)
-        want = torch.autograd.grad(expected, parameters, retain_graph=True, allow_unused=True)
-        total = sum(part.sum() for part in losses) / len(members)
-        torch.testing.assert_close(total, expected.detach(), rtol=TOLERANCE, atol=TOLERANCE)
-        close(
-            got,
-            {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, want, strict=True)},
-        )
-    assert sorted(seen) == list(range(len(case.dataset)))
-
-
-def check_logps(policy: Policy, step: TrainingStep, alone: OneByOne) -> None:
-    for pack in step.packs:
-        with torch.no_grad():
-            got = policy.logps(pack.batch)
-        want = torch.cat([t for row in pack.batch.rows for t in alone.tokens[row]]).detach()
-        torch.testing.assert_close(got, want, rtol=TOLERANCE, atol=TOLERANCE)
+@contextmanager
+def layout(family: str, kind: str, block_cost: int) -> Iterator[Policy]:
+    """The policy of a family in a layout, with rows in many small blocks or in few large ones."""
+    policy, found = layout_policy(family)
+    use_layout(policy, found if found.kind == kind else Layout(kind))
+    code = inspect.getmodule(type(policy.causal_lm))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.packing.rows.BLOCK_COST", block_cost)
+        if (rule := getattr(code, "torch_chunk_gated_delta_rule", None)) is not None:
+            patch.setattr(code, "torch_chunk_gated_delta_rule", partial(rule, chunk_size=CHUNK))
+        yield policy
 
 
 pairs = st.just(2)
 few = st.integers(1, 3)
+block_costs = st.sampled_from([0, 8, BLOCK_COST])
 families = pytest.mark.parametrize("family", ["gpt2", "starcoder2"])
 
 
@@ -253,26 +95,27 @@ families = pytest.mark.parametrize("family", ["gpt2", "starcoder2"])
 @examples(0.4)
 @given(case=cases(responses=pairs, ranks=few), loss=st.sampled_from(["sigmoid", "ipo"]))
 def test_pairs(family, case, loss):
-    check_case(case, family, loss)
+    check_case(case, make_policy(family), loss)
 
 
 @families
 @examples(0.3)
 @given(case=cases(responses=st.integers(2, 5), ranks=few))
 def test_rankings(family, case):
-    check_case(case, family, "plackett_luce")
+    check_case(case, make_policy(family), "plackett_luce")
 
 
 @families
 @examples(0.3)
 @given(case=cases(responses=pairs, ranks=st.just(1)), loss=st.sampled_from(["aot", "aot_unpaired"]))
 def test_coupled_pairs_are_computed_over_the_whole_step(family, case, loss):
-    check_case(case, family, loss)
+    check_case(case, make_policy(family), loss)
 
 
-def run_packs(case: Case, packs: Sequence[Pack], loss: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def run_packs(
+    policy: Policy, case: Case, packs: Sequence[Pack], loss: str
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of one step over all groups, packed as told."""
-    policy = make_policy("gpt2")
     scored = Objective(LossConfig(loss_type=loss, beta=BETA)).backward(policy, case.step(packs, len(case.dataset)))
     return scored.losses.sum() / len(case.dataset), gradients(policy)
 
@@ -284,11 +127,16 @@ def run_packs(case: Case, packs: Sequence[Pack], loss: str) -> tuple[torch.Tenso
     loss=st.sampled_from(["sigmoid", "aot", "plackett_luce"]),
 )
 def test_any_division_into_packs_in_any_order(data, case, loss):
+    check_division(data, case, make_policy("gpt2"), loss)
+
+
+def check_division(data: st.DataObject, case: Case, policy: Policy, loss: str) -> None:
+    """One step over all groups is the same however these are divided into packs."""
     order = data.draw(st.permutations(range(len(case.dataset))))
     ends = [i for i in range(1, len(order)) if data.draw(st.booleans())]
     packs = [tuple(order[a:b]) for a, b in pairwise([0, *ends, len(order)])]
-    loss_of_packs, got = run_packs(case, packs, loss)
-    loss_of_one, want = run_packs(case, [tuple(range(len(order)))], loss)
+    loss_of_packs, got = run_packs(policy, case, packs, loss)
+    loss_of_one, want = run_packs(policy, case, [tuple(range(len(order)))], loss)
     torch.testing.assert_close(loss_of_packs, loss_of_one, rtol=TOLERANCE, atol=TOLERANCE)
     close(got, want)
 
@@ -318,7 +166,11 @@ def test_every_pair_counts_once_with_equal_weight(case):
 @examples(0.3)
 @given(data=st.data(), case=cases(responses=st.integers(2, 5), ranks=st.just(1)))
 def test_a_response_does_not_see_the_others(data, case):
-    policy = make_policy("gpt2")
+    check_isolation(data, case, make_policy("gpt2"))
+
+
+def check_isolation(data: st.DataObject, case: Case, policy: Policy) -> None:
+    """Another response changes no bit."""
     groups = list(case.dataset)
     g = data.draw(st.integers(0, len(groups) - 1))
     k = data.draw(st.integers(0, len(groups[g].response_ids) - 1))
@@ -339,6 +191,21 @@ def test_a_response_does_not_see_the_others(data, case):
     ]
 
 
+@pytest.mark.parametrize(("family", "kind"), LAYOUTS)
+@examples(0.03)
+@given(data=st.data(), loss=st.sampled_from(["sigmoid", "ipo", "aot", "plackett_luce"]), block_cost=block_costs)
+def test_all_of_it_in_other_layouts(family, kind, data, loss, block_cost):
+    in_rows = kind in ("rows", "single")
+    responses = st.integers(2, 4) if loss == "plackett_luce" else pairs
+    # Whole steps are coupled on one process; one row at a time, ranks would not run as many forward passes each.
+    ranks = st.just(1) if kind == "single" or loss == "aot" else few
+    case = data.draw(cases(responses=responses, ranks=ranks, in_rows=in_rows))
+    with layout(family, kind, block_cost) as policy:
+        check_case(case, policy, loss)
+        check_division(data, case, policy, loss)
+        check_isolation(data, case, policy)
+
+
 def test_a_coupled_loss_is_another_one_per_pack():
     """What the step-wide computation guards against shows in these numbers."""
     generator = np.random.default_rng(0)
@@ -348,6 +215,7 @@ def test_a_coupled_loss_is_another_one_per_pack():
     )
     case = Case(dataset, ReferenceTable([(-30.0 - g, -33.0 + 2 * g) for g in range(4)]), 4, 36, True, 1, 0)
     packs = [(0, 1), (2, 3)]
-    whole, _ = run_packs(case, packs, "aot")
-    apart = sum(run_packs(case, [pack], "aot")[0] for pack in packs)
+    policy = make_policy("gpt2")
+    whole, _ = run_packs(policy, case, packs, "aot")
+    apart = sum(run_packs(policy, case, [pack], "aot")[0] for pack in packs)
     assert abs(whole - apart) > 1e-3
