@@ -320,6 +320,16 @@ class LossMix(NamedTuple):
     def couples_pairs(self) -> bool:
         return any(t.couples_pairs for t in self.types)
 
+    @property
+    def takes_margins(self) -> bool:
+        """Whether there is a target margin, beside terms of pure likelihood at most."""
+        return any(t.takes_margins for t in self.types) and not self.without_margins
+
+    @property
+    def without_margins(self) -> list[str]:
+        """Losses that cannot be asked for a margin, and are no pure likelihood, which has none to exceed."""
+        return [t.name for t in self.types if not (t.takes_margins or t.name in ("sft", "nll"))]
+
     def losses(self, pairs: Pairs) -> Tensor:
         """Loss of every pair, [B]."""
         total = None
@@ -380,8 +390,7 @@ def check_mix(mix: LossMix, options: LossOptions, margins: Tensor | None) -> Non
             f"f_divergence_type other than reverse_kl has no meaning for {', '.join(without)}: what does not cancel "
             f"there cancels in {allowed} alone"
         )
-    without = [t.name for t in mix.types if not (t.takes_margins or t.name in ("sft", "nll"))]
-    if margins is not None and without:
+    if margins is not None and (without := mix.without_margins):
         allowed = ", ".join(t.name for t in _TABLE.values() if t.takes_margins)
         raise ValueError(f"margins have no meaning for {', '.join(without)}; losses with a target margin: {allowed}")
 

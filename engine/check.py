@@ -14,6 +14,7 @@ from .data.groups import PreferenceGroup
 from .data.held_out import HeldOut
 from .data.lint import LintReport
 from .data.read import Split, stream_groups
+from .data.row_numbers import NumberSummary
 from .data.tokenize import Encoder
 from .errors import RowError, UserError
 from .inputs import check_inputs
@@ -82,6 +83,7 @@ def _check_split(config: RunConfig, tokenizer, split: Split, held_out: HeldOut) 
     shown: PreferenceGroup | None = None
     lengths: dict[str, array[int]] = {}
     several_pairs = False
+    numbers = NumberSummary()
     note = held_out.trains if split == "train" else held_out.evaluates
     for group in groups:
         # The first, or the first of more than two responses where there are such.
@@ -89,6 +91,7 @@ def _check_split(config: RunConfig, tokenizer, split: Split, held_out: HeldOut) 
             shown = group
         several_pairs = several_pairs or len(group.pairs or ()) > 1
         note(group)
+        numbers.note(group)
         names = _response_names(group)
         for name, ids in zip(("prompt", *names), (group.prompt_ids, *group.response_ids), strict=True):
             lengths.setdefault(name, array("i")).append(len(ids))
@@ -104,9 +107,14 @@ def _check_split(config: RunConfig, tokenizer, split: Split, held_out: HeldOut) 
     if SHOWN_BY in parts[0]:
         parts.append(layouts())
     if shown is not None:
-        parts += [_format_lengths(lengths, config.data.max_length), _format_example(shown, tokenizer)]
+        parts += [_format_lengths(lengths, config.data.max_length)]
+        parts += [f"rows: {words}"] if (words := numbers.words()) else []
+        parts += [_format_example(shown, tokenizer)]
     reasons = _verdicts(report, config.data.strict)
-    if several_pairs and (reason := LossTerms(config.loss).against_several_pairs):
+    terms = LossTerms(config.loss)
+    if several_pairs and (reason := terms.against_several_pairs):
+        reasons.append(f"{report.source}: {reason}")
+    if reason := terms.against_numbers(weights=numbers.has("weight"), margins=numbers.has("margin")):
         reasons.append(f"{report.source}: {reason}")
     return "\n\n".join(parts), report, reasons
 

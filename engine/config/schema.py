@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Literal
@@ -24,7 +25,8 @@ RowFormat = Literal[
 COLUMN_PARTS = (
     "prompt", "chosen", "rejected", "system", "input", "history", "tools", "messages", "responses", "ranking", "scores",
     "label", "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "ref_logps",
-    "chat_template_kwargs",
+    "chat_template_kwargs", "weight", "margin", "mask", "weights", "chosen_mask", "rejected_mask", "chosen_weights",
+    "rejected_weights",
 )  # fmt: skip
 """Parts of a row that ``data.columns`` may name a column for."""
 
@@ -128,6 +130,8 @@ class DataConfig:
     columns: dict[str, str | None] | None = None
     """Which column holds a part of the row, such as {prompt: ask, chosen: good, rejected: bad}; null says that a part,
     such as system, is not read."""
+    mask_pattern: str | None = None
+    """A regular expression: tokens of completions whose text it matches count nothing, for policy and reference."""
     turn_fields: dict[str, str] | None = None
     """Names of role and content in a message, where they are others than role/content or from/value."""
     roles: dict[str, str] | None = None
@@ -169,6 +173,7 @@ class DataConfig:
             self.eval_fraction is None or self.eval_dataset_name is None,
             "data.eval_fraction splits data.dataset_name, so leave data.eval_dataset_name out",
         )
+        self._check_pattern()
         unknown = sorted(set(self.columns or ()) - set(COLUMN_PARTS))
         _require(not unknown, f"data.columns has no part {', '.join(unknown)}; parts are {', '.join(COLUMN_PARTS)}")
         named = [name for name in (self.columns or {}).values() if name is not None]
@@ -179,6 +184,14 @@ class DataConfig:
         )
         _require(self.min_score_gap >= 0, f"data.min_score_gap must not be negative, got {self.min_score_gap}")
         _require(self.max_rows is None or self.max_rows > 0, f"data.max_rows must be positive, got {self.max_rows}")
+
+    def _check_pattern(self) -> None:
+        if self.mask_pattern is None:
+            return
+        try:
+            re.compile(self.mask_pattern)
+        except re.error as error:
+            _require(False, f"data.mask_pattern is no regular expression: {error}, got {self.mask_pattern!r}")
 
     @property
     def has_evaluation(self) -> bool:

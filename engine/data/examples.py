@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from ..errors import RowError
 from .sources import Row, Turns
 from .stored import without_none
@@ -32,6 +34,12 @@ class Example:
     """One for each completion, largest first; None when the row has none."""
     pairs: tuple[tuple[int, int], ...] | None = None
     """See ``PreferenceGroup.pairs``."""
+    order: tuple[int, ...] | None = None
+    """Where in its row each completion was; None where that is their order here."""
+    weight: float = 1.0
+    margin: float = 0.0
+    token_weights: tuple[np.ndarray, ...] | None = None
+    """float32 for each completion, of its tokens before they are cut; None: 1 each. See ``row_numbers.py``."""
 
 
 class PromptsDifferError(Exception):

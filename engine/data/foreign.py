@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ..errors import RowError
 from .examples import PromptsDifferError, answer_messages, messages_of, needed
 from .labels import first_if, strength, winner
+from .row_numbers import ROW_NUMBERS
 from .sources import Row
 from .turns import Message
 
@@ -22,6 +23,7 @@ SYSTEMS = ("system", "system_prompt")
 ALWAYS = (
     *("tools", "chat_template_kwargs", "ref_chosen_logps", "ref_rejected_logps", "ref_logps", "images", "image"),
     *SYSTEMS,
+    *ROW_NUMBERS,
 )
 """Columns that every layout may have."""
 _HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(Assistant|User)\n")

@@ -12,8 +12,8 @@ scored         ``prompt, responses, scores``, or ``completions`` with a text and
 tokenized      ``prompt_ids, chosen_ids, rejected_ids``
 =============  ======================================================================================================
 
-Optional everywhere: ``ref_chosen_logps`` and ``ref_rejected_logps`` (kwise: ``ref_logps``, one a response). For message
-lists: ``tools`` (list or JSON text) and ``chat_template_kwargs``.
+Optional everywhere: ``ref_chosen_logps`` and ``ref_rejected_logps`` (kwise: ``ref_logps``, one a response), and the
+numbers of ``row_numbers.py``. For message lists: ``tools`` (list or JSON text) and ``chat_template_kwargs``.
 """
 
 from __future__ import annotations
@@ -203,9 +203,11 @@ def _read_kwise(row: Row) -> Example:
     if isinstance(prompt, str):
         if not all(isinstance(response, str) for response in responses):
             raise RowError("wrong_type", f"{row.where}: column 'prompt' is text, so every response must be text, too")
-        return Example(row.index, row.where, "text", prompt, tuple(responses[i] for i in order), refs)
+        texts = tuple(responses[i] for i in order)
+        return Example(row.index, row.where, "text", prompt, texts, refs, order=tuple(order))
     answers = tuple(answer_messages(responses[i], row, "responses") for i in order)
-    return Example(row.index, row.where, "messages", prompt_messages(prompt, row), answers, refs, template_kwargs(row))
+    start, kwargs = prompt_messages(prompt, row), template_kwargs(row)
+    return Example(row.index, row.where, "messages", start, answers, refs, kwargs, order=tuple(order))
 
 
 def _read_tokenized(row: Row) -> Example:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 
@@ -31,6 +31,18 @@ class PreferenceGroup:
     """Reference log-prob sums that came with the row (``ref_chosen_logps``, ``ref_rejected_logps``), or None."""
     pairs: tuple[tuple[int, int], ...] | None = None
     """The (chosen, rejected) places in ``response_ids`` that more than two responses stand for; None: their ranking."""
+    weight: float = 1.0
+    """What the losses of the group are multiplied by, 0 or more."""
+    margin: float = 0.0
+    """By how much the reward margin of each of its pairs is to be exceeded."""
+    token_weights: tuple[np.ndarray, ...] | None = None
+    """K arrays, float32 [R_k]: what the log-probs of tokens are multiplied by before they are summed. Tokens of weight
+    0 are as if they were not there: in no sum and no length; one of each response counts. None: all count alike."""
+
+    @property
+    def whole(self) -> PreferenceGroup:
+        """The group with every token counted alike."""
+        return self if self.token_weights is None else replace(self, token_weights=None)
 
 
 class PreferenceDataset(Sequence[PreferenceGroup]):
@@ -47,7 +59,16 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         pairs: array[int] = array("h")
         first_pair: array[int] = array("q", [0])
         self._ref_logps: list[tuple[float, ...] | None] = []
+        numbers: array[float] = array("d")
+        weights: array[float] | None = None
         for group in groups:
+            if group.token_weights is not None and weights is None:
+                weights = array("f", [1.0]) * len(tokens)
+            if weights is not None:
+                given = group.token_weights or tuple(np.ones(len(ids)) for ids in group.response_ids)
+                for values in (np.ones(len(group.prompt_ids)), *given):
+                    weights.frombytes(np.ascontiguousarray(values, dtype=np.float32).tobytes())
+            numbers.extend((group.weight, group.margin))
             for ids in (group.prompt_ids, *group.response_ids):
                 tokens.frombytes(np.ascontiguousarray(ids, dtype=np.int32).tobytes())
                 sizes.append(len(ids))
@@ -62,6 +83,9 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         self._rows = np.asarray(rows, dtype=np.int64)
         self._pairs = np.asarray(pairs, dtype=np.int16).reshape(-1, 2)
         self._first_pair = np.asarray(first_pair, dtype=np.int64)
+        self._weights = None if weights is None else np.asarray(weights, dtype=np.float32)
+        self.weights_G, self.margins_G = np.asarray(numbers, dtype=np.float64).reshape(-1, 2).T
+        """float64 [G] each: ``PreferenceGroup.weight`` and ``margin``."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -73,14 +97,35 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
             raise IndexError(index)
         index %= len(self)
         first, last = self._first_part[index], self._first_part[index + 1]
-        parts = [self._tokens[self._offsets[p] : self._offsets[p + 1]] for p in range(first, last)]
+        parts = self._parts(self._tokens, first, last)
         return PreferenceGroup(
             row=int(self._rows[index]),
             prompt_ids=parts[0],
             response_ids=tuple(parts[1:]),
             ref_logps=self._ref_logps[index],
             pairs=self._pairs_of(index),
+            weight=float(self.weights_G[index]),
+            margin=float(self.margins_G[index]),
+            token_weights=None if self._weights is None else tuple(self._parts(self._weights, first + 1, last)),
         )
+
+    def _parts(self, values: np.ndarray, first: int, last: int) -> list[np.ndarray]:
+        return [values[self._offsets[p] : self._offsets[p + 1]] for p in range(first, last)]
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count differently."""
+        return self._weights is not None
+
+    @property
+    def has_fractions(self) -> bool:
+        """Whether tokens have other weights than 0 and 1."""
+        return self._weights is not None and bool(((self._weights != 0) & (self._weights != 1)).any())
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether a row has a weight, a margin, or tokens that count differently."""
+        return self.weighs_tokens or bool((self.weights_G != 1).any() or (self.margins_G != 0).any())
 
     def _pairs_of(self, index: int) -> tuple[tuple[int, int], ...] | None:
         pairs = self._pairs[self._first_pair[index] : self._first_pair[index + 1]].tolist()
@@ -110,8 +155,16 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         return GroupLengths(np.diff(self._offsets), self._first_part)
 
     @cached_property
+    def counted(self) -> GroupLengths:
+        """``lengths`` without the tokens of weight 0."""
+        if self._weights is None:
+            return self.lengths
+        total = np.concatenate([[0], np.cumsum(self._weights != 0, dtype=np.int64)])
+        return GroupLengths(np.diff(total[self._offsets]), self._first_part)
+
+    @cached_property
     def digest(self) -> str:
-        """sha256 of every token, row number, boundary and pair."""
+        """sha256 of every token, row number, boundary and pair, and of what has weights or margins."""
         hasher = sha256()
         for numbers, kind in (
             (np.array([len(self)]), "<i8"),
@@ -123,6 +176,9 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
             (self._pairs, "<i2"),
         ):
             hasher.update(np.ascontiguousarray(numbers, kind).data)
+        if self.has_numbers:
+            for values in (self.weights_G, self.margins_G, self._weights):
+                hasher.update(b"" if values is None else np.ascontiguousarray(values, "<f8").data)
         return hasher.hexdigest()
 
 

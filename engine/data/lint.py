@@ -51,6 +51,10 @@ _STOPS = {
     "bad_ranking": ("not one rank for each of two or more responses, or ties", "correct or remove the rows"),
     "bad_score": ("not one finite score for each of two or more responses", "correct or remove the rows"),
     "bad_reference": ("reference log-probs that are not one finite number a response", "correct or remove the columns"),
+    "bad_weight": (
+        "a weight, a margin, a mask or weights of tokens are no such numbers, or not one for each token",
+        "correct the rows, or leave the column out with data.columns: {weight: null}",
+    ),
     "no_dialogue": ("a side has no '\\n\\nAssistant:' turn", "set data.format: preference if the rows are plain text"),
     "half_character": ("the text holds half of a surrogate pair", "correct or remove the rows"),
     "no_chat_template": ("messages, but no chat template is in use", "set data.chat_template to a Jinja file"),
@@ -135,6 +139,12 @@ PROBLEMS = {
             True,
             "a completion has no token at all, so its log-prob is undefined",
             "remove the rows, or give them a completion",
+        ),
+        Problem(
+            "nothing_counts",
+            True,
+            "a mask, or data.mask_pattern, leaves out every token of a completion",
+            "correct the mask or the pattern, or remove the rows",
         ),
         Problem(
             "empty_completion",

@@ -19,6 +19,7 @@ from .groups import PreferenceDataset, PreferenceGroup
 from .held_out import is_held_out
 from .lint import LOST, PROBLEMS, LintReport
 from .lost_text import LostText
+from .row_numbers import response_weights
 from .rows import RowReader
 from .scored import expand_scores, scores_reversed
 from .sources import Row, Source, is_hub_name, is_single_file, open_source
@@ -181,14 +182,24 @@ def make_groups(
             if dropped is not None:
                 report.add(dropped, example.row)
                 continue
+            room = _room(encoded, max_length)
+            try:
+                weights = response_weights(example, encoded.completion_ids, encoded.left_out, room)
+            except RowError as error:
+                report.refuse(error, example.row)
+                continue
+            if not all(w.any() for w in weights or ()):
+                report.add("nothing_counts", example.row)
+                continue
             group = PreferenceGroup(
                 row=example.row,
                 prompt_ids=np.asarray(encoded.prompt_ids, dtype=np.int32),
-                response_ids=tuple(
-                    np.asarray(ids[: _room(encoded, max_length)], dtype=np.int32) for ids in encoded.completion_ids
-                ),
+                response_ids=tuple(np.asarray(ids[:room], dtype=np.int32) for ids in encoded.completion_ids),
                 ref_logps=example.ref_logps,
                 pairs=example.pairs,
+                weight=example.weight,
+                margin=example.margin,
+                token_weights=weights,
             )
             for problem in (*text_faults(example, encoder), *token_faults(encoded, group, encoder)):
                 report.add(problem, example.row)

@@ -12,12 +12,13 @@ from .columns import COLUMNS, PROMPTS, RESPONSES, SCORES, detect_format
 from .examples import Example
 from .foreign import ALWAYS, FOREIGN, SYSTEMS, Foreign
 from .formats import reader_for
+from .row_numbers import ROW_NUMBERS, with_numbers
 from .sources import Row
 from .stored import decode_text
 from .turns import TurnForm, listed
 from .unread import SYSTEM_NAMES, refuse_unread
 
-_OPTIONAL = frozenset({"system", "input", "history", "tools", "chat_template_kwargs", "ref_logps"}) | {
+_OPTIONAL = frozenset({"system", "input", "history", "tools", "chat_template_kwargs", "ref_logps", *ROW_NUMBERS}) | {
     f"ref_{side}_logps" for side in ("chosen", "rejected")
 }
 """Parts whose column a row may lack."""
@@ -83,7 +84,7 @@ class RowReader:
         example = self._with_system(example, row)
         reads = self._reads if example.prompt is not before else self._reads.difference(SYSTEMS)
         refuse_unread(row, example, reads, self._data)
-        return example
+        return with_numbers(example, row)
 
     def _refuse_unread_parts(self, row: Row) -> None:
         """Stop at a part that ``data.columns`` names and that rows of the layout do not have."""

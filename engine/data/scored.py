@@ -64,11 +64,13 @@ def read_scored(row: Row) -> Example:
     best_first = tuple(scores[i] for i in order)
     if isinstance(prompt, str) and all(isinstance(response, str) for response in responses):
         texts = tuple(responses[i] for i in order)
-        return Example(row.index, row.where, "text", prompt, texts, scores=best_first)
+        return Example(row.index, row.where, "text", prompt, texts, scores=best_first, order=tuple(order))
     answers = tuple(answer_messages(responses[i], row, "responses") for i in order)
     start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt_messages(prompt, row)
-    kwargs = template_kwargs(row)
-    return Example(row.index, row.where, "messages", start, answers, template_kwargs=kwargs, scores=best_first)
+    kwargs, places = template_kwargs(row), tuple(order)
+    return Example(
+        row.index, row.where, "messages", start, answers, template_kwargs=kwargs, scores=best_first, order=places
+    )
 
 
 def _texts_and_scores(row: Row, items: list[Any]) -> tuple[list[Any], list[float]]:
@@ -130,6 +132,7 @@ def expand_scores(example: Example, data: DataConfig, report: LintReport) -> Exa
         example,
         completions=tuple(example.completions[i] for i in used),
         scores=tuple(scores[i] for i in used),
+        token_weights=None if (weights := example.token_weights) is None else tuple(weights[i] for i in used),
         # Two responses are a pair as they are.
         pairs=None if len(used) == 2 else tuple((place[a], place[b]) for a, b in pairs),
     )

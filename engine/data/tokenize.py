@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
@@ -24,6 +25,7 @@ from ..config.schema import DataConfig
 from ..errors import RowError, UserError
 from ..paths import expanded
 from .examples import Example
+from .patterns import Span, check_offsets, left_out
 from .turns import Message, with_text_arguments
 
 TEMPLATE_ERRORS: tuple[type[Exception], ...] = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError)
@@ -38,13 +40,25 @@ class Encoded(NamedTuple):
     """The prompt alone is tokenised differently at its end than before a completion."""
     rendered: tuple[str, ...] = ()
     """What the chat template wrote of prompt and completion, for each completion; empty where none did."""
+    left_out: tuple[np.ndarray, ...] = ()
+    """bool for each completion, of its tokens: what ``data.mask_pattern`` matches; empty without one."""
+
+
+class _Tokens(NamedTuple):
+    """A text and what the tokenizer makes of it."""
+
+    text: str
+    ids: list[int]
+    spans: Sequence[Span]
+    """Where each token is in the text; empty where that is not asked for."""
 
 
 class Encoder:
     """A tokenizer with the chat template that ``data.chat_template`` asks for.
 
     Raises:
-        UserError: the template file cannot be read.
+        UserError: the template file cannot be read, or ``data.mask_pattern`` with a tokenizer that does not say where
+            tokens are.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig):
@@ -54,6 +68,9 @@ class Encoder:
         self.eos_id: int | None = tokenizer.eos_token_id  # type: ignore[assignment]
         self.vocab_size = len(tokenizer)
         self._own_chat = has_own_chat(tokenizer)
+        self._pattern = None if data.mask_pattern is None else re.compile(data.mask_pattern)
+        if self._pattern is not None:
+            check_offsets(tokenizer, self._own_chat)
         # A method that raises in mistral-common's, whose special tokens are all known by name.
         decoder = tokenizer.added_tokens_decoder
         added = decoder if isinstance(decoder, Mapping) else {}
@@ -87,7 +104,7 @@ class Encoder:
             elif self._takes_template(example):
                 texts[False] += self._rendered_texts(example)
         try:
-            ids = {special: zip(batch, self._tokenize(batch, special), strict=True) for special, batch in texts.items()}
+            ids = {special: iter(self._tokenize(batch, special)) for special, batch in texts.items()}
         except (TypeError, UnicodeEncodeError):
             self._refuse_lone_surrogates(examples)
             raise
@@ -108,19 +125,26 @@ class Encoder:
     def _takes_template(self, example: Example) -> bool:
         return example.kind == "messages" and not self._own_chat
 
-    def _assemble(self, example: Example, ids: Mapping[bool, Iterator[tuple[str, list[int]]]]) -> Encoded:
+    def _assemble(self, example: Example, ids: Mapping[bool, Iterator[_Tokens]]) -> Encoded:
         if example.kind == "ids":
             return self._checked_ids(example)
-        joint_texts: list[str] = []
+        joint: list[_Tokens] = []
         if example.kind == "messages" and self._own_chat:
             prompt_ids, *joint_ids = self._conversations(example, tokenize=True)
         else:
-            (_, prompt_ids), *joint = islice(ids[example.kind == "text"], 1 + len(example.completions))
-            joint_texts, joint_ids = [text for text, _ in joint], [joined for _, joined in joint]
-        size = min(common_prefix_length(prompt_ids, joint) for joint in joint_ids)
-        completion_ids = tuple(joint[size:] for joint in joint_ids)
-        rendered = tuple(joint_texts) if self._takes_template(example) else ()
-        return Encoded(prompt_ids[:size], completion_ids, size < len(prompt_ids), rendered)
+            prompt, *joint = islice(ids[example.kind == "text"], 1 + len(example.completions))
+            prompt_ids, joint_ids = prompt.ids, [tokens.ids for tokens in joint]
+        size = min(common_prefix_length(prompt_ids, joined) for joined in joint_ids)
+        completion_ids = tuple(joined[size:] for joined in joint_ids)
+        rendered = tuple(tokens.text for tokens in joint) if self._takes_template(example) else ()
+        masks: tuple[np.ndarray, ...] = ()
+        if self._pattern is not None:
+            starts = [common_prefix_length(prompt.text, tokens.text) for tokens in joint]
+            masks = tuple(
+                left_out(self._pattern, tokens.text, start, tokens.spans[size:], example.where)
+                for tokens, start in zip(joint, starts, strict=True)
+            )
+        return Encoded(prompt_ids[:size], completion_ids, size < len(prompt_ids), rendered, masks)
 
     def _plain_texts(self, example: Example) -> list[str]:
         if not self.eos_token:
@@ -178,15 +202,23 @@ class Encoder:
             made: Any = tokenizer.apply_chat_template(messages, tokenize=tokenize, return_dict=tokenize, **kwargs)
         return list(made["input_ids"]) if tokenize else made
 
-    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[_Tokens]:
         if not texts:
             return []
+        places = {"return_offsets_mapping": True} if self._pattern is not None else {}
         # A template writes the special tokens itself; plain text gets what the tokenizer adds by default.
-        return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        made = self.tokenizer(
+            texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False, **places
+        )
+        spans = made["offset_mapping"] if places else [()] * len(texts)
+        return [_Tokens(*parts) for parts in zip(texts, made["input_ids"], spans, strict=True)]
 
     def _checked_ids(self, example: Example) -> Encoded:
+        if self._pattern is not None:
+            raise UserError(
+                f"{example.where}: data.mask_pattern is for text, and the row is a list of token ids; set "
+                "data.mask_pattern to null, and give the rows a mask column"
+            )
         largest = max((max(ids, default=0) for ids in (example.prompt, *example.completions)), default=0)
         if largest >= self.vocab_size:
             raise RowError(
@@ -260,8 +292,8 @@ def template_of(data: DataConfig) -> str | None:
         ) from None
 
 
-def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many leading tokens two sequences share."""
+def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many leading tokens, or characters, two sequences share."""
     if second[: len(first)] == first:
         return len(first)
     return next(i for i in range(len(first)) if i >= len(second) or first[i] != second[i])

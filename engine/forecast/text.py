@@ -6,6 +6,7 @@ import torch
 
 from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset
+from ..data.row_numbers import NumberSummary
 from ..errors import UserError
 from ..model import resolve_device
 from ..model.load import DTYPES
@@ -32,6 +33,8 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
     steps = plan_first_epoch(dataset, config)
     plan = summarize_plan(dataset, config, steps)
     lines = describe_plan(plan, config.packing)
+    if words := NumberSummary(dataset).words():
+        lines.append(("rows", "", words))
     try:
         memory, flops = forecast_memory(config, dataset, steps, device=device, resident=resident)
     except UserError:

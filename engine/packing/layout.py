@@ -72,11 +72,11 @@ class PackedBatch:
     """int64 [N]: packed row whose hidden state predicts each completion token. The last row of a shared prompt occurs
     once per response."""
     labels_N: torch.Tensor
-    """int64 [N]: the completion tokens."""
+    """int64 [N]: the completion tokens that count, all but those of weight 0."""
     cu_responses_S1: torch.Tensor
     """int32 [S + 1], always on the CPU: where each response starts in ``labels_N``."""
     lengths_S: torch.Tensor
-    """int64 [S]: completion tokens of each response."""
+    """int64 [S]: completion tokens of each response that count."""
     responses_per_group: tuple[int, ...]
     rows: tuple[int, ...]
     """Source row of each group, for messages."""
@@ -85,12 +85,18 @@ class PackedBatch:
     pairs_P2: torch.Tensor | None
     """int64 [P, 2]: (chosen, rejected) responses of every pair; None when every group is one pair or one ranking."""
     num_chosen_tokens: int
-    """Tokens of the chosen response of every pair, or of the best of a ranking."""
+    """Tokens that count of the chosen response of every pair, or of the best of a ranking."""
     num_unshared_tokens: int
     """Tokens that the same responses have with the prompt repeated for each."""
     rows_order_N: torch.Tensor
     """int64 [N], and ``rows_counts``: what ``pick_order`` gives for ``rows_N``."""
     rows_counts: tuple[int, ...]
+    pair_weights_P: torch.Tensor | None = None
+    """fp32, one for each loss in the order of ``terms_per_group``: what it is multiplied by. None: 1 each."""
+    margins_P: torch.Tensor | None = None
+    """fp32, alike: by how much its reward margin is to be exceeded. None: 0 each."""
+    token_weights_N: torch.Tensor | None = None
+    """fp32 [N]: weights of the completion tokens; None: 1 each."""
     rows_plan: RowPlan | None = None
     """The same tokens as rows, where the layout of a model asks for them and they were built with the pack."""
 
@@ -137,7 +143,7 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
         share_prompts: lay each prompt out once; otherwise every response is a sequence of its own.
 
     Raises:
-        ValueError: an empty prompt or response.
+        ValueError: an empty prompt or response, or a response none of whose tokens counts.
     """
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -171,6 +177,12 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
             predicting.append(np.arange(end - len(response) - 1, end - 1))
             predicting[-1][0] = prompt_start + len(prompt) - 1
     responses = [r for g in groups for r in g.response_ids]
+    weights = _token_weights(groups)
+    if weights is not None:
+        predicting, responses, weights = (
+            [part[w != 0] for part, w in zip(parts, weights, strict=True)] for parts in (predicting, responses, weights)
+        )
+    counted = [len(r) for r in responses]
     rows_N = np.concatenate(predicting)
     rows_order_N, rows_counts = pick_order(rows_N)
     places_P2 = pair_places(groups)
@@ -181,17 +193,56 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
         plan=plan_attention(segments),
         rows_N=_int64([rows_N]),
         labels_N=_int64(responses),
-        cu_responses_S1=_cumulative([len(r) for r in responses]),
-        lengths_S=torch.tensor([len(r) for r in responses]),
+        cu_responses_S1=_cumulative(counted),
+        lengths_S=torch.tensor(counted),
         responses_per_group=tuple(len(g.response_ids) for g in groups),
         rows=tuple(g.row for g in groups),
         terms_per_group=tuple(len(g.pairs or (0,)) for g in groups),
         pairs_P2=None if places_P2 is None else torch.from_numpy(places_P2),
-        num_chosen_tokens=sum(len(g.response_ids[best]) for g in groups for best, _ in g.pairs or ((0, 1),)),
+        num_chosen_tokens=_chosen_tokens(groups, counted),
         num_unshared_tokens=unshared,
         rows_order_N=_int64([rows_order_N]),
         rows_counts=rows_counts,
+        pair_weights_P=_of_terms([g.weight for g in groups], groups, usual=1.0),
+        margins_P=_of_terms([g.margin for g in groups], groups, usual=0.0),
+        token_weights_N=_other_than_one(weights),
     )
+
+
+def _token_weights(groups: Sequence[PreferenceGroup]) -> list[np.ndarray] | None:
+    """Those of every response; None where all tokens count alike."""
+    if all(g.token_weights is None for g in groups):
+        return None
+    weights: list[np.ndarray] = []
+    for group in groups:
+        given = group.token_weights or tuple(np.ones(len(r), np.float32) for r in group.response_ids)
+        if not all(w.any() for w in given):
+            raise ValueError(f"row {group.row}: no token of a response counts")
+        weights += given
+    return weights
+
+
+def _chosen_tokens(groups: Sequence[PreferenceGroup], counted: Sequence[int]) -> int:
+    """Of the tokens that count in each response, those of the better response of every pair."""
+    total = first = 0
+    for group in groups:
+        total += sum(counted[first + best] for best, _ in group.pairs or ((0, 1),))
+        first += len(group.response_ids)
+    return total
+
+
+def _of_terms(values: list[float], groups: Sequence[PreferenceGroup], *, usual: float) -> torch.Tensor | None:
+    """fp32 [P]: the number of each group for each of its losses; None where all are as usual."""
+    if all(value == usual for value in values):
+        return None
+    return torch.tensor([v for g, v in zip(groups, values, strict=True) for _ in g.pairs or (0,)], dtype=torch.float32)
+
+
+def _other_than_one(weights: list[np.ndarray] | None) -> torch.Tensor | None:
+    if weights is None:
+        return None
+    weights_N = torch.from_numpy(np.concatenate(weights).astype(np.float32))
+    return None if bool((weights_N == 1).all()) else weights_N
 
 
 def plan_attention(segments: list[Segment]) -> AttentionPlan:

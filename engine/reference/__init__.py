@@ -2,7 +2,7 @@
 
 from .columns import export_columns, import_columns
 from .keys import dataset_keys, identify, model_digest, response_key, weights_digest
-from .lookup import default_store_path, load_ref_logps, load_ref_sums
+from .lookup import default_store_path, load_ref_logps, load_ref_sums, load_weighted_sums
 from .precompute import PrecomputeReport, precompute
 from .store import ReferenceStore
 from .verify import verify_rows
@@ -17,6 +17,7 @@ __all__ = [
     "import_columns",
     "load_ref_logps",
     "load_ref_sums",
+    "load_weighted_sums",
     "model_digest",
     "precompute",
     "response_key",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,35 +48,51 @@ def load_ref_logps(dataset: PreferenceDataset, store: ReferenceStore, digest: st
     return [tuple(values[key] for key in group) for group in keys]
 
 
-def load_ref_sums(
-    dataset: PreferenceDataset, store: ReferenceStore, digest: str, *, ld_alpha: float | None = None
-) -> list[tuple[float, ...]]:
-    """Per group, per response: the sum of its log-probs in float64. Holds the values of one shard at a time.
-
-    Args:
-        ld_alpha: weight of the tokens past the length of the group's shortest response, as in
-            ``dpo_kernels.ld_token_weights``; holds the values of ``GROUPS_AT_ONCE`` groups.
+def load_ref_sums(dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> list[tuple[float, ...]]:
+    """Per group, per response: the sum of its log-probs in float64, all alike. Holds the values of one shard at a time.
 
     Raises:
         UserError: as ``load_ref_logps``.
     """
     keys = dataset_keys(dataset, digest)
-    if ld_alpha is not None:
-        found: list[tuple[float, ...]] = []
-        for start in range(0, len(keys), GROUPS_AT_ONCE):
-            part = keys[start : start + GROUPS_AT_ONCE]
-            values = store.get([key for group in part for key in group])
-            _require_all(dataset, part, values, store, first=start)
-            found += [_weighted_sums([values[key] for key in group], ld_alpha) for group in part]
-        return found
     sums = store.sums([key for group in keys for key in group])
     _require_all(dataset, keys, sums, store)
     return [tuple(sums[key] for key in group) for group in keys]
 
 
-def _weighted_sums(responses: list[np.ndarray], ld_alpha: float) -> tuple[float, ...]:
-    shared = min(map(len, responses))
+def load_weighted_sums(
+    dataset: PreferenceDataset, store: ReferenceStore, digest: str, *, ld_alpha: float | None = None
+) -> list[tuple[float, ...]]:
+    """As ``load_ref_sums``, with the weights of tokens. Holds the values of ``GROUPS_AT_ONCE`` groups.
+
+    Args:
+        ld_alpha: further weight of the tokens past the length of the group's shortest response, as in
+            ``dpo_kernels.ld_token_weights``; None is 1.
+
+    Raises:
+        UserError: as ``load_ref_logps``.
+    """
+    keys = dataset_keys(dataset, digest)
+    found: list[tuple[float, ...]] = []
+    for start in range(0, len(keys), GROUPS_AT_ONCE):
+        part = keys[start : start + GROUPS_AT_ONCE]
+        values = store.get([key for group in part for key in group])
+        _require_all(dataset, part, values, store, first=start)
+        for index, group in enumerate(part, start):
+            found.append(_weighted_sums([values[key] for key in group], dataset[index].token_weights, ld_alpha))
+    return found
+
+
+def _weighted_sums(
+    responses: list[np.ndarray], weights: Sequence[np.ndarray] | None, ld_alpha: float | None
+) -> tuple[float, ...]:
     values = [response.astype(np.float64) for response in responses]
+    if weights is not None:
+        # Tokens of weight 0 are not there, so they do not count for the length either.
+        values = [(v * w)[w != 0] for v, w in zip(values, weights, strict=True)]
+    if ld_alpha is None:
+        return tuple(float(v.sum()) for v in values)
+    shared = min(map(len, values))
     return tuple(float(v[:shared].sum() + ld_alpha * v[shared:].sum()) for v in values)
 
 

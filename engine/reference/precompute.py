@@ -275,8 +275,11 @@ def score(policy: Policy, batches: Iterable[PackedBatch]) -> Iterator[tuple[Pack
 
 def _groups(dataset: PreferenceDataset, members: list[_Work]) -> list[PreferenceGroup]:
     groups = ((dataset[w.group], w.responses) for w in members)
-    # Without its pairs, which number the responses of the whole group.
-    return [replace(g, response_ids=tuple(g.response_ids[k] for k in responses), pairs=None) for g, responses in groups]
+    # Without its pairs, which number the responses of the whole group, and with every token.
+    return [
+        replace(g.whole, response_ids=tuple(g.response_ids[k] for k in responses), pairs=None)
+        for g, responses in groups
+    ]
 
 
 def _split(

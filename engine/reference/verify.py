@@ -52,7 +52,7 @@ def verify_rows(
     """
     atol = TOKEN_TOLERANCE[policy.compute_dtype] if atol is None else atol
     chosen = _sample(dataset.lengths.packed(share_prompts=True).tolist(), count)
-    batches = (build_batch([dataset[i]], share_prompts=share_prompts) for i in chosen)
+    batches = (build_batch([dataset[i].whole], share_prompts=share_prompts) for i in chosen)
     with scoring(policy):
         live = [_parts(batch, logps_N) for batch, logps_N in score(policy, batches)]
     pairs = [list(zip(parts, ref_logps[index], strict=True)) for index, parts in zip(chosen, live, strict=True)]
@@ -92,7 +92,9 @@ def reward_bound(
     sums = []
     with scoring(policy):
         for layout in layouts:
-            batches = (build_batch([dataset[i] for i in members], share_prompts=share) for members, share in layout)
+            batches = (
+                build_batch([dataset[i].whole for i in members], share_prompts=share) for members, share in layout
+            )
             first = zip(rows, score(policy, batches), strict=True)
             sums.append(
                 [

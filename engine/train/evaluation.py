@@ -28,6 +28,7 @@ from ..run_folder import BY_LENGTH, EVALUATION_FILE, PAIRS_BY_LENGTH
 from .metrics import PREFERENCE_NAMES, TOKEN_NAMES
 from .objective import Objective
 from .routing import Routing
+from .scored import RowTerms
 
 
 class _Scores(NamedTuple):
@@ -36,7 +37,7 @@ class _Scores(NamedTuple):
     logps_S: Tensor
     ref_S: Tensor | None
     sums_SK: Tensor
-    """Of the statistics of tokens that were asked for."""
+    """Of the statistics of tokens that were asked for, and last the log-probs without weights of tokens."""
 
 
 def evaluate_policy(
@@ -70,10 +71,14 @@ def evaluate_policy(
         policy.train(training)
     lengths = dataset.lengths
     per_group = tuple(lengths.responses.tolist())
-    lengths_S = torch.from_numpy(np.concatenate([n[1:] for n in lengths]))
+    lengths_S = torch.from_numpy(np.concatenate([n[1:] for n in dataset.counted]))
     places_P2 = pair_places(dataset) if dataset.has_pairs.any() else None
-    pairs_P2 = None if places_P2 is None else torch.from_numpy(places_P2)
-    scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group, pairs_P2, sums_SK=scores.sums_SK)
+    terms = RowTerms(
+        None if places_P2 is None else torch.from_numpy(places_P2),
+        _of_terms(dataset.weights_G, dataset, 1.0),
+        _of_terms(dataset.margins_G, dataset, 0.0),
+    )
+    scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group, terms, sums_SK=scores.sums_SK)
     names = PREFERENCE_NAMES + TOKEN_NAMES if objective.token_stats else PREFERENCE_NAMES
     aux_loss = routing.aux_loss()
     means = routing.add_to(scored.means().to(policy.device), aux_loss)
@@ -125,14 +130,22 @@ def _score_all(
         ref_S = objective.reference(batch, stored)
         if place is not None:
             own.append(pack)
+            unweighted_S = objective.unweighted(logps_S, sums_SK)
+            stats_SK = sums_SK[:, : len(objective.stats)]
             pair = torch.stack([logps_S, torch.zeros_like(logps_S) if ref_S is None else ref_S], 1)
-            columns.append(torch.cat([pair, sums_SK], 1))
+            columns.append(torch.cat([pair, stats_SK, unweighted_S[:, None]], 1))
     # The host waits here, once, and not for every pack.
-    rows_SC = torch.cat(columns).cpu() if columns else torch.zeros(0, 2 + objective.num_sums)
+    rows_SC = torch.cat(columns).cpu() if columns else torch.zeros(0, 3 + len(objective.stats))
     order = _response_order(dataset, [pack for packs in distributed.gather(own) for pack in packs])
     logps_S, ref_S, *sums = torch.cat(distributed.concat_over_ranks(rows_SC))[order].unbind(1)
-    sums_SK = torch.stack(sums, 1) if sums else logps_S.new_zeros(len(logps_S), 0)
-    return _Scores(logps_S, ref_S if objective.needs_reference else None, sums_SK)
+    return _Scores(logps_S, ref_S if objective.needs_reference else None, torch.stack(sums, 1))
+
+
+def _of_terms(values_G: np.ndarray, dataset: PreferenceDataset, usual: float) -> Tensor | None:
+    """fp32 [P]: the number of each group for each of its losses; None where all are as usual."""
+    if (values_G == usual).all():
+        return None
+    return torch.from_numpy(np.repeat(values_G, dataset.terms)).float()
 
 
 def _response_order(dataset: PreferenceDataset, packs: list[Pack]) -> Tensor:

@@ -127,7 +127,7 @@ class TrainingFeed:
         self.lengths = dataset.lengths
         self._terms_G = dataset.terms
         self._packed_G = self.lengths.packed(share_prompts=packing.share_prompts)
-        self._completions_G = self.lengths.completions
+        self._completions_G = dataset.counted.completions
         self._visible_G = self.lengths.visible_pairs(share_prompts=packing.share_prompts)
         # Two epochs: the last step of one is built while the first of the next is.
         self._plan = lru_cache(maxsize=2)(self._plan_epoch)

@@ -37,7 +37,7 @@ from ..model import Policy
 from ..packing import PackedBatch
 from .feed import TrainingStep
 from .routing import Routing, same_random_numbers
-from .scored import Scored
+from .scored import PLAIN_TERMS, RowTerms, Scored
 from .terms import LossTerms
 
 TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
@@ -74,11 +74,6 @@ class Objective(LossTerms):
         """Statistics of tokens to gather: those of metrics, and what WPO weighs pairs by."""
         return (*self.token_stats, *(("log_sum_sq_probs",) if self.config.use_weighting else ()))
 
-    @property
-    def num_sums(self) -> int:
-        """Columns of what ``score_responses`` gives beside log-probs."""
-        return len(self.stats) + (self.ld_alpha is not None)
-
     def _options(self) -> dict[str, Any]:
         c = self.config
         return {
@@ -104,8 +99,9 @@ class Objective(LossTerms):
     def token_weights(self, batch: PackedBatch) -> Tensor | None:
         """fp32 [N]: what log-probs of tokens are multiplied by before they are summed; None for nothing."""
         if self.ld_alpha is None:
-            return None
-        return to_device(ld_token_weights(batch.cu_responses_S1, self.ld_alpha), batch.labels_N.device)
+            return batch.token_weights_N
+        weights_N = to_device(ld_token_weights(batch.cu_responses_S1, self.ld_alpha), batch.labels_N.device)
+        return weights_N if batch.token_weights_N is None else weights_N * batch.token_weights_N
 
     def response_logps(self, logps_N: Tensor, batch: PackedBatch) -> Tensor:
         """fp32 [S], from the log-probs of tokens."""
@@ -115,17 +111,17 @@ class Objective(LossTerms):
     def score_responses(
         self, routing: Routing, batch: PackedBatch, *, counts: bool = True
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(fp32 [S], log-probs; [S, num_sums], sums of statistics of tokens; what ``routing`` adds to the loss), in one
+        """(fp32 [S], log-probs; [S, K], sums of statistics of tokens; what ``routing`` adds to the loss), in one
         product. With weights of tokens the last column of sums has the log-probs without them, differentiable, too."""
         out, extra = routing.run(batch, lambda hidden, head: self._token_logps(hidden, head, batch), counts=counts)
         logps_S, sums_SK = self.response_logps(out.logps, batch), self._sums(out.stats, batch)
-        if self.ld_alpha is not None:
+        if self.token_weights(batch) is not None:
             sums_SK = torch.cat([sums_SK, sum_responses(out.logps, batch.lengths_S)[:, None]], 1)
         return logps_S, sums_SK, extra
 
     def unweighted(self, logps_S: Tensor, sums_SK: Tensor) -> Tensor:
         """Log-probs of responses without weights of tokens, from what ``score_responses`` gives."""
-        return logps_S if self.ld_alpha is None else sums_SK[:, -1]
+        return sums_SK[:, -1] if sums_SK.shape[1] > len(self.stats) else logps_S
 
     def _token_logps(self, hidden_ND: Tensor, head: Head, batch: PackedBatch) -> TokenLogps:
         return linear_logps(hidden_ND, head.weight_VD, batch.labels_N, stats=self.stats, **head.options)
@@ -141,7 +137,7 @@ class Objective(LossTerms):
         ref_S: Tensor | None,
         lengths_S: Tensor,
         per_group: tuple[int, ...],
-        pairs_P2: Tensor | None = None,
+        terms: RowTerms = PLAIN_TERMS,
         *,
         sums_SK: Tensor | None = None,
         mean_chosen_length: float | None = None,
@@ -152,7 +148,7 @@ class Objective(LossTerms):
             logps_S, ref_S: fp32 [S].
             lengths_S: completion tokens of each response.
             per_group: responses of each group.
-            pairs_P2: (chosen, rejected) responses of each pair; None when groups are pairs or rankings.
+            terms: the pairs, where groups are not one each, and numbers of rows.
             sums_SK: as ``score_responses`` gives them; None where nothing of it is asked for.
             mean_chosen_length: of the whole step, when this is a part of it.
         """
@@ -160,14 +156,14 @@ class Objective(LossTerms):
         stats_SK = sums_SK[:, : len(self.token_stats)].detach()
         if self.ranks:
             assert ref_S is not None
-            return self._score_rankings(logps_S, ref_S, lengths_S, per_group, stats_SK)
+            return _weighted(self._score_rankings(logps_S, ref_S, lengths_S, per_group, stats_SK), terms.weights_P)
 
         def sides(values_S: Tensor | None) -> tuple[Any, Any]:
             if values_S is None:
                 return None, None
-            if pairs_P2 is None:
+            if terms.pairs_P2 is None:
                 return _sides(values_S)
-            return values_S[pairs_P2[:, 0]], values_S[pairs_P2[:, 1]]
+            return values_S[terms.pairs_P2[:, 0]], values_S[terms.pairs_P2[:, 1]]
 
         (chosen, rejected), lengths = sides(logps_S), sides(lengths_S)
         unweighted_S = self.unweighted(logps_S, sums_SK)
@@ -179,6 +175,7 @@ class Objective(LossTerms):
             rejected_lengths=lengths[1],
             mean_chosen_length=mean_chosen_length,
             unweighted_chosen_logps=sides(unweighted_S)[0],
+            margins=terms.margins_P,
             **self._options(),
         )
         losses = out.loss
@@ -186,7 +183,8 @@ class Objective(LossTerms):
             losses = losses * torch.stack(sides(self._confidence(unweighted_S, sums_SK, lengths_S))).prod(0)
         tokens = _token_columns(sides(stats_SK), lengths)
         logps = (chosen.detach(), rejected.detach())
-        return _scored_pairs(losses, out.chosen_rewards, out.rejected_rewards, *logps, tokens)
+        scored = _scored_pairs(losses, out.chosen_rewards, out.rejected_rewards, *logps, tokens)
+        return _weighted(scored, terms.weights_P)
 
     def _confidence(self, unweighted_S: Tensor, sums_SK: Tensor, lengths_S: Tensor) -> Tensor:
         """[S], detached: e^(mean over tokens of log p - log sum p^2). WPO, Zhou et al. 2024, arXiv 2406.11827."""
@@ -248,8 +246,7 @@ class Objective(LossTerms):
         parts = []
         for pack in step.packs:
             batch, ref_S = pack.batch, self.reference(pack.batch, pack.ref_logps_S)
-            weights_P = None if pack.counts else torch.zeros(batch.num_groups, device=policy.device)
-
+            weights_P = batch.pair_weights_P if pack.counts else torch.zeros(batch.num_groups, device=policy.device)
             weights_N = self.token_weights(batch)
 
             def objective(
@@ -263,6 +260,7 @@ class Objective(LossTerms):
                     ref_S,
                     pair_weights=weights_P,
                     token_weights=weights_N,
+                    margins=batch.margins_P,
                     reduction="sum",
                     stats=self.token_stats,
                     **head.options,
@@ -273,7 +271,8 @@ class Objective(LossTerms):
             _plus(out.loss / step.num_terms, extra).backward()
             tokens = _token_columns(_sides(self._sums(out.stats, batch)), _sides(batch.lengths_S))
             rewards = (out.chosen_rewards, out.rejected_rewards)
-            parts.append(_scored_pairs(out.pair_losses, *rewards, *_sides(out.logps), tokens))
+            scored = _scored_pairs(out.pair_losses, *rewards, *_sides(out.logps), tokens)
+            parts.append(_weighted(scored, batch.pair_weights_P))
         return parts
 
     def _mean_chosen_length(self, step: TrainingStep) -> float | None:
@@ -295,7 +294,7 @@ class Objective(LossTerms):
                 ref_S,
                 batch.lengths_S,
                 batch.responses_per_group,
-                batch.pairs_P2,
+                RowTerms.of(batch),
                 sums_SK=sums_SK,
                 mean_chosen_length=mean_length,
             )
@@ -344,6 +343,11 @@ def _scored_pairs(
     losses: Tensor, chosen: Tensor, rejected: Tensor, logps_w: Tensor, logps_l: Tensor, tokens: Tensor
 ) -> Scored:
     return Scored(losses, chosen, rejected, (chosen > rejected).float(), logps_w, logps_l, tokens)
+
+
+def _weighted(scored: Scored, weights_P: Tensor | None) -> Scored:
+    """With losses multiplied by weights of pairs or rankings."""
+    return scored if weights_P is None else scored._replace(losses=scored.losses * weights_P)
 
 
 def _sides(values_S: Tensor) -> tuple[Tensor, Tensor]:

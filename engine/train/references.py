@@ -25,6 +25,7 @@ from ..reference import (
     identify,
     import_columns,
     load_ref_sums,
+    load_weighted_sums,
     precompute,
     verify_rows,
     weights_digest,
@@ -111,11 +112,13 @@ def prepare_references(
     if mode == "live":
         return _live_references(config, objective, policy, datasets)
     columns = {name: import_columns(dataset) for name, dataset in datasets.items()}
-    if objective.ld_alpha is not None and any(sums is not None for sums in columns.values()):
-        raise UserError(
-            "loss.ld_alpha weighs single tokens, and columns of reference log-probs hold sums: remove the columns to "
-            "have the log-probs computed, or set loss.ld_alpha to null"
-        )
+    for name, sums in columns.items():
+        what = "loss.ld_alpha weighs" if objective.ld_alpha is not None else "rows with a mask or weights weigh"
+        if sums is not None and (objective.ld_alpha is not None or datasets[name].weighs_tokens):
+            raise UserError(
+                f"{what} single tokens, and columns of reference log-probs hold sums: leave the columns out with "
+                "data.columns: {ref_chosen_logps: null, ref_rejected_logps: null} to have the log-probs computed"
+            )
     tables = {name: ReferenceTable(sums) for name, sums in columns.items() if sums is not None}
     own = config.reference.model_name_or_path is None
     reference = policy if own else load_reference(config, policy.device, list(datasets.values()))
@@ -164,10 +167,9 @@ def _stored_tables(
         sums = load_ref_sums(dataset, store, identity.digest) if distributed.is_main() else []
         sums = distributed.broadcast(sums)
         verify_rows(reference, dataset, sums, **options)
-        if objective.ld_alpha is not None:
-            own = distributed.is_main()
-            given = {"ld_alpha": objective.ld_alpha}
-            sums = distributed.broadcast(load_ref_sums(dataset, store, identity.digest, **given) if own else [])
+        if objective.ld_alpha is not None or dataset.weighs_tokens:
+            own, given = distributed.is_main(), {"ld_alpha": objective.ld_alpha}
+            sums = distributed.broadcast(load_weighted_sums(dataset, store, identity.digest, **given) if own else [])
         tables[name] = ReferenceTable(sums)
     return tables
 

@@ -41,7 +41,7 @@ _DATA_KEYS = frozenset(
         *("data.dataset_name", "data.dataset_config", "data.dataset_train_split", "data.max_length", "data.format"),
         *("data.truncation_mode", "data.scored_pairs", "data.min_score_gap", "data.chat_template", "data.max_rows"),
         *("data.columns", "data.turn_fields", "data.roles", "data.system", "data.remove_none_values", "data.lost_text"),
-        *("data.template_date", "data.eval_fraction"),
+        *("data.template_date", "data.eval_fraction", "data.mask_pattern"),
         "model.tokenizer_name_or_path",
     )
 )

@@ -11,6 +11,26 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..packing import PackedBatch
+
+
+class RowTerms(NamedTuple):
+    """Which losses some groups add, and the numbers that their rows give them."""
+
+    pairs_P2: Tensor | None = None
+    """int64, (chosen, rejected) responses of each; None when groups are pairs or rankings."""
+    weights_P: Tensor | None = None
+    """fp32, what each is multiplied by; None for 1."""
+    margins_P: Tensor | None = None
+    """fp32, by how much each reward margin is to be exceeded; None for 0."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> RowTerms:
+        return cls(batch.pairs_P2, batch.pair_weights_P, batch.margins_P)
+
+
+PLAIN_TERMS = RowTerms()
+"""Pairs or rankings, all alike."""
 
 
 class Scored(NamedTuple):

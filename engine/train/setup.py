@@ -21,6 +21,7 @@ from ..config.schema import RunConfig
 from ..data import LintReport, load_dataset_groups
 from ..data.groups import PreferenceDataset
 from ..data.held_out import HeldOut
+from ..data.row_numbers import NumberSummary
 from ..durable import write_atomically
 from ..errors import UserError, counted
 from ..model import Policy, load_tokenizer, ready_policy, resolve_device
@@ -233,6 +234,7 @@ def describe_run(setup: Setup) -> str:
         *_balance_rows(setup),
         ("dropout", _dropout_words(config, policy.disabled_dropouts)),
         *((f"data ({name})", _data_words(setup, name)) for name in setup.datasets),
+        *_number_rows(setup),
         (
             "packing",
             f"{counted(plan.packs, 'pack')} per epoch, {plan.fill:.1%} full; {plan.packed_tokens:,} tokens, "
@@ -250,6 +252,12 @@ def describe_run(setup: Setup) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _number_rows(setup: Setup) -> list[tuple[str, str]]:
+    """What rows have of weights, margins and masks, which change what is learned."""
+    words = {name: NumberSummary(dataset).words() for name, dataset in setup.datasets.items()}
+    return [(f"rows ({name})", text) for name, text in words.items() if text]
 
 
 def _process_words(setup: Setup) -> str:

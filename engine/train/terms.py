@@ -44,10 +44,31 @@ class LossTerms:
         what = f"loss_type {self.config.loss_name}" if self.ranks or self.couples_pairs else "ld_alpha"
         return f"loss.{what} does not take several pairs of one prompt: set data.scored_pairs to {needed}"
 
+    def against_numbers(self, *, weights: bool, margins: bool) -> str | None:
+        """Why rows cannot have weights, or margins, with this loss; None when they can."""
+        if weights and self.couples_pairs:
+            part, why = "weight", "its losses are quantiles of a step and not pairs"
+        elif margins and (self.mix is None or not self.mix.takes_margins):
+            part, why = "margin", "it has no margin that could be asked to exceed one"
+        else:
+            return None
+        return (
+            f"rows have a column {part}, which has no meaning for loss.loss_type {self.config.loss_name}: {why}; leave "
+            f"it out with data.columns: {{{part}: null}}"
+        )
+
     def check_dataset(self, dataset: PreferenceDataset) -> None:
         """Raise a ``UserError`` when groups are not what the loss takes: pairs, or rankings."""
         if (dataset.terms > 1).any() and (reason := self.against_several_pairs):
             raise UserError(reason)
+        weighted, apart = (dataset.weights_G != 1).any(), (dataset.margins_G != 0).any()
+        if reason := self.against_numbers(weights=bool(weighted), margins=bool(apart)):
+            raise UserError(reason)
+        if self.couples_pairs and self.mix is not None and self.mix.likelihood and dataset.has_fractions:
+            raise UserError(
+                f"rows have weights of tokens, which loss.loss_type {self.config.loss_name} does not take together: "
+                "leave out either, or let weights be 0 and 1"
+            )
         if self.ranks:
             return
         responses = dataset.lengths.responses

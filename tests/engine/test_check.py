@@ -11,6 +11,7 @@ import pytest
 from engine.check import check
 from engine.config.schema import DataConfig, LossConfig, ModelConfig, RunConfig
 from engine.errors import UserError
+from tests.engine.conftest import preference_rows
 
 
 def run_config(model, **data):
@@ -110,3 +111,17 @@ def test_tokens_without_an_embedding_stop_as_in_training(tiny_model_dir, tmp_pat
     composite = {"text_config": {"vocab_size": 400}}
     (folder / "config.json").write_text(json.dumps(composite))
     assert not check(run_config(folder, dataset_name=str(tmp_path / "rows.json"))).obstacles
+
+
+def test_numbers_of_rows_are_told_and_those_without_a_meaning_end_it(tiny_model_dir, tmp_path):
+    rows = [{**row, "weight": 1 + i, "margin": 0.5} for i, row in enumerate(preference_rows(3))]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "weight": -1}]))
+    config = run_config(tiny_model_dir, dataset_name=str(path), mask_pattern="no")
+    found = check(config)
+    assert "rows: weight 1 to 3; margin 0.5 to 0.5; " in found.text
+    assert "% of completion tokens left out" in found.text
+    assert "column 'weight' must not be negative, got -1" in found.text
+    assert [reason.partition(": ")[2] for reason in found.obstacles] == ["1 of 4 rows cannot be used (bad_weight)"]
+    refused = check(replace(config, loss=LossConfig(loss_type="apo_zero")))
+    assert "rows have a column margin, which has no meaning for loss.loss_type apo_zero" in refused.obstacles[-1]

@@ -84,6 +84,7 @@ TEXT_FAULTS = [
     (["wrong_type"], text(2, chosen=3)),
     (["has_images"], text(3, images=["a.png"])),
     (["bad_reference"], text(4, ref_chosen_logps=-1.0)),
+    (["bad_weight"], text(4, weight=-1)),
     (["half_character"], text(5, chosen="x\ud83d")),
     (["empty_prompt"], text(6, prompt="  ")),
     (["prompt_too_long"], text(7, prompt=LONG)),
@@ -228,6 +229,8 @@ FAULTS = {
     "tokenized": (
         ids,
         [
+            (["nothing_counts"], ids(45, mask=[[1, 1, 1], [0, 0]])),
+            (["bad_weight"], ids(46, mask=[[1, 1, 1], [0]])),
             (["missing_column"], {"prompt_ids": [5], "chosen_ids": [6]}),
             (["null_value"], ids(1, chosen_ids=None)),
             (["wrong_type"], ids(2, chosen_ids="text")),

@@ -262,6 +262,7 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "data.template_date": st.none() | st.dates().map(str),
         "data.columns": st.none() | st.dictionaries(st.sampled_from(["prompt", "system"]), st.none(), max_size=2),
         "data.turn_fields": st.none() | st.dictionaries(st.sampled_from(["role", "content"]), st.text(min_size=1)),
+        "data.mask_pattern": st.none() | st.sampled_from(["a+", r"\*"]),
         "data.roles": st.none() | st.dictionaries(st.text(), st.text()),
         "reference.mode": st.sampled_from(["auto", "stored", "live"]),
         "train.max_steps": st.just(-1) | st.integers(1, 10**9),

@@ -87,4 +87,5 @@ def test_unknown_problem_is_a_programming_error():
         "prompt_too_long",
         "no_prompt_tokens",
         "no_completion_tokens",
+        "nothing_counts",
     }

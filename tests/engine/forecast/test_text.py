@@ -14,6 +14,7 @@ from engine.errors import UserError
 from engine.forecast import describe_forecast, text
 from engine.model import load_policy
 from engine.train.checkpoint import save_weights
+from tests.engine.conftest import preference_rows
 
 
 @pytest.fixture
@@ -104,3 +105,16 @@ def test_pairs_that_the_loss_does_not_take_are_refused(config, tmp_path, tiny_to
     dataset = load_dataset_groups(scored.data, tiny_tokenizer, split="train")[0]
     with pytest.raises(UserError, match="does not take several pairs of one prompt"):
         describe_forecast(dataset, scored)
+
+
+def test_numbers_of_rows_are_in_the_plan(config, tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr("engine.forecast.duration.measure_matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("engine.forecast.trial._measure", lambda config, batch, device, layers: (layers, 1e-9))
+    rows = [{**row, "weight": 1 + i, "margin": 0.5} for i, row in enumerate(preference_rows(3))]
+    path = tmp_path / "numbered.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, data=DataConfig(dataset_name=str(path), mask_pattern="no"))
+    dataset = load_dataset_groups(config.data, tiny_tokenizer, split="train")[0]
+    (line,) = [line for line in describe_forecast(dataset, config).splitlines() if line.startswith("rows ")]
+    assert "weight 1 to 3; margin 0.5 to 0.5; " in line
+    assert "% of completion tokens left out" in line
