@@ -17,7 +17,6 @@ from .trl_conversion import Conversion, Note
 from .trl_file import TrlFile
 from .trl_keys import (
     ADAMW,
-    COMPARED,
     CONVERTED,
     LOSS_OPTIONS,
     NEW_RESULT,
@@ -26,13 +25,15 @@ from .trl_keys import (
     SAME_RESULT,
     STOPS,
 )
+from .trl_model import ModelKeys
 
 _SAME_OPTIMIZER = {
     "rmsprop": "rmsprop", "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw", "paged_adamw_32bit": "paged_adamw", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
-_ATTENTION = {"flash_attention_2": "flash", "sdpa": "sdpa"}
 _SMOOTHED_IN_TRL = {"exo_pair", "robust", "aot", "aot_unpaired"}
+_SEVERAL = ("deepspeed", "fsdp", "accelerate_config", "parallelism_config")
+"""Keys of runs on more than one process."""
 _REQUIRED = {"model": "model_name_or_path", "data": "dataset_name"}
 
 
@@ -72,13 +73,8 @@ def convert_keys(
     return result
 
 
-class _Converter:
+class _Converter(ModelKeys):
     """Takes keys out of ``trl`` one topic at a time; what is left has no counterpart."""
-
-    def __init__(self, trl: TrlFile, trainer: str, values: Mapping[str, Mapping[str, Any]]) -> None:
-        self.trl, self.name, self.given = trl, trainer, values
-        self.result = Conversion(trl.source, trainer=trainer)
-        self.stops: list[UserError] = []
 
     def run(self, num_processes: int | None) -> None:
         for section in ("model", "data", "packing", "loss", "optim", "reference", "train"):
@@ -97,90 +93,6 @@ class _Converter:
         if self.stops:
             raise self.stops[0] if len(self.stops) == 1 else SeveralErrors(*self.stops)
         self.result.values = {name: values for name, values in self.result.values.items() if values}
-
-    def _model(self) -> None:
-        kwargs = self.trl.mapping("model_init_kwargs")
-        for old, new in (("revision", "model_revision"), ("torch_dtype", "dtype")):
-            if old in kwargs:
-                kwargs[new] = kwargs.pop(old)
-        for key in ("model_revision", "dtype", "attn_implementation", "trust_remote_code"):
-            if key in kwargs:
-                self.trl.keys.setdefault(key, kwargs.pop(key))
-        for key in kwargs:
-            self._same(f"model_init_kwargs.{key}", "how the model is loaded is decided here")
-        self._copy("model", "model_name_or_path", "tokenizer_name_or_path", "trust_remote_code")
-        revision = self.trl.take("model_revision", "main")
-        if revision != "main":
-            self._put("model", "revision", str(revision), "model_revision")
-        self._precision()
-        attention = self.trl.take("attn_implementation")
-        if attention in _ATTENTION:
-            self._put("model", "attention", _ATTENTION[attention], "attn_implementation")
-        elif attention is not None:
-            self._same("attn_implementation", f"{attention} is not one of ours; model.attention auto takes the fastest")
-        self._lora()
-
-    def _precision(self) -> None:
-        fp16, bf16 = self.trl.flag("fp16"), self.trl.take("bf16")
-        held = self.trl.take("dtype", self.trl.take("torch_dtype", "float32"))
-        if fp16:
-            self._new("fp16", "float16 is not supported; model.dtype bfloat16 has its speed without loss scaling")
-        computed = "bfloat16" if fp16 or bf16 in (None, True) or held in ("bfloat16", "float16") else "float32"
-        if bf16 is not None:
-            self._same("bf16", f"-> model.dtype {computed}")
-        self.result.values["model"]["dtype"] = computed
-        if held in ("bfloat16", "float16", "auto") and not self.trl.keys.get("use_peft"):
-            self._new(
-                "dtype",
-                f"{self.name} trains the weights in {held}, which rounds small updates away; here trained weights are "
-                f"float32, which takes more memory, and compute in model.dtype {computed}; they are stored as float32, "
-                "too, unless train.save_dtype is bfloat16",
-            )
-        elif held == "float16":
-            self._new("dtype", f"float16 -> model.dtype {computed}, which the frozen base is held in, too")
-        elif held != "float32":
-            self._same("dtype", f"{held} -> model.dtype {computed}, which the frozen base is held in, too")
-
-    def _lora(self) -> None:
-        defaults = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": None}
-        variants = {name: self.trl.flag(name) for name in ("use_rslora", "use_dora")}
-        given = [name for name in defaults if f"lora_{name}" in self.trl.keys]
-        values = {name: self.trl.take(f"lora_{name}", default) for name, default in defaults.items()}
-        if copies := self.trl.take("lora_modules_to_save"):
-            given.append("modules_to_save")
-            values["modules_to_save"] = [copies] if isinstance(copies, str) else copies
-        if not self.trl.flag("use_peft"):
-            for key in (*(f"lora_{name}" for name in given), *(name for name, used in variants.items() if used)):
-                self._same(key, "no effect without use_peft")
-            self._quantization(trains_adapter=False)
-            return
-        if values["target_modules"] == ["all-linear"]:
-            values["target_modules"] = "all-linear"
-        values |= {name: True for name, used in variants.items() if used}
-        self.result.values["model"]["lora"] = values
-        self._same("use_peft", f"-> model.lora; the adapter switched off is the reference, as in {self.name}")
-        for name in given:
-            self._same(f"lora_{name}", f"-> model.lora.{name}")
-        if "target_modules" not in given:
-            self._same("lora_target_modules", f"not given: null, which is peft's own choice, as in {self.name}")
-        if "dropout" not in given:
-            self._same("lora_dropout", f"not given: {self.name}'s default, 0.05")
-        self._quantization(trains_adapter=True)
-
-    def _quantization(self, *, trains_adapter: bool) -> None:
-        four = self.trl.flag("load_in_4bit")
-        kind, nested = self.trl.take("bnb_4bit_quant_type", "nf4"), self.trl.flag("use_bnb_nested_quant")
-        self.trl.take("bnb_4bit_quant_storage")
-        if not four:
-            return
-        if not trains_adapter:
-            self._new(
-                "load_in_4bit", "a quantised model can only be trained with adapters; all weights are trained in full"
-            )
-            return
-        self._put("model", "quantization", str(kind), "load_in_4bit")
-        if not nested:
-            self._new("use_bnb_nested_quant", "false: here the scales of 4-bit weights are always quantised, too")
 
     def _data(self) -> None:
         self._mixture()
@@ -211,13 +123,10 @@ class _Converter:
         listed = self.trl.take("num_processes")
         processes = num_processes or (self.trl.as_whole("num_processes", listed) if listed is not None else 1)
         packing = self.result.values["packing"]
-        packing["pairs_per_step"] = pairs = per_device * accumulation * processes
-        factors = f"{per_device} x {accumulation} (gradient_accumulation_steps) x {processes} (processes)"
-        self._same("per_device_train_batch_size", f"{factors} -> packing.pairs_per_step {pairs}")
-        if listed is None and num_processes is None:
-            self._same("num_processes", f"not given, so 1; convert with --num-processes N if {self.name} ran on more")
+        if "pairs_per_step" not in packing:
+            self._pairs(per_device, accumulation, processes, listed is None and num_processes is None)
         if self.trl.take("accelerate_config") is not None:
-            self._same("accelerate_config", "one process trains; --num-processes N keeps the batch of N")
+            self._same("accelerate_config", "several processes are started with torchrun")
         max_length = self.result.values["data"].get("max_length", 1024)
         if isinstance(max_length, int):
             packing["tokens_per_pack"] = tokens = per_device * 2 * max_length
@@ -229,6 +138,17 @@ class _Converter:
             self._same("train_sampling_strategy", "-> packing.shuffle false")
         elif sampling != "random":
             self._new("train_sampling_strategy", "rows are drawn at random; packs leave no padding to save")
+
+    def _pairs(self, per_device: int, accumulation: int, processes: int, is_guess: bool) -> None:
+        self.result.values["packing"]["pairs_per_step"] = pairs = per_device * accumulation * processes
+        factors = f"{per_device} x {accumulation} (gradient_accumulation_steps) x {processes} (processes)"
+        self._same("per_device_train_batch_size", f"{factors} -> packing.pairs_per_step {pairs}")
+        several = [key for key in _SEVERAL if self.trl.keys.get(key)]
+        if is_guess and several:
+            text = f"not given, so 1, but {' and '.join(several)} mean several; convert with --num-processes N"
+            self._new("num_processes", text)
+        elif is_guess:
+            self._same("num_processes", f"not given, so 1; convert with --num-processes N if {self.name} ran on more")
 
     def _loss(self) -> None:
         loss = self.result.values["loss"]
@@ -242,10 +162,12 @@ class _Converter:
         elif weights == [1] or weights == [1.0]:
             self.trl.take("loss_weights")
         if self.trl.keys.get("router_aux_loss_coef"):
-            self._new("router_aux_loss_coef", "TRL balances experts within micro-batches, here within whole steps")
-        self._copy("loss", *LOSS_OPTIONS)
-        if loss.get("rpo_alpha") is not None:
+            self._new(
+                "router_aux_loss_coef", f"{self.name} balances experts within micro-batches, here within whole steps"
+            )
+        if self.trl.keys.get("rpo_alpha") is not None:
             self._new("rpo_alpha", RPO_ALPHA)
+        self._copy("loss", *LOSS_OPTIONS)
         smoothing = self.trl.number("label_smoothing", 0.0)
         if smoothing and _SMOOTHED_IN_TRL & set(types):
             loss["label_smoothing"] = smoothing
@@ -373,27 +295,3 @@ class _Converter:
                 self.stops.append(UserError(f"{self.trl.where(key)}: not a key of TRL 1.16; did you mean {close}?"))
             else:
                 self._new(key, "not a key of TRL 1.16; dropped" + (f" (did you mean {close}?)" if close else ""))
-
-    def _put(self, section: str, key: str, value: Any, old: str) -> None:
-        self.result.values[section][key] = value
-        self._same(old, f"-> {section}.{key} {value}")
-
-    def _copy(self, section: str, *keys: str) -> None:
-        for key in keys:
-            if key in self.trl.keys:
-                self.result.values[section][key] = self.trl.take(key)
-
-    def _same(self, key: str, text: str) -> None:
-        compared = self.name == "TRL" and key in COMPARED
-        self.result.notes.append(Note(key, "same" if compared else "told", text))
-
-    def _new(self, key: str, text: str) -> None:
-        self.result.notes.append(Note(key, "new", text))
-
-    def _stop(self, key: str, text: str) -> None:
-        self.stops.append(UserError(f"{self.trl.where(key)}: {text}; remove the key to convert without it"))
-
-    def _steps(self, key: str, value: Any) -> int | float:
-        """Steps, or a share of all steps below 1, as here."""
-        number = self.trl.as_number(key, value)
-        return number if number < 1 else int(number)

@@ -144,7 +144,7 @@ LOSS_OPTIONS = (
 """Keys of the loss that have the same name and meaning here."""
 RPO_ALPHA = (
     "removed from TRL, which took the mean over the tokens of all chosen responses; here every response counts alike, "
-    "as in the paper and in ms-swift"
+    "as in the paper"
 )
 
 CONVERTED: set[str] = set()

@@ -102,7 +102,7 @@ RULES: dict[str, Rule] = {
     ),
 }  # fmt: skip
 
-MARKS = words("base_model micro_batch_size sequence_len rl dataset_prepared_path lora_target_linear")
+MARKS = words("base_model sequence_len rl dataset_prepared_path lora_target_linear")
 """Keys that no other trainer has."""
 
 SAME_NAMES = words(

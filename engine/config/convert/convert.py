@@ -12,10 +12,14 @@ from ..load import FOREIGN_FILE, parse_yaml, read_text
 from ..trl_conversion import Conversion
 from ..trl_file import TrlFile
 from .axolotl import AXOLOTL
-from .reading import TRL_KEYS, Trainer, convert_with
+from .llama_factory import LLAMA_FACTORY
+from .ms_swift import MS_SWIFT
+from .reading import Trainer, convert_with
 from .script import is_script, read_script
+from .shell import is_shell, read_shell
+from .transformers_keys import TRL_KEYS
 
-TRAINERS = (AXOLOTL,)
+TRAINERS = (AXOLOTL, LLAMA_FACTORY, MS_SWIFT)
 TRL_MARKS = frozenset({"model_name_or_path", "dataset_name", "per_device_train_batch_size", "use_peft", "loss_type"})
 """Keys that most files of TRL have, and few others."""
 _NAMES = ", ".join(["TRL", *(trainer.name for trainer in TRAINERS)])
@@ -38,14 +42,31 @@ def convert_file(path: str | Path, *, num_processes: int | None = None) -> Conve
         found = read_script(source, text)
         trl = TrlFile(source, found.keys, found.lines)
         return convert_keys(trl, values=found.values, notes=found.notes, num_processes=num_processes)
+    if is_shell(path, text):
+        return _convert_command(source, text, num_processes)
     keys, lines = parse_yaml(path, text, FOREIGN_FILE)
     keys = {str(key): value for key, value in keys.items()}
     if isinstance(keys.get("model"), dict) or isinstance(keys.get("data"), dict):
         raise UserError(f"{path}: has the sections of a run configuration already; nothing to convert")
-    trainer = recognise(source, keys)
+    return _convert_with(recognise(source, keys), TrlFile(source, keys, lines), num_processes)
+
+
+def _convert_command(source: str, text: str, num_processes: int | None) -> Conversion:
+    command = read_shell(source, text)
+    keys = {str(key): value for key, value in command.keys.items()}
+    trainer = next((trainer for trainer in TRAINERS if trainer.name == command.trainer), None)
+    if "megatron" in command.program:
+        keys.setdefault("tuner_type", "full")
+    if command.trainer == "TRL" and keys:
+        # other programs have scripts of that name
+        trainer = recognise(source, keys)
+    return _convert_with(trainer, TrlFile(source, keys, command.lines), num_processes or command.processes)
+
+
+def _convert_with(trainer: Trainer | None, file: TrlFile, num_processes: int | None) -> Conversion:
     if trainer is None:
-        return convert_keys(TrlFile(source, keys, lines), num_processes=num_processes)
-    return convert_with(trainer, source, keys, lines, num_processes)
+        return convert_keys(file, num_processes=num_processes)
+    return convert_with(trainer, file, num_processes)
 
 
 def recognise(source: str, keys: Mapping[str, Any]) -> Trainer | None:

@@ -11,10 +11,9 @@ from ..fields import nearest, show
 from ..from_trl import convert_keys
 from ..trl_conversion import Conversion, Effect, Note
 from ..trl_file import TrlFile
-from ..trl_keys import CONVERTED, NEW_RESULT, SAME_RESULT, STOPS
+from ..trl_keys import CONVERTED
 from .rules import Left, Read, Rule, To
 
-TRL_KEYS = frozenset({*CONVERTED, *SAME_RESULT, *NEW_RESULT, *STOPS})
 REMEDY = "remove the key to convert without it"
 
 
@@ -42,8 +41,8 @@ class Reading:
     of the run configuration).
     """
 
-    def __init__(self, trainer: Trainer, file: TrlFile) -> None:
-        self.trainer, self.file = trainer, file
+    def __init__(self, trainer: Trainer, file: TrlFile, processes: int) -> None:
+        self.trainer, self.file, self.processes = trainer, file, processes
         self.trl: dict[str, Any] = {}
         self.names: dict[str, str] = {}
         self.values: dict[str, dict[str, Any]] = {}
@@ -92,26 +91,24 @@ class Reading:
             raise self.stops[0] if len(self.stops) == 1 else SeveralErrors(*self.stops)
 
 
-def convert_with(
-    trainer: Trainer, source: str, keys: Mapping[str, Any], lines: Mapping[str, int], num_processes: int | None
-) -> Conversion:
-    """Convert the flat ``keys`` of a file of ``trainer``.
+def convert_with(trainer: Trainer, file: TrlFile, num_processes: int | None) -> Conversion:
+    """Convert the flat keys of a file of ``trainer``.
 
     Raises:
         UserError: a value that the trainer would refuse, or one that would be lost.
     """
     # An empty value is the default everywhere but in TRL's own files.
-    given = {key: value for key, value in keys.items() if value is not None}
-    reading = Reading(trainer, TrlFile(source, given, lines))
+    file = TrlFile(file.source, {key: value for key, value in file.keys.items() if value is not None}, file.lines)
+    reading = Reading(trainer, file, num_processes or 1)
     trainer.read(reading)
-    for key in list(reading.file.keys):
-        _apply(reading, key, reading.file.take(key))
+    for key in list(file.keys):
+        _apply(reading, key, file.take(key))
     reading.raise_stops()
     for key, value in trainer.defaults.items():
         if key not in reading.trl and (reading.trl.get("use_peft") or not key.startswith("lora_")):
             reading.trl[key] = value
             reading.tell(_name_of(trainer, key), f"not given: {trainer.name}'s default, {_plain(value)}")
-    trl = TrlFile(source, reading.trl, lines, reading.names)
+    trl = TrlFile(file.source, reading.trl, file.lines, reading.names)
     return convert_keys(
         trl, trainer=trainer.name, values=reading.values, notes=reading.notes, num_processes=num_processes
     )

@@ -121,7 +121,9 @@ def test_a_realistic_file_keeps_its_meaning(load):
 def test_a_realistic_file_explains_what_it_drops_and_changes(convert):
     conversion = convert(REALISTIC)
     changed, same = _notes(conversion, "new"), _notes(conversion, "same")
-    assert set(changed) == {"no_remove_unused_columns", "max_prompt_length", "rpo_alpha"}
+    assert set(changed) == {"no_remove_unused_columns", "max_prompt_length", "rpo_alpha", "num_processes"}
+    assert "deepspeed mean several" in changed["num_processes"]
+    assert "num_processes" not in _notes(convert(REALISTIC, num_processes=4), "new")
     assert "did you mean remove_unused_columns?" in changed["no_remove_unused_columns"]
     assert "removed from TRL" in changed["max_prompt_length"]
     assert "every response counts alike" in changed["rpo_alpha"]

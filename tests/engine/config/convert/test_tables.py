@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from engine.config.convert.convert import TRAINERS
-from engine.config.convert.reading import TRL_KEYS
 from engine.config.convert.rules import To
 from engine.config.convert.tables import rewritten
+from engine.config.convert.transformers_keys import TRANSFORMERS_DEFAULTS, TRANSFORMERS_KEYS, TRL_ALONE, TRL_KEYS
 from engine.config.trl_keys import CONVERTED
 
 PAGE = Path(__file__).parents[4] / "docs" / "converters.md"
@@ -35,3 +36,13 @@ def test_no_mark_is_a_key_of_another(trainer):
         if other is not trainer:
             assert not trainer.marks & (set(other.rules) | other.same_names)
     assert not trainer.marks & TRL_KEYS
+
+
+def test_the_keys_of_transformers_are_its_own():
+    transformers = pytest.importorskip("transformers")
+    fields = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    assert fields <= TRANSFORMERS_KEYS
+    assert not fields & TRL_ALONE
+    defaults = {field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)}
+    # None is off
+    assert {key: defaults[key] or False for key in TRANSFORMERS_DEFAULTS} == TRANSFORMERS_DEFAULTS

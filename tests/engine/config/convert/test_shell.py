@@ -1,0 +1,69 @@
+"""Shell scripts that start a trainer: options, variables and processes are read, nothing is run."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.config.convert.shell import read_shell
+from engine.errors import UserError
+
+TRL = "trl dpo --model_name_or_path m --dataset_name d"
+
+
+@pytest.mark.parametrize(
+    ("text", "trainer", "processes"),
+    [
+        (TRL, "TRL", None),
+        ("accelerate launch --num_processes 8 trl/scripts/dpo.py --model_name_or_path m", "TRL", 8),
+        ("torchrun --nproc_per_node=4 --nnodes 2 examples/scripts/dpo.py --beta 1", "TRL", 8),
+        ("NPROC_PER_NODE=4 \\\nswift rlhf --model m", "ms-swift", 4),
+        ("export NPROC_PER_NODE=2\nswift rlhf --model m", "ms-swift", 2),
+        ("llamafactory-cli train stage=dpo", "LLaMA-Factory", None),
+        ("CUDA_VISIBLE_DEVICES=0,1 llamafactory-cli train stage=dpo", "LLaMA-Factory", 2),
+        ("accelerate launch -m axolotl.cli.train --rl dpo", "Axolotl", None),
+        ("accelerate launch --num_processes 8 open_instruct/dpo_tune_cache.py --beta 5", "open-instruct", 8),
+        ("accelerate launch scripts/dpo.py --beta 5", "alignment-handbook", None),
+    ],
+)
+def test_trainer_and_processes(text, trainer, processes):
+    command = read_shell("x.sh", f"#!/bin/bash\nset -e\n{text}\n")
+    assert (command.trainer, command.processes) == (trainer, processes)
+
+
+def test_options_and_their_lines():
+    text = """LR=5e-6
+NAME=run-${LR}  # don't
+# trl dpo --beta 9
+trl dpo --learning-rate $LR \\
+  --output_dir ${NAME} --use_peft \\
+  --lora_target_modules q v --beta=0.2 --seed ${SEED:-7} --run_name 'a #b'
+"""
+    command = read_shell("x.sh", text)
+    assert command.keys == {
+        "learning_rate": "5e-6", "output_dir": "run-5e-6", "use_peft": True, "lora_target_modules": ["q", "v"],
+        "beta": 0.2, "seed": 7, "run_name": "a #b",
+    }  # fmt: skip
+    assert (command.lines["learning_rate"], command.lines["use_peft"], command.lines["beta"]) == (4, 5, 6)
+
+
+def test_a_configuration_beside_the_command(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("beta: 0.1\nseed: 3\n")
+    script = tmp_path / "x.sh"
+    command = read_shell(str(script), "accelerate launch scripts/dpo.py --config recipe.yaml --beta 0.5\n")
+    assert command.keys == {"beta": 0.5, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("python train.py --x 1\n", "no command starts one of ms-swift, LLaMA-Factory"),
+        (f"{TRL}\n{TRL}\n", "commands in lines 1, 2 start trainers; leave one"),
+        (f"{TRL} \\\n --beta $BETA\n", "x.sh, line 2: --beta: $BETA is not set in the script"),
+        (f"{TRL} --beta $(cat beta)\n", "x.sh, line 1: --beta: $(cat"),
+        ("trl dpo --config absent.yaml\n", "absent.yaml: no such file"),
+    ],
+)
+def test_what_depends_on_a_run_stops(text, part):
+    with pytest.raises(UserError) as caught:
+        read_shell("x.sh", text)
+    assert part in str(caught.value)
