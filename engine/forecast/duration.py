@@ -9,6 +9,8 @@ import torch
 
 from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset
+from ..model.load import DTYPES
+from ..model.policy import Layout
 from ..packing import PlanSummary, Step
 from ..train.throughput import FlopModel, measure_matmul_rate
 from .trial import Trial, try_out
@@ -53,23 +55,25 @@ def forecast_duration(
     *,
     trained_weights: int,
     device: torch.device,
-    dtype: torch.dtype,
+    layout: Layout | None = None,
 ) -> Duration:
     """Forecast the training steps from a trial of some seconds, or from the rate of matrix products alone.
 
     Args:
         steps: the plan of an epoch.
         plan: the same in figures.
+        layout: how packs are computed; on packs alone by default.
     """
     visible = int(dataset.lengths.visible_pairs(share_prompts=config.packing.share_prompts).sum())
-    epoch = flops.step(plan.packed_tokens, plan.completion_tokens, visible)
-    flop = epoch * plan.total_steps / plan.steps_per_epoch
-    rate = measure_matmul_rate(device, dtype)
+    epochs = plan.total_steps / plan.steps_per_epoch
+    flop = epochs * flops.step(plan.computed_tokens, plan.completion_tokens, visible)
+    rate = measure_matmul_rate(device, DTYPES[config.model.dtype])
     try:
-        trial = try_out(config, dataset, steps, flops, device=device, matmul_rate=rate)
+        trial = try_out(config, dataset, steps, flops, device=device, matmul_rate=rate, layout=layout or Layout())
     except Exception as error:
         # Models with code of their own may not take fewer layers; the forecast then says what it assumes.
-        work = flop * (RECOMPUTED if config.train.gradient_checkpointing else 1.0)
+        again = flops.mixers(plan.mixer_cells - plan.packed_tokens) if plan.mixer_cells else 0.0
+        work = (flop + epochs * again) * (RECOMPUTED if config.train.gradient_checkpointing else 1.0)
         return Duration(work / (rate * EFFICIENCY[device.type]), flop, rate, None, reason_of(error))
     updates = plan.total_steps * trained_weights * trial.update_seconds_per_weight
     return Duration(flop / trial.pack_flop_per_second + updates, flop, rate, trial)

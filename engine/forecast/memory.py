@@ -11,7 +11,7 @@ added.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,11 @@ from ..config.schema import OptimConfig, RunConfig
 from ..data.groups import PreferenceDataset
 from ..model import Policy, load_policy
 from ..model.attention import choose_backend
+from ..model.layouts import use_layout
 from ..model.load import DTYPES
+from ..model.policy import Layout
 from ..packing import PackedBatch, Step, build_batch, group_sizes
+from ..packing.rows import plan_rows
 from ..train.feed import TrainingPack, TrainingStep
 from ..train.metrics import StepWork
 from ..train.objective import Objective
@@ -66,11 +69,18 @@ class Memory:
 
 
 def forecast_memory(
-    config: RunConfig, dataset: PreferenceDataset, steps: Sequence[Step], *, device: torch.device, resident: int
+    config: RunConfig,
+    dataset: PreferenceDataset,
+    steps: Sequence[Step],
+    *,
+    device: torch.device,
+    resident: int,
+    layout: Layout | None = None,
 ) -> tuple[Memory, FlopModel]:
     """Run the largest pack on fake tensors.
 
     Args:
+        layout: how packs are computed; on packs alone by default.
         steps: the plan of an epoch.
         resident: resident memory of a process that has imported and read what a run does, without the model.
 
@@ -80,7 +90,9 @@ def forecast_memory(
     if config.model.quantization:
         raise ValueError("quantised weights are made while the model is loaded")
     pack = _largest_pack(dataset, steps, share_prompts=config.packing.share_prompts)
+    layout = layout or Layout()
     batch = build_batch([dataset[i] for i in pack], share_prompts=config.packing.share_prompts)
+    batch = with_rows(batch, layout)
     objective = Objective(config.loss, token_metrics=config.train.token_metrics)
     heap = Heap() if device.type == "cpu" and Heap.available() else None
     count = LiveStorage(device, _Workspace(batch), heap)
@@ -88,6 +100,9 @@ def forecast_memory(
     choose_backend(config.model.attention, device, DTYPES[config.model.dtype])
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy = _policy_without_data(config, device)
+        use_layout(policy, layout)
+        # Its value decides nothing here, and is measured on logits with data.
+        policy.scale_behind_head = 1.0
         trained = [p for p in policy.parameters() if p.requires_grad]
         per_weight, transient = _optimizer_bytes(config.optim, trained, device)
         weights = count.watch([*policy.parameters(), *policy.buffers()], mapped=True)
@@ -147,6 +162,11 @@ def _largest_pack(dataset: PreferenceDataset, steps: Sequence[Step], *, share_pr
     """The pack with the most tokens; of equal ones the first."""
     sizes = group_sizes(dataset.lengths, share_prompts=share_prompts)
     return max((pack for step in steps for pack in step), key=lambda pack: int(sizes[list(pack)].sum()))
+
+
+def with_rows(batch: PackedBatch, layout: Layout) -> PackedBatch:
+    """The same batch with the rows that a layout asks for."""
+    return batch if layout.blocks is None else replace(batch, rows_plan=plan_rows(batch.plan.segments, layout.blocks))
 
 
 def step_of(batch: PackedBatch, objective: Objective, device: torch.device) -> TrainingStep:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..config.schema import RunConfig
@@ -9,11 +11,11 @@ from ..data.groups import PreferenceDataset
 from ..data.row_numbers import NumberSummary
 from ..errors import UserError
 from ..model import resolve_device
-from ..model.load import DTYPES
-from ..packing import describe_plan, plan_first_epoch, summarize_plan
+from ..packing import check_fits, describe_plan, plan_first_epoch, summarize_plan
 from ..train.objective import Objective
 from .advice import needed
 from .duration import Duration, forecast_duration, reason_of
+from .layout import find_layout
 from .memory import Memory, forecast_memory
 from .resident import resident_bytes
 
@@ -28,15 +30,23 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
             as configured.
     """
     Objective(config.loss).check_dataset(dataset)
+    check_fits(
+        dataset,
+        tokens_per_pack=config.packing.tokens_per_pack,
+        share_prompts=config.packing.share_prompts,
+        in_rows=config.packing.layout == "rows",
+    )
     device = resolve_device()
     resident = resident_bytes(config, device) if device.type == "cpu" else 0
+    found = find_layout(config, device)
+    config = replace(config, packing=found.packing)
     steps = plan_first_epoch(dataset, config)
-    plan = summarize_plan(dataset, config, steps)
-    lines = describe_plan(plan, config.packing)
+    plan = summarize_plan(dataset, config, steps, mixers=found.layout.mixer_blocks)
+    lines = [*describe_plan(plan, config.packing), ("layout", found.name, found.source)]
     if words := NumberSummary(dataset).words():
         lines.append(("rows", "", words))
     try:
-        memory, flops = forecast_memory(config, dataset, steps, device=device, resident=resident)
+        memory, flops = forecast_memory(config, dataset, steps, device=device, resident=resident, layout=found.layout)
     except UserError:
         raise
     except Exception as error:
@@ -51,7 +61,7 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
             flops,
             trained_weights=memory.gradients // 4,
             device=device,
-            dtype=DTYPES[config.model.dtype],
+            layout=found.layout,
         )
         lines += [*_memory_lines(memory, device), _duration_line(duration)]
     left, middle = (max(len(line[i]) for line in lines) for i in (0, 1))

@@ -191,11 +191,14 @@ def _from_config(
     )
     if layers is not None:
         text = config.get_text_config()
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
+        depth = text.num_hidden_layers
+        for name, value in list(vars(text).items()):
+            # what each layer is, by whatever name
+            if ("layer" in name or "block" in name) and isinstance(value, list | tuple) and len(value) == depth:
+                setattr(text, name, value[:layers])
         if shared := getattr(text, "num_kv_shared_layers", None):
             # the last layers use the keys of earlier ones (Gemma 3n)
-            text.num_kv_shared_layers = max(0, layers - (text.num_hidden_layers - shared))
+            text.num_kv_shared_layers = max(0, layers - (depth - shared))
         text.num_hidden_layers = layers
     return causal_lm_reader(config).from_config(config, trust_remote_code=trust_remote_code, **kwargs).eval()
 

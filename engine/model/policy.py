@@ -97,7 +97,7 @@ class Policy(nn.Module):
         """Whether the parameters are spread over processes: see ``engine/model/shard.py``."""
         self.layout = Layout()
         """How packs are computed: see ``engine/model/layouts.py``."""
-        self._scale_behind_head: float | None = None
+        self.scale_behind_head: float | None = None
         """In rows, where factors before the head are part of what it is given: known after the first forward pass."""
         self.own_balance: OwnBalance | None = None
         """What its routers return, once that was looked at: see ``engine/model/balance.py``."""
@@ -135,8 +135,8 @@ class Policy(nn.Module):
         return self._scaled(read_head(self.causal_lm))
 
     def _scaled(self, head: Head) -> Head:
-        if self.layout.in_rows and self._scale_behind_head is not None:
-            return head._replace(logit_scale=self._scale_behind_head)
+        if self.layout.in_rows and self.scale_behind_head is not None:
+            return head._replace(logit_scale=self.scale_behind_head)
         return head
 
     def autocast(self):
@@ -191,8 +191,8 @@ class Policy(nn.Module):
             options = {} if mask_BL is None else {"attention_mask": mask_BL}
             with taken_before_head(self.causal_lm) as taken:
                 output = self.causal_lm(input_ids=ids_BL, use_cache=False, **options, **wanted)
-            if self._scale_behind_head is None:
-                self._scale_behind_head = taken.scale(output.logits)
+            if self.scale_behind_head is None:
+                self.scale_behind_head = taken.scale(output.logits)
             blocks.append(taken.hidden)
             routers.append([x.reshape(*ids_BL.shape, -1) for x in getattr(output, "router_logits", None) or ()])
         return rows.join(blocks), [rows.join(layer) for layer in zip(*routers, strict=True)]

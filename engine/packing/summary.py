@@ -139,7 +139,7 @@ def summarize_plan(
 
 def mixer_padding_words(s: PlanSummary) -> str:
     """How much of what modules in rows compute is padding."""
-    return f"{s.mixer_padding:.1%} of the {s.mixer_cells:,} tokens an epoch that mixers compute in rows"
+    return f"of the {s.mixer_cells:,} tokens an epoch that mixers compute in rows"
 
 
 def describe_plan(s: PlanSummary, packing: PackingConfig) -> list[tuple[str, str, str]]:
@@ -147,7 +147,6 @@ def describe_plan(s: PlanSummary, packing: PackingConfig) -> list[tuple[str, str
     in_rows = packing.layout == "rows"
     basis = f"a prompt counts once {'a row' if packing.share_prompts and not in_rows else 'a response'}"
     used = f"packs fill {s.fill:.1%} of tokens_per_pack; the rest is never computed"
-    measured = "packs are assumed here; `dpo train` takes the first layout that its start-up check finds exact"
     return [
         ("preference groups", f"{s.groups:,}", f"{s.responses:,} responses"),
         (
@@ -158,11 +157,11 @@ def describe_plan(s: PlanSummary, packing: PackingConfig) -> list[tuple[str, str
         ("packs per epoch", f"{s.packs:,}", f"{s.packs / s.steps_per_epoch:.2f} per step"),
         ("tokens per epoch", f"{s.packed_tokens:,}", f"{s.completion_tokens:,} of them reach the head; {basis}"),
         ("padding", f"{s.padding:.1%}", used),
+        *([("mixer padding", f"{s.mixer_padding:.1%}", mixer_padding_words(s))] if s.mixer_cells else []),
         ("saved by sharing prompts", f"{s.saved_by_sharing:.1%}", f"of {s.unshared_tokens:,} tokens without sharing"),
         (
             f"padded batches of {PADDED_BATCH_PAIRS}",
             f"{s.padded_tokens:,}",
             f"{s.padded_ratio:.2f}x the tokens; {s.padding_avoided:.1%} of them padding",
         ),
-        ("layout", packing.layout, measured if packing.layout == "auto" else "as packing.layout says"),
     ]

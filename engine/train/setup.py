@@ -229,7 +229,7 @@ def describe_run(setup: Setup) -> str:
         *([("processes", _process_words(setup))] if distributed.size() > 1 else []),
         ("attention", attention_words(policy)),
         ("layout", describe_layout(policy)),
-        *([("mixer padding", mixer_padding_words(plan))] if plan.mixer_cells else []),
+        *([("mixer padding", f"{plan.mixer_padding:.1%} {mixer_padding_words(plan)}")] if plan.mixer_cells else []),
         ("loss", f"{config.loss.loss_name}, {_loss_op(setup)}"),
         *_balance_rows(setup),
         ("dropout", _dropout_words(config, policy.disabled_dropouts)),

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..model import Policy
 from ..model.layers import largest, layer_configs
+from ..model.mixers import class_name
 from ..model.quantization import num_weights
 
 _LEAST_ROUNDS = 3
@@ -40,6 +41,8 @@ class FlopModel:
     head_trained: bool
     attention_width: int
     """Query heads * head dimension, summed over layers."""
+    mixer_share: float = 0.0
+    """Of the body's weights: those in modules that get rows."""
 
     @classmethod
     def of(cls, policy: Policy) -> FlopModel:
@@ -47,15 +50,17 @@ class FlopModel:
         head = policy.head.weight_VD
         skipped = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()} | {id(head)}
         active = _active_share(config)
-        body = trained = 0.0
+        inside = {id(p) for m in model.modules() if class_name(m) in policy.layout.mixers for p in m.parameters()}
+        body = trained = mixers = 0.0
         for name, p in model.named_parameters():
             if id(p) in skipped or p.ndim < 2:
                 continue
             size = num_weights(p) * (active if "expert" in name and "shared" not in name else 1.0)
             body += size
             trained += size if p.requires_grad else 0.0
+            mixers += size if id(p) in inside else 0.0
         width = sum(_attention_width(layer) for layer in layer_configs(config))
-        return cls(body, trained, head.numel(), head.requires_grad, width)
+        return cls(body, trained, head.numel(), head.requires_grad, width, mixers / body if mixers else 0.0)
 
     def step(self, packed_tokens: int, completion_tokens: int, visible_pairs: int) -> float:
         """FLOP of one optimizer step, forward and backward.
@@ -66,6 +71,11 @@ class FlopModel:
         body = packed_tokens * (4 * self.body_weights + 2 * self.trained_body_weights)
         head = completion_tokens * self.head_weights * (6 if self.head_trained else 4)
         return body + head + 12.0 * self.attention_width * visible_pairs
+
+    def mixers(self, tokens: int) -> float:
+        """FLOP of the products that modules with rows do of so many tokens: of those beyond the pack's, work that is
+        done and not needed."""
+        return self.mixer_share * self.step(tokens, 0, 0)
 
 
 def _attention_width(layer) -> int:

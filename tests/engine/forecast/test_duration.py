@@ -9,6 +9,8 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
@@ -17,9 +19,11 @@ from transformers import (
 
 from engine.config.schema import ModelConfig
 from engine.data import load_dataset_groups
-from engine.forecast import duration, trial
+from engine.forecast import duration, shallow, trial
 from engine.forecast.duration import forecast_duration
+from engine.forecast.layout import find_layout
 from engine.model import load_policy
+from engine.model.layouts import use_layout
 from engine.packing import plan_first_epoch, summarize_plan
 from engine.train.throughput import FlopModel
 
@@ -36,11 +40,12 @@ def forecast(tiny_tokenizer, monkeypatch):
     def run(config):
         dataset = load_dataset_groups(config.data, tiny_tokenizer, split="train")[0]
         steps = plan_first_epoch(dataset, config)
-        flops = FlopModel.of(load_policy(config.model, device=CPU))
-        plan = summarize_plan(dataset, config, steps)
-        return forecast_duration(
-            config, dataset, steps, plan, flops, trained_weights=TRAINED, device=CPU, dtype=torch.float32
-        )
+        layout = find_layout(config, CPU).layout
+        policy = load_policy(config.model, device=CPU)
+        use_layout(policy, layout)
+        run.plan = summarize_plan(dataset, config, steps, mixers=layout.mixer_blocks)
+        options = {"trained_weights": TRAINED, "device": CPU, "layout": layout}
+        return forecast_duration(config, dataset, steps, run.plan, FlopModel.of(policy), **options)
 
     return run
 
@@ -52,7 +57,7 @@ def test_layers_count_one_by_one(config, forecast, monkeypatch, tmp_path, tiny_t
     seconds = {1: 0.3, 2: 0.4}
     tried = []
 
-    def measure(config, batch, device, layers):
+    def measure(config, batch, device, layers, layout):
         tried.append((layers, batch.num_tokens))
         return seconds[layers], 1e-6
 
@@ -101,7 +106,7 @@ def test_the_pack_is_cut_to_about_a_second(config, forecast, monkeypatch):
 
 
 def test_without_room_the_efficiency_is_assumed(config, forecast, monkeypatch):
-    monkeypatch.setattr(trial, "_free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(shallow, "free_bytes", lambda device: 2**20)
     found = forecast(config)
     assert found.trial is None
     assert found.efficiency == pytest.approx(0.5)
@@ -116,3 +121,40 @@ def test_an_empty_model_of_fewer_layers(tmp_path):
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     policy = load_policy(ModelConfig(model_name_or_path=str(tmp_path)), device=CPU, empty=True, layers=2)
     assert len(policy.causal_lm.model.layers) == policy.config.num_hidden_layers == len(policy.config.layer_types) == 2
+
+
+@pytest.fixture
+def hybrid(config, tmp_path, tiny_tokenizer):
+    """A run of a model of twelve layers, three convolutions and one of attention in turn."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    kinds = ["conv", "conv", "conv", "full_attention"] * 3
+    model = Lfm2Config(vocab_size=len(tiny_tokenizer), num_hidden_layers=12, layer_types=kinds, **shape)
+    Lfm2ForCausalLM(model).save_pretrained(tmp_path / "hybrid")
+    tiny_tokenizer.save_pretrained(tmp_path / "hybrid")
+    return replace(config, model=replace(config.model, model_name_or_path=str(tmp_path / "hybrid")))
+
+
+def test_layers_that_take_turns_are_tried_by_the_turn(hybrid, forecast, monkeypatch):
+    tried = []
+
+    def measure(config, batch, device, layers, layout):
+        tried.append((layers, layout.mixers, batch.rows_plan.num_cells > batch.num_tokens))
+        return {3: 0.3, 6: 0.4}[layers], 1e-6
+
+    monkeypatch.setattr(trial, "_measure", measure)
+    found = forecast(hybrid)
+    assert tried == [(layers, ("Lfm2ShortConv",), True) for layers in (3, 6)]
+    # Three convolutions take 0.3 s; the nine layers behind them are three times what the next three are.
+    pack_flop = found.trial.pack_flop_per_second * (0.3 + 3 * 0.1)
+    assert found.seconds == pytest.approx(found.flop / pack_flop * 0.6 + 6 * TRAINED * 1e-6)
+
+
+def test_what_mixers_compute_beyond_the_pack_takes_time(hybrid, forecast, monkeypatch):
+    monkeypatch.setattr(trial, "_BYTES_PER_WEIGHT", 2**40)
+    found = forecast(hybrid)
+    assert found.untried.startswith("6 layers would take ")
+    weights = 9 * (4 * 32 + 3) * 32
+    plan = forecast.plan
+    more = 6 * weights * (plan.mixer_cells - plan.packed_tokens) * plan.total_steps / plan.steps_per_epoch
+    assert plan.mixer_cells > plan.unshared_tokens > plan.packed_tokens
+    assert found.seconds == pytest.approx((found.flop + more) / (RATE * 0.5))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
 from dpo_kernels import linear_logps
 from dpo_kernels.head import Head, Needs
@@ -23,6 +24,7 @@ from engine.config import load_config
 from engine.data import load_dataset_groups
 from engine.forecast import forecast_memory, memory
 from engine.forecast.heap import Heap
+from engine.forecast.layout import find_layout
 from engine.forecast.live_storage import LiveStorage, is_op, storage_bytes
 from engine.packing import plan_first_epoch
 from engine.train import loop
@@ -30,10 +32,14 @@ from tests.engine.forecast.blocks import Blocks, blocks_of, replay
 
 CPU = torch.device("cpu")
 TENSORS = 0.05
+ROWS = 0.02
+"""With the rows left out, these cases are off by 4%."""
 HEAPS = 0.15
 """Blocks in another order, or of other sizes by a little, leave other holes."""
 TIED = {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 8192, "tie_word_embeddings": True}
 WIDE = {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 32768}
+SMALL = {"hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 4096}
+HYBRID = {**SMALL, "layer_types": ["conv", "full_attention", "conv"]}
 LORA = "lora: {r: 16}, "
 CASES = {
     "full": (TIED, "dtype: float32", ""),
@@ -42,12 +48,17 @@ CASES = {
     "lora": (TIED, LORA + "dtype: float32", ""),
     "lora, bfloat16": (TIED, LORA + "dtype: bfloat16", ""),
     "checkpointing": (TIED, "dtype: float32", ", gradient_checkpointing: true"),
+    "mixers in rows": (HYBRID, "dtype: float32", ""),
+    "rows": (SMALL, "dtype: float32", "", "rows"),
 }
 
 
 def save_model(path, tokenizer, hidden_size, **options):
     set_seed(0)
-    config = LlamaConfig(
+    config_class, model_class = (
+        (Lfm2Config, Lfm2ForCausalLM) if "layer_types" in options else (LlamaConfig, LlamaForCausalLM)
+    )
+    config = config_class(
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 11 // 4,
         num_attention_heads=hidden_size // 64,
@@ -55,7 +66,7 @@ def save_model(path, tokenizer, hidden_size, **options):
         max_position_embeddings=4096,
         **options,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+    model_class(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
@@ -74,13 +85,13 @@ def save_rows(path):
 
 
 def config_of(folder, tokenizer, case):
-    model, settings, train = case
+    model, settings, train, layout = (*case, "auto")[:4]
     save_model(folder / "model", tokenizer, **model)
     save_rows(folder / "rows.jsonl")
     (folder / "run.yaml").write_text(
         f"model: {{model_name_or_path: {folder}/model, {settings}}}\n"
         f"data: {{dataset_name: {folder}/rows.jsonl}}\n"
-        f"packing: {{pairs_per_step: 16, tokens_per_pack: 1000}}\n"
+        f"packing: {{pairs_per_step: 16, tokens_per_pack: 1000, layout: {layout}}}\n"
         f"reference: {{store: {folder}/store}}\n"
         f"train: {{output_dir: {folder}/run, max_steps: 2, logging_steps: 1, report_to: []{train}}}\n"
     )
@@ -94,8 +105,10 @@ def forecast_of(config, tokenizer, monkeypatch):
         patch.setattr(memory, "Heap", lambda: planned)
         patch.setattr(memory.Heap, "available", lambda: True, raising=False)
         dataset = load_dataset_groups(config.data, tokenizer, split="train")[0]
+        found = find_layout(config, CPU)
+        config = replace(config, packing=found.packing)
         steps = plan_first_epoch(dataset, config)
-        return forecast_memory(config, dataset, steps, device=CPU, resident=0)[0], planned
+        return forecast_memory(config, dataset, steps, device=CPU, resident=0, layout=found.layout)[0], planned
 
 
 def blocks_of_steps(config, monkeypatch):
@@ -123,7 +136,7 @@ def test_peak_is_that_of_the_blocks_of_a_run(case, tmp_path, plain_tokenizer, mo
     forecast, planned = forecast_of(config, plain_tokenizer, monkeypatch)
     weights, taken = blocks_of_steps(config, monkeypatch)
     assert forecast.weights == weights
-    assert forecast.peak == pytest.approx(weights + taken.peak, rel=TENSORS)
+    assert forecast.peak == pytest.approx(weights + taken.peak, rel=ROWS if "rows" in case else TENSORS)
     if Heap.available():
         heaps = []
         for blocks in (planned, taken):

@@ -24,7 +24,7 @@ def dataset(config, tiny_tokenizer):
 
 def test_memory_by_part_and_time(config, dataset, monkeypatch):
     monkeypatch.setattr("engine.forecast.duration.measure_matmul_rate", lambda device, dtype: 1e9)
-    monkeypatch.setattr("engine.forecast.trial._measure", lambda config, batch, device, layers: (layers, 1e-9))
+    monkeypatch.setattr("engine.forecast.trial._measure", lambda *given: (given[3], 1e-9))
     lines = describe_forecast(dataset, config).splitlines()
     names = [line[:24].strip() for line in lines[-8:]]
     assert names == [
@@ -47,7 +47,7 @@ def test_peak_is_tensors_and_process(config, dataset, monkeypatch):
     """``step_peak`` and what ``resident_bytes`` finds; the other parts are alive at other times."""
     gib = 2**30
     monkeypatch.setattr("engine.forecast.duration.measure_matmul_rate", lambda device, dtype: 1e9)
-    monkeypatch.setattr("engine.forecast.trial._measure", lambda config, batch, device, layers: (layers, 1e-9))
+    monkeypatch.setattr("engine.forecast.trial._measure", lambda *given: (given[3], 1e-9))
     monkeypatch.setattr(text, "resident_bytes", lambda config, device: gib // 2)
     forecast, tensors = text.forecast_memory, []
 

@@ -1,0 +1,44 @@
+"""Models of few layers with random weights, on which what a run will do is tried out."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from ..config.schema import RunConfig
+from ..model import Policy, load_policy
+
+MEMORY_SHARE = 0.25
+"""Of what is free: the most that is taken for a trial."""
+
+
+def build_policy(config: RunConfig, device: torch.device, layers: int | None) -> Policy:
+    """The policy of a run, in training mode, with so many of its layers; where the caller's default device is."""
+    policy = load_policy(
+        config.model,
+        device=device,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        empty=True,
+        layers=layers,
+    )
+    policy.activation_offload = config.train.activation_offload
+    return policy.train()
+
+
+def num_parameters(policy: Policy) -> int:
+    """Of the model, all adapters included."""
+    return sum(p.numel() for p in policy.parameters())
+
+
+def check_room(needed: int, layers: str, device: torch.device) -> None:
+    """Raise a ``MemoryError`` where ``needed`` bytes are much of what is free."""
+    free = free_bytes(device)
+    if needed > MEMORY_SHARE * free:
+        raise MemoryError(f"{layers} would take {needed / 2**30:.1f} of {free / 2**30:.1f} GiB that are free")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nothing has taken."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
