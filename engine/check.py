@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from .config.schema import RunConfig
 from .data.columns import SHOWN_BY, layouts
+from .data.copies import Copies
 from .data.groups import PreferenceGroup
 from .data.held_out import HeldOut
 from .data.lint import LintReport
-from .data.read import Split, stream_groups
+from .data.mixture import Mixture, counts_of, describe_mixture
+from .data.read import stream_set
 from .data.row_numbers import NumberSummary
+from .data.sets import DataSet, MixtureReport, Split, sets_of
 from .data.tokenize import Encoder
 from .errors import RowError, UserError
 from .inputs import check_inputs
@@ -36,7 +40,8 @@ class Checked(NamedTuple):
     """What ``dpo check`` found."""
 
     text: str
-    reports: dict[Split, LintReport]
+    reports: dict[str, LintReport]
+    """By split; of a mixture by split and set, such as ``train: ultrafeedback``."""
     obstacles: tuple[str, ...]
     """Why training would stop; empty when it would not."""
 
@@ -66,57 +71,91 @@ def check(config: RunConfig) -> Checked:
         dated = f"; it writes today's date, pinned to {config.data.template_date} (data.template_date)"
     parts = [f"chat template: {encoder.template_origin}{dated}"]
     splits: tuple[Split, ...] = ("train", "eval") if config.data.has_evaluation else ("train",)
-    reports: dict[Split, LintReport] = {}
+    reports: dict[str, LintReport] = {}
     obstacles: list[str] = []
     held_out = HeldOut()
     for split in splits:
-        text, reports[split], reasons = _check_split(config, tokenizer, split, held_out)
-        parts.append(f"{split} data\n{text}")
-        obstacles += reasons
+        copies = Copies()
+        looks = [_look(config, tokenizer, one, copies, held_out) for one in sets_of(config.data, split)]
+        if split == "eval":
+            held_out.report(MixtureReport({look.label: look.report for look in looks}))
+        for look in looks:
+            name = f"{split}: {look.label}" if look.label else split
+            reports[name] = look.report
+            parts.append(f"{split} data{f' of {look.label}' if look.label else ''}\n{_text(look, config, tokenizer)}")
+            obstacles += _obstacles(look, config)
+        if config.data.datasets and split == "train":
+            parts.append(_epoch(config, looks))
     parts += [f"training would stop: {reason}" for reason in obstacles]
     return Checked("\n\n".join(parts), reports, tuple(obstacles))
 
 
-def _check_split(config: RunConfig, tokenizer, split: Split, held_out: HeldOut) -> tuple[str, LintReport, list[str]]:
-    groups, report = stream_groups(config.data, tokenizer, split=split, tolerant=True)
-    embeddings = num_embeddings(config.model)
+@dataclass
+class _Look:
+    """What there is to say of one set."""
+
+    label: str
+    report: LintReport
     shown: PreferenceGroup | None = None
-    lengths: dict[str, array[int]] = {}
-    several_pairs = False
-    numbers = NumberSummary()
-    note = held_out.trains if split == "train" else held_out.evaluates
+    lengths: dict[str, array[int]] = field(default_factory=dict)
+    groups: int = 0
+    several_pairs: bool = False
+    numbers: NumberSummary = field(default_factory=NumberSummary)
+
+
+def _look(config: RunConfig, tokenizer, one: DataSet, copies: Copies, held_out: HeldOut) -> _Look:
+    """Read a set to its end."""
+    groups, report = stream_set(one, tokenizer, copies, tolerant=True)
+    look = _Look(one.label, report)
+    embeddings = num_embeddings(config.model)
+    note = held_out.trains if one.split == "train" else held_out.evaluates
     for group in groups:
+        look.groups += 1
         # The first, or the first of more than two responses where there are such.
-        if shown is None or len(shown.response_ids) == 2 < len(group.response_ids):
-            shown = group
-        several_pairs = several_pairs or len(group.pairs or ()) > 1
+        if look.shown is None or len(look.shown.response_ids) == 2 < len(group.response_ids):
+            look.shown = group
+        look.several_pairs = look.several_pairs or len(group.pairs or ()) > 1
         note(group)
-        numbers.note(group)
+        look.numbers.note(group)
         names = _response_names(group)
         for name, ids in zip(("prompt", *names), (group.prompt_ids, *group.response_ids), strict=True):
-            lengths.setdefault(name, array("i")).append(len(ids))
+            look.lengths.setdefault(name, array("i")).append(len(ids))
         for problem in _run_faults(group, config):
             report.add(problem, group.row)
         largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids))
         if embeddings is not None and largest >= embeddings:
-            message = f"row {group.row}: token {largest} is outside the {embeddings:,} embeddings of the model"
+            message = f"row {group.label}: token {largest} is outside the {embeddings:,} embeddings of the model"
             report.refuse(RowError("beyond_embedding", message), group.row)
-    if split == "eval":
-        held_out.report(report)
-    parts = [report.format()]
+    return look
+
+
+def _text(look: _Look, config: RunConfig, tokenizer) -> str:
+    parts = [look.report.format()]
     if SHOWN_BY in parts[0]:
         parts.append(layouts())
-    if shown is not None:
-        parts += [_format_lengths(lengths, config.data.max_length)]
-        parts += [f"rows: {words}"] if (words := numbers.words()) else []
-        parts += [_format_example(shown, tokenizer)]
-    reasons = _verdicts(report, config.data.strict)
-    terms = LossTerms(config.loss)
-    if several_pairs and (reason := terms.against_several_pairs):
-        reasons.append(f"{report.source}: {reason}")
+    if look.shown is not None:
+        parts += [_format_lengths(look.lengths, config.data.max_length)]
+        parts += [f"rows: {words}"] if (words := look.numbers.words()) else []
+        parts += [_format_example(look.shown, tokenizer)]
+    return "\n\n".join(parts)
+
+
+def _obstacles(look: _Look, config: RunConfig) -> list[str]:
+    reasons = _verdicts(look.report, config.data.strict)
+    terms, numbers = LossTerms(config.loss), look.numbers
+    if look.several_pairs and (reason := terms.against_several_pairs):
+        reasons.append(f"{look.report.source}: {reason}")
     if reason := terms.against_numbers(weights=numbers.has("weight"), margins=numbers.has("margin")):
-        reasons.append(f"{report.source}: {reason}")
-    return "\n\n".join(parts), report, reasons
+        reasons.append(f"{look.report.source}: {reason}")
+    return reasons
+
+
+def _epoch(config: RunConfig, looks: Sequence[_Look]) -> str:
+    """How much of each set an epoch takes; of sets without a row, nothing can be said."""
+    sizes = [max(look.groups, 1) for look in looks]
+    mixture = Mixture(tuple(sizes), counts_of(config.data.datasets, sizes))
+    lines = describe_mixture(mixture, [look.label for look in looks])
+    return "\n".join([f"an epoch takes {mixture.per_epoch:,} rows", *(f"  {line}" for line in lines)])
 
 
 def _run_faults(group: PreferenceGroup, config: RunConfig) -> Iterator[str]:
@@ -180,7 +219,7 @@ def _length_bias(chosen: array[int], rejected: array[int]) -> str:
 
 def _format_example(group: PreferenceGroup, tokenizer) -> str:
     """The end of the prompt and the start and end of each response, best first, as the model reads them."""
-    lines = [f"row {group.row} as the model reads it"]
+    lines = [f"row {group.label} as the model reads it"]
     names = _response_names(group)
     width = max(len(name) for name in ("prompt", *names))
     tail = group.prompt_ids[-PROMPT_TOKENS_SHOWN:]

@@ -71,8 +71,9 @@ def plan(options: Namespace, overrides: Sequence[str]) -> int:
         print(f"{report.dropped:,} of {report.total:,} rows are dropped; `dpo check {options.config}` says why\n")
     # After the data: what is read counts as memory of the process.
     from .forecast import describe_forecast
+    from .train.feed import drawn_groups
 
-    print(describe_forecast(dataset, config))
+    print(describe_forecast(drawn_groups(config, dataset), config))
     return 0
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from .config.schema import RunConfig
 from .data import check_files
-from .data.read import Split
+from .data.sets import Split
 from .errors import raise_all
 from .model.sources import check_folder
 

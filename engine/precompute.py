@@ -30,6 +30,7 @@ from .reference import (
 from .reference.columns import check_export_path, check_export_row
 from .reference.keys import ModelIdentity
 from .reference.template_date import with_template_date
+from .train.feed import drawn_groups
 from .train.references import load_reference, reference_model
 
 VERIFIED_ROWS = 256
@@ -48,6 +49,11 @@ def check_settings(config: RunConfig, export: Path | None) -> None:
     if export is not None and config.loss.ld_alpha not in (None, 1):
         raise UserError(
             "--export writes sums over responses, and loss.ld_alpha weighs single tokens: set it to null for an export"
+        )
+    if export is not None and config.data.datasets:
+        raise UserError(
+            "--export writes the rows of one set, and data.datasets are several: export each with data.dataset_name, "
+            "or share the folder of reference.store instead"
         )
     if export is not None and distributed.is_main():
         check_export_path(export)
@@ -90,7 +96,7 @@ def check_columns(config: RunConfig) -> None:
     datasets = _datasets(config, tokenizer)
     found = {name: sums for name, dataset in datasets.items() if (sums := import_columns(dataset)) is not None}
     if not found:
-        raise UserError(f"{config.data.dataset_name} has no columns ref_chosen_logps and ref_rejected_logps")
+        raise UserError(f"{', '.join(config.data.names)} has no columns ref_chosen_logps and ref_rejected_logps")
     reference = _reference_policy(config, datasets)
     for name, sums in found.items():
         count = min(len(datasets[name]), VERIFIED_ROWS)
@@ -106,7 +112,7 @@ def check_columns(config: RunConfig) -> None:
 
 
 def _datasets(config: RunConfig, tokenizer: Any) -> dict[str, PreferenceDataset]:
-    datasets = {"train": load_dataset_groups(config.data, tokenizer, split="train")[0]}
+    datasets = {"train": drawn_groups(config, load_dataset_groups(config.data, tokenizer, split="train")[0])}
     if config.data.has_evaluation:
         datasets["eval"] = load_dataset_groups(config.data, tokenizer, split="eval")[0]
     return datasets

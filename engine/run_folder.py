@@ -7,7 +7,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,25 @@ AS_TRAINED = "eval_as_trained/"
 """Prefix of the evaluation of weights before they were rounded to what is written."""
 BY_LENGTH = "eval_accuracies_by_length/"
 PAIRS_BY_LENGTH = "eval_num_pairs/"
+TRAIN_SOURCE, EVAL_SOURCE = "train/", "eval/"
+"""Prefixes of the metrics of one set of a mixture, whose label follows."""
 EXPERTS = "experts/"
 EXPERT_LAYER = f"{EXPERTS}layer_"
 """Prefix of the load of experts in single layers."""
+
+
+def of_sources(prefix: str, values: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The metrics of each set of a mixture, by label and then by their own name.
+
+    Args:
+        prefix: ``TRAIN_SOURCE`` or ``EVAL_SOURCE``.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for key, value in values.items():
+        if key.startswith(prefix):
+            label, _, name = key.removeprefix(prefix).partition("/")
+            found.setdefault(label, {})[name] = value
+    return found
 
 
 @contextmanager

@@ -30,10 +30,17 @@ def type_hints(cls: type) -> dict[str, Any]:
 
 def dataclass_in(hint: Any) -> type | None:
     """The dataclass of ``X`` or ``X | None``, else None."""
+    if is_tuple(hint):
+        return None
     for candidate in (hint, *get_args(hint)):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             return candidate
     return None
+
+
+def dataclass_of_items(hint: Any) -> type | None:
+    """The dataclass of ``tuple[X, ...]``, else None."""
+    return dataclass_in(get_args(hint)[0]) if is_tuple(hint) else None
 
 
 def is_optional(hint: Any) -> bool:
@@ -106,6 +113,8 @@ def describe(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(str(a) for a in args)
+    if dataclass_of_items(hint) is not None:
+        return "a list of mappings"
     if origin is tuple:
         return f"a list ({describe(args[0])})"
     if origin is dict:

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from .fields import choices, dataclass_in, type_hints
-from .load import diff_from_defaults
+from .fields import choices, dataclass_in, dataclass_of_items, type_hints
+from .load import diff_from_defaults, plain
 from .schema import RunConfig
 
 _REQUIRED = object()
@@ -60,9 +60,11 @@ def format_diff(config: RunConfig) -> str:
 
 def inline(value: Any) -> str:
     """``value`` as YAML writes it inside a line."""
-    if isinstance(value, tuple):
-        value = list(value)
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(plain(value), default_flow_style=True, width=10**6, allow_unicode=True)
+        .removesuffix("...\n")
+        .strip()
+    )
 
 
 def _section_help(cls: type, prefix: str, width: int) -> list[str]:
@@ -77,6 +79,8 @@ def _section_help(cls: type, prefix: str, width: int) -> list[str]:
             continue
         default = _default(field)
         note = "required" if default is _REQUIRED else f"default: {inline(default)}"
+        if instead := field.metadata.get("needed_without"):
+            note = f"required without {prefix}.{instead}"
         lines.append(f"  --{prefix}.{field.name} {_metavar(hint)}  ({note})")
         text = docs.get(field.name, "")
         if len(names := choices(hint)) > 1:
@@ -94,6 +98,8 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 def _metavar(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "NAME"
+    if dataclass_of_items(hint) is not None:
+        return "LIST"
     if get_origin(hint) is tuple:
         return f"{_metavar(get_args(hint)[0])} ..."
     if get_origin(hint) is dict:

@@ -16,6 +16,7 @@ from .fields import (
     TypeMismatch,
     coerce,
     dataclass_in,
+    dataclass_of_items,
     describe,
     is_optional,
     iter_keys,
@@ -67,12 +68,20 @@ def build_config(values: dict[str, Any], source: str) -> RunConfig:
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """``config`` as nested dicts of plain YAML types."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
     return plain(dataclasses.asdict(config))
+
+
+def plain(value: Any) -> Any:
+    """A value of the configuration as YAML types; of the items of a list, the keys that are set."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return [_given(plain(item)) for item in value]
+    return plain(dataclasses.asdict(value)) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+
+
+def _given(item: Any) -> Any:
+    return {k: v for k, v in item.items() if v not in (None, [])} if isinstance(item, dict) else item
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -160,7 +169,13 @@ def _describe_yaml_error(error: yaml.YAMLError) -> str:
 
 
 def _index_lines(node: yaml.Node, prefix: str, lines: dict[str, int], path: str) -> None:
-    if not isinstance(node, yaml.MappingNode) or prefix.count(".") > 4:
+    if prefix.count(".") > 5:
+        return
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[f"{prefix}{index}"] = item.start_mark.line + 1
+            _index_lines(item, f"{prefix}{index}.", lines, path)
+    if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
@@ -174,8 +189,17 @@ def _index_lines(node: yaml.Node, prefix: str, lines: dict[str, int], path: str)
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
-    for name in parents:
-        if not isinstance(values.get(name), dict):
+    for place, name in enumerate(parents):
+        below = values.get(name)
+        rest = [*parents, leaf][place + 1 :]
+        if isinstance(below, list) and rest[0].isdigit():
+            items = [dict(item) if isinstance(item, dict) else item for item in below]
+            values[name] = items
+            if int(rest[0]) >= len(items):
+                raise UserError(f"--{key}: {'.'.join(parents[: place + 1])} has {len(items)} items, counted from 0")
+            _set(items[int(rest[0])], ".".join(rest[1:]), value)
+            return
+        if not isinstance(below, dict):
             values[name] = {}
         values = values[name]
     values[leaf] = value
@@ -208,7 +232,10 @@ class _Builder:
         for name, hint in hints.items():
             key = prefix + name
             nested = dataclass_in(hint)
-            if nested is None:
+            items = dataclass_of_items(hint)
+            if items is not None and values.get(name) is not None:
+                arguments[name] = self._build_items(items, values[name], key)
+            elif nested is None:
                 if name in values:
                     arguments[name] = self._coerce(values[name], hint, key)
             elif values.get(name) is not None:
@@ -218,12 +245,21 @@ class _Builder:
             elif not is_optional(hint):
                 # a section whose keys are all commented out is null in YAML
                 arguments[name] = self._build(nested, {}, key + ".")
-        if any(_is_required(field) and field.name not in arguments for field in dataclasses.fields(cls)):
+        if any(_is_missing(field, values) for field in dataclasses.fields(cls)):
             raise_all(partial(self._refuse, key) for key in _missing(RunConfig, self.values, ""))
         try:
             return cls(**arguments)
         except ValueError as error:
-            raise UserError(self._attribute(str(error))) from None
+            # an item of a list does not know its place
+            whole, place = re.sub(r"\.\d+\.$", ".", prefix), prefix
+            message = str(error).replace(whole, place, 1) if whole != place else str(error)
+            raise UserError(self._attribute(message)) from None
+
+    def _build_items(self, cls: type, values: Any, key: str) -> tuple[Any, ...]:
+        if not isinstance(values, list) or not all(isinstance(item, dict) for item in values):
+            names = ", ".join(type_hints(cls))
+            raise UserError(f"{self._where(key)}: expected a list of mappings with {names}; got {show(values)}")
+        return tuple(self._build(cls, item, f"{key}.{index}.") for index, item in enumerate(values))
 
     def _coerce(self, value: Any, hint: Any, key: str) -> Any:
         try:
@@ -243,6 +279,8 @@ class _Builder:
             # the same key in another section, else a sibling, else anything
             elsewhere = [key for key in known if key.rsplit(".", 1)[-1] == name]
             sibling = nearest(str(name), hints)
+            # in an item of a list, only its own keys are meant
+            elsewhere = [] if re.search(r"\.\d+\.$", prefix) else elsewhere
             candidate = elsewhere[0] if elsewhere else prefix + sibling if sibling else nearest(str(name), known)
             advice = f"did you mean {candidate}?" if candidate else f"known here: {', '.join(hints)}"
             if not prefix and candidate in known:
@@ -267,14 +305,24 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
+def _is_missing(field: dataclasses.Field[Any], values: dict[str, Any]) -> bool:
+    """Whether a key must be given and is not: always, or where another one that stands for it is absent."""
+    instead = field.metadata.get("needed_without")
+    needed = _is_required(field) if instead is None else not values.get(instead)
+    return needed and field.name not in values
+
+
 def _missing(cls: type, values: Any, prefix: str) -> Iterator[str]:
     """Required keys that the file lacks, of all sections that it has or must have."""
     present = values if isinstance(values, dict) else {}
     for field in dataclasses.fields(cls):
         hint = type_hints(cls)[field.name]
-        nested = dataclass_in(hint)
-        if nested is None:
-            if _is_required(field) and field.name not in present:
+        nested, items = dataclass_in(hint), dataclass_of_items(hint)
+        if items is not None:
+            for index, item in enumerate(present.get(field.name) or ()):
+                yield from _missing(items, item, f"{prefix}{field.name}.{index}.")
+        elif nested is None:
+            if _is_missing(field, present):
                 yield prefix + field.name
         elif present.get(field.name) is not None or not is_optional(hint):
             yield from _missing(nested, present.get(field.name), f"{prefix}{field.name}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from .fields import (
     TypeMismatch,
     coerce,
     dataclass_in,
+    dataclass_of_items,
     describe,
     is_mapping,
     is_optional,
@@ -48,6 +50,8 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
         owner = key.rpartition(".")[0]
         if key in hints:
             values[key] = _parse_value(key, hints[key], tokens)
+        elif (item := _item_hint(key, hints)) is not None:
+            values[key] = _parse_value(key, item, tokens)
         elif is_mapping(hints.get(owner)):
             # One entry of a mapping, beside those of the file.
             values[key] = _one_value(key, hints[owner], tokens)
@@ -92,6 +96,8 @@ def _split(args: Sequence[str]) -> list[tuple[str, list[str]]]:
 def _parse_value(key: str, hint: Any, tokens: list[str]) -> Any:
     if hint is bool and not tokens:
         return True
+    if dataclass_of_items(hint) is not None and len(tokens) == 1:
+        return _listed(key, tokens[0])
     is_null = len(tokens) == 1 and tokens[0].lower() in _NULL
     if is_tuple(hint) and (is_null or tokens == ["[]"]):
         return ()
@@ -106,6 +112,22 @@ def _parse_value(key: str, hint: Any, tokens: list[str]) -> Any:
     except (SystemExit, TypeMismatch, yaml.YAMLError):
         got = " ".join(tokens) if tokens else "no value"
         raise UserError(f"--{key}: expected {describe(hint)}, got {got}{suggestion(tokens, hint)}") from None
+
+
+def _item_hint(key: str, hints: dict[str, Any]) -> Any:
+    """The type of a key of one item of a list, such as data.datasets.0.weight; None where it is none."""
+    place = re.fullmatch(r"(.+)\.\d+\.(\w+)", key)
+    items = dataclass_of_items(hints.get(place[1])) if place else None
+    return type_hints(items).get(place[2]) if place and items is not None else None
+
+
+def _listed(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(
+            f"--{key}: expected a list in one argument, such as '[{{name: a.jsonl}}]', got {text}"
+        ) from None
 
 
 def _one_value(key: str, hint: Any, tokens: list[str]) -> Any:

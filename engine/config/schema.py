@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Literal
 
+from .datasets import COLUMN_PARTS, DatasetConfig, RowFormat
 from .losses import REFERENCE_FREE_LOSSES, LossConfig
+from .mixture import check_mixture, check_parts
 from .require import require as _require
 
 SchedulerType = Literal[
@@ -17,18 +19,6 @@ SchedulerType = Literal[
 ]  # fmt: skip
 Quantization = Literal["nf4", "fp4"]
 LayoutName = Literal["auto", "shared", "rows"]
-RowFormat = Literal[
-    "auto", "preference", "conversation", "hh", "sharegpt", "kwise", "scored", "tokenized", "alpaca", "question",
-    "messages", "chosen_response", "llama_factory", "ms_swift", "openai", "nemo_rl", "torchtune", "stack_exchange",
-    "nectar", "shp", "pku_saferlhf", "helpsteer2", "helpsteer3", "step_dpo", "arena", "input_ids",
-]  # fmt: skip
-COLUMN_PARTS = (
-    "prompt", "chosen", "rejected", "system", "input", "history", "tools", "messages", "responses", "ranking", "scores",
-    "label", "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "ref_logps",
-    "chat_template_kwargs", "weight", "margin", "mask", "weights", "chosen_mask", "rejected_mask", "chosen_weights",
-    "rejected_weights",
-)  # fmt: skip
-"""Parts of a row that ``data.columns`` may name a column for."""
 
 
 def _is_day(text: str) -> bool:
@@ -108,9 +98,12 @@ class ModelConfig:
 class DataConfig:
     """Where preference rows come from and how they become tokens."""
 
-    dataset_name: str
-    """A file (.json, .jsonl, .parquet, .csv, .tsv, each also .gz), a pattern such as data/*.jsonl, a folder of files,
-    or a dataset name on the Hub."""
+    dataset_name: str | tuple[str, ...] | None = field(default=None, metadata={"needed_without": "datasets"})
+    """A file (.json, .jsonl, .parquet, .csv, .tsv, each also .gz), a pattern such as data/*.jsonl, a list of those, a
+    folder of files, or a dataset name on the Hub."""
+    datasets: tuple[DatasetConfig, ...] = ()
+    """A mixture of several sets instead of dataset_name: a list of {name, and one of weight, fraction or rows}, with
+    further keys where sets differ (docs/data.md)."""
     dataset_config: str | None = None
     """Configuration of a Hub dataset, or of a folder whose README.md lists some."""
     dataset_train_split: str = "train"
@@ -157,7 +150,7 @@ class DataConfig:
     """Stop at the first kind of problem that lint would otherwise only count."""
 
     def __post_init__(self) -> None:
-        _require(self.dataset_name != "", "data.dataset_name must not be empty")
+        check_mixture(self)
         _require(
             self.max_length is None or self.max_length > 1, f"data.max_length must be at least 2, got {self.max_length}"
         )
@@ -174,14 +167,7 @@ class DataConfig:
             "data.eval_fraction splits data.dataset_name, so leave data.eval_dataset_name out",
         )
         self._check_pattern()
-        unknown = sorted(set(self.columns or ()) - set(COLUMN_PARTS))
-        _require(not unknown, f"data.columns has no part {', '.join(unknown)}; parts are {', '.join(COLUMN_PARTS)}")
-        named = [name for name in (self.columns or {}).values() if name is not None]
-        _require(len(set(named)) == len(named), "data.columns names one column for two parts")
-        _require(
-            set(self.turn_fields or ()) <= {"role", "content"},
-            f"data.turn_fields names role and content, got {', '.join(sorted(self.turn_fields or ()))}",
-        )
+        check_parts(self, COLUMN_PARTS, "data")
         _require(self.min_score_gap >= 0, f"data.min_score_gap must not be negative, got {self.min_score_gap}")
         _require(self.max_rows is None or self.max_rows > 0, f"data.max_rows must be positive, got {self.max_rows}")
 
@@ -196,7 +182,15 @@ class DataConfig:
     @property
     def has_evaluation(self) -> bool:
         """Whether there is evaluation data."""
-        return self.eval_dataset_name is not None or self.eval_fraction is not None
+        own = any(one.eval_split is not None for one in self.datasets)
+        return self.eval_dataset_name is not None or self.eval_fraction is not None or own
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is trained on: file names, folders, names on the Hub."""
+        if self.datasets:
+            return tuple(dict.fromkeys(one.name for one in self.datasets))
+        return (self.dataset_name,) if isinstance(self.dataset_name, str) else self.dataset_name or ()
 
 
 @dataclass(frozen=True, kw_only=True)

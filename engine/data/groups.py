@@ -6,6 +6,7 @@ millions of Python objects.
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from hashlib import sha256
 import numpy as np
 
 from .lengths import GroupLengths
+from .mixture import Mixture
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,26 +40,40 @@ class PreferenceGroup:
     token_weights: tuple[np.ndarray, ...] | None = None
     """K arrays, float32 [R_k]: what the log-probs of tokens are multiplied by before they are summed. Tokens of weight
     0 are as if they were not there: in no sum and no length; one of each response counts. None: all count alike."""
+    source: str = ""
+    """Which set of a mixture it is of; empty where there is one set."""
 
     @property
     def whole(self) -> PreferenceGroup:
         """The group with every token counted alike."""
         return self if self.token_weights is None else replace(self, token_weights=None)
 
+    @property
+    def label(self) -> int | str:
+        """The row for messages: its number, in a mixture also its set, such as ``5 of ultrafeedback``."""
+        return f"{self.row} of {self.source}" if self.source else self.row
+
 
 class PreferenceDataset(Sequence[PreferenceGroup]):
     """Groups in source order, backed by flat arrays.
 
     ``lengths`` gives, for each group, the number of tokens of its prompt and of each response, without touching ids.
+
+    Args:
+        groups: of one set, or of the sets of a mixture, one after the other.
+        mixture: how much of each set an epoch takes; None takes every group once.
     """
 
-    def __init__(self, groups: Iterable[PreferenceGroup]):
+    def __init__(self, groups: Iterable[PreferenceGroup], mixture: Mixture | None = None):
+        self.mixture = mixture
         tokens: array[int] = array("i")
         sizes: array[int] = array("q")
         first_part: array[int] = array("q", [0])
         rows: array[int] = array("q")
         pairs: array[int] = array("h")
         first_pair: array[int] = array("q", [0])
+        places: dict[str, int] = {}
+        sources: array[int] = array("h")
         self._ref_logps: list[tuple[float, ...] | None] = []
         numbers: array[float] = array("d")
         weights: array[float] | None = None
@@ -74,6 +90,7 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
                 sizes.append(len(ids))
             first_part.append(len(sizes))
             rows.append(group.row)
+            sources.append(places.setdefault(group.source, len(places)))
             self._ref_logps.append(group.ref_logps)
             pairs.extend(place for pair in group.pairs or () for place in pair)
             first_pair.append(len(pairs) // 2)
@@ -81,6 +98,10 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         self._offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         self._first_part = np.asarray(first_part, dtype=np.int64)
         self._rows = np.asarray(rows, dtype=np.int64)
+        self.source_names = () if set(places) <= {""} else tuple(places)
+        """The sets of a mixture, in order; empty where there is one set."""
+        self.sources = np.asarray(sources, dtype=np.int64)
+        """int64 [G]: the place in ``source_names`` of each group's set."""
         self._pairs = np.asarray(pairs, dtype=np.int16).reshape(-1, 2)
         self._first_pair = np.asarray(first_pair, dtype=np.int64)
         self._weights = None if weights is None else np.asarray(weights, dtype=np.float32)
@@ -107,6 +128,7 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
             weight=float(self.weights_G[index]),
             margin=float(self.margins_G[index]),
             token_weights=None if self._weights is None else tuple(self._parts(self._weights, first + 1, last)),
+            source=self.source_names[self.sources[index]] if self.source_names else "",
         )
 
     def _parts(self, values: np.ndarray, first: int, last: int) -> list[np.ndarray]:
@@ -126,6 +148,23 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
     def has_numbers(self) -> bool:
         """Whether a row has a weight, a margin, or tokens that count differently."""
         return self.weighs_tokens or bool((self.weights_G != 1).any() or (self.margins_G != 0).any())
+
+    @property
+    def per_epoch(self) -> int:
+        """Groups of an epoch; in a mixture, one that comes twice counts twice."""
+        return len(self) if self.mixture is None else self.mixture.per_epoch
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """int64 [per_epoch]: the groups of an epoch, before they are shuffled; a function of the arguments alone."""
+        return np.arange(len(self)) if self.mixture is None else self.mixture.draw(seed, epoch)
+
+    def only(self, places: np.ndarray) -> PreferenceDataset:
+        """A mixture with some of its groups alone, ascending, whose epochs take no other; the digest is that of all."""
+        assert self.mixture is not None
+        assert self.mixture.kept is None
+        part = PreferenceDataset((self[i] for i in places.tolist()), replace(self.mixture, kept=places))
+        part.digest = self.digest
+        return part
 
     def _pairs_of(self, index: int) -> tuple[tuple[int, int], ...] | None:
         pairs = self._pairs[self._first_pair[index] : self._first_pair[index + 1]].tolist()
@@ -179,6 +218,8 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         if self.has_numbers:
             for values in (self.weights_G, self.margins_G, self._weights):
                 hasher.update(b"" if values is None else np.ascontiguousarray(values, "<f8").data)
+        if self.mixture is not None:
+            hasher.update(json.dumps([self.mixture.sizes, self.mixture.counts]).encode())
         return hasher.hexdigest()
 
 

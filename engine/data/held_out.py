@@ -12,7 +12,7 @@ import numpy as np
 from .copies import SeenKeys, digest, key_of
 from .examples import Example
 from .groups import PreferenceGroup
-from .lint import LintReport
+from .sets import Report
 
 TRAINED = ("trained_row", "trained_prompt")
 """Their names in ``PROBLEMS``."""
@@ -21,12 +21,14 @@ TRAINED = ("trained_row", "trained_prompt")
 class HeldOut:
     """Finds evaluation rows that are trained on, by their tokens, whichever answer is the chosen one.
 
-    Memory: 16 to 32 bytes a training row, 24 an evaluation row.
+    Memory: 16 to 32 bytes a training row, 32 an evaluation row.
     """
 
     def __init__(self) -> None:
         self._trained = SeenKeys(), SeenKeys()
         self._rows: array[int] = array("q")
+        self._sources: array[int] = array("h")
+        self._names: dict[str, int] = {}
         self._keys = array("Q"), array("Q")
 
     def trains(self, group: PreferenceGroup) -> None:
@@ -38,10 +40,11 @@ class HeldOut:
     def evaluates(self, group: PreferenceGroup) -> None:
         """Note a group of the evaluation data."""
         self._rows.append(group.row)
+        self._sources.append(self._names.setdefault(group.source, len(self._names)))
         for keys, key in zip(self._keys, _keys(group), strict=True):
             keys.append(key)
 
-    def report(self, report: LintReport) -> int:
+    def report(self, report: Report) -> int:
         """Note in the report of the evaluation data which of its rows, or else prompts, are trained on.
 
         Returns:
@@ -51,9 +54,10 @@ class HeldOut:
             seen.settled(np.array(keys, np.uint64)) | np.array([key in seen.recent for key in keys], bool)
             for seen, keys in zip(self._trained, self._keys, strict=True)
         )
-        for row, whole, prompt in zip(self._rows, of_row, of_prompt, strict=True):
+        names = list(self._names)
+        for source, row, whole, prompt in zip(self._sources, self._rows, of_row, of_prompt, strict=True):
             if whole or prompt:
-                report.add(TRAINED[0] if whole else TRAINED[1], row)
+                report.of(names[source]).add(TRAINED[0] if whole else TRAINED[1], row)
         return int((of_row | of_prompt).sum())
 
 

@@ -33,6 +33,13 @@ class GroupLengths(Sequence[np.ndarray]):
         sizes_P = np.concatenate(lengths).astype(np.int64) if len(lengths) else np.zeros(0, np.int64)
         return cls(sizes_P, first_G1)
 
+    def take(self, groups: np.ndarray) -> GroupLengths:
+        """Those of some groups, by their places, in that order; one may come more than once."""
+        counts = np.diff(self.first_G1)[groups]
+        first_G1 = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        parts = np.repeat(self.first_G1[groups] - first_G1[:-1], counts) + np.arange(first_G1[-1])
+        return GroupLengths(self.sizes_P[parts], first_G1)
+
     def __len__(self) -> int:
         return len(self.first_G1) - 1
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -19,61 +19,79 @@ from .groups import PreferenceDataset, PreferenceGroup
 from .held_out import is_held_out
 from .lint import LOST, PROBLEMS, LintReport
 from .lost_text import LostText
+from .mixture import Mixture, counts_of
 from .row_numbers import response_weights
 from .rows import RowReader
 from .scored import expand_scores, scores_reversed
-from .sources import Row, Source, is_hub_name, is_single_file, open_source
+from .sets import DataSet, MixtureReport, Report, Split, sets_of
+from .sources import Row, Source
 from .tokenize import Encoded, Encoder
 
 ROWS_PER_CALL = 512
-Split = Literal["train", "eval"]
 
 
-def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[PreferenceDataset, LintReport]:
+def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[PreferenceDataset, Report]:
     """Read one split and turn its rows into token ids.
 
     Args:
-        data: the ``data`` section. ``max_rows`` limits the source rows of either split.
+        data: the ``data`` section. ``max_rows`` limits the source rows of either split, in a mixture of each set.
         tokenizer: a transformers tokenizer.
-        split: ``train`` reads ``dataset_name``; ``eval`` reads ``eval_dataset_name``, or where that is not set, the
-            split ``eval_dataset_split`` of ``dataset_name``.
+        split: ``train`` reads ``dataset_name`` or ``datasets``; ``eval`` reads ``eval_dataset_name``, or where that is
+            not set, the split ``eval_dataset_split`` of ``dataset_name``, or of each set its ``eval_split``.
 
     Returns:
         The groups that can be trained on, in source order, and what lint found. ``group.row`` is the row's index in the
-        source, so it skips dropped rows.
+        source, so it skips dropped rows. A mixture holds all groups of its sets; ``PreferenceDataset.epoch`` draws.
 
     Raises:
         UserError: the data cannot be read, no row is left, or ``data.strict`` and lint found something.
     """
-    groups, report = stream_groups(data, tokenizer, split=split)
-    dataset = PreferenceDataset(groups)
+    sets, copies = sets_of(data, split), Copies()
+    reports: dict[str, LintReport] = {}
+
+    def groups() -> Iterator[PreferenceGroup]:
+        for one in sets:
+            of_set, reports[one.label] = stream_set(one, tokenizer, copies)
+            yield from of_set
+
+    dataset = PreferenceDataset(groups())
+    report = reports[""] if "" in reports else MixtureReport(reports)
     report.raise_if_strict(data.strict)
-    report.raise_if_empty()
-    report.raise_if_promptless()
+    for part in reports.values():
+        part.raise_if_empty()
+        part.raise_if_promptless()
+    if split == "train" and data.datasets:
+        sizes = tuple(np.bincount(dataset.sources, minlength=len(sets)).tolist())
+        dataset.mixture = Mixture(sizes, counts_of(data.datasets, sizes))
     return dataset, report
 
 
-def stream_groups(
-    data: DataConfig, tokenizer, *, split: Split, tolerant: bool = False
+def stream_set(
+    one: DataSet, tokenizer, copies: Copies | None = None, *, tolerant: bool = False
 ) -> tuple[Iterator[PreferenceGroup], LintReport]:
-    """As ``load_dataset_groups``, a group at a time; the report is complete when the groups are used up.
+    """The groups of one set, and what lint finds, which is complete when the groups are used up.
 
-    With ``tolerant``, rows that training would stop at are counted and left out.
+    Args:
+        copies: of the rows of earlier sets, which a row may repeat.
+        tolerant: rows that training would stop at are counted and left out.
     """
+    data = one.data
     encoder = Encoder(tokenizer, data)
-    source = _source(data, split, tolerant=tolerant)
+    source = one.open(tolerant=tolerant)
     counted = LOST if data.lost_text == "count" else frozenset()
     report = LintReport(source.name, tolerant=tolerant, counted=counted)
-    examples = _examples(source, data, encoder, report, split)
-    return make_groups(examples, encoder, max_length=data.max_length, report=report), report
+    examples = _examples(source, data, encoder, report, one.split)
+    groups = make_groups(examples, encoder, max_length=data.max_length, report=report, copies=copies)
+    return (replace(group, source=one.label) for group in groups) if one.label else groups, report
 
 
 def open_rows(data: DataConfig, *, split: Split) -> Source:
-    """The rows of a split as they are in the source; ``Row.index`` is what ``PreferenceGroup.row`` refers to.
+    """The rows of a split that is no mixture, as they are in the source; ``Row.index`` is ``PreferenceGroup.row``.
 
     Can be iterated more than once, and holds no rows.
     """
-    return _source(data, split)
+    (one,) = sets_of(data, split)
+    return one.open()
 
 
 def check_files(data: DataConfig, *, splits: Sequence[Split] = ("train", "eval"), first_rows: bool = True) -> None:
@@ -83,18 +101,16 @@ def check_files(data: DataConfig, *, splits: Sequence[Split] = ("train", "eval")
         first_rows: also read the first row, and further ones until every column that ``data.columns`` names was found.
 
     Raises:
-        UserError: no such data, a first row that no layout has, or a column that no row has; for all splits at once.
+        UserError: no such data, a first row that no layout has, or a column that no row has; for all sets at once.
     """
-    names: dict[Split, str | None] = {"train": data.dataset_name, "eval": data.eval_dataset_name}
-    if data.eval_fraction is not None:
-        names["eval"] = data.dataset_name
-    local = [split for split in splits if (name := names[split]) is not None and not is_hub_name(name)]
-    raise_all(partial(_check_split, data, split, first_rows) for split in local)
+    asked = [split for split in splits if split == "train" or data.has_evaluation]
+    sets = [one for split in asked for one in sets_of(data, split) if not one.on_hub]
+    raise_all(partial(_check_set, one, first_rows) for one in sets)
 
 
-def _check_split(data: DataConfig, split: Split, first_rows: bool) -> None:
-    rows = open_rows(data, split=split)
-    read = RowReader(data, use_messages=False)
+def _check_set(one: DataSet, first_rows: bool) -> None:
+    rows = one.open()
+    read = RowReader(one.data, use_messages=False)
     for row in rows if first_rows else ():
         if not read.layout:
             read.decide(row)
@@ -102,23 +118,6 @@ def _check_split(data: DataConfig, split: Split, first_rows: bool) -> None:
             return
     if absent := read.absent_column():
         raise absent[0]
-
-
-def _source(data: DataConfig, split: Split, *, tolerant: bool = False) -> Source:
-    option = "data.dataset_name"
-    if split == "train" or data.eval_fraction is not None:
-        name, part, config = data.dataset_name, data.dataset_train_split, data.dataset_config
-    elif data.eval_dataset_name is not None:
-        option = "data.eval_dataset_name"
-        name, part, config = data.eval_dataset_name, data.eval_dataset_split, None
-    elif is_single_file(data.dataset_name):
-        raise UserError(
-            f"there is no evaluation data: data.dataset_name={data.dataset_name} is one file without splits; "
-            "set data.eval_dataset_name, or data.eval_fraction"
-        )
-    else:
-        name, part, config = data.dataset_name, data.eval_dataset_split, data.dataset_config
-    return open_source(name, split=part, config=config, max_rows=data.max_rows, tolerant=tolerant, option=option)
 
 
 def _until_damage(source: Source, report: LintReport) -> Iterator[Row]:
@@ -165,13 +164,18 @@ def _examples(
 
 
 def make_groups(
-    examples: Iterable[Example], encoder: Encoder, *, max_length: int | None, report: LintReport
+    examples: Iterable[Example],
+    encoder: Encoder,
+    *,
+    max_length: int | None,
+    report: LintReport,
+    copies: Copies | None = None,
 ) -> Iterator[PreferenceGroup]:
     """Tokenise, lint and truncate examples; yield the groups that are left, in order.
 
     Holds ``ROWS_PER_CALL`` examples at a time, and ``Copies`` of what was seen.
     """
-    copies, lost_text = Copies(), LostText(encoder)
+    copies, lost_text = copies or Copies(), LostText(encoder)
     stream = iter(examples)
     while chunk := list(islice(stream, ROWS_PER_CALL)):
         kept: list[PreferenceGroup] = []

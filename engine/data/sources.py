@@ -88,35 +88,37 @@ def _bound(text: str | None, count: int) -> int | None:
     return round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
 
 
-def is_single_file(name: str) -> bool:
-    """Whether a dataset name is a path to one data file, which has no splits."""
-    return expanded(name).is_file()
+def is_single_file(name: str | tuple[str, ...]) -> bool:
+    """Whether a dataset name is a path to one data file, or a list of some, which has no splits."""
+    return isinstance(name, tuple) or expanded(name).is_file()
 
 
-def is_hub_name(name: str) -> bool:
+def is_hub_name(name: str | tuple[str, ...]) -> bool:
     """Whether a dataset name can only be one of the Hub: there is no such path, and it does not look like one."""
-    return not (names_a_path(name) or data_extension(expanded(name)))
+    return isinstance(name, str) and not (names_a_path(name) or data_extension(expanded(name)))
 
 
 def open_source(
-    name: str,
+    name: str | tuple[str, ...],
     *,
     split: str = "train",
     config: str | None = None,
     max_rows: int | None = None,
     tolerant: bool = False,
     option: str = "data.dataset_name",
+    files: tuple[str, ...] = (),
 ) -> Source:
     """Open one split of a dataset.
 
     Args:
-        name: a data file, a pattern of files, a folder, or a dataset on the Hub; a path that exists wins over a Hub
-            name.
+        name: a data file, a pattern of files, a list of those, a folder, or a dataset on the Hub; a path that exists
+            wins over a Hub name.
         split: split name, possibly sliced.
         config: configuration of a Hub dataset or of a folder.
         max_rows: read no more than the first rows of the split.
         tolerant: yield unreadable rows of a file with their fault, and read on, as ``read_file`` does.
         option: what the name is the value of, for messages.
+        files: files or patterns below a folder, or in a Hub dataset, that are read instead of all of the split.
 
     Raises:
         UserError: nothing there, no such split, or an unknown kind of file. Faults inside a file are raised when its
@@ -125,16 +127,50 @@ def open_source(
     match = _SLICED.fullmatch(split)
     if match is None:
         raise UserError(f"{name}: split {split!r} is not understood; write a name or a slice such as train[:1000]")
-    path = expanded(name)
-    if path.exists():
-        rows = _local_rows(path, match["name"], config, tolerant)
-    elif is_pattern(name):
-        rows = _rows_of(matching_files(name), tolerant)
-    elif is_hub_name(name):
-        rows = _hub_rows(name, match["name"], config)
+    if is_hub_name(name):
+        assert isinstance(name, str)
+        rows = _hub_rows(name, match["name"], config, files)
+    elif isinstance(name, tuple) or files or (is_pattern(name) and not expanded(name).exists()):
+        rows = _rows_of(_listed_files(name, files, match["name"], config, option), tolerant)
     else:
+        rows = _local_rows(_existing(name, option), match["name"], config, tolerant)
+    shown = name if isinstance(name, str) else f"{name[0]} and {len(name) - 1} more" if len(name) > 1 else name[0]
+    return Source(shown, rows, match["start"], match["stop"], max_rows)
+
+
+def _existing(name: str, option: str) -> Path:
+    path = expanded(name)
+    if not path.exists():
         raise UserError(f"{option}={name} does not exist: give a data file, a folder of them, or a Hub id")
-    return Source(name, rows, match["start"], match["stop"], max_rows)
+    return path
+
+
+def _listed_files(
+    name: str | tuple[str, ...], files: tuple[str, ...], split: str, config: str | None, option: str
+) -> list[Path]:
+    """The files of a list, or of a folder, in its order; each may be a pattern."""
+    if files:
+        assert isinstance(name, str)
+        folder = _existing(name, option)
+        if not folder.is_dir():
+            raise UserError(f"data_files are below a folder, or in a Hub dataset, but {option}={name} is a file")
+        # Which files are read is said, so that a configuration of the folder decides nothing.
+        config = None
+        name = tuple(str(folder / file) for file in files)
+    found: list[Path] = []
+    for one in (name,) if isinstance(name, str) else name:
+        if is_hub_name(one):
+            raise UserError(
+                f"{option}: {one} in a list is no file here; several sets of the Hub are a mixture (data.datasets)"
+            )
+        found += matching_files(one) if is_pattern(one) and not expanded(one).exists() else [_existing(one, option)]
+    if folders := [path for path in found if path.is_dir()]:
+        raise UserError(f"{option}: {folders[0]} in a list is a folder; name its files, such as {folders[0]}/*.jsonl")
+    for path in found:
+        files_of_split(path, split, config)
+    if twice := next((path for path in found if found.count(path) > 1), None):
+        raise UserError(f"{option}: {twice} is listed twice; remove it once")
+    return found
 
 
 def _local_rows(path: Path, split: str, config: str | None, tolerant: bool) -> Callable[[], Iterator[Row]]:
@@ -178,14 +214,14 @@ def _saved_rows(path: Path, split: str) -> Callable[[], Iterator[Row]]:
     return _dataset_rows(dataset, str(path))
 
 
-def _hub_rows(name: str, split: str, config: str | None) -> Callable[[], Iterator[Row]]:
+def _hub_rows(name: str, split: str, config: str | None, files: tuple[str, ...] = ()) -> Callable[[], Iterator[Row]]:
     import datasets
 
     wanted = f"dataset {name}" + (f" ({config})" if config else "") + f", split {split}"
     away = None if datasets.config.HF_HUB_OFFLINE else unreachable(datasets.config.HF_ENDPOINT)
     try:
         with _offline() if away else nullcontext():
-            dataset = datasets.load_dataset(name, config, split=split)
+            dataset = datasets.load_dataset(name, config, split=split, **({"data_files": list(files)} if files else {}))
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         if away:
             raise UserError(

@@ -45,6 +45,7 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
     lines = [*describe_plan(plan, config.packing), ("layout", found.name, found.source)]
     if words := NumberSummary(dataset).words():
         lines.append(("rows", "", words))
+    lines[1:1] = _set_lines(dataset)
     try:
         memory, flops = forecast_memory(config, dataset, steps, device=device, resident=resident, layout=found.layout)
     except UserError:
@@ -66,6 +67,17 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
         lines += [*_memory_lines(memory, device), _duration_line(duration)]
     left, middle = (max(len(line[i]) for line in lines) for i in (0, 1))
     return "\n".join(f"{name:<{left}}  {value:>{middle}}  {note}".rstrip() for name, value, note in lines)
+
+
+def _set_lines(dataset: PreferenceDataset) -> list[Line]:
+    """The sets of a mixture: their rows in an epoch."""
+    if dataset.mixture is None:
+        return []
+    sets = zip(dataset.source_names, dataset.mixture.counts, dataset.mixture.sizes, strict=True)
+    return [
+        (f"  {name}", f"{count:,}", f"an epoch, of {size:,}: {count / size:.2f} times each")
+        for name, count, size in sets
+    ]
 
 
 def _memory_lines(m: Memory, device: torch.device) -> list[Line]:

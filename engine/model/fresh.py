@@ -110,8 +110,8 @@ def check_fresh(policy: Policy, scores: FreshScores | None) -> None:
         policy.train(training)
 
 
-def _row(groups: list[PreferenceGroup], response: int) -> int:
-    return [group.row for group in groups for _ in group.response_ids][response]
+def _row(groups: list[PreferenceGroup], response: int) -> int | str:
+    return [group.label for group in groups for _ in group.response_ids][response]
 
 
 def _score(model: ModelConfig, groups: list[PreferenceGroup], device: torch.device) -> FreshScores:

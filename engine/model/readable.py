@@ -25,7 +25,7 @@ def check_dataset(policy: Policy, dataset: PreferenceDataset) -> None:
             largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids))
             if largest >= size:
                 raise UserError(
-                    f"row {group.row}: token {largest} is outside the {size:,} embeddings of {name}: the "
+                    f"row {group.label}: token {largest} is outside the {size:,} embeddings of {name}: the "
                     "tokenizer has more tokens than the model; use the model's own tokenizer, or resize its embeddings"
                 )
     limit, reason = _length_limit(policy)
@@ -35,7 +35,7 @@ def check_dataset(policy: Policy, dataset: PreferenceDataset) -> None:
         longest = int(lengths[0] + lengths[1:].max())
         if longest > limit:
             raise UserError(
-                f"row {group.row}: prompt and response have {longest:,} tokens, and {name} {reason}; "
+                f"row {group.label}: prompt and response have {longest:,} tokens, and {name} {reason}; "
                 f"set data.max_length to {limit} or less"
             )
 

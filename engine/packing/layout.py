@@ -78,7 +78,7 @@ class PackedBatch:
     lengths_S: torch.Tensor
     """int64 [S]: completion tokens of each response that count."""
     responses_per_group: tuple[int, ...]
-    rows: tuple[int, ...]
+    rows: tuple[int | str, ...]
     """Source row of each group, for messages."""
     terms_per_group: tuple[int, ...]
     """Losses of each group: one for each of its pairs, or one in all."""
@@ -155,7 +155,7 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
     for group in groups:
         prompt = group.prompt_ids
         if not len(prompt) or not all(len(r) for r in group.response_ids):
-            raise ValueError(f"row {group.row}: the prompt and every response need at least one token")
+            raise ValueError(f"row {group.label}: the prompt and every response need at least one token")
         prompt_start = end
         for k, response in enumerate(group.response_ids):
             unshared += len(prompt) + len(response)
@@ -196,7 +196,7 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
         cu_responses_S1=_cumulative(counted),
         lengths_S=torch.tensor(counted),
         responses_per_group=tuple(len(g.response_ids) for g in groups),
-        rows=tuple(g.row for g in groups),
+        rows=tuple(g.label for g in groups),
         terms_per_group=tuple(len(g.pairs or (0,)) for g in groups),
         pairs_P2=None if places_P2 is None else torch.from_numpy(places_P2),
         num_chosen_tokens=_chosen_tokens(groups, counted),

@@ -184,12 +184,14 @@ def plan_epoch(
     epoch: int = 0,
     ranks: int = 1,
     rank: int = 0,
+    members: np.ndarray | None = None,
 ) -> list[Step]:
     """The packs of ``rank`` in the steps of one epoch: a pure function of the arguments.
 
-    Every group occurs once over all ranks. Each step holds ``packing.pairs_per_step`` groups, the last one what is left
-    over; which ones does not depend on the ranks. In a step every rank has the same number of packs, of about the same
-    cost, the dearest first; a pack is empty where a step has fewer groups than packs.
+    Every group occurs once over all ranks, or as often as in ``members``. Each step holds ``packing.pairs_per_step``
+    groups, the last one what is left over; which ones does not depend on the ranks. In a step every rank has the same
+    number of packs, of about the same cost, the dearest first; a pack is empty where a step has fewer groups than
+    packs.
 
     Args:
         lengths: per group, [1 + K] token counts: prompt, then each response.
@@ -198,6 +200,7 @@ def plan_epoch(
         epoch: 0-based number of the epoch.
         ranks: processes that share each step.
         rank: 0-based number of one of them.
+        members: the groups of the epoch where they are not all (``PreferenceDataset.epoch``).
 
     Raises:
         ValueError: a group is larger than ``packing.tokens_per_pack``, or there is no such rank.
@@ -209,18 +212,18 @@ def plan_epoch(
     share = packing.share_prompts and not in_rows
     sizes = group_sizes(lengths, share_prompts=share)
     costs = group_costs(lengths, share_prompts=share)
-    order = np.random.default_rng((seed, epoch)).permutation(len(sizes)) if packing.shuffle else np.arange(len(sizes))
+    members = np.arange(len(sizes)) if members is None else members
+    order = members[np.random.default_rng((seed, epoch)).permutation(len(members))] if packing.shuffle else members
     steps: list[Step] = []
     for start in range(0, len(order), packing.pairs_per_step):
-        members = order[start : start + packing.pairs_per_step]
+        step = order[start : start + packing.pairs_per_step]
         if in_rows:
-            packs = pack_rows(GroupLengths.of([lengths[i] for i in members]), packing.tokens_per_pack)
-            packs = _deal_rows(packs, costs[members], ranks)[rank]
+            packs = _deal_rows(pack_rows(lengths.take(step), packing.tokens_per_pack), costs[step], ranks)[rank]
         else:
-            packs = pack_groups(sizes[members], packing.tokens_per_pack)
+            packs = pack_groups(sizes[step], packing.tokens_per_pack)
         if ranks > 1 and not in_rows:
-            packs = _balance(sizes[members], costs[members], packing.tokens_per_pack, len(packs), ranks)[rank]
-        steps.append(tuple(tuple(members[list(pack)].tolist()) for pack in packs))
+            packs = _balance(sizes[step], costs[step], packing.tokens_per_pack, len(packs), ranks)[rank]
+        steps.append(tuple(tuple(step[list(pack)].tolist()) for pack in packs))
     return steps
 
 
@@ -234,6 +237,6 @@ def check_fits(
     longest = int(sizes.argmax())
     if sizes[longest] > tokens_per_pack:
         raise UserError(
-            f"packing.tokens_per_pack is {tokens_per_pack}, but row {dataset[longest].row} needs {sizes[longest]} "
+            f"packing.tokens_per_pack is {tokens_per_pack}, but row {dataset[longest].label} needs {sizes[longest]} "
             f"tokens: set packing.tokens_per_pack to at least {sizes[longest]}, or lower data.max_length"
         )

@@ -98,7 +98,7 @@ def plan_first_epoch(dataset: PreferenceDataset, config: RunConfig) -> list[Step
     packing, train = config.packing, config.train
     fits = {"share_prompts": packing.share_prompts, "in_rows": packing.layout == "rows"}
     check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, **fits)
-    return plan_epoch(dataset.lengths, packing, seed=train.seed)
+    return plan_epoch(dataset.lengths, packing, seed=train.seed, members=dataset.epoch(train.seed, 0))
 
 
 def summarize_plan(
@@ -115,25 +115,27 @@ def summarize_plan(
     packing, train, lengths = config.packing, config.train, dataset.lengths
     if steps is None:
         steps = plan_first_epoch(dataset, config)
+    if dataset.mixture is not None:
+        lengths = lengths.take(dataset.epoch(train.seed, 0))
     packs = sum(len(step) for step in steps)
     total = train.max_steps if train.max_steps > 0 else math.ceil(len(steps) * train.num_train_epochs)
     in_rows = packing.layout == "rows"
     packed = int(group_sizes(lengths, share_prompts=packing.share_prompts and not in_rows).sum())
     unshared = int(group_sizes(lengths, share_prompts=False).sum())
     return PlanSummary(
-        groups=len(dataset),
+        groups=len(lengths),
         responses=int(lengths.responses.sum()),
         steps_per_epoch=len(steps),
         total_steps=total,
         packs=packs,
         packed_tokens=packed,
-        computed_tokens=row_tokens(lengths, steps) if in_rows else packed,
+        computed_tokens=row_tokens(dataset.lengths, steps) if in_rows else packed,
         completion_tokens=int(lengths.completions.sum()),
         unshared_tokens=unshared,
         padded_tokens=padded_tokens(lengths),
         capacity_tokens=packs * packing.tokens_per_pack,
         mixer_tokens=unshared if mixers else 0,
-        mixer_cells=mixer_cells(lengths, steps, mixers) if mixers else 0,
+        mixer_cells=mixer_cells(dataset.lengths, steps, mixers) if mixers else 0,
     )
 
 

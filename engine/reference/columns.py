@@ -44,7 +44,7 @@ def import_columns(dataset: PreferenceDataset) -> list[tuple[float, ...]] | None
     if all(s is None for s in sums):
         return None
     raise UserError(
-        f"row {dataset[without].row} has no {' and '.join(PAIR_COLUMNS)}, while other rows have: "
+        f"row {dataset[without].label} has no {' and '.join(PAIR_COLUMNS)}, while other rows have: "
         "fill the columns in every row, or remove them to have the log-probs computed"
     )
 

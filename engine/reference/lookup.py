@@ -108,8 +108,9 @@ def _require_all(
     absent = [first + index for index, group in enumerate(keys) if any(key not in found for key in group)]
     if absent:
         others = f" and {len(absent) - 1} more rows" if len(absent) > 1 else ""
+        row = dataset[absent[0]].label
         raise UserError(
-            f"no reference log-probs for row {dataset[absent[0]].row}{others} (of {len(dataset)}) in {store.path} with "
+            f"no reference log-probs for row {row}{others} (of {len(dataset)}) in {store.path} with "
             "this model, dtype, device, attention backend and versions of torch and transformers: run `dpo precompute` "
             "with the same run file, or set reference.mode to auto"
         )

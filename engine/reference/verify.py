@@ -63,7 +63,7 @@ def verify_rows(
         i for i, row in enumerate(pairs) if not (all(_agree(a, b, atol) for a, b in row) and rewards[i] <= allowed)
     ]
     if wrong:
-        rows = ", ".join(str(dataset[chosen[i]].row) for i in wrong)
+        rows = ", ".join(str(dataset[chosen[i]].label) for i in wrong)
         worst = max(_difference(a, b)[0] for i in wrong for a, b in pairs[i])
         raise UserError(
             f"reference log-probs of row{'s' if len(wrong) > 1 else ''} {rows} differ from the model's by up to "

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from ..config.schema import RunConfig
-from ..run_folder import BY_LENGTH, EVALUATION_FILE, PAIRS_BY_LENGTH
+from ..run_folder import BY_LENGTH, EVAL_SOURCE, EVALUATION_FILE, PAIRS_BY_LENGTH, TRAIN_SOURCE, of_sources
 from .figures import token_counts
 from .records import RunRecords
 
 TEMPLATE = "page.html.jinja"
+SET_METRICS = ("num_pairs", "loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+"""Columns of the tables of a mixture's sets."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,19 @@ def render(run: RunRecords, pictures: Sequence[SavedPicture]) -> str:
         pictures=pictures,
         evaluation=_evaluation(run),
         by_length=_by_length(run.evaluation),
+        by_source=_by_source(run),
         lint=_lint(run.data.get("lint")),
         config=_config(run.config),
+        set_metrics=[_bare(name) for name in SET_METRICS],
     )
 
 
 def _subtitle(run: RunRecords) -> str:
     model = run.config.get("model", {}).get("model_name_or_path")
-    dataset = run.config.get("data", {}).get("dataset_name")
+    data = run.config.get("data", {})
+    sets = data.get("datasets") or ()
+    name = data.get("dataset_name")
+    dataset = f"{len(sets)} sets" if sets else ", ".join(name) if isinstance(name, list) else name
     parts = [f"{name} {value}" for name, value in (("model", model), ("data", dataset)) if value]
     total = _plan(run).get("total_steps")
     of_total = f" of {total:,}" if isinstance(total, int) else ""
@@ -126,6 +133,19 @@ def _by_length_keys(evaluation: Mapping[str, Any]) -> dict[str, str]:
     return {name: name.partition("/")[2] for name in evaluation if name.startswith(heads)}
 
 
+def _by_source(run: RunRecords) -> dict[str, list[dict[str, Any]]]:
+    """Tables of the sets of a mixture: of the last logged interval, and of the last evaluation."""
+    tables = {}
+    for title, prefix in (("in training, last interval", TRAIN_SOURCE), ("held-out", EVAL_SOURCE)):
+        row: Mapping[str, Any] = next((row for row in reversed(run.rows) if of_sources(prefix, row)), {})
+        if sets := of_sources(prefix, row):
+            tables[title] = [
+                {"name": label, "values": [_number(_counted(name, metrics.get(name))) for name in SET_METRICS]}
+                for label, metrics in sets.items()
+            ]
+    return tables
+
+
 def _by_length(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     ranges = dict.fromkeys(_by_length_keys(evaluation).values())
     return [
@@ -150,7 +170,7 @@ def _lint(lint: Any) -> list[dict[str, str]]:
     else:
         reports = [("", lint)]
     table: list[dict[str, str]] = []
-    for split, report in reports:
+    for split, report in [part for pair in reports for part in _each_set(*pair)]:
         head = ": ".join(part for part in (split, str(report.get("source", ""))) if part) or "rows"
         for name in ("total", "kept", "dropped"):
             if name in report:
@@ -159,6 +179,11 @@ def _lint(lint: Any) -> list[dict[str, str]]:
         for name, count in report.get("counts", {}).items():
             table.append({"name": _problem(name), "count": _number(count), "rows": _some(rows.get(name, ()), count)})
     return table
+
+
+def _each_set(split: str, report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The reports of the sets of a mixture behind that of all; a report of one set alone."""
+    return [(split, report), *((split, part) for part in report.get("sources", {}).values())]
 
 
 def _problem(name: str) -> str:
@@ -229,6 +254,8 @@ def _text(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(_text(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_text(item)}" for key, item in value.items())
     return str(value)
 
 

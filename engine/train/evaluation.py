@@ -24,7 +24,8 @@ from ..durable import CONTINUE, write_atomically
 from ..model import Policy
 from ..model.layouts import settled
 from ..packing import Pack, build_batch, group_costs, pack_lengths
-from ..run_folder import BY_LENGTH, EVALUATION_FILE, PAIRS_BY_LENGTH
+from ..run_folder import BY_LENGTH, EVAL_SOURCE, EVALUATION_FILE, PAIRS_BY_LENGTH, of_sources
+from .by_source import evaluation_by_source, without_sources
 from .metrics import PREFERENCE_NAMES, TOKEN_NAMES
 from .objective import Objective
 from .routing import Routing
@@ -89,6 +90,7 @@ def evaluate_policy(
     values["eval_ranking_accuracy"] = summed.mean().item()
     values["eval_ranking_accuracy_per_token"] = per_token.mean().item()
     values["eval_num_pairs"] = float(dataset.terms.sum())
+    values |= evaluation_by_source(dataset, scored, summed, has_losses=not objective.couples_pairs)
     terms_G = torch.from_numpy(dataset.terms)
     right = summed.repeat_interleave(terms_G) if scores.ref_S is None else scored.accuracies
     return values | _by_length(right, torch.from_numpy(lengths.longest).repeat_interleave(terms_G))
@@ -184,6 +186,20 @@ def _by_length(right: Tensor, longest: Tensor) -> dict[str, float]:
     return values
 
 
+def _source_lines(values: dict[str, float]) -> list[str]:
+    """A table of the sets of a mixture."""
+    of_sets = of_sources(EVAL_SOURCE, values)
+    columns = {"pairs": "num_pairs", "loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+    if not of_sets:
+        return []
+    width = max(30, *map(len, of_sets))
+    lines = ["", f"{'set':<{width}} " + " ".join(f"{head:>12}" for head in columns)]
+    for label, metrics in of_sets.items():
+        cells = (f"{metrics[name]:>12.6g}" if name in metrics else f"{'-':>12}" for name in columns.values())
+        lines.append(f"{label:<{width}} " + " ".join(cells))
+    return lines
+
+
 def scalar_metrics(values: dict[str, float]) -> dict[str, float]:
     """The metrics of an evaluation without those by length: what a row of ``metrics.jsonl`` holds."""
     return {k: v for k, v in values.items() if not k.startswith((BY_LENGTH, PAIRS_BY_LENGTH))}
@@ -196,7 +212,9 @@ def write_evaluation(run_dir: Path, values: dict[str, float], *, elsewhere: str 
 
 def format_evaluation(values: dict[str, float]) -> str:
     """The table that ``dpo evaluate`` prints."""
-    lines = [f"{name.removeprefix('eval_'):<30} {value:>12.6g}" for name, value in scalar_metrics(values).items()]
+    totals = without_sources(scalar_metrics(values))
+    lines = [f"{name.removeprefix('eval_'):<30} {value:>12.6g}" for name, value in totals.items()]
+    lines += _source_lines(values)
     lengths = [key.removeprefix(BY_LENGTH) for key in values if key.startswith(BY_LENGTH)]
     if lengths:
         lines += ["", f"{'tokens of the longest response':<30} {'accuracy':>12} {'pairs':>8}"]

@@ -20,7 +20,7 @@ import yaml
 
 from .. import distributed
 from ..config import to_yaml
-from ..config.schema import RunConfig
+from ..config.schema import DataConfig, RunConfig
 from ..durable import FOLDER_SUFFIX, MANIFEST, disk_errors, seal, sync
 from ..model import Policy
 from ..model.adapter_forms import ADAPTER_CONFIG
@@ -29,7 +29,7 @@ from ..model.composites import read_whole
 from ..model.load import DTYPES
 from ..model.sources import MODEL_CONFIG
 from ..paths import names_a_path
-from ..run_folder import CARD_FILE, EXPERT_LAYER
+from ..run_folder import CARD_FILE, EXPERT_LAYER, TRAIN_SOURCE
 from .checkpoint import save_weights
 from .rounding import gather_weights
 from .storage import stored_dtypes
@@ -126,15 +126,15 @@ def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float], 
     }
     if not names_a_path(base):
         front["base_model"] = base
-    if not names_a_path(data.dataset_name):
-        front["datasets"] = [data.dataset_name]
+    if public := [name for name in data.names if not names_a_path(name)]:
+        front["datasets"] = public
     name = Path(config.train.output_dir).name
     trained = "LoRA adapters" if policy.has_adapter else "all weights"
     if model.quantization:
         trained += f" on the base in {model.quantization}"
     if model.adapter_name_or_path:
         trained += f", continued from `{model.adapter_name_or_path}`"
-    shown = {key: value for key, value in metrics.items() if not key.startswith(("perf/", EXPERT_LAYER))}
+    shown = {key: value for key, value in metrics.items() if not key.startswith(("perf/", EXPERT_LAYER, TRAIN_SOURCE))}
     rows = "\n".join(f"| `{key}` | {value:.6g} |" for key, value in shown.items())
     versions = "\n".join(f"- {package} {version}" for package, version in package_versions().items())
     return f"""---
@@ -143,7 +143,7 @@ def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float], 
 
 # {name}
 
-`{base}` after preference training on `{data.dataset_name}` (split `{data.dataset_train_split}`).
+`{base}` after preference training on {_data_words(data)}.
 
 - **Method:** {trained}, loss `{loss.loss_name}`, beta {loss.beta:g}, {_reference_words(config)}
 - **Optimizer:** {_optimizer_words(config)}
@@ -165,6 +165,13 @@ def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float], 
 {to_yaml(config).strip()}
 ```
 """
+
+
+def _data_words(data: DataConfig) -> str:
+    if not data.datasets:
+        return f"{', '.join(f'`{name}`' for name in data.names)} (split `{data.dataset_train_split}`)"
+    sets = (f"`{one.name}` (split `{one.split}`)" for one in data.datasets)
+    return f"a mixture of {', '.join(sets)}"
 
 
 def package_versions() -> dict[str, str]:

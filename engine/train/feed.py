@@ -57,6 +57,8 @@ class TrainingStep:
     work: StepWork
     elsewhere: int = 0
     """``work.pairs`` of the other processes."""
+    sources: np.ndarray | None = None
+    """int64 [P]: the set of a mixture that each pair or ranking is of, in the order of the packs."""
 
     @property
     def num_terms(self) -> int:
@@ -64,7 +66,7 @@ class TrainingStep:
         return self.work.pairs + self.elsewhere
 
     @property
-    def rows(self) -> list[int]:
+    def rows(self) -> list[int | str]:
         """Source row of each pair or ranking, in the order of the packs."""
         batches = [pack.batch for pack in self.packs if pack.counts]
         return [row for b in batches for row, n in zip(b.rows, b.terms_per_group, strict=True) for _ in range(n)]
@@ -84,6 +86,16 @@ def total_steps(config: RunConfig, groups: int) -> int:
         max_steps=train.max_steps,
         epochs=train.num_train_epochs,
     )
+
+
+def drawn_groups(config: RunConfig, dataset: PreferenceDataset) -> PreferenceDataset:
+    """The groups that the run of ``config`` takes: without those of a mixture that none of its epochs draws."""
+    if dataset.mixture is None:
+        return dataset
+    steps_per_epoch = math.ceil(dataset.per_epoch / config.packing.pairs_per_step)
+    epochs = math.ceil(total_steps(config, dataset.per_epoch) / steps_per_epoch)
+    used = dataset.mixture.used(config.train.seed, epochs)
+    return dataset if len(used) == len(dataset) else dataset.only(used)
 
 
 class TrainingFeed:
@@ -117,9 +129,9 @@ class TrainingFeed:
         self.rows_of = rows_of
         self.waited = 0.0
         """Seconds that ``steps`` waited for a step to be built. The first one has nothing to hide behind."""
-        self.steps_per_epoch = math.ceil(len(dataset) / packing.pairs_per_step)
+        self.steps_per_epoch = math.ceil(dataset.per_epoch / packing.pairs_per_step)
         self.total_steps = count_steps(
-            len(dataset),
+            dataset.per_epoch,
             pairs_per_step=packing.pairs_per_step,
             max_steps=train.max_steps,
             epochs=train.num_train_epochs,
@@ -136,7 +148,8 @@ class TrainingFeed:
 
     def _plan_epoch(self, epoch: int) -> list[Step]:
         places = {"ranks": distributed.size(), "rank": distributed.rank()}
-        return plan_epoch(self.lengths, self.packing, seed=self.seed, epoch=epoch, **places)
+        members = self.dataset.epoch(self.seed, epoch)
+        return plan_epoch(self.lengths, self.packing, seed=self.seed, epoch=epoch, members=members, **places)
 
     def steps(self, done: int) -> Iterator[TrainingStep]:
         """The steps after the first ``done``, on the device.
@@ -168,7 +181,11 @@ class TrainingFeed:
         epoch, place = divmod(number - 1, self.steps_per_epoch)
         members = self._plan(epoch)[place]
         packs = tuple(self._build_pack(pack) for pack in members)
-        return TrainingStep(number, number / self.steps_per_epoch, packs, self._work(members, packs))
+        sources = None
+        if self.dataset.source_names:
+            groups = [i for pack in members for i in pack]
+            sources = self.dataset.sources[groups].repeat(self._terms_G[groups])
+        return TrainingStep(number, number / self.steps_per_epoch, packs, self._work(members, packs), sources=sources)
 
     def _build_pack(self, pack: Pack) -> TrainingPack:
         if not pack:

@@ -26,6 +26,7 @@ from ..run_folder import CONFIG_FILE, hold_folder
 from ..shared_folders import check_shared
 from . import checkpoint as checkpoints
 from . import sharded
+from .by_source import SourceMeter
 from .evaluation import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
 from .export import export_model, package_versions
 from .feed import TrainingStep
@@ -56,7 +57,7 @@ class _Evidence(NamedTuple):
     """What is needed to say which rows of a step were not finite."""
 
     step: int
-    rows: list[int]
+    rows: list[int | str]
     values_G: list[Tensor]
     loss: Tensor
     grad_norm: Tensor
@@ -127,6 +128,9 @@ class _Run:
         self.evaluated_at = 0
         self.rounding: str | None = None
         self.meter = IntervalMeter(setup.device, peak_flops=setup.peak_flops)
+        self.by_source = SourceMeter(
+            setup.datasets["train"].source_names, setup.device, has_losses=not setup.objective.couples_pairs
+        )
         self.evidence: list[_Evidence] = []
         self.trackers: list[Tracker] = []
         self._random: tuple[Path, Mapping[str, Any]] | None = None
@@ -157,6 +161,7 @@ class _Run:
         checkpoints.load_optimizer(path, state, self.optimizer, self.names)
         self._restore_schedule(start)
         self.meter.load(state["meter"])
+        self.by_source.load(state.get("by_source", []))
         self.done = self.saved = self.resumed_from = state["step"]
         self.epoch = state["epoch"]
         self.last_row, self.evaluation = state["last_row"], state["evaluation"]
@@ -167,7 +172,7 @@ class _Run:
     def _restore_schedule(self, start: Start) -> None:
         """As it was; of another number of steps, where that would be."""
         self.schedule.load_state_dict(start.state["schedule"])
-        before, total = start.total(len(self.setup.datasets["train"])), self.feed.total_steps
+        before, total = start.total(self.setup.datasets["train"].per_epoch), self.feed.total_steps
         if total != before:
             log.info("%s", change_total(self.schedule, self.config.optim, before=before, total=total))
 
@@ -239,6 +244,7 @@ class _Run:
             learning_rate = self.update.learning_rate
             grad_norm = self.update.step(means[0])
             self.meter.add(means, step.work, aux_loss=aux_loss, expert_tokens=routing.expert_tokens)
+            self.by_source.add(scored, step.sources)
             self._remember(step, scored, means[0], grad_norm)
             self.done, self.epoch = step.number, step.epoch
             log_now = self._due("logging_steps", step.number) or step.number == total
@@ -296,6 +302,7 @@ class _Run:
 
     def _log(self, grad_norm: Tensor, learning_rate: float) -> None:
         row = self.meter.row(step=self.done, epoch=self.epoch, grad_norm=grad_norm, learning_rate=learning_rate)
+        row |= self.by_source.row()
         self.last_row = row
         self._track(row)
         run_here = self.done - (self.resumed_from or 0)
@@ -355,6 +362,7 @@ class _Run:
             "reference": self.setup.references.weights,
             "schedule": self.schedule.state_dict(),
             "meter": self.meter.state(),
+            "by_source": self.by_source.state(),
             "last_row": self.last_row,
             "evaluation": self.evaluation,
             "evaluated_at": self.evaluated_at,

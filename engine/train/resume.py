@@ -38,7 +38,14 @@ _FREE_KEYS = frozenset(
 _STEP_KEYS = ("train.max_steps", "train.num_train_epochs")
 _DATA_KEYS = frozenset(
     (
-        *("data.dataset_name", "data.dataset_config", "data.dataset_train_split", "data.max_length", "data.format"),
+        *(
+            "data.dataset_name",
+            "data.datasets",
+            "data.dataset_config",
+            "data.dataset_train_split",
+            "data.max_length",
+            "data.format",
+        ),
         *("data.truncation_mode", "data.scored_pairs", "data.min_score_gap", "data.chat_template", "data.max_rows"),
         *("data.columns", "data.turn_fields", "data.roles", "data.system", "data.remove_none_values", "data.lost_text"),
         *("data.template_date", "data.eval_fraction", "data.mask_pattern"),
@@ -82,7 +89,7 @@ class Start(NamedTuple):
         return self.state["step"]
 
     def total(self, groups: int) -> int:
-        """Steps of the run that wrote it, on data of so many groups."""
+        """Steps of the run that wrote it, on data of so many groups an epoch."""
         saved = self.state["config"]
         return count_steps(
             groups,
@@ -213,7 +220,7 @@ def check_data(start: Start, config: RunConfig, datasets: Mapping[str, Preferenc
             f"{config.optim.lr_scheduler_type} moves on it; restore it, {_NEW_RUN}"
         )
     train = config.train
-    total = total_steps(config, len(datasets["train"]))
+    total = total_steps(config, datasets["train"].per_epoch)
     done = max(start.step, start.ended)
     if total < done:
         key = "max_steps" if train.max_steps > 0 else "num_train_epochs"

@@ -21,6 +21,7 @@ from ..data.groups import PreferenceDataset
 from ..model import Policy
 from ..packing import Pack
 from ..run_folder import AS_TRAINED
+from .by_source import without_sources
 from .evaluation import evaluate_policy, scalar_metrics
 from .setup import Setup, rounding_words
 from .storage import stored_dtypes
@@ -98,7 +99,7 @@ def round_and_measure(setup: Setup, evaluation: Mapping[str, float]) -> Rounding
     round_weights(policy, config)
     # No checkpoint can be written of what was rounded: from here on the model is finished.
     after = measure(stoppable=False)
-    trained = {AS_TRAINED + k.removeprefix("eval_"): v for k, v in scalar_metrics(before).items()}
+    trained = {AS_TRAINED + k.removeprefix("eval_"): v for k, v in without_sources(scalar_metrics(before)).items()}
     what = f"{int(after['eval_num_pairs']):,} {name}"
     return RoundingCost({**after, **trained}, f"{rounding_words(config)}: {_both(before, after)} on {what}")
 

@@ -51,15 +51,20 @@ class Scored(NamedTuple):
 
     def means(self) -> Tensor:
         """[7] in the order of ``metrics.PREFERENCE_NAMES``; with ``tokens`` [11], ``TOKEN_NAMES`` last."""
-        return torch.cat([self._columns().mean(1), _token_means(self.tokens.sum(0))])
+        return torch.cat([self.columns().mean(1), _token_means(self.tokens.sum(0))])
 
     def step_means(self, num_terms: int) -> Tensor:
         """``means`` of a step of ``num_terms`` losses, this process's among them; the same on every rank."""
-        columns = self._columns()
+        columns = self.columns()
         sums = distributed.sum_over_ranks(torch.cat([columns.sum(1), self.tokens.sum(0)]))
         return torch.cat([sums[: len(columns)] / num_terms, _token_means(sums[len(columns) :])])
 
-    def _columns(self) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        return self.chosen_logps.device
+
+    def columns(self) -> Tensor:
+        """float64 [7, G] in the order of ``metrics.PREFERENCE_NAMES``, detached."""
         margins = self.chosen_rewards - self.rejected_rewards
         columns = (self.losses, self.chosen_rewards, self.rejected_rewards, self.accuracies, margins)
         return torch.stack([c.detach() for c in (*columns, self.chosen_logps, self.rejected_logps)]).double()

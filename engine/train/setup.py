@@ -18,9 +18,10 @@ from dpo_kernels import describe
 from .. import distributed
 from ..config import format_diff
 from ..config.schema import RunConfig
-from ..data import LintReport, load_dataset_groups
+from ..data import Report, load_dataset_groups
 from ..data.groups import PreferenceDataset
 from ..data.held_out import HeldOut
+from ..data.mixture import describe_mixture
 from ..data.row_numbers import NumberSummary
 from ..durable import write_atomically
 from ..errors import UserError, counted
@@ -34,7 +35,7 @@ from ..packing import PlanSummary, check_fits, mixer_padding_words, summarize_pl
 from ..reference import weights_digest
 from ..reference.template_date import with_template_date
 from ..run_folder import DATA_FILE
-from .feed import TrainingFeed, total_steps
+from .feed import TrainingFeed, drawn_groups, total_steps
 from .metrics import check_trackers
 from .objective import Objective
 from .optimizer import METRIC_SCHEDULES, check_optimizer, check_schedule, warn_of_long_warmup
@@ -64,7 +65,7 @@ class Setup:
     references: References
     datasets: dict[str, PreferenceDataset]
     """``train``, and ``eval`` when there is evaluation data."""
-    lint: dict[str, LintReport]
+    lint: dict[str, Report]
     plan: PlanSummary
     feed: TrainingFeed
     peak_flops: float
@@ -118,7 +119,7 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
     saved = start.state["config"].get("data.template_date") if start is not None else None
     config = with_template_date(config, tokenizer, saved)
     datasets, lint = _load_data(config, tokenizer, objective)
-    total = total_steps(config, len(datasets["train"]))
+    total = total_steps(config, datasets["train"].per_epoch)
     check_schedule(config.optim, total_steps=total)
     warn_of_long_warmup(config.optim, total_steps=total)
     if start is not None:
@@ -178,12 +179,14 @@ def _first_loss(
 
 def _load_data(
     config: RunConfig, tokenizer: Any, objective: Objective
-) -> tuple[dict[str, PreferenceDataset], dict[str, LintReport]]:
+) -> tuple[dict[str, PreferenceDataset], dict[str, Report]]:
     datasets: dict[str, PreferenceDataset] = {}
-    lint: dict[str, LintReport] = {}
+    lint: dict[str, Report] = {}
     splits = ("train", "eval") if config.data.has_evaluation else ("train",)
     for split in splits:
         datasets[split], lint[split] = load_dataset_groups(config.data, tokenizer, split=split)  # type: ignore[arg-type]
+        if split == "train":
+            datasets[split] = drawn_groups(config, datasets[split])
         objective.check_dataset(datasets[split])
         check_fits(
             datasets[split],
@@ -196,7 +199,7 @@ def _load_data(
     return datasets, lint
 
 
-def _compare(datasets: dict[str, PreferenceDataset], report: LintReport, strict: bool) -> None:
+def _compare(datasets: dict[str, PreferenceDataset], report: Report, strict: bool) -> None:
     """Note which evaluation rows are trained on."""
     held_out = HeldOut()
     for group in datasets["train"]:
@@ -327,7 +330,11 @@ def _data_words(setup: Setup, name: str) -> str:
     lint, dataset = setup.lint[name], setup.datasets[name]
     tokens = int(dataset.lengths.sizes_P.sum())
     dropped = f", {lint.dropped:,} dropped (`dpo check` says why)" if lint.dropped else ""
-    return f"{len(dataset):,} of {lint.total:,} rows{dropped}; {tokens:,} tokens"
+    words = f"{len(dataset):,} of {lint.total:,} rows{dropped}; {tokens:,} tokens"
+    if dataset.mixture is None:
+        return words
+    sets = "".join(f"\n  {line}" for line in describe_mixture(dataset.mixture, dataset.source_names))
+    return f"{words} in {len(dataset.source_names)} sets, {dataset.per_epoch:,} rows an epoch{sets}"
 
 
 def _first_loss_words(setup: Setup) -> str:
@@ -356,7 +363,7 @@ def write_data_file(setup: Setup, output_dir: Path) -> None:
     write_atomically(output_dir / DATA_FILE, json.dumps(record) + "\n")
 
 
-def _lint(reports: dict[str, LintReport]) -> dict[str, Any]:
+def _lint(reports: dict[str, Report]) -> dict[str, Any]:
     """The report of the training data; those of other splits are in it by the names of theirs."""
     found: dict[str, Any] = {name: report.to_dict() for name, report in reports.items()}
     return {**found.pop("train"), **found}

@@ -74,6 +74,6 @@ class LossTerms:
         responses = dataset.lengths.responses
         for index in ((responses != 2) & ~dataset.has_pairs).nonzero()[0][:1]:
             raise UserError(
-                f"row {dataset[index].row} has {responses[index]} responses, and loss.loss_type "
+                f"row {dataset[index].label} has {responses[index]} responses, and loss.loss_type "
                 f"{self.config.loss_name} takes pairs: set loss.loss_type to {RANKING_LOSS}"
             )

@@ -259,6 +259,8 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "optim.lr_scheduler_kwargs": st.none()
         | st.dictionaries(st.text(), st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)),
         "data.eval_fraction": st.none(),
+        "data.dataset_name": st.text(min_size=1) | st.lists(st.text(min_size=1), min_size=2),
+        "data.datasets": st.just([]),
         "data.template_date": st.none() | st.dates().map(str),
         "data.columns": st.none() | st.dictionaries(st.sampled_from(["prompt", "system"]), st.none(), max_size=2),
         "data.turn_fields": st.none() | st.dictionaries(st.sampled_from(["role", "content"]), st.text(min_size=1)),

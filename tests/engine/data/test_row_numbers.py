@@ -12,8 +12,9 @@ import pytest
 from engine.config.schema import DataConfig
 from engine.data import load_dataset_groups
 from engine.data.groups import PreferenceDataset
-from engine.data.read import stream_groups
+from engine.data.read import stream_set
 from engine.data.row_numbers import NumberSummary
+from engine.data.sets import sets_of
 from engine.errors import UserError
 
 PAIR = {"prompt": "Say it:", "chosen": " **Yes**, it is.", "rejected": " no"}
@@ -114,7 +115,7 @@ def test_wrong_numbers_are_errors_by_row(numbers, words, tmp_path, plain_tokeniz
         load(tmp_path, [PAIR, PAIR | numbers], plain_tokenizer)
     assert words in str(caught.value)
     data = DataConfig(dataset_name=str(tmp_path / "rows.jsonl"))
-    groups, report = stream_groups(data, plain_tokenizer, split="train", tolerant=True)
+    groups, report = stream_set(sets_of(data, "train")[0], plain_tokenizer, tolerant=True)
     assert [group.row for group in groups] == [0]
     assert report.rows("bad_weight") == [1]
     assert words in report.format()

@@ -244,3 +244,22 @@ def test_an_unknown_split_of_a_file_is_refused(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [1])
     with pytest.raises(UserError, match="one file without splits, so it has no split 'train_prefs'; ask for train"):
         open_source(str(tmp_path / "rows.jsonl"), split="train_prefs")
+
+
+def test_a_list_of_files_is_one_split_in_its_order(tmp_path):
+    for name in ("a", "b", "c"):
+        write_rows(tmp_path / f"{name}.jsonl", [name])
+    a, b = (str(tmp_path / f"{name}.jsonl") for name in "ab")
+    assert values(open_source((b, a))) == ["b", "a"]
+    assert values(open_source((b, f"{tmp_path}/[ac].jsonl"), split="train[1:]")) == ["a", "c"]
+    assert open_source((b, a)).name == f"{b} and 1 more"
+    for wrong, message in (
+        ((a, f"{tmp_path}/*.jsonl"), "a.jsonl is listed twice"),
+        ((a, str(tmp_path)), "in a list is a folder; name its files"),
+        ((a, "org/name"), r"org/name in a list is no file here; several sets of the Hub are a mixture"),
+        ((a, f"{tmp_path}/gone.jsonl"), r"data\.dataset_name=.*gone\.jsonl does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(wrong)
+    with pytest.raises(UserError, match="has no split 'x'"):
+        open_source((a, b), split="x")

@@ -1,0 +1,109 @@
+"""Metrics of each set of a mixture, while training and of an evaluation.
+
+Shape suffixes: M sets, P pairs or rankings, C columns: a count, and the sums of ``PREFERENCE_NAMES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_kernels.chunks import to_device
+
+from .. import distributed
+from ..data.groups import PreferenceDataset
+from ..run_folder import EVAL_SOURCE, TRAIN_SOURCE
+from .metrics import PREFERENCE_NAMES
+from .scored import Scored
+
+
+class SourceMeter:
+    """Sums over a logging interval for each set, on the device until a row is asked for.
+
+    Args:
+        names: of the sets; none where there is no mixture, and nothing is kept then.
+        has_losses: whether a pair has a loss of its own, which losses that couple pairs do not give.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device, *, has_losses: bool):
+        self.names = names
+        self.device = device
+        self.has_losses = has_losses
+        self._reset()
+
+    def _reset(self) -> None:
+        columns = 1 + len(PREFERENCE_NAMES)
+        self._sums_MC = torch.zeros(len(self.names), columns, dtype=torch.float64, device=self.device)
+
+    def add(self, scored: Scored, sources_P: np.ndarray | None) -> None:
+        """Count what this process did of a step.
+
+        Args:
+            sources_P: ``TrainingStep.sources``.
+        """
+        if sources_P is not None:
+            self._sums_MC += sums_by_source(scored, sources_P, len(self.names))
+
+    def row(self) -> dict[str, float]:
+        """The metrics of the interval, of all processes; the next one starts. Waits for the device."""
+        if not self.names:
+            return {}
+        sums_MC = distributed.sum_over_ranks(self._sums_MC).cpu()
+        self._reset()
+        return _means(TRAIN_SOURCE, self.names, sums_MC, self.has_losses)
+
+    def state(self) -> list[list[float]]:
+        """What a checkpoint needs, of all processes."""
+        return distributed.sum_over_ranks(self._sums_MC).tolist() if self.names else []
+
+    def load(self, sums: list[list[float]]) -> None:
+        self._reset()
+        if sums and distributed.is_main():
+            self._sums_MC += torch.tensor(sums, dtype=torch.float64).to(self.device)
+
+
+def sums_by_source(scored: Scored, sources_P: np.ndarray, sets: int) -> Tensor:
+    """float64 [M, C]: how many pairs of each set there are, and the sums of their metrics."""
+    # A product, whose order of additions is fixed.
+    one_hot_MP = to_device(torch.from_numpy((np.arange(sets)[:, None] == sources_P).astype(np.float64)), scored.device)
+    values_PC = scored.columns().T
+    return one_hot_MP @ torch.cat([torch.ones_like(values_PC[:, :1]), values_PC], 1)
+
+
+def evaluation_by_source(
+    dataset: PreferenceDataset, scored: Scored, ranked_G: Tensor, *, has_losses: bool
+) -> dict[str, float]:
+    """The metrics of each set of an evaluation; nothing where there is one set.
+
+    Args:
+        scored: the whole dataset, in its order.
+        ranked_G: whether the best response of each group has the highest log-prob.
+    """
+    names = dataset.source_names
+    if not names:
+        return {}
+    sums_MC = sums_by_source(scored, dataset.sources.repeat(dataset.terms), len(names)).cpu()
+    values = _means(EVAL_SOURCE, names, sums_MC, has_losses)
+    for place, name in enumerate(names):
+        of_set = torch.from_numpy(dataset.sources == place)
+        values[f"{EVAL_SOURCE}{name}/ranking_accuracy"] = ranked_G[of_set].double().mean().item()
+    return values
+
+
+def _means(prefix: str, names: tuple[str, ...], sums_MC: Tensor, has_losses: bool) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for name, (count, *sums) in zip(names, sums_MC.tolist(), strict=True):
+        values[f"{prefix}{name}/num_pairs"] = count
+        if count:
+            means = {metric: value / count for metric, value in zip(PREFERENCE_NAMES, sums, strict=True)}
+            values |= {f"{prefix}{name}/{metric}": v for metric, v in means.items() if has_losses or metric != "loss"}
+    return values
+
+
+def without_sources(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of all sets together."""
+    return {name: value for name, value in values.items() if not name.startswith((TRAIN_SOURCE, EVAL_SOURCE))}
