@@ -12,14 +12,16 @@ from ..load import FOREIGN_FILE, parse_yaml, read_text
 from ..trl_conversion import Conversion
 from ..trl_file import TrlFile
 from .axolotl import AXOLOTL
+from .handbook import HANDBOOK
 from .llama_factory import LLAMA_FACTORY
 from .ms_swift import MS_SWIFT
+from .open_instruct import OPEN_INSTRUCT
 from .reading import Trainer, convert_with
 from .script import is_script, read_script
 from .shell import is_shell, read_shell
 from .transformers_keys import TRL_KEYS
 
-TRAINERS = (AXOLOTL, LLAMA_FACTORY, MS_SWIFT)
+TRAINERS = (AXOLOTL, LLAMA_FACTORY, MS_SWIFT, HANDBOOK, OPEN_INSTRUCT)
 TRL_MARKS = frozenset({"model_name_or_path", "dataset_name", "per_device_train_batch_size", "use_peft", "loss_type"})
 """Keys that most files of TRL have, and few others."""
 _NAMES = ", ".join(["TRL", *(trainer.name for trainer in TRAINERS)])
@@ -57,8 +59,8 @@ def _convert_command(source: str, text: str, num_processes: int | None) -> Conve
     trainer = next((trainer for trainer in TRAINERS if trainer.name == command.trainer), None)
     if "megatron" in command.program:
         keys.setdefault("tuner_type", "full")
-    if command.trainer == "TRL" and keys:
-        # other programs have scripts of that name
+    if command.trainer in ("TRL", HANDBOOK.name):
+        # scripts of one name
         trainer = recognise(source, keys)
     return _convert_with(trainer, TrlFile(source, keys, command.lines), num_processes or command.processes)
 
@@ -77,6 +79,8 @@ def recognise(source: str, keys: Mapping[str, Any]) -> Trainer | None:
     """
     marked = {trainer: sorted(trainer.marks & keys.keys()) for trainer in TRAINERS}
     marked = {trainer: marks for trainer, marks in marked.items() if marks}
+    if not marked and "dataset_mixer" in keys:
+        return HANDBOOK
     if not marked:
         if not TRL_KEYS & keys.keys():
             raise UserError(f"{source}: not a file of {_NAMES}: none of its keys ({', '.join(keys)}) is known")

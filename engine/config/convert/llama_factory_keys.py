@@ -5,7 +5,7 @@ from __future__ import annotations
 from .rules import Left, Read, Rule, To, each, words
 from .transformers_keys import TRANSFORMERS_KEYS
 
-MARKS = words("stage finetuning_type cutoff_len pref_beta pref_loss lora_target dataset_dir overwrite_cache")
+MARKS = words("stage finetuning_type cutoff_len pref_beta pref_loss lora_target dataset_dir")
 """Keys that no other trainer has."""
 
 RULES: dict[str, Rule] = {

@@ -66,6 +66,9 @@ def read_shell(source: str, text: str) -> Command:
             words = words[1:]
             own |= {m[1]: _expanded(m[2], own) for word, _ in words if (m := _ASSIGNMENT.fullmatch(word))}
             words = []
+        if [word for word, _ in words[:1]] == ["for"] and len(words) == 4:
+            # a loop over one value
+            own[words[1][0]], words = words[3][0], []
         if not words:
             variables = own
             continue
@@ -88,7 +91,8 @@ def _commands(text: str) -> Iterator[tuple[list[tuple[str, int]], int]]:
         continued = line.rstrip().endswith("\\")
         body = line.rstrip()[:-1] if continued else line
         try:
-            parts = shlex.split(_without_comment(body))
+            # an escaped && is a word for another program
+            parts = shlex.split(_without_comment(body).replace("\\&", "+"))
         except ValueError:
             pending = line + "\n"
             continue
@@ -134,6 +138,8 @@ def _command(source: str, words: list[tuple[str, int]], variables: Mapping[str, 
     options, lines, positional = _parsed([(_expanded(word, variables), line) for word, line in words[start:]])
     counts = [launcher[name] for name in _PROCESSES if name in launcher]
     counts += [variables[name] for name in ("NPROC_PER_NODE",) if name in variables]
+    if str(launcher.get("num_nodes")).isdigit() and str(launcher.get("gpus")).isdigit():
+        counts = [int(launcher.pop("num_nodes")) * int(launcher.pop("gpus"))]
     nodes = str(launcher.get("nnodes", variables.get("NNODES", "1")))
     if counts and str(counts[0]).isdigit() and nodes.isdigit():
         command.processes = int(counts[0]) * (1 if "num_processes" in launcher else int(nodes))
@@ -176,7 +182,9 @@ def _parsed(words: list[tuple[str, int]]) -> tuple[dict[str, Any], dict[str, int
     positional: list[str] = []
     key = None
     for word, line in words:
-        if match := re.fullmatch(r"(--?)([A-Za-z][\w.-]*)(?:=(.*))?", word, re.S):
+        if word == "--":
+            key = None
+        elif match := re.fullmatch(r"(--?)([A-Za-z][\w.-]*)(?:=(.*))?", word, re.S):
             key = match[2].replace("-", "_")
             values[key], lines[key] = ([] if match[3] is None else [match[3]]), line
             if match[3] is not None:
