@@ -18,7 +18,7 @@ from .data.lint import LintReport
 from .data.mixture import Mixture, counts_of, describe_mixture
 from .data.read import stream_set
 from .data.row_numbers import NumberSummary
-from .data.sets import DataSet, MixtureReport, Split, sets_of
+from .data.sets import DataSet, MixtureReport, sets_of
 from .data.tokenize import Encoder
 from .errors import RowError, UserError
 from .inputs import check_inputs
@@ -70,19 +70,19 @@ def check(config: RunConfig) -> Checked:
         config = with_template_date(config, tokenizer, keep=False)
         dated = f"; it writes today's date, pinned to {config.data.template_date} (data.template_date)"
     parts = [f"chat template: {encoder.template_origin}{dated}"]
-    splits: tuple[Split, ...] = ("train", "eval") if config.data.has_evaluation else ("train",)
     reports: dict[str, LintReport] = {}
     obstacles: list[str] = []
     held_out = HeldOut()
-    for split in splits:
+    for split in ("train", *config.data.eval_splits):
         copies = Copies()
         looks = [_look(config, tokenizer, one, copies, held_out) for one in sets_of(config.data, split)]
-        if split == "eval":
+        if split != "train":
             held_out.report(MixtureReport({look.label: look.report for look in looks}))
         for look in looks:
             name = f"{split}: {look.label}" if look.label else split
             reports[name] = look.report
-            parts.append(f"{split} data{f' of {look.label}' if look.label else ''}\n{_text(look, config, tokenizer)}")
+            head = f"{split.replace('_', ' ', 1)} data{f' of {look.label}' if look.label else ''}"
+            parts.append(f"{head}\n{_text(look, config, tokenizer)}")
             obstacles += _obstacles(look, config)
         if config.data.datasets and split == "train":
             parts.append(_epoch(config, looks))

@@ -28,6 +28,8 @@ _COMMANDS = {
     "precompute": "compute and store the reference log-probs that are not stored yet",
     "train": "train a model on preference pairs",
     "evaluate": "compute loss, rewards and accuracy on the evaluation split",
+    "merge": "put an adapter into the weights of its base, as a model that stands alone",
+    "push": "upload the model of a run, or a merged one, to the Hub",
     "report": "draw the curves of a run into an HTML page",
     "doctor": "say what is installed, what will run and why, and test it",
     "bench": "run the benchmarks; `dpo bench tune` finds the fastest tile shapes for this GPU",
@@ -217,6 +219,7 @@ def _add_options(commands: dict[str, _Parser]) -> None:
     commands["evaluate"].add_argument(
         "--model", metavar="PATH", help="model or adapter to evaluate; the default is model.model_name_or_path"
     )
+    _add_model_options(commands["merge"], commands["push"])
     commands["report"].add_argument("run_dir", metavar="RUN", type=Path, help="output folder of a run")
     commands["bench"].add_argument(
         "pytest_args",
@@ -225,6 +228,26 @@ def _add_options(commands: dict[str, _Parser]) -> None:
         help="passed to pytest, such as -k train; --publish writes to benchmarks/results, not to a scratch folder; or "
         "tune and its options, which `dpo bench tune --help` lists",
     )
+
+
+def _add_model_options(merge: _Parser, push: _Parser) -> None:
+    merge.add_argument(
+        "source", metavar="RUN", help="output folder of a run, a checkpoint, or the folder of an adapter"
+    )
+    merge.add_argument(
+        "--output", metavar="FOLDER", type=Path, help="folder to write; must not exist (default: RUN with -merged)"
+    )
+    merge.add_argument("--base", metavar="MODEL", help="the model to put it into; the default is what the run names")
+    merge.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="what weights are stored in; auto is what the base is stored in",
+    )
+    push.add_argument("source", metavar="RUN", help="output folder of a finished run, or one that `dpo merge` wrote")
+    push.add_argument("repo_id", metavar="REPO", help="owner/name on the Hub; it is created where it is absent")
+    push.add_argument("--private", action="store_true", help="create it private")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to upload to; the default is the main one")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -255,7 +278,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"dpo {options.command} runs in one process: start it without torchrun")
     # peft imports it where it is installed, and it warns of kernels for the CPU that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if options.command in ("train", "evaluate", "precompute", "demo"):
+    if options.command in ("train", "evaluate", "precompute", "demo", "merge"):
         _configure_logging()
     from . import commands as bodies
 

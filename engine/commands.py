@@ -110,6 +110,26 @@ def evaluate(options: Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def merge(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo merge``"""
+    from .merge import merge
+
+    merged = merge(options.source, options.output, base=options.base, dtype=options.dtype)
+    dtype = str(merged.dtype).removeprefix("torch.")
+    print(
+        f"the merged model, in {dtype}, is {merged.folder}: log-probs of random tokens move by {merged.moved:.2g} nats"
+    )
+    return 0
+
+
+def push(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo push``"""
+    from .push import push
+
+    print(push(options.source, options.repo_id, private=options.private, revision=options.revision))
+    return 0
+
+
 def report(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo report``"""
     from .report import write_report

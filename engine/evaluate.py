@@ -24,8 +24,8 @@ from .model.load import shapes_alone
 from .model.quantization import check_quantization
 from .packing import check_fits
 from .reference.template_date import with_template_date
-from .run_folder import AS_TRAINED, CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, read_record
-from .train.evaluation import evaluate_policy, format_evaluation, write_evaluation
+from .run_folder import AS_TRAINED, CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, eval_prefixes, read_record
+from .train.evaluation import evaluate_splits, format_evaluation, write_evaluation
 from .train.objective import Objective
 from .train.references import full_model, prepare_references
 
@@ -48,7 +48,8 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
 
     Returns:
         ``eval_loss``, ``eval_rewards/*``, ``eval_logps/*``, ``eval_ranking_accuracy``,
-        ``eval_ranking_accuracy_per_token``, ``eval_num_pairs``, and accuracies by length of the longest response.
+        ``eval_ranking_accuracy_per_token``, ``eval_num_pairs``, and accuracies by length of the longest response; of
+        each of several sets, ``eval_NAME_loss`` and so on.
 
     Raises:
         UserError: no evaluation data, or a model that cannot be loaded.
@@ -59,17 +60,20 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     raise_all([*own, partial(check_inputs, config, splits=("eval",))])
     tokenizer = load_tokenizer(config.model)
     config = with_template_date(config, tokenizer, None if model_path is None else _date_of(Path(model_path)))
-    dataset, _ = load_dataset_groups(config.data, tokenizer, split="eval")
+    splits = config.data.eval_splits or ("eval",)
+    datasets = {split: load_dataset_groups(config.data, tokenizer, split=split)[0] for split in splits}
     packing = config.packing
-    check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts)
-    policy, trained = _load_both(config, model_path, dataset)
-    in_rows = policy.layout.in_rows or trained.layout.in_rows
-    check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts, in_rows=in_rows)
+    fits = partial(check_fits, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts)
+    for dataset in datasets.values():
+        fits(dataset)
+    policy, trained = _load_both(config, model_path, list(datasets.values()))
     objective = Objective(config.loss, token_metrics=config.train.token_metrics)
-    objective.check_dataset(dataset)
-    references = prepare_references(config, policy, objective, {"eval": dataset}, say=log.info)
+    for dataset in datasets.values():
+        fits(dataset, in_rows=policy.layout.in_rows or trained.layout.in_rows)
+        objective.check_dataset(dataset)
+    references = prepare_references(config, policy, objective, datasets, say=log.info)
     objective.live_reference = references.live
-    values = evaluate_policy(trained, dataset, objective, config, lookup=references.lookup("eval"), progress=True)
+    values = evaluate_splits(trained, datasets, objective, config, lookup=references.lookup, progress=True)
     log.info(format_evaluation(values))
     if distributed.is_main() and model_path is not None and (Path(model_path) / METRICS_FILE).exists():
         write_evaluation(Path(model_path), values | _as_trained(Path(model_path), values), elsewhere=_RERUN)
@@ -82,12 +86,12 @@ def _date_of(run: Path) -> str | None:
     return load_config(written).data.template_date if written.exists() else None
 
 
-def _load_both(config: RunConfig, model_path: str | None, dataset: PreferenceDataset) -> tuple[Policy, Policy]:
+def _load_both(config: RunConfig, model_path: str | None, datasets: list[PreferenceDataset]) -> tuple[Policy, Policy]:
     """The model before training, to which references belong, and the one to evaluate; they may be one."""
     ready = partial(
         ready_policy,
         device=resolve_device(),
-        datasets=[dataset],
+        datasets=datasets,
         packing=config.packing,
         compare=False,
     )
@@ -145,7 +149,8 @@ def _as_trained(run_dir: Path, values: dict[str, float]) -> dict[str, float]:
     except UserError as error:
         log.warning("it is written anew: %s", error)
         return {}
-    same = ("eval_num_pairs", "eval_logps/chosen", "eval_logps/rejected", "eval_loss")
+    names = ("num_pairs", "logps/chosen", "logps/rejected", "loss")
+    same = [prefix + name for prefix in eval_prefixes(values) for name in names]
     if not all(math.isclose(before.get(name, math.nan), values[name], rel_tol=_SAME_ROWS) for name in same):
         return {}
     return {name: value for name, value in before.items() if name.startswith(AS_TRAINED)}

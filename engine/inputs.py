@@ -7,7 +7,6 @@ from functools import partial
 
 from .config.schema import RunConfig
 from .data import check_files
-from .data.sets import Split
 from .errors import raise_all
 from .model.sources import check_folder
 
@@ -15,7 +14,7 @@ from .model.sources import check_folder
 def check_inputs(
     config: RunConfig,
     *,
-    splits: Sequence[Split] = ("train", "eval"),
+    splits: Sequence[str] = ("train", "eval"),
     tokenizer_only: bool = False,
     first_rows: bool = False,
 ) -> None:

@@ -112,10 +112,9 @@ def check_columns(config: RunConfig) -> None:
 
 
 def _datasets(config: RunConfig, tokenizer: Any) -> dict[str, PreferenceDataset]:
-    datasets = {"train": drawn_groups(config, load_dataset_groups(config.data, tokenizer, split="train")[0])}
-    if config.data.has_evaluation:
-        datasets["eval"] = load_dataset_groups(config.data, tokenizer, split="eval")[0]
-    return datasets
+    train = drawn_groups(config, load_dataset_groups(config.data, tokenizer, split="train")[0])
+    held_out = {split: load_dataset_groups(config.data, tokenizer, split=split)[0] for split in config.data.eval_splits}
+    return {"train": train, **held_out}
 
 
 def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> Policy:

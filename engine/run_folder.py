@@ -7,7 +7,8 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ BY_LENGTH = "eval_accuracies_by_length/"
 PAIRS_BY_LENGTH = "eval_num_pairs/"
 TRAIN_SOURCE, EVAL_SOURCE = "train/", "eval/"
 """Prefixes of the metrics of one set of a mixture, whose label follows."""
+_BY_LENGTH = re.compile(r"eval_(?:(?P<set>.+)_)?(?:accuracies_by_length|num_pairs)/(?P<tokens>.+)")
 EXPERTS = "experts/"
 EXPERT_LAYER = f"{EXPERTS}layer_"
 """Prefix of the load of experts in single layers."""
@@ -48,6 +50,19 @@ def of_sources(prefix: str, values: Mapping[str, float]) -> dict[str, dict[str, 
             label, _, name = key.removeprefix(prefix).partition("/")
             found.setdefault(label, {})[name] = value
     return found
+
+
+def tokens_of(metric: str) -> str | None:
+    """The range of lengths that a metric of an evaluation, of one of several sets or not, holds for; None for all."""
+    found = _BY_LENGTH.fullmatch(metric)
+    return found and found["tokens"]
+
+
+def eval_prefixes(metrics: Iterable[str]) -> list[str]:
+    """What the metrics of each evaluation set begin with: ``eval_`` alone, or ``eval_NAME_`` for each of several."""
+    mark = "rewards/margins"
+    found = (name.removesuffix(mark) for name in metrics if name.startswith("eval_") and name.endswith(mark))
+    return [prefix for prefix in dict.fromkeys(found) if "/" not in prefix]
 
 
 @contextmanager

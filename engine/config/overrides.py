@@ -7,7 +7,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -107,7 +107,9 @@ def _parse_value(key: str, hint: Any, tokens: list[str]) -> Any:
         if not tokens:
             raise SystemExit
         if is_mapping(hint) and len(tokens) == 1:
-            return coerce(yaml.safe_load(tokens[0]), hint)
+            # Beside a mapping a name may be meant, which is not read as YAML.
+            names = str in get_args(hint) and not tokens[0].lstrip().startswith("{")
+            return coerce(tokens[0] if names else yaml.safe_load(tokens[0]), hint)
         return _parse_with_tyro(hint, [_boolean(t) for t in tokens] if hint is bool else tokens)
     except (SystemExit, TypeMismatch, yaml.YAMLError):
         got = " ".join(tokens) if tokens else "no value"

@@ -12,6 +12,7 @@ from .datasets import COLUMN_PARTS, DatasetConfig, RowFormat
 from .losses import REFERENCE_FREE_LOSSES, LossConfig
 from .mixture import check_mixture, check_parts
 from .require import require as _require
+from .training import TrainConfig
 
 SchedulerType = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -19,6 +20,7 @@ SchedulerType = Literal[
 ]  # fmt: skip
 Quantization = Literal["nf4", "fp4"]
 LayoutName = Literal["auto", "shared", "rows"]
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(?<!aux)")
 
 
 def _is_day(text: str) -> bool:
@@ -85,7 +87,7 @@ class ModelConfig:
         _require(
             self.lora is None or self.adapter_name_or_path is None,
             "model.adapter_name_or_path is trained with its own rank and scale: set model.lora to null; for a fresh "
-            "adapter on top of it, first merge it into its base with peft's merge_and_unload",
+            "adapter on top of it, first merge it into its base with `dpo merge`",
         )
 
     @property
@@ -108,10 +110,11 @@ class DataConfig:
     """Configuration of a Hub dataset, or of a folder whose README.md lists some."""
     dataset_train_split: str = "train"
     """Split that is trained on, possibly a slice such as train[:80%]; a single file has only the split train."""
-    eval_dataset_name: str | None = None
-    """As dataset_name, for evaluation; null is no evaluation."""
-    eval_dataset_split: str = "test"
-    """Split of eval_dataset_name that is evaluated."""
+    eval_dataset_name: str | dict[str, str] | None = None
+    """As dataset_name, for evaluation; null is no evaluation. Several sets have names, such as {safety: a.jsonl, style:
+    b.jsonl}, and metrics begin with eval_safety_ and eval_style_ then."""
+    eval_dataset_split: str | dict[str, str] = "test"
+    """Split of eval_dataset_name that is evaluated; of several sets, also by their names."""
     eval_fraction: float | None = None
     """Share of the prompts of dataset_name that is evaluated and not trained on; by content, the same in every run."""
     max_length: int | None = 1024
@@ -168,6 +171,7 @@ class DataConfig:
         )
         self._check_pattern()
         check_parts(self, COLUMN_PARTS, "data")
+        self._check_evaluation()
         _require(self.min_score_gap >= 0, f"data.min_score_gap must not be negative, got {self.min_score_gap}")
         _require(self.max_rows is None or self.max_rows > 0, f"data.max_rows must be positive, got {self.max_rows}")
 
@@ -178,6 +182,19 @@ class DataConfig:
             re.compile(self.mask_pattern)
         except re.error as error:
             _require(False, f"data.mask_pattern is no regular expression: {error}, got {self.mask_pattern!r}")
+
+    def _check_evaluation(self) -> None:
+        named, splits = self.eval_dataset_name, self.eval_dataset_split
+        names = set(named) if isinstance(named, dict) else set()
+        _require(named != {}, "data.eval_dataset_name must name a set, or be null")
+        for name in sorted(names):
+            _require(
+                _SET_NAME.fullmatch(name) is not None,
+                f"data.eval_dataset_name: {name!r} cannot be a part of the names of metrics: write letters, digits, "
+                "hyphens, dots and underscores, and not aux at the end, as in aux_loss",
+            )
+        unknown = sorted(set(splits) - names) if isinstance(splits, dict) else []
+        _require(not unknown, f"data.eval_dataset_split: {', '.join(unknown)} is no set of data.eval_dataset_name")
 
     @property
     def has_evaluation(self) -> bool:
@@ -191,6 +208,21 @@ class DataConfig:
         if self.datasets:
             return tuple(dict.fromkeys(one.name for one in self.datasets))
         return (self.dataset_name,) if isinstance(self.dataset_name, str) else self.dataset_name or ()
+
+    @property
+    def eval_splits(self) -> tuple[str, ...]:
+        """What the sets of evaluation data are called: eval alone, or eval_NAME each. Their metrics begin so."""
+        if isinstance(self.eval_dataset_name, dict):
+            return tuple(f"eval_{name}" for name in self.eval_dataset_name)
+        return ("eval",) if self.has_evaluation else ()
+
+    def eval_source(self, split: str) -> tuple[str | None, str]:
+        """Dataset and split of one of ``eval_splits``; no dataset where ``eval_dataset_name`` names none."""
+        name, part = split.removeprefix("eval_"), self.eval_dataset_split
+        dataset = self.eval_dataset_name
+        if isinstance(dataset, dict):
+            dataset = dataset[name]
+        return dataset, part.get(name, "test") if isinstance(part, dict) else part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,75 +307,6 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The training run."""
-
-    output_dir: str = "runs/default"
-    """Folder of the run: metrics, checkpoints, the final model, the report. It must not hold another run."""
-    num_train_epochs: float = 1
-    """Passes over the data; may be a fraction."""
-    max_steps: int = -1
-    """Optimizer steps; when positive it replaces num_train_epochs."""
-    seed: int = 42
-    """Seed of the data order and of dropout in adapters."""
-    save_steps: float | None = 500
-    """Optimizer steps between checkpoints, the last of which follows the last step; null saves none. A number below 1
-    is a share of all steps, here and in the next two."""
-    save_total_limit: int | None = None
-    """Keep only the newest checkpoints; null keeps all."""
-    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the final model is stored in: auto is what was trained, float32, and loses nothing; bfloat16 halves the
-    files and rounds small updates away, and what that costs is measured."""
-    save_rounding: Literal["nearest", "stochastic"] = "nearest"
-    """How weights become bfloat16; stochastic, up or down at random from train.seed, keeps the sum of small updates."""
-    logging_steps: float = 10
-    """Optimizer steps between lines of metrics.jsonl."""
-    token_metrics: bool = True
-    """Log logits/chosen, logits/rejected, entropy and mean_token_accuracy as TRL does: no product beside the loss's."""
-    eval_steps: float | None = None
-    """Optimizer steps between evaluations; null evaluates once, after training."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a fifth slower."""
-    activation_offload: bool = False
-    """Keep activations in host memory until the backward pass; gradient_checkpointing leaves few to move."""
-    timeout_minutes: float = 60
-    """How long one of several processes waits for another, such as for the first one to read a model or write one."""
-    report_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = ("tensorboard",)
-    """Trackers beside metrics.jsonl, which is always written; none or [] is no other. wandb reads its environment
-    variables."""
-
-    def __post_init__(self) -> None:
-        _require(self.output_dir != "", "train.output_dir must not be empty")
-        if self.report_to == ("none",):
-            # one spelling for no tracker
-            object.__setattr__(self, "report_to", ())
-        _require("none" not in self.report_to, "train.report_to none stands alone: leave it or the others out")
-        for name in ("save_steps", "logging_steps", "eval_steps"):
-            steps = getattr(self, name)
-            _require(
-                steps is None or 0 < steps < 1 or (steps >= 1 and float(steps).is_integer()),
-                f"train.{name} must be a positive whole number of steps or a share below 1, got {steps}",
-            )
-        _require(self.num_train_epochs > 0, f"train.num_train_epochs must be positive, got {self.num_train_epochs}")
-        _require(
-            self.max_steps == -1 or self.max_steps > 0,
-            f"train.max_steps must be positive, or -1 for no limit, got {self.max_steps}",
-        )
-        _require(self.timeout_minutes > 0, f"train.timeout_minutes must be positive, got {self.timeout_minutes}")
-        _require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2**32), got {self.seed}")
-        limit = self.save_total_limit
-        _require(limit is None or limit > 0, f"train.save_total_limit must be positive or null, got {limit}")
-
-    def every(self, key: str, total_steps: int) -> int | None:
-        """Optimizer steps between two of what ``key`` counts, in a run of ``total_steps``; None for never.
-
-        A share is rounded up, as transformers does.
-        """
-        steps = getattr(self, key)
-        return None if steps is None else math.ceil(steps * total_steps) if steps < 1 else int(steps)
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run: what ``dpo train run.yaml`` reads."""
 
@@ -363,6 +326,11 @@ class RunConfig:
         _require(
             self.train.eval_steps is None or self.data.has_evaluation,
             "train.eval_steps needs data.eval_dataset_name or data.eval_fraction",
+        )
+        _require(
+            not (isinstance(self.data.eval_dataset_name, dict) and self.train.compares and not self.train.best_metric),
+            "data.eval_dataset_name has several sets: name the metric of one in train.metric_for_best_model, such as "
+            f"{(*self.data.eval_splits, 'eval')[0]}_loss",
         )
         _require(
             self.model.quantization is None or self.model.trains_adapter,

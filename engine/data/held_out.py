@@ -26,6 +26,10 @@ class HeldOut:
 
     def __init__(self) -> None:
         self._trained = SeenKeys(), SeenKeys()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is evaluated yet."""
         self._rows: array[int] = array("q")
         self._sources: array[int] = array("h")
         self._names: dict[str, int] = {}
@@ -45,7 +49,8 @@ class HeldOut:
             keys.append(key)
 
     def report(self, report: Report) -> int:
-        """Note in the report of the evaluation data which of its rows, or else prompts, are trained on.
+        """Note in the report of the evaluation data which of its rows, or else prompts, are trained on; the next
+        rows that are evaluated are another set.
 
         Returns:
             How many rows are.
@@ -58,6 +63,7 @@ class HeldOut:
         for source, row, whole, prompt in zip(self._sources, self._rows, of_row, of_prompt, strict=True):
             if whole or prompt:
                 report.of(names[source]).add(TRAINED[0] if whole else TRAINED[1], row)
+        self._begin()
         return int((of_row | of_prompt).sum())
 
 

@@ -37,7 +37,8 @@ def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[P
         data: the ``data`` section. ``max_rows`` limits the source rows of either split, in a mixture of each set.
         tokenizer: a transformers tokenizer.
         split: ``train`` reads ``dataset_name`` or ``datasets``; ``eval`` reads ``eval_dataset_name``, or where that is
-            not set, the split ``eval_dataset_split`` of ``dataset_name``, or of each set its ``eval_split``.
+            not set, the split ``eval_dataset_split`` of ``dataset_name``, or of each set its ``eval_split``;
+            ``eval_NAME`` reads one of several of ``eval_dataset_name``.
 
     Returns:
         The groups that can be trained on, in source order, and what lint found. ``group.row`` is the row's index in the
@@ -94,16 +95,18 @@ def open_rows(data: DataConfig, *, split: Split) -> Source:
     return one.open()
 
 
-def check_files(data: DataConfig, *, splits: Sequence[Split] = ("train", "eval"), first_rows: bool = True) -> None:
+def check_files(data: DataConfig, *, splits: Sequence[str] = ("train", "eval"), first_rows: bool = True) -> None:
     """Open local data; what is on the Hub waits.
 
     Args:
+        splits: the training data, the evaluation data with all its sets, or both.
         first_rows: also read the first row, and further ones until every column that ``data.columns`` names was found.
 
     Raises:
         UserError: no such data, a first row that no layout has, or a column that no row has; for all sets at once.
     """
-    asked = [split for split in splits if split == "train" or data.has_evaluation]
+    evaluated = data.eval_splits if "eval" in splits else ()
+    asked = [*(split for split in splits if split == "train"), *evaluated]
     sets = [one for split in asked for one in sets_of(data, split) if not one.on_hub]
     raise_all(partial(_check_set, one, first_rows) for one in sets)
 
@@ -141,7 +144,7 @@ def _examples(
             if row.fault is not None:
                 raise row.fault
             example = read(row)
-            if data.eval_fraction is not None and is_held_out(example, data.eval_fraction) != (split == "eval"):
+            if data.eval_fraction is not None and is_held_out(example, data.eval_fraction) != (split != "train"):
                 report.leave_out_row()
                 continue
             if scores_reversed(row):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from ..config.mixture import labels_of
 from ..config.schema import DataConfig, DatasetConfig
@@ -13,7 +13,8 @@ from ..errors import UserError, raise_all
 from .lint import LintReport
 from .sources import Source, is_hub_name, is_single_file, open_source
 
-Split = Literal["train", "eval"]
+Split = str
+"""``train``, or one of ``DataConfig.eval_splits``: ``eval``, or ``eval_NAME`` of several."""
 _OWN = ("format", "columns", "turn_fields", "roles", "system")
 """Settings of ``data`` that a set of a mixture may have of its own."""
 
@@ -68,8 +69,10 @@ def sets_of(data: DataConfig, split: Split) -> list[DataSet]:
         UserError: there is no such data.
     """
     train = split == "train" or data.eval_fraction is not None
-    if not train and data.eval_dataset_name is not None:
-        return [DataSet(data, split, data.eval_dataset_name, data.eval_dataset_split, None, "data.eval_dataset_name")]
+    dataset, part = data.eval_source(split)
+    if not train and dataset is not None:
+        option = "data.eval_dataset_name" + ("" if split == "eval" else f".{split.removeprefix('eval_')}")
+        return [DataSet(data, split, dataset, part, None, option)]
     if data.datasets:
         labels = zip(data.datasets, labels_of(data.datasets), strict=True)
         found = [_of_mixture(data, split, one, label) for one, label in labels if train or one.eval_split is not None]
@@ -86,8 +89,8 @@ def sets_of(data: DataConfig, split: Split) -> list[DataSet]:
             f"there is no evaluation data: data.dataset_name={name} is one file without splits; "
             "set data.eval_dataset_name, or data.eval_fraction"
         )
-    part = data.dataset_train_split if train else data.eval_dataset_split
-    return [DataSet(data, split, name, part, data.dataset_config, "data.dataset_name")]
+    own = data.dataset_train_split if train else part
+    return [DataSet(data, split, name, own, data.dataset_config, "data.dataset_name")]
 
 
 def _of_mixture(data: DataConfig, split: Split, one: DatasetConfig, label: str) -> DataSet:

@@ -45,5 +45,5 @@ def load_tokenizer(model: ModelConfig):
 def not_a_model(source: str) -> UserError:
     return UserError(
         f"{source} is an adapter, not a model: give the base model here and the adapter in "
-        "model.adapter_name_or_path, or merge it into its base with peft's merge_and_unload"
+        "model.adapter_name_or_path, or merge it into its base with `dpo merge`"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from ..run_folder import EXPERT_LAYER, EXPERTS
 from .style import (
     CHOSEN,
-    EVAL,
+    EVALS,
     INK,
     MUTED,
     REJECTED,
@@ -46,8 +47,7 @@ class Picture:
 
 
 def loss(run: RunRecords) -> Figure | None:
-    train, held_out = run.series("loss"), run.series("eval_loss")
-    if train is None and held_out is None:
+    if all(run.series(name) is None for name in _names(run, "loss")):
         return None
     settings = run.config.get("loss", {})
     loss_type = settings.get("loss_type", "sigmoid")
@@ -273,16 +273,22 @@ def token_counts(run: RunRecords, name: str) -> np.ndarray:
 
 
 def _has(run: RunRecords, name: str) -> bool:
-    found = [run.series(key) for key in (name, f"eval_{name}")]
+    found = [run.series(key) for key in _names(run, name)]
     return any(series is not None and len(series.finite) for series in found)
 
 
+def _names(run: RunRecords, name: str) -> list[str]:
+    """A metric of training, and what it is called in each evaluation set."""
+    return [name, *(prefix + name for prefix in run.eval_sets)]
+
+
 def _train_and_evaluation(axes: Axes, run: RunRecords, name: str) -> None:
-    train, held_out = run.series(name), run.series(f"eval_{name}")
+    train = run.series(name)
     if train is not None:
         draw_series(axes, train, "training", TRAIN)
-    if held_out is not None:
-        draw_evaluation(axes, held_out, "held-out", EVAL)
+    for (prefix, label), colour in zip(run.eval_sets.items(), cycle(EVALS), strict=False):
+        if (held_out := run.series(prefix + name)) is not None:
+            draw_evaluation(axes, held_out, label, colour)
 
 
 def _chosen_and_rejected(run: RunRecords, family: str, *, title: str, subtitle: str, label: str) -> Figure | None:
@@ -291,11 +297,12 @@ def _chosen_and_rejected(run: RunRecords, family: str, *, title: str, subtitle: 
         return None
     figure, (axes,) = new_figure(title, subtitle)
     for side, colour in sides:
-        train, held_out = run.series(f"{family}/{side}"), run.series(f"eval_{family}/{side}")
+        train = run.series(f"{family}/{side}")
         if train is not None:
             draw_series(axes, train, side, colour)
-        if held_out is not None:
-            draw_evaluation(axes, held_out, f"{side}, held-out", colour)
+        for prefix, label in run.eval_sets.items():
+            if (held_out := run.series(f"{prefix}{family}/{side}")) is not None:
+                draw_evaluation(axes, held_out, f"{side}, {label}", colour)
     _label(axes, run, label)
     return figure
 

@@ -16,13 +16,23 @@ from typing import Any
 import numpy as np
 
 from ..config.schema import RunConfig
-from ..run_folder import BY_LENGTH, EVAL_SOURCE, EVALUATION_FILE, PAIRS_BY_LENGTH, TRAIN_SOURCE, of_sources
+from ..run_folder import (
+    BY_LENGTH,
+    EVAL_SOURCE,
+    EVALUATION_FILE,
+    PAIRS_BY_LENGTH,
+    TRAIN_SOURCE,
+    eval_prefixes,
+    of_sources,
+    tokens_of,
+)
 from .figures import token_counts
 from .records import RunRecords
 
 TEMPLATE = "page.html.jinja"
 SET_METRICS = ("num_pairs", "loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 """Columns of the tables of a mixture's sets."""
+_LENGTH_HEADS = (BY_LENGTH, PAIRS_BY_LENGTH)
 
 
 @dataclass(frozen=True)
@@ -86,8 +96,9 @@ def _cards(run: RunRecords) -> list[dict[str, str]]:
         series = run.series(name)
         return None if series is None else series.last
 
-    add(last("eval_rewards/accuracies"), "held-out reward accuracy", "{:.1%}")
-    add(last("eval_loss"), "held-out loss (nats)", "{:.4f}")
+    for prefix, name in run.eval_sets.items():
+        add(last(f"{prefix}rewards/accuracies"), f"{name} reward accuracy", "{:.1%}")
+        add(last(f"{prefix}loss"), f"{name} loss (nats)", "{:.4f}")
     add(last("rewards/accuracies"), "training reward accuracy", "{:.1%}")
     add(last("loss"), "training loss (nats)", "{:.4f}")
     add(last("rewards/margins"), "training reward margin", "{:.3f}")
@@ -113,8 +124,8 @@ def _evaluation(run: RunRecords) -> dict[str, Any]:
         columns[f"step {found[0]['step']:,}"] = found[0]
         columns[f"step {found[-1]['step']:,}"] = found[-1]
     if run.evaluation:
-        partial = _by_length_keys(run.evaluation)
-        columns[EVALUATION_FILE] = {f"eval_{_bare(k)}": v for k, v in run.evaluation.items() if k not in partial}
+        whole = {name: value for name, value in run.evaluation.items() if tokens_of(name) is None}
+        columns[EVALUATION_FILE] = {f"eval_{_bare(name)}": value for name, value in whole.items()}
     names = list(dict.fromkeys(_bare(k) for c in columns.values() for k in c if k.startswith("eval_")))
     rows = [
         {"name": name, "values": [_number(_counted(name, c.get(f"eval_{name}"))) for c in columns.values()]}
@@ -125,12 +136,6 @@ def _evaluation(run: RunRecords) -> dict[str, Any]:
 
 def _bare(name: str) -> str:
     return name.removeprefix("eval_")
-
-
-def _by_length_keys(evaluation: Mapping[str, Any]) -> dict[str, str]:
-    """The metrics of ``evaluation.json`` that hold for some lengths only, with that range."""
-    heads = (BY_LENGTH, PAIRS_BY_LENGTH)
-    return {name: name.partition("/")[2] for name in evaluation if name.startswith(heads)}
 
 
 def _by_source(run: RunRecords) -> dict[str, list[dict[str, Any]]]:
@@ -147,15 +152,23 @@ def _by_source(run: RunRecords) -> dict[str, list[dict[str, Any]]]:
 
 
 def _by_length(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
-    ranges = dict.fromkeys(_by_length_keys(evaluation).values())
-    return [
-        {
-            "tokens": tokens,
-            "accuracy": _number(evaluation.get(BY_LENGTH + tokens)),
-            "pairs": _number(_counted("num_pairs", evaluation.get(PAIRS_BY_LENGTH + tokens))),
-        }
-        for tokens in ranges
-    ]
+    """Rows by length, of each evaluation set."""
+    rows = []
+    for prefix in eval_prefixes(evaluation) or ["eval_"]:
+        own = {f"eval_{k.removeprefix(prefix)}": v for k, v in evaluation.items() if k.startswith(prefix)}
+        name = prefix.removeprefix("eval_").removesuffix("_")
+        found = dict.fromkeys(
+            tokens for metric in own if metric.startswith(_LENGTH_HEADS) and (tokens := tokens_of(metric))
+        )
+        rows += [
+            {
+                "tokens": f"{name} {tokens}".strip(),
+                "accuracy": _number(own.get(BY_LENGTH + tokens)),
+                "pairs": _number(_counted("num_pairs", own.get(PAIRS_BY_LENGTH + tokens))),
+            }
+            for tokens in found
+        ]
+    return rows
 
 
 def _lint(lint: Any) -> list[dict[str, str]]:
@@ -165,10 +178,11 @@ def _lint(lint: Any) -> list[dict[str, str]]:
         return []
     if "total" not in lint:
         reports = [(str(split), report) for split, report in lint.items() if isinstance(report, dict)]
-    elif isinstance(lint.get("eval"), dict):
-        reports = [("train", lint), ("eval", lint["eval"])]
     else:
-        reports = [("", lint)]
+        held_out = [
+            (name, found) for name, found in lint.items() if name.startswith("eval") and isinstance(found, dict)
+        ]
+        reports = [("train" if held_out else "", lint), *held_out]
     table: list[dict[str, str]] = []
     for split, report in [part for pair in reports for part in _each_set(*pair)]:
         head = ": ".join(part for part in (split, str(report.get("source", ""))) if part) or "rows"
@@ -261,7 +275,7 @@ def _text(value: Any) -> str:
 
 def _counted(name: str, value: Any) -> Any:
     """Counts are logged as floats; here they become whole again."""
-    return int(value) if name.startswith("num_") and isinstance(value, float) and value.is_integer() else value
+    return int(value) if "num_" in name and isinstance(value, float) and value.is_integer() else value
 
 
 def _number(value: Any) -> str:

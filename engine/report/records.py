@@ -14,7 +14,15 @@ import numpy as np
 
 from ..durable import is_complete
 from ..errors import UserError
-from ..run_folder import DATA_FILE, EVALUATION_FILE, METRICS_FILE, read_metrics, read_record, read_settings
+from ..run_folder import (
+    DATA_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    eval_prefixes,
+    read_metrics,
+    read_record,
+    read_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,12 @@ class RunRecords:
             return None
         steps, values = np.asarray(points, dtype=np.float64).T
         return Series(steps, np.where(np.isfinite(values), values, np.nan))
+
+    @property
+    def eval_sets(self) -> dict[str, str]:
+        """What the metrics of each evaluation set begin with, and what it is called: ``held-out``, or its name."""
+        prefixes = eval_prefixes(name for row in self.rows for name in row) or ["eval_"]
+        return {prefix: prefix.removeprefix("eval_").removesuffix("_") or "held-out" for prefix in prefixes}
 
     @property
     def first_step(self) -> int:

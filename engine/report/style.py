@@ -21,6 +21,8 @@ MUTED = "#6b7885"
 GRID = "#e6e9ec"
 TRAIN = "#2f5d8a"
 EVAL = "#d1782c"
+EVALS = (EVAL, "#7a5195", "#4c9f70", "#b5a132")
+"""Of evaluation sets, in turn."""
 CHOSEN = "#1d7874"
 REJECTED = "#b8475a"
 DPI = 150

@@ -78,8 +78,9 @@ def _is_stopped(path: Path) -> bool:
     return path.name.endswith(_STOPPED)
 
 
-def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Delete all but the newest ``limit`` complete checkpoints. Call it only when the newest is durable.
+def prune_checkpoints(output_dir: Path, limit: int | None, *, best: Path | None = None) -> None:
+    """Delete all but ``limit`` complete checkpoints: the newest, ``best`` where one is named, and those before the
+    newest. Call it only when the newest is durable.
 
     What runs wrote when they were asked to end does not count, and goes as soon as it is not the newest.
     """
@@ -88,8 +89,13 @@ def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
     if limit is None:
         return
     regular = [path for _, path in complete_checkpoints(output_dir) if not _is_stopped(path)]
-    for path in regular[:-limit]:
-        remove_folder(path)
+    kept = regular[-limit:]
+    if best is not None and best not in kept:
+        # As transformers does, a limit of one keeps two.
+        kept = [best, *regular[-max(limit - 1, 1) :]]
+    for path in regular:
+        if path not in kept:
+            remove_folder(path)
 
 
 def remove_stopped(output_dir: Path, *, kept: Path | None = None) -> None:

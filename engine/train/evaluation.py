@@ -7,7 +7,7 @@ the model gives the chosen response the higher log-prob, summed and per token.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,15 @@ from ..durable import CONTINUE, write_atomically
 from ..model import Policy
 from ..model.layouts import settled
 from ..packing import Pack, build_batch, group_costs, pack_lengths
-from ..run_folder import BY_LENGTH, EVAL_SOURCE, EVALUATION_FILE, PAIRS_BY_LENGTH, of_sources
+from ..run_folder import (
+    BY_LENGTH,
+    EVAL_SOURCE,
+    EVALUATION_FILE,
+    PAIRS_BY_LENGTH,
+    eval_prefixes,
+    of_sources,
+    tokens_of,
+)
 from .by_source import evaluation_by_source, without_sources
 from .metrics import PREFERENCE_NAMES, TOKEN_NAMES
 from .objective import Objective
@@ -94,6 +102,38 @@ def evaluate_policy(
     terms_G = torch.from_numpy(dataset.terms)
     right = summed.repeat_interleave(terms_G) if scores.ref_S is None else scored.accuracies
     return values | _by_length(right, torch.from_numpy(lengths.longest).repeat_interleave(terms_G))
+
+
+def evaluate_splits(
+    policy: Policy,
+    datasets: Mapping[str, PreferenceDataset],
+    objective: Objective,
+    config: RunConfig,
+    *,
+    lookup: Callable[[str], Callable[[Pack], np.ndarray] | None],
+    progress: bool = False,
+    stoppable: bool = True,
+) -> dict[str, float]:
+    """As ``evaluate_policy``, for each evaluation set of a run; the names of its metrics begin with its own name.
+
+    Args:
+        datasets: by name; ``train`` is left out.
+        lookup: of a name.
+    """
+    values: dict[str, float] = {}
+    for split, dataset in datasets.items():
+        if split == "train":
+            continue
+        found = evaluate_policy(
+            *(policy, dataset, objective, config),
+            lookup=lookup(split),
+            progress=progress,
+            stoppable=stoppable,
+        )
+        # Those of the sets of a mixture, which is never one of several evaluation sets, keep their names.
+        named = (name if name.startswith(EVAL_SOURCE) else f"{split}_{name.removeprefix('eval_')}" for name in found)
+        values |= dict(zip(named, found.values(), strict=True))
+    return values
 
 
 def _score_all(
@@ -202,7 +242,7 @@ def _source_lines(values: dict[str, float]) -> list[str]:
 
 def scalar_metrics(values: dict[str, float]) -> dict[str, float]:
     """The metrics of an evaluation without those by length: what a row of ``metrics.jsonl`` holds."""
-    return {k: v for k, v in values.items() if not k.startswith((BY_LENGTH, PAIRS_BY_LENGTH))}
+    return {k: v for k, v in values.items() if tokens_of(k) is None}
 
 
 def write_evaluation(run_dir: Path, values: dict[str, float], *, elsewhere: str = CONTINUE) -> None:
@@ -212,13 +252,43 @@ def write_evaluation(run_dir: Path, values: dict[str, float], *, elsewhere: str 
 
 def format_evaluation(values: dict[str, float]) -> str:
     """The table that ``dpo evaluate`` prints."""
+    lines: list[str] = []
+    for prefix in eval_prefixes(values):
+        own = {f"eval_{name.removeprefix(prefix)}": v for name, v in values.items() if _owner(name, values) == prefix}
+        head = prefix.removeprefix("eval_").removesuffix("_")
+        lines += ([""] if lines else []) + ([head] if head else []) + _set_lines(own, _source_lines(values))
+    return "\n".join(lines)
+
+
+def _owner(name: str, metrics: Iterable[str]) -> str:
+    """The longest prefix of evaluation sets that a metric begins with."""
+    return max((prefix for prefix in eval_prefixes(metrics) if name.startswith(prefix)), key=len, default="")
+
+
+def _set_lines(values: dict[str, float], of_mixture: list[str]) -> list[str]:
     totals = without_sources(scalar_metrics(values))
-    lines = [f"{name.removeprefix('eval_'):<30} {value:>12.6g}" for name, value in totals.items()]
-    lines += _source_lines(values)
+    lines = [f"{name.removeprefix('eval_'):<30} {_shown(name, value):>12}" for name, value in totals.items()]
+    lines += of_mixture
     lengths = [key.removeprefix(BY_LENGTH) for key in values if key.startswith(BY_LENGTH)]
     if lengths:
         lines += ["", f"{'tokens of the longest response':<30} {'accuracy':>12} {'pairs':>8}"]
         for bucket in lengths:
             count = values[f"{PAIRS_BY_LENGTH}{bucket}"]
             lines.append(f"{bucket:<30} {values[BY_LENGTH + bucket]:>12.4f} {count:>8.0f}")
-    return "\n".join(lines)
+    return lines
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:,.0f}" if name.endswith("num_pairs") else f"{value:.6g}"
+
+
+def evaluation_lines(row: Mapping[str, float]) -> list[str]:
+    """A readable line for each evaluation set in a row of metrics."""
+    lines = []
+    for prefix in eval_prefixes(row):
+        name = prefix.removesuffix("_").replace("eval_", "eval ")
+        lines.append(
+            f"step {row['step']}  {name} loss {row[f'{prefix}loss']:.4f}  "
+            f"accuracy {row[f'{prefix}rewards/accuracies']:.3f}  margin {row[f'{prefix}rewards/margins']:.4f}"
+        )
+    return lines

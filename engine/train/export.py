@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 
 from .. import distributed
 from ..config import to_yaml
-from ..config.schema import DataConfig, RunConfig
+from ..config.schema import DataConfig, ModelConfig, RunConfig
 from ..durable import FOLDER_SUFFIX, MANIFEST, disk_errors, seal, sync
 from ..model import Policy
 from ..model.adapter_forms import ADAPTER_CONFIG
@@ -39,14 +40,22 @@ _LAST = ("model.safetensors.index.json", ADAPTER_CONFIG, MODEL_CONFIG)
 """Moved after the weights: without them no loader takes the folder for a model."""
 
 
+class Origin(NamedTuple):
+    """What became of the trained weights before they were written, in words; None where nothing did."""
+
+    checkpoint: str | None = None
+    """Which one they are of, where it is not the last."""
+    rounding: str | None = None
+    """What rounding to ``train.save_dtype`` changed."""
+
+
 def export_model(
     output_dir: Path,
     policy: Policy,
     tokenizer: Any,
     config: RunConfig,
     metrics: Mapping[str, float],
-    *,
-    rounding: str | None = None,
+    origin: Origin = Origin(),  # noqa: B008 - immutable
 ) -> None:
     """Write the final model into ``output_dir``.
 
@@ -57,7 +66,7 @@ def export_model(
     leaves no model that is half this one. ``manifest.json`` lists them with their checksums.
 
     Args:
-        rounding: what rounding to ``train.save_dtype`` changed, for the model card.
+        origin: for the model card.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -65,33 +74,42 @@ def export_model(
     dtypes = stored_dtypes(policy, config)
     weights = gather_weights(policy, dtypes) if policy.sharded or dtypes else None
     if distributed.is_main():
-        card = model_card(policy, config, metrics, rounding)
-        _write_model(output_dir, policy, weights, tokenizer, config, card)
+        card = model_card(policy, config, metrics, origin)
+        write_model(output_dir, policy, weights, tokenizer, config.model, DTYPES[stored_dtype(config)], card)
     distributed.barrier()
 
 
-def _write_model(
+def write_model(
     output_dir: Path,
     policy: Policy,
     weights: dict[str, torch.Tensor] | None,
     tokenizer: Any,
-    config: RunConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
     card: str,
 ) -> None:
+    """Write a model, or an adapter alone, with all that stands beside it into ``output_dir``, which is there.
+
+    Args:
+        weights: what is written in place of the weights that ``policy`` holds.
+        model: where the base, its processors and its code are.
+        dtype: that most weights have.
+        card: the text of the model card.
+    """
     temporary = output_dir / f".model{FOLDER_SUFFIX}"
     with disk_errors(output_dir):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            whole = None if policy.has_adapter else read_whole(config.model, policy.causal_lm)
+            whole = None if policy.has_adapter else read_whole(model, policy.causal_lm)
             save_weights(policy, temporary, weights, whole)
             if not policy.has_adapter:
                 # Written by the dtype of the first parameter, which may be one that the model keeps in float32.
                 written = policy.config if whole is None else whole.config
-                set_dtype(written, DTYPES[stored_dtype(config)])
+                set_dtype(written, dtype)
                 written.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            copy_companions(config.model, temporary)
+            copy_companions(model, temporary)
             (temporary / CARD_FILE).write_text(card, encoding="utf-8")
             seal(temporary, editable=(CARD_FILE,))
             _move_in(temporary, output_dir)
@@ -115,7 +133,12 @@ def _move_in(source: Path, target: Path) -> None:
         os.replace(path, target / path.name)
 
 
-def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float], rounding: str | None = None) -> str:
+def model_card(
+    policy: Policy,
+    config: RunConfig,
+    metrics: Mapping[str, float],
+    origin: Origin = Origin(),  # noqa: B008 - immutable
+) -> str:
     """The model card: front matter for the Hub, then base model, data, method, results, versions, configuration."""
     model, data, loss = config.model, config.data, config.loss
     base = model.model_name_or_path
@@ -147,13 +170,13 @@ def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float], 
 
 - **Method:** {trained}, loss `{loss.loss_name}`, beta {loss.beta:g}, {_reference_words(config)}
 - **Optimizer:** {_optimizer_words(config)}
-- **Stored as:** {_storage_words(policy, config, rounding)}
-
+- **Stored as:** {_storage_words(policy, config, origin.rounding)}
+{f"- **Checkpoint:** {origin.checkpoint}{chr(10)}" if origin.checkpoint else ""}
 ## Results
 
 {f"| metric | value |{chr(10)}|---|---|{chr(10)}{rows}" if rows else "None were logged."}
 
-{_metric_words(rounding)}
+{_metric_words(origin.rounding)}
 
 ## Versions
 
@@ -165,6 +188,26 @@ def model_card(policy: Policy, config: RunConfig, metrics: Mapping[str, float], 
 {to_yaml(config).strip()}
 ```
 """
+
+
+def merged_card(card: str | None, name: str, model: ModelConfig, merged: str) -> str:
+    """The card of a model that an adapter was merged into.
+
+    Args:
+        card: that of the adapter's run; None where there is none.
+        merged: what was merged, as a line of it.
+    """
+    base = model.model_name_or_path
+    found = None if card is None else re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.S)
+    front = (yaml.safe_load(found[1]) if found else None) or {"pipeline_tag": "text-generation", "tags": []}
+    front["library_name"] = "transformers"
+    front["tags"] = [tag for tag in front.get("tags", ()) if tag != "lora"]
+    if not names_a_path(base):
+        front["base_model"] = base
+    body = found[2] if found else f"\n# {name}\n\n`{base}` with an adapter merged into it.\n\n{merged}"
+    body = re.sub(r"^# .*$", lambda _: f"# {name}", body, count=1, flags=re.M)
+    body = re.sub(r"^- \*\*Stored as:\*\* .*\n", lambda _: merged, body, count=1, flags=re.M)
+    return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---\n{body}"
 
 
 def _data_words(data: DataConfig) -> str:

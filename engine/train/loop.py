@@ -6,11 +6,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import set_seed
 
@@ -26,16 +24,16 @@ from ..run_folder import CONFIG_FILE, hold_folder
 from ..shared_folders import check_shared
 from . import checkpoint as checkpoints
 from . import sharded
+from .best import Best
 from .by_source import SourceMeter
-from .evaluation import evaluate_policy, format_evaluation, scalar_metrics, write_evaluation
-from .export import export_model, package_versions
-from .feed import TrainingStep
+from .evaluation import evaluate_splits, evaluation_lines, format_evaluation, scalar_metrics, write_evaluation
+from .evidence import Evidence
+from .export import Origin, export_model, package_versions
 from .metrics import (
     Callback,
     CallbackTracker,
     IntervalMeter,
     Tracker,
-    evaluation_line,
     keep_rows_until,
     log_line,
     open_trackers,
@@ -43,24 +41,12 @@ from .metrics import (
 from .optimizer import GuardedUpdate, build_optimizer, build_schedule, change_total
 from .resume import Start, TrainResult, config_values, digests, find_start
 from .rounding import round_and_measure
-from .scored import Scored
 from .setup import OnData, Setup, check_settings, prepare, write_data_file
 from .throughput import reset_peak_memory
 
 GO_ON = "go on with --resume"
-_ROWS_NAMED = 8
 
 log = logging.getLogger(__name__)
-
-
-class _Evidence(NamedTuple):
-    """What is needed to say which rows of a step were not finite."""
-
-    step: int
-    rows: list[int | str]
-    values_G: list[Tensor]
-    loss: Tensor
-    grad_norm: Tensor
 
 
 def train(
@@ -126,12 +112,15 @@ class _Run:
         self.last_row: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.evaluated_at = 0
+        self.best = Best(self.config)
+        self.chosen: str | None = None
+        """Which checkpoint the model is of, in words, where it is not the last one."""
         self.rounding: str | None = None
         self.meter = IntervalMeter(setup.device, peak_flops=setup.peak_flops)
         self.by_source = SourceMeter(
             setup.datasets["train"].source_names, setup.device, has_losses=not setup.objective.couples_pairs
         )
-        self.evidence: list[_Evidence] = []
+        self.evidence = Evidence()
         self.trackers: list[Tracker] = []
         self._random: tuple[Path, Mapping[str, Any]] | None = None
         self._build_update()
@@ -144,20 +133,8 @@ class _Run:
 
     def restore(self, start: Start) -> None:
         """Continue from a checkpoint."""
-        path, state, model = start.path, start.state, self.config.model
-        if checkpoints.is_sharded(state):
-            sharded.load(path, self.policy)
-        elif self.policy.has_adapter:
-            checkpoints.load_adapter(self.policy, path)
-        else:
-            self.policy = self.setup.policy = load_sharded(
-                replace(model, model_name_or_path=str(path), revision=None),
-                self.setup.device,
-                gradient_checkpointing=self.config.train.gradient_checkpointing,
-                activation_offload=self.config.train.activation_offload,
-                layout=self.policy.layout,
-            )
-            self._build_update()
+        path, state = start.path, start.state
+        self._load_weights(path, state)
         checkpoints.load_optimizer(path, state, self.optimizer, self.names)
         self._restore_schedule(start)
         self.meter.load(state["meter"])
@@ -166,8 +143,25 @@ class _Run:
         self.epoch = state["epoch"]
         self.last_row, self.evaluation = state["last_row"], state["evaluation"]
         self.evaluated_at = state["evaluated_at"]
+        self.best.load(state.get("best", {}))
         self._random = (path, state)
         log.info("continuing after step %d of %s", self.done, path)
+
+    def _load_weights(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Those of a checkpoint. A whole model is a new one, and so is its optimizer."""
+        if checkpoints.is_sharded(state):
+            sharded.load(path, self.policy)
+        elif self.policy.has_adapter:
+            checkpoints.load_adapter(self.policy, path)
+        else:
+            self.policy = self.setup.policy = load_sharded(
+                replace(self.config.model, model_name_or_path=str(path), revision=None),
+                self.setup.device,
+                gradient_checkpointing=self.config.train.gradient_checkpointing,
+                activation_offload=self.config.train.activation_offload,
+                layout=self.policy.layout,
+            )
+            self._build_update()
 
     def _restore_schedule(self, start: Start) -> None:
         """As it was; of another number of steps, where that would be."""
@@ -191,7 +185,12 @@ class _Run:
             metrics = {**self.last_row, **scalar_metrics(self.evaluation)}
             distributed.announce("writes the model")
             export_model(
-                self.output_dir, self.policy, self.setup.tokenizer, self.config, metrics, rounding=self.rounding
+                self.output_dir,
+                self.policy,
+                self.setup.tokenizer,
+                self.config,
+                metrics,
+                Origin(self.chosen, self.rounding),
             )
             if distributed.is_main():
                 checkpoints.remove_stopped(self.output_dir)
@@ -211,7 +210,7 @@ class _Run:
         if distributed.is_main():
             remove_leftovers(self.output_dir)
             # A run that was killed may have left one too many, and no later checkpoint may be due.
-            checkpoints.prune_checkpoints(self.output_dir, self.config.train.save_total_limit)
+            self._prune()
             # A finished run that goes on is no longer finished.
             (self.output_dir / MANIFEST).unlink(missing_ok=True)
             write_atomically(self.output_dir / CONFIG_FILE, to_yaml(self.config))
@@ -234,6 +233,9 @@ class _Run:
             self._evaluate()
             if self._saves_at(self.done):
                 self._save()
+        if self.best.ends_run:
+            log.info("%s", self.best.words)
+            return
         for step in self.feed.steps(self.done):
             objective = self.setup.objective
             scored = objective.backward(self.policy, step)
@@ -245,23 +247,29 @@ class _Run:
             grad_norm = self.update.step(means[0])
             self.meter.add(means, step.work, aux_loss=aux_loss, expert_tokens=routing.expert_tokens)
             self.by_source.add(scored, step.sources)
-            self._remember(step, scored, means[0], grad_norm)
+            self.evidence.add(step, scored, means[0], grad_norm)
             self.done, self.epoch = step.number, step.epoch
-            log_now = self._due("logging_steps", step.number) or step.number == total
             evaluate_now = self._evaluates_at(step.number)
-            save_now = self._saves_at(step.number)
-            if log_now or evaluate_now or save_now or not self.update.deferred:
+            # An evaluation may end the run, and its last step has a line.
+            log_now = self._due("logging_steps", step.number) or (evaluate_now and self.best.patience is not None)
+            log_now = log_now or step.number == total
+            if log_now or evaluate_now or self._saves_at(step.number) or not self.update.deferred:
                 self._require_finite()
             if log_now:
                 self._log(grad_norm, learning_rate)
             if evaluate_now:
                 self._evaluate()
-            if save_now:
+            if self._saves_at(step.number):
                 self._save()
+            if self.best.ends_run:
+                log.info("%s", self.best.words)
+                break
         self.meter.watch.stop()
 
     def _evaluates_at(self, step: int) -> bool:
-        return "eval" in self.setup.datasets and self._due("eval_steps", step)
+        # Shares of all steps are rounded, so a checkpoint may fall between two evaluations.
+        due = self._due("eval_steps", step) or (self.best.keeps and self._saves_at(step))
+        return due and self.config.data.has_evaluation
 
     def _due(self, key: str, step: int) -> bool:
         """Whether what ``key`` of ``train`` counts is due after a step."""
@@ -270,35 +278,14 @@ class _Run:
 
     def _saves_at(self, step: int) -> bool:
         # The last one is what a finished run can be extended from.
-        last = step == self.feed.total_steps and self.config.train.save_steps is not None
-        return last or self._due("save_steps", step)
-
-    def _remember(self, step: TrainingStep, scored: Scored, loss: Tensor, grad_norm: Tensor) -> None:
-        logps = [scored.chosen_logps, scored.rejected_logps]
-        self.evidence.append(_Evidence(step.number, step.rows, logps, loss, grad_norm))
+        last = step == self.feed.total_steps or self.best.ends_run
+        return (last and self.config.train.save_steps is not None) or self._due("save_steps", step)
 
     def _require_finite(self) -> None:
         """Stop when a loss or gradient was not finite; it has not reached the weights."""
         if not self.update.ok():
-            raise UserError(self._explain_failure())
+            raise UserError(self.evidence.explain(self.config))
         self.evidence.clear()
-
-    def _explain_failure(self) -> str:
-        failed = [not all(t.isfinite().all() for t in (*e.values_G, e.loss, e.grad_norm)) for e in self.evidence]
-        bad = self.evidence[min(found.index(True) for found in distributed.gather(failed) if any(found))]
-        finite_G = torch.stack([t.isfinite() for t in bad.values_G]).all(0).tolist()
-        own = [row for row, finite in zip(bad.rows, finite_G, strict=True) if not finite]
-        culprits = sorted(chain.from_iterable(distributed.gather(own)))
-        what = "log-probs are" if culprits else "the loss or a gradient is"
-        rows = sorted(set(culprits or chain.from_iterable(distributed.gather(bad.rows))))
-        named = ", ".join(map(str, rows[:_ROWS_NAMED])) + (f" and {len(rows) - _ROWS_NAMED} more" if rows[8:] else "")
-        saved = checkpoints.complete_checkpoints(self.output_dir)
-        wider = ", with model.dtype=float32, or" if self.config.model.dtype != "float32" else ", or"
-        kept = f"the last checkpoint is {saved[-1][1]}" if saved else "no checkpoint was due yet"
-        return (
-            f"step {bad.step}: {what} not finite, rows {named}; the step was not applied and {kept}: "
-            f"start a new run with a lower optim.learning_rate{wider} without these rows"
-        )
 
     def _log(self, grad_norm: Tensor, learning_rate: float) -> None:
         row = self.meter.row(step=self.done, epoch=self.epoch, grad_norm=grad_norm, learning_rate=learning_rate)
@@ -315,28 +302,50 @@ class _Run:
 
     def _evaluate(self) -> None:
         self.meter.watch.stop()
-        self.evaluation = evaluate_policy(
+        self.evaluation = evaluate_splits(
             self.policy,
-            self.setup.datasets["eval"],
+            self.setup.datasets,
             self.setup.objective,
             self.config,
-            lookup=self.setup.references.lookup("eval"),
+            lookup=self.setup.references.lookup,
         )
         self.evaluated_at = self.done
         self._track_evaluation()
-        self.update.evaluated(self.evaluation["eval_loss"])
+        self.best.evaluated(self.evaluation, step=self.done, saved=self._saves_at(self.done))
+        if self.update.moves_on_metric:
+            self.update.evaluated(self.best.of(self.evaluation))
         self.meter.watch.start()
 
     def _track_evaluation(self) -> None:
         row = {"step": self.done, "epoch": round(self.epoch, 6), **scalar_metrics(self.evaluation)}
         self._track(row)
-        log.info("%s", evaluation_line(row))
+        for line in evaluation_lines(row):
+            log.info("%s", line)
+
+    def _take_best(self) -> None:
+        """Go back to the weights of the best evaluation, where that is asked for."""
+        best = self.best.kept
+        if best is None or best.step == self.done:
+            return
+        path = checkpoints.checkpoint_path(self.output_dir, best.step)
+        if distributed.is_main() and not path.exists():
+            raise UserError(
+                f"{path}, the checkpoint of the best evaluation, is gone: put it back, or write the last model with "
+                f"--resume --train.load_best_model_at_end false"
+            )
+        # Its state makes room for a second model.
+        self.optimizer.state.clear()
+        self._load_weights(path, distributed.broadcast(checkpoints.read_state(path) if distributed.is_main() else {}))
+        self.evaluation = best.evaluation
+        self.chosen = f"step {best.step} of {self.done}, the best by {self.best.metric} ({best.value:.6g})"
+        log.info("the model is that of %s", self.chosen)
 
     def _final_evaluation(self) -> None:
-        """Evaluate the weights as they will be written, which may be rounded ones."""
-        held_out = "eval" in self.setup.datasets
+        """Evaluate the weights as they will be written, which may be those of another step, or rounded ones."""
+        held_out = bool(self.setup.held_out)
         if held_out and self.evaluated_at != self.done:
             self._evaluate()
+        self._take_best()
         cost = round_and_measure(self.setup, self.evaluation)
         if cost is not None:
             self.rounding = cost.text
@@ -366,6 +375,7 @@ class _Run:
             "last_row": self.last_row,
             "evaluation": self.evaluation,
             "evaluated_at": self.evaluated_at,
+            "best": self.best.state(),
             "versions": package_versions(),
         }
         path = checkpoints.save_checkpoint(
@@ -380,6 +390,11 @@ class _Run:
         )
         self.saved = self.done
         if distributed.is_main():
-            checkpoints.prune_checkpoints(self.output_dir, self.config.train.save_total_limit)
+            self._prune()
         log.info("checkpoint written to %s", path)
         self.meter.watch.start()
+
+    def _prune(self) -> None:
+        best = self.best.kept
+        kept = None if best is None else checkpoints.checkpoint_path(self.output_dir, best.step)
+        checkpoints.prune_checkpoints(self.output_dir, self.config.train.save_total_limit, best=kept)

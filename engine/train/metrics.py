@@ -393,11 +393,3 @@ def log_line(row: Mapping[str, float], *, total_steps: int, seconds_left: float)
         f"{row['perf/pairs_per_second']:.1f} pairs/s  {row['perf/tokens_per_second']:,.0f} tokens/s  "
         f"mfu {row['perf/mfu']:.1%}  {row['perf/peak_memory_gib']:.2f} GiB  left {clock}"
     )
-
-
-def evaluation_line(row: Mapping[str, float]) -> str:
-    """One readable line for a row of evaluation metrics."""
-    return (
-        f"step {row['step']}  eval loss {row['eval_loss']:.4f}  accuracy {row['eval_rewards/accuracies']:.3f}  "
-        f"margin {row['eval_rewards/margins']:.4f}"
-    )

@@ -32,10 +32,13 @@ _FREE_KEYS = frozenset(
         *("train.output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.eval_steps"),
         *("train.gradient_checkpointing", "train.activation_offload", "train.timeout_minutes", "train.report_to"),
         *("train.save_dtype", "train.save_rounding", "train.token_metrics"),
+        *("train.load_best_model_at_end", "train.early_stopping_patience", "train.early_stopping_threshold"),
     )
 )
 """Keys that may change between a run and its resumption: they do not change what is learned."""
 _STEP_KEYS = ("train.max_steps", "train.num_train_epochs")
+_PATIENCE_KEYS = ("train.early_stopping_patience", "train.early_stopping_threshold")
+"""With the step keys, what says when a run ends."""
 _DATA_KEYS = frozenset(
     (
         *(
@@ -123,7 +126,7 @@ def find_start(config: RunConfig, output_dir: Path, resume: bool) -> tuple[Start
         return start, None
     steps = int(_last_metrics(output_dir)["step"])
     now = config_values(config)
-    same_keys = saved is None or all(saved[key] == now[key] for key in _STEP_KEYS)
+    same_keys = saved is None or all(saved[key] == now[key] for key in (*_STEP_KEYS, *_PATIENCE_KEYS))
     if same_keys or config.train.max_steps == steps:
         return start, _finished(output_dir)
     return _extended(start, config, output_dir, steps), None
@@ -202,7 +205,10 @@ def check_balance(start: Start, balance: Balance | None) -> None:
 
 def digests(datasets: Mapping[str, PreferenceDataset]) -> dict[str, Any]:
     """What a checkpoint knows its data by."""
-    return {"data": datasets["train"].digest, "eval_data": datasets["eval"].digest if "eval" in datasets else None}
+    evaluated = {name: dataset.digest for name, dataset in datasets.items() if name != "train"}
+    # Of one set without a name it is its digest, as it was before there were several.
+    known = evaluated.get("eval", evaluated or None)
+    return {"data": datasets["train"].digest, "eval_data": known}
 
 
 def check_data(start: Start, config: RunConfig, datasets: Mapping[str, PreferenceDataset]) -> None:
@@ -213,12 +219,7 @@ def check_data(start: Start, config: RunConfig, datasets: Mapping[str, Preferenc
         raise UserError(
             f"cannot resume {start.path}: the training data is not what it was ({changed}); restore it, {_NEW_RUN}"
         )
-    moves = config.optim.lr_scheduler_type in METRIC_SCHEDULES
-    if moves and start.state.get("eval_data", now["eval_data"]) != now["eval_data"]:
-        raise UserError(
-            f"cannot resume {start.path}: the evaluation data is not what it was, and optim.lr_scheduler_type "
-            f"{config.optim.lr_scheduler_type} moves on it; restore it, {_NEW_RUN}"
-        )
+    _check_eval_data(start, config, now["eval_data"])
     train = config.train
     total = total_steps(config, datasets["train"].per_epoch)
     done = max(start.step, start.ended)
@@ -228,6 +229,21 @@ def check_data(start: Start, config: RunConfig, datasets: Mapping[str, Preferenc
             f"cannot resume {start.path}: {done} steps are done, and train.{key}={getattr(train, key):g} asks for "
             f"{total}; ask for as many or more, {_NEW_RUN}"
         )
+
+
+def _check_eval_data(start: Start, config: RunConfig, now: Any) -> None:
+    """Whether it is what it was, where what is learned or kept depends on it."""
+    if start.state.get("eval_data", now) == now:
+        return
+    if config.optim.lr_scheduler_type in METRIC_SCHEDULES:
+        why = f"optim.lr_scheduler_type {config.optim.lr_scheduler_type} moves on it"
+    elif config.train.compares and start.state.get("best", {}).get("value") is not None:
+        why = "the best evaluation so far was of that"
+    else:
+        return
+    raise UserError(
+        f"cannot resume {start.path}: the evaluation data is not what it was, and {why}; restore it, {_NEW_RUN}"
+    )
 
 
 def check_base(start: Start, config: RunConfig, base: str) -> None:

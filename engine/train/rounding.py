@@ -20,9 +20,9 @@ from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset
 from ..model import Policy
 from ..packing import Pack
-from ..run_folder import AS_TRAINED
+from ..run_folder import AS_TRAINED, eval_prefixes
 from .by_source import without_sources
-from .evaluation import evaluate_policy, scalar_metrics
+from .evaluation import evaluate_policy, evaluate_splits, scalar_metrics
 from .setup import Setup, rounding_words
 from .storage import stored_dtypes
 
@@ -90,9 +90,13 @@ def round_and_measure(setup: Setup, evaluation: Mapping[str, float]) -> Rounding
     config, policy = setup.config, setup.policy
     if torch.bfloat16 not in stored_dtypes(policy, config).values():
         return None
-    name, dataset, lookup = _measured_rows(setup)
+    name = "held-out pairs" if setup.held_out else "pairs of the training data"
 
     def measure(stoppable: bool) -> dict[str, float]:
+        rows = (policy, setup.datasets, setup.objective, config)
+        if setup.held_out:
+            return evaluate_splits(*rows, lookup=setup.references.lookup, stoppable=stoppable)
+        dataset, lookup = _training_rows(setup)
         return evaluate_policy(policy, dataset, setup.objective, config, lookup=lookup, stoppable=stoppable)
 
     before = dict(evaluation) or measure(stoppable=True)
@@ -100,25 +104,29 @@ def round_and_measure(setup: Setup, evaluation: Mapping[str, float]) -> Rounding
     # No checkpoint can be written of what was rounded: from here on the model is finished.
     after = measure(stoppable=False)
     trained = {AS_TRAINED + k.removeprefix("eval_"): v for k, v in without_sources(scalar_metrics(before)).items()}
-    what = f"{int(after['eval_num_pairs']):,} {name}"
-    return RoundingCost({**after, **trained}, f"{rounding_words(config)}: {_both(before, after)} on {what}")
+    words = (_both(before, after, prefix, name) for prefix in eval_prefixes(after))
+    return RoundingCost({**after, **trained}, f"{rounding_words(config)}: {'; '.join(words)}")
 
 
-def _both(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    names = {"margin": "eval_rewards/margins", "accuracy": "eval_rewards/accuracies", "loss": "eval_loss"}
-    numbers = (f"{word} {before[name]:.6g} as trained and {after[name]:.6g} as written" for word, name in names.items())
-    return ", ".join(numbers)
+def _both(before: Mapping[str, float], after: Mapping[str, float], prefix: str, what: str) -> str:
+    """Before and after in words, of the evaluation set whose metrics begin with ``prefix``."""
+    names = {"margin": "rewards/margins", "accuracy": "rewards/accuracies", "loss": "loss"}
+    numbers = (
+        f"{word} {before[prefix + name]:.6g} as trained and {after[prefix + name]:.6g} as written"
+        for word, name in names.items()
+    )
+    own = prefix.removeprefix("eval_").removesuffix("_")
+    count = int(after[f"{prefix}num_pairs"])
+    return f"{', '.join(numbers)} on {count:,} {what}" + (f" of {own}" if own else "")
 
 
-def _measured_rows(setup: Setup) -> tuple[str, PreferenceDataset, Callable[[Pack], np.ndarray] | None]:
-    """The evaluation data, or evenly spaced training rows: in words, the rows, and their references."""
-    if "eval" in setup.datasets:
-        return "held-out pairs", setup.datasets["eval"], setup.references.lookup("eval")
+def _training_rows(setup: Setup) -> tuple[PreferenceDataset, Callable[[Pack], np.ndarray] | None]:
+    """Evenly spaced training rows, and their references."""
     dataset, stored = setup.datasets["train"], setup.references.lookup("train")
     places = np.unique(np.linspace(0, len(dataset) - 1, _SAMPLE_ROWS).astype(int)).tolist()
     sample = PreferenceDataset(dataset[i] for i in places)
     lookup = None if stored is None else (lambda pack: stored(tuple(places[i] for i in pack)))
-    return "pairs of the training data", sample, lookup
+    return sample, lookup
 
 
 def gather_weights(policy: Policy, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

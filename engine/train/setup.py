@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from ..packing import PlanSummary, check_fits, mixer_padding_words, summarize_pl
 from ..reference import weights_digest
 from ..reference.template_date import with_template_date
 from ..run_folder import DATA_FILE
+from .best import check_metric
 from .feed import TrainingFeed, drawn_groups, total_steps
 from .metrics import check_trackers
 from .objective import Objective
@@ -64,7 +65,7 @@ class Setup:
     objective: Objective
     references: References
     datasets: dict[str, PreferenceDataset]
-    """``train``, and ``eval`` when there is evaluation data."""
+    """``train``, and those of evaluation, by ``DataConfig.eval_splits``."""
     lint: dict[str, Report]
     plan: PlanSummary
     feed: TrainingFeed
@@ -77,6 +78,11 @@ class Setup:
     @property
     def device(self) -> torch.device:
         return self.policy.device
+
+    @property
+    def held_out(self) -> list[str]:
+        """The names of the evaluation sets; empty without evaluation data."""
+        return [name for name in self.datasets if name != "train"]
 
 
 def check_settings(config: RunConfig) -> None:
@@ -91,6 +97,7 @@ def check_settings(config: RunConfig) -> None:
     check_trackers(config.train.report_to)
     if config.optim.lr_scheduler_type in METRIC_SCHEDULES and config.train.eval_steps is None:
         raise UserError(f"optim.lr_scheduler_type {config.optim.lr_scheduler_type} needs train.eval_steps")
+    check_metric(config)
     resolve_mode(config, Objective(config.loss))
     if "simpo" in config.loss.loss_types and config.loss.beta <= LOW_SIMPO_BETA:
         log.warning(
@@ -182,9 +189,8 @@ def _load_data(
 ) -> tuple[dict[str, PreferenceDataset], dict[str, Report]]:
     datasets: dict[str, PreferenceDataset] = {}
     lint: dict[str, Report] = {}
-    splits = ("train", "eval") if config.data.has_evaluation else ("train",)
-    for split in splits:
-        datasets[split], lint[split] = load_dataset_groups(config.data, tokenizer, split=split)  # type: ignore[arg-type]
+    for split in ("train", *config.data.eval_splits):
+        datasets[split], lint[split] = load_dataset_groups(config.data, tokenizer, split=split)
         if split == "train":
             datasets[split] = drawn_groups(config, datasets[split])
         objective.check_dataset(datasets[split])
@@ -194,25 +200,34 @@ def _load_data(
             share_prompts=config.packing.share_prompts,
             in_rows=config.packing.layout == "rows",
         )
-    if "eval" in datasets:
-        _compare(datasets, lint["eval"], config.data.strict)
+    if config.data.has_evaluation:
+        warn_of_trained_rows(datasets, lint, config.data.strict)
     return datasets, lint
 
 
-def _compare(datasets: dict[str, PreferenceDataset], report: Report, strict: bool) -> None:
-    """Note which evaluation rows are trained on."""
+def warn_of_trained_rows(datasets: Mapping[str, PreferenceDataset], lint: Mapping[str, Report], strict: bool) -> None:
+    """Note in the reports of the evaluation data which of its rows are trained on, and say how many.
+
+    Raises:
+        UserError: there are some, and ``strict``.
+    """
     held_out = HeldOut()
     for group in datasets["train"]:
         held_out.trains(group)
-    for group in datasets["eval"]:
-        held_out.evaluates(group)
-    if found := held_out.report(report):
-        log.warning(
-            "%s of %s evaluation rows are not held out: row or prompt is trained on, too (`dpo check` says which)",
-            f"{found:,}",
-            f"{len(datasets['eval']):,}",
-        )
-    report.raise_if_strict(strict)
+    for split, dataset in datasets.items():
+        if split == "train":
+            continue
+        for group in dataset:
+            held_out.evaluates(group)
+        if found := held_out.report(lint[split]):
+            log.warning(
+                "%s of %s evaluation rows%s are not held out: row or prompt is trained on, too (`dpo check` says "
+                "which)",
+                f"{found:,}",
+                f"{len(dataset):,}",
+                "" if split == "eval" else f" of {split.removeprefix('eval_')}",
+            )
+        lint[split].raise_if_strict(strict)
 
 
 def describe_run(setup: Setup) -> str:

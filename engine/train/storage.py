@@ -70,6 +70,9 @@ def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> Di
         state += tensor.numel() * _STATE_BYTES[config.optim.optimizer] if tensor.requires_grad else 0
     due = len(save_points(config.train.every("save_steps", total), done=done, total=total))
     limit = config.train.save_total_limit
+    if limit is not None and config.train.load_best_model_at_end:
+        # The best and the newest.
+        limit = max(limit, 2)
     # The one that goes is there until the next one is durable.
     return DiskNeed(model, weights + state, due, due if limit is None else min(due, limit + 1))
 

@@ -172,6 +172,21 @@ def test_overrides_go_before_the_file(load):
     assert config.model.revision == "-x"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sets"),
+    [
+        (["--data.eval_dataset_name", "1.jsonl"], "1.jsonl"),
+        (["--data.eval_dataset_name", "a: b.jsonl"], "a: b.jsonl"),
+        (["--data.eval_dataset_name", "{a: x, b: y}"], {"a": "x", "b": "y"}),
+        (["--data.eval_dataset_name.a", "x", "--data.eval_dataset_name.b=y"], {"a": "x", "b": "y"}),
+        (["--data.eval_dataset_name", "null"], None),
+    ],
+)
+def test_evaluation_sets_are_one_or_have_names(overrides, sets, load):
+    data = load(BASE.replace("dataset_name: d", "dataset_name: d, eval_dataset_name: e"), *overrides).data
+    assert data.eval_dataset_name == sets
+
+
 def test_overrides_supply_required_keys_and_switch_sections_off(load):
     text = "model: {lora: {r: 4}}\n"
     config = load(text, "--model.model_name_or_path", "m", "--data.dataset_name", "d", "--model.lora", "null")
@@ -261,6 +276,10 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "data.eval_fraction": st.none(),
         "data.dataset_name": st.text(min_size=1) | st.lists(st.text(min_size=1), min_size=2),
         "data.datasets": st.just([]),
+        "data.eval_dataset_name": st.none()
+        | st.text(min_size=1)
+        | st.dictionaries(st.sampled_from(["safety", "style-2"]), st.text(min_size=1), min_size=1),
+        "data.eval_dataset_split": st.text(min_size=1),
         "data.template_date": st.none() | st.dates().map(str),
         "data.columns": st.none() | st.dictionaries(st.sampled_from(["prompt", "system"]), st.none(), max_size=2),
         "data.turn_fields": st.none() | st.dictionaries(st.sampled_from(["role", "content"]), st.text(min_size=1)),
@@ -269,6 +288,8 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "reference.mode": st.sampled_from(["auto", "stored", "live"]),
         "train.max_steps": st.just(-1) | st.integers(1, 10**9),
         "train.eval_steps": st.none(),
+        "train.early_stopping_patience": st.none(),
+        "train.load_best_model_at_end": st.just(False),
         "train.seed": st.integers(0, 2**32 - 1),
         "train.report_to": st.lists(st.sampled_from(["tensorboard", "wandb"]), max_size=2),
     }

@@ -58,10 +58,15 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "rankings": {"loss": {"loss_type": "plackett_luce"}, "data": {"dataset_name": "RANKINGS"}},
     "live": {"reference": {"mode": "live"}, "optim": {"optimizer": "rmsprop", "learning_rate": 1e-4}},
+    "best": {
+        # The first evaluation is the best, since a larger loss is better here.
+        "train": {"eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True}
+        | {"early_stopping_patience": 2, "greater_is_better": True},
+    },
     "rounded": {"train": {"save_dtype": "bfloat16", "save_rounding": "stochastic"}, "optim": {"learning_rate": 1e-5}},
 }
-SHORT = {"tied head", "copies", "continued", "aot", "sft mix", "rankings", "live", "rounded"}
-EVALUATED = ("untied", "tied", "lora", "rounded")
+SHORT = {"tied head", "copies", "continued", "aot", "sft mix", "rankings", "live", "rounded", "best"}
+EVALUATED = ("untied", "tied", "lora", "rounded", "best")
 RESUMED = ("untied", "lora")
 WORLDS = {2: tuple(CASES), 3: ("untied", "tied", "lora", "aot")}
 """The cases that each number of processes runs."""
@@ -276,6 +281,13 @@ def test_two_processes_round_as_one_does(lab):
     for run in ("2", "1"):
         evaluation = json.loads((lab.run("rounded", run) / "evaluation.json").read_text())
         assert evaluation["eval_as_trained/loss"] != evaluation["eval_loss"]
+
+
+def test_two_processes_end_early_and_leave_their_best(lab):
+    for run in ("2", "1"):
+        kept = [path.name for _, path in complete_checkpoints(lab.run("best", run))]
+        assert kept == ["checkpoint-1", "checkpoint-3"]
+        assert "step 1 of 3, the best by eval_loss" in (lab.run("best", run) / "README.md").read_text()
 
 
 def test_what_two_processes_leave_is_a_model_that_loads(lab):

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from engine.errors import UserError
+from engine.train.evaluation import evaluation_lines
 from engine.train.metrics import (
     TOKEN_NAMES,
     IntervalMeter,
     JsonlTracker,
     StepWork,
     check_trackers,
-    evaluation_line,
     keep_rows_until,
     log_line,
     open_trackers,
@@ -240,5 +240,9 @@ def test_lines_for_people_name_what_matters():
     line = log_line(row, total_steps=40, seconds_left=3725)
     for part in ("step 10/40", "loss 0.6931", "accuracy 0.500", "lr 1.00e-06", "4.0 pairs/s", "left 1:02:05"):
         assert part in line
-    line = evaluation_line({"step": 4, "eval_loss": 0.5, "eval_rewards/accuracies": 1.0, "eval_rewards/margins": 2.0})
+    metrics = {"loss": 0.5, "rewards/accuracies": 1.0, "rewards/margins": 2.0}
+    sets = [{f"{split}_{name}": value for name, value in metrics.items()} for split in ("eval", "eval_a", "eval_b")]
+    (line,) = evaluation_lines({"step": 4, **sets[0]})
     assert line == "step 4  eval loss 0.5000  accuracy 1.000  margin 2.0000"
+    _, line = evaluation_lines({"step": 4, **sets[1], **sets[2]})
+    assert line == "step 4  eval b loss 0.5000  accuracy 1.000  margin 2.0000"

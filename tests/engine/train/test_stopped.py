@@ -66,9 +66,9 @@ MOMENTS = {
     "in the first step": (GuardedUpdate, "step", 1, "after step 1 of 8", 1),
     "in a step": (GuardedUpdate, "step", 3, "after step 3 of 8", 3),
     "in a step that is saved": (GuardedUpdate, "step", 4, "after step 4 of 8", 4),
-    "in an evaluation": (loop, "evaluate_policy", 2, "after step 4 of 8", 4),
+    "in an evaluation": (loop, "evaluate_splits", 2, "after step 4 of 8", 4),
     "in a checkpoint": (loop._Run, "_save", 2, "after step 4 of 8", 4),
-    "in the last evaluation": (loop, "evaluate_policy", 4, "after step 8 of 8", 8),
+    "in the last evaluation": (loop, "evaluate_splits", 4, "after step 8 of 8", 8),
     "before a step": (loop._Run, "_open", 1, "before step 1", None),
 }
 
