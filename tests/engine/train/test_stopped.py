@@ -113,13 +113,15 @@ def test_a_checkpoint_that_a_killed_run_had_not_yet_deleted_goes(run_file, whole
     path = run_file("stopped")
     inner = loop.checkpoints.prune_checkpoints
 
-    def killed(output_dir, limit):
+    def killed(output_dir, limit, **options):
         if newest_checkpoint(output_dir)[0] == 8:
             raise KeyboardInterrupt
-        inner(output_dir, limit)
+        inner(output_dir, limit, **options)
 
     with monkeypatch.context() as context:
-        context.setattr(loop.checkpoints, "prune_checkpoints", lambda *a: newest_checkpoint(a[0]) and killed(*a))
+        context.setattr(
+            loop.checkpoints, "prune_checkpoints", lambda *a, **o: newest_checkpoint(a[0]) and killed(*a, **o)
+        )
         assert cli.main(["train", str(path)]) == 130
     assert sorted(p.name for p in (path.parent / "run").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
     assert cli.main(["train", str(path), "--resume"]) == 0
