@@ -221,7 +221,7 @@ class DataConfig:
         name, part = split.removeprefix("eval_"), self.eval_dataset_split
         dataset = self.eval_dataset_name
         if isinstance(dataset, dict):
-            dataset = dataset[name]
+            dataset = dataset.get(name)
         return dataset, part.get(name, "test") if isinstance(part, dict) else part
 
 
