@@ -51,6 +51,7 @@ def train_with_trl(
     adapter_dir: Path | None = None,
     save_to: Path | None = None,
     cuda: bool = False,
+    precompute: bool = True,
     **config_options,
 ) -> TrlRun:
     """Train one epoch or ``max_steps`` steps in source order with ``DPOTrainer``, float32 on the CPU.
@@ -63,6 +64,7 @@ def train_with_trl(
         adapter_dir: the values that the fresh adapter starts with; without ``peft_config``, a trained adapter to
             continue, whose frozen copy TRL takes as the reference.
         save_to: a folder for the trained model, as TRL leaves it.
+        precompute: the reference's log-probs; otherwise it stays beside the policy.
         cuda: on the GPU instead, in bfloat16 with float32 weights.
     """
     import datasets
@@ -83,7 +85,7 @@ def train_with_trl(
         learning_rate=learning_rate,
         max_length=max_length,
         train_sampling_strategy="sequential",
-        precompute_ref_log_probs=True,
+        precompute_ref_log_probs=precompute,
         gradient_checkpointing=gradient_checkpointing,
         use_cpu=not cuda,
         bf16=cuda,

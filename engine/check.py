@@ -86,6 +86,7 @@ def check(config: RunConfig) -> Checked:
             obstacles += _obstacles(look, config)
         if config.data.datasets and split == "train":
             parts.append(_epoch(config, looks))
+    parts += [f"warning: {words}"] if (words := LossTerms(config.loss).caution) else []
     parts += [f"training would stop: {reason}" for reason in obstacles]
     return Checked("\n\n".join(parts), reports, tuple(obstacles))
 

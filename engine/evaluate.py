@@ -71,6 +71,7 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     for dataset in datasets.values():
         fits(dataset, in_rows=policy.layout.in_rows or trained.layout.in_rows)
         objective.check_dataset(dataset)
+    config = _fixed_reference(config)
     references = prepare_references(config, policy, objective, datasets, say=log.info)
     objective.live_reference = references.live
     values = evaluate_splits(trained, datasets, objective, config, lookup=references.lookup, progress=True)
@@ -78,6 +79,14 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     if distributed.is_main() and model_path is not None and (Path(model_path) / METRICS_FILE).exists():
         write_evaluation(Path(model_path), values | _as_trained(Path(model_path), values), elsewhere=_RERUN)
     return values
+
+
+def _fixed_reference(config: RunConfig) -> RunConfig:
+    """With the reference before training, which is what is known of one that training moved."""
+    if not config.reference.sync_ref_model:
+        return config
+    log.info("reference.sync_ref_model: the reference is the one before training; the run's own evaluations moved it")
+    return replace(config, reference=replace(config.reference, sync_ref_model=False))
 
 
 def _date_of(run: Path) -> str | None:

@@ -121,6 +121,8 @@ def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset])
     """The reference exactly as training loads it, so that both find the same rows of the store."""
     if REFERENCE_FREE_LOSSES.issuperset(config.loss.loss_types):
         raise UserError(f"loss.loss_type {config.loss.loss_name} needs no reference; there is nothing to compute")
+    if config.reference.sync_ref_model:
+        raise UserError("reference.sync_ref_model moves the reference in training; there is nothing to compute before")
     device, rows = resolve_device(), list(datasets.values())
     if config.reference.model_name_or_path is not None:
         policy = load_reference(config, device, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import shlex
@@ -15,6 +16,7 @@ import yaml
 
 from engine import cli, commands
 from engine.config import load_config
+from engine.config.losses import LossConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -127,3 +129,15 @@ def test_a_converted_file_is_explained_as_the_guide_says(tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init", "--from", "trl.yaml"]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_every_option_of_the_loss_is_held_by_a_test_that_there_is():
+    page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    table = page.partition("## Options of the loss")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    named = {name for keys, _, _ in rows for name in re.findall(r"`(?:\w+\.)?(\w+)", keys)}
+    assert {f.name for f in dataclasses.fields(LossConfig)} <= named
+    assert {"sync_ref_model", "mask_pattern", "weight", "margin", "save_steps"} <= named
+    for _, _, held in rows:
+        file, _, function = held.strip().partition(": ")
+        assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), held

@@ -209,6 +209,16 @@ class _Converter(ModelKeys):
 
     def _reference(self) -> None:
         precomputed = self.trl.take("precompute_ref_log_probs")
+        moves = self.trl.flag("sync_ref_model")
+        options = {key: self.trl.take(key) for key in ("ref_model_mixup_alpha", "ref_model_sync_steps")}
+        given = {"sync_ref_model": moves, **{key: value for key, value in options.items() if value is not None}}
+        for key in given if moves else list(given)[1:]:
+            self._same(key, f"-> reference.{key}" if moves else "no effect without sync_ref_model")
+        if moves:
+            self.result.values["reference"] |= {"mode": "live", **given}
+            if precomputed:
+                self._stop("sync_ref_model", "TRL refuses it beside precompute_ref_log_probs")
+            return
         self.result.values["reference"]["mode"] = "auto"
         if precomputed:
             self._same("precompute_ref_log_probs", "-> reference.mode auto: stored by row and reused by later runs")

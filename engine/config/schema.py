@@ -304,6 +304,21 @@ class ReferenceConfig:
     reference model beside the policy; ``none`` is for losses without a reference."""
     model_name_or_path: str | None = None
     """Defaults to the model that is trained, as it is before step 1."""
+    sync_ref_model: bool = False
+    """Move the reference towards the policy while training (TR-DPO): a live second model, so not with adapters."""
+    ref_model_mixup_alpha: float = 0.6
+    """Share of the policy in the new reference, where it is moved."""
+    ref_model_sync_steps: int = 512
+    """Optimizer steps between two moves of the reference."""
+
+    def __post_init__(self) -> None:
+        alpha, steps = self.ref_model_mixup_alpha, self.ref_model_sync_steps
+        _require(0 < alpha <= 1, f"reference.ref_model_mixup_alpha must be in (0, 1], got {alpha}")
+        _require(steps > 0, f"reference.ref_model_sync_steps must be positive, got {steps}")
+        _require(
+            not self.sync_ref_model or self.mode in ("auto", "live"),
+            f"reference.sync_ref_model moves the reference, so it cannot be {self.mode}: set reference.mode to live",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +337,16 @@ class RunConfig:
         _require(
             self.reference.mode != "none" or REFERENCE_FREE_LOSSES.issuperset(self.loss.loss_types),
             f"reference.mode none does not fit loss.loss_type {self.loss.loss_name}, which compares with a reference",
+        )
+        moves = self.reference.sync_ref_model
+        _require(
+            not (moves and self.model.trains_adapter),
+            "reference.sync_ref_model needs a second model, and with adapters the reference is the model with them "
+            "off: set reference.sync_ref_model to false, or train without adapters",
+        )
+        _require(
+            not (moves and REFERENCE_FREE_LOSSES.issuperset(self.loss.loss_types)),
+            f"reference.sync_ref_model has no meaning for loss.loss_type {self.loss.loss_name}, which has no reference",
         )
         _require(
             self.train.eval_steps is None or self.data.has_evaluation,

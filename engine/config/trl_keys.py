@@ -75,7 +75,7 @@ _same("set it in the shell", "env")
 _same("TRL's DPO does not read it", "label_smoothing_factor lora_task_type")
 _same(
     "the key has no effect without the one it belongs to",
-    "ref_model_mixup_alpha ref_model_sync_steps metric_for_best_model greater_is_better",
+    "metric_for_best_model greater_is_better",
 )
 _same("removed from TRL; evaluation here generates no text", "generate_during_eval")
 _same(
@@ -88,7 +88,6 @@ _same("removed from TRL; give tools in the messages or in a Jinja file for data.
 NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
     "disable_dropout": ((True,), "dropout in the model is always off; it would make policy and reference differ"),
     "loss_weights": ((None,), "one weight for one loss; scale optim.learning_rate instead"),
-    "sync_ref_model": ((False,), "the reference is fixed; moving it towards the policy (TR-DPO) is not supported"),
     "reference_free": ((False,), "removed from TRL; losses without a reference are simpo, orpo and cpo"),
     "max_prompt_length": ((None,), "removed from TRL; only data.max_length cuts, from the end of the response"),
     "max_completion_length": ((None,), "removed from TRL; only data.max_length cuts, from the end of the response"),
@@ -125,15 +124,22 @@ PRECIOUS = _words(
 )
 """Keys that a misspelt key near them stops for: model, dtype, adapters, data, length, balance of experts."""
 
-COMPARED = dict.fromkeys(
-    _words("max_length padding_free precompute_ref_log_probs"),
-    "tests/parity/test_trl_trajectory.py: test_twenty_steps_equal_trl",
-) | dict.fromkeys(
-    _words(
-        "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing use_peft lora_r lora_alpha "
-        "lora_target_modules"
-    ),
-    "tests/parity/test_trl_variants.py: test_twenty_steps_equal_trl",
+COMPARED = (
+    dict.fromkeys(
+        _words("max_length padding_free precompute_ref_log_probs"),
+        "tests/parity/test_trl_trajectory.py: test_twenty_steps_equal_trl",
+    )
+    | dict.fromkeys(
+        _words(
+            "per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing use_peft lora_r lora_alpha "
+            "lora_target_modules"
+        ),
+        "tests/parity/test_trl_variants.py: test_twenty_steps_equal_trl",
+    )
+    | dict.fromkeys(
+        _words("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"),
+        "tests/parity/test_trl_variants.py: test_a_reference_that_moves_equals_trl",
+    )
 )
 """Keys whose meaning here a test compares with a run of TRL."""
 
@@ -166,7 +172,7 @@ _converted(
 )
 _converted("loss_type loss_weights label_smoothing precompute_ref_log_probs")
 _converted(" ".join(LOSS_OPTIONS))
-_converted("lora_modules_to_save")
+_converted("lora_modules_to_save sync_ref_model ref_model_mixup_alpha ref_model_sync_steps")
 _converted(
     "optim learning_rate lr_scheduler_type lr_scheduler_kwargs weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm warmup_steps warmup_ratio"

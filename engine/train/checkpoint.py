@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from . import sharded
 from .optimizer_state import page_state, slots_of, state_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+REFERENCE_FILE = "reference.safetensors"
 RANDOM_FILE = "random_state.safetensors"
 RANK_RANDOM_FILE = "random_state.{rank:05d}.safetensors"
 FORMAT = 2
@@ -124,28 +125,29 @@ def refuse_other_run(output_dir: Path) -> None:
         )
 
 
-def save_checkpoint(
-    output_dir: Path,
-    *,
-    step: int,
-    policy: Policy,
-    tokenizer: Any,
-    optimizer: torch.optim.Optimizer,
-    names: list[str],
-    state: dict[str, Any],
-    stopped: bool = False,
-) -> Path:
+class Saved(NamedTuple):
+    """What a checkpoint holds of a run, beside numbers."""
+
+    policy: Policy
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    names: list[str]
+    """Of the parameters, in the order of the optimizer."""
+    reference: Policy | None = None
+    """A reference model that training moves."""
+
+
+def save_checkpoint(output_dir: Path, saved: Saved, *, step: int, state: dict[str, Any], stopped: bool = False) -> Path:
     """Write ``checkpoint-<step>``; it is durable and complete when this returns. Every rank must call it.
 
     Args:
         stopped: whether it is one that goes when a later one is there.
-        names: parameter names in the order of the optimizer.
         state: JSON values that come back from ``load_state``.
 
     Raises:
         UserError: the disk is full or not writable; older checkpoints are untouched.
     """
-    tensors, groups = _optimizer_tensors(optimizer, names)
+    tensors, groups = _optimizer_tensors(saved.optimizer, saved.names)
     random_tensors, python_random = _random_state()
     ranks = distributed.size()
     python_states = distributed.gather(python_random)
@@ -155,11 +157,13 @@ def save_checkpoint(
         if ranks > 1:
             distributed.barrier()
             save_file(random_tensors, folder / RANK_RANDOM_FILE.format(rank=distributed.rank()))
-            sharded.save(folder, policy, tensors)
+            sharded.save(folder, saved.policy, tensors, saved.reference)
         else:
-            save_weights(policy, folder)
-            tokenizer.save_pretrained(folder)
+            save_weights(saved.policy, folder)
+            saved.tokenizer.save_pretrained(folder)
             save_file(tensors, folder / OPTIMIZER_FILE)
+            if saved.reference is not None:
+                save_file(_parameters(saved.reference), folder / REFERENCE_FILE)
             save_file(random_tensors, folder / RANDOM_FILE)
         if distributed.is_main():
             record = {"format": FORMAT, "step": step, "ranks": ranks, **state, "param_groups": groups}
@@ -175,6 +179,10 @@ def save_checkpoint(
             fill(temporary_path(path))
     distributed.barrier()
     return path
+
+
+def _parameters(policy: Policy) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
 
 
 @contextmanager
@@ -249,6 +257,16 @@ def load_adapter(policy: Policy, path: Path) -> None:
         policy.model, adapter_name=TRAINED, save_embedding_layers=False
     ).items():
         distributed.copy_full(tensor, saved[name])
+
+
+def load_reference(path: Path, state: Mapping[str, Any], reference: Policy) -> None:
+    """Restore a reference model that training moves, bit for bit."""
+    if is_sharded(state):
+        sharded.load(path, reference, prefix=sharded.REFERENCE)
+        return
+    stored = load_file(path / REFERENCE_FILE)
+    for name, parameter in _parameters(reference).items():
+        distributed.copy_full(parameter, stored[name])
 
 
 def load_optimizer(path: Path, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, names: list[str]) -> None:

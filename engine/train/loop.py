@@ -26,6 +26,7 @@ from . import checkpoint as checkpoints
 from . import sharded
 from .best import Best
 from .by_source import SourceMeter
+from .checkpoint import Saved
 from .evaluation import evaluate_splits, evaluation_lines, format_evaluation, scalar_metrics, write_evaluation
 from .evidence import Evidence
 from .export import Origin, export_model, package_versions
@@ -136,6 +137,8 @@ class _Run:
         path, state = start.path, start.state
         self._load_weights(path, state)
         checkpoints.load_optimizer(path, state, self.optimizer, self.names)
+        if (reference := self.setup.references.moving) is not None:
+            checkpoints.load_reference(path, state, reference)
         self._restore_schedule(start)
         self.meter.load(state["meter"])
         self.by_source.load(state.get("by_source", []))
@@ -249,6 +252,7 @@ class _Run:
             self.by_source.add(scored, step.sources)
             self.evidence.add(step, scored, means[0], grad_norm)
             self.done, self.epoch = step.number, step.epoch
+            self._move_reference()
             evaluate_now = self._evaluates_at(step.number)
             # An evaluation may end the run, and its last step has a line.
             log_now = self._due("logging_steps", step.number) or (evaluate_now and self.best.patience is not None)
@@ -265,6 +269,12 @@ class _Run:
                 log.info("%s", self.best.words)
                 break
         self.meter.watch.stop()
+
+    def _move_reference(self) -> None:
+        """Where ``reference.sync_ref_model`` asks for it after the step that is done."""
+        r = self.config.reference
+        if r.sync_ref_model and self.done % r.ref_model_sync_steps == 0:
+            self.setup.references.move(self.policy, r.ref_model_mixup_alpha)
 
     def _evaluates_at(self, step: int) -> bool:
         # Shares of all steps are rounded, so a checkpoint may fall between two evaluations.
@@ -380,11 +390,8 @@ class _Run:
         }
         path = checkpoints.save_checkpoint(
             self.output_dir,
+            Saved(self.policy, self.setup.tokenizer, self.optimizer, self.names, self.setup.references.moving),
             step=self.done,
-            policy=self.policy,
-            tokenizer=self.setup.tokenizer,
-            optimizer=self.optimizer,
-            names=self.names,
             state=state,
             stopped=stopped,
         )

@@ -66,6 +66,15 @@ class References:
     """fp32 [S] of a batch, without gradients."""
     weights: str | None = None
     """``weights_digest`` of a reference model that the configuration names."""
+    moving: Policy | None = None
+    """A live second model that training moves (``reference.sync_ref_model``)."""
+
+    def move(self, policy: Policy, share: float) -> None:
+        """reference = (1 - share) * reference + share * policy. TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656."""
+        assert self.moving is not None
+        with torch.no_grad():
+            for old, new in zip(self.moving.parameters(), policy.parameters(), strict=True):
+                old.mul_(1 - share).add_(new, alpha=share)
 
     def lookup(self, name: str) -> Callable[[Pack], np.ndarray] | None:
         return self.tables[name].lookup if name in self.tables else None
@@ -81,7 +90,7 @@ def resolve_mode(config: RunConfig, objective: Objective) -> Mode:
     if objective.needs_reference:
         if mode == "none":
             raise UserError(f"reference.mode none does not fit loss.loss_type {loss}, which compares with a reference")
-        return "live" if mode == "live" else "stored"
+        return "live" if mode == "live" or config.reference.sync_ref_model else "stored"
     if mode in ("stored", "live"):
         raise UserError(f"loss.loss_type {loss} has no reference: set reference.mode to none or auto, not {mode}")
     return "none"
@@ -110,7 +119,7 @@ def prepare_references(
     if mode == "none":
         return References("none", "none: the loss has no reference", {})
     if mode == "live":
-        return _live_references(config, objective, policy, datasets)
+        return _live_references(config, objective, policy, datasets, say)
     columns = {name: import_columns(dataset) for name, dataset in datasets.items()}
     for name, sums in columns.items():
         what = "loss.ld_alpha weighs" if objective.ld_alpha is not None else "rows with a mask or weights weigh"
@@ -214,7 +223,11 @@ def load_reference(config: RunConfig, device: torch.device, datasets: Sequence[P
 
 
 def _live_references(
-    config: RunConfig, objective: Objective, policy: Policy, datasets: dict[str, PreferenceDataset]
+    config: RunConfig,
+    objective: Objective,
+    policy: Policy,
+    datasets: dict[str, PreferenceDataset],
+    say: Callable[[str], None],
 ) -> References:
     other = config.reference.model_name_or_path
     if policy.has_adapter and other is None:
@@ -225,10 +238,37 @@ def _live_references(
     frozen.eval()
     name = other or config.model.model_name_or_path
     weights = None if other is None else weights_digest(frozen)
-    live = References(
-        "live", f"live: a frozen second model, {name}", {}, live=lambda b: _live_sums(frozen, b, objective)
+    moves = config.reference.sync_ref_model
+    if moves:
+        _check_same_shape(frozen, policy, name)
+        if any(group.ref_logps is not None for dataset in datasets.values() for group in dataset):
+            say("columns of reference log-probs are not read: reference.sync_ref_model moves the reference")
+    return References(
+        "live",
+        f"live: {_second_model_words(config)}, {name}",
+        {},
+        live=lambda b: _live_sums(frozen, b, objective),
+        weights=weights,
+        moving=frozen if moves else None,
     )
-    return replace(live, weights=weights)
+
+
+def _second_model_words(config: RunConfig) -> str:
+    r = config.reference
+    if not r.sync_ref_model:
+        return "a frozen second model"
+    share, steps = r.ref_model_mixup_alpha, r.ref_model_sync_steps
+    return f"a second model, moved towards the policy by {share:g} every {steps:,} steps"
+
+
+def _check_same_shape(reference: Policy, policy: Policy, name: str) -> None:
+    """Raise a ``UserError`` unless the weights of two models can be mixed."""
+    ours, theirs = ({n: (p.shape, p.dtype) for n, p in m.model.named_parameters()} for m in (policy, reference))
+    if ours != theirs:
+        raise UserError(
+            f"reference.sync_ref_model mixes weights, and those of reference.model_name_or_path={name} are not those "
+            "of the trained model by name and shape: name another, or set reference.sync_ref_model to false"
+        )
 
 
 def _live_sums(policy: Policy, batch: PackedBatch, objective: Objective) -> Tensor:

@@ -43,11 +43,10 @@ from .optimizer import METRIC_SCHEDULES, check_optimizer, check_schedule, warn_o
 from .references import References, check_first_loss, prepare_references, resolve_mode
 from .resume import Start, check_balance, check_base, check_data, check_reference
 from .storage import check_disk
+from .terms import LossTerms
 from .throughput import FlopModel, measure_matmul_rate
 
 _LENGTHS_SAVED = 50_000
-
-LOW_SIMPO_BETA = 0.5
 
 OnData = Callable[[dict[str, PreferenceDataset], torch.device], None]
 """Told of a run's data and device before anything is loaded on it."""
@@ -99,12 +98,8 @@ def check_settings(config: RunConfig) -> None:
         raise UserError(f"optim.lr_scheduler_type {config.optim.lr_scheduler_type} needs train.eval_steps")
     check_metric(config)
     resolve_mode(config, Objective(config.loss))
-    if "simpo" in config.loss.loss_types and config.loss.beta <= LOW_SIMPO_BETA:
-        log.warning(
-            "loss.beta %g is small for simpo, which compares log-probs per token: its authors take 2 to 10, and the "
-            "default of 0.1 is that of losses of whole responses",
-            config.loss.beta,
-        )
+    if (words := LossTerms(config.loss).caution) is not None:
+        log.warning("%s", words)
 
 
 def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | None = None) -> Setup:

@@ -1,8 +1,9 @@
 """The part of a checkpoint that several processes write together: model and optimizer state, each its own shards.
 
 ``torch.distributed.checkpoint`` plans who writes what and puts the shards together again for any number of processes;
-the files are safetensors, in the layout of its Hugging Face writer. Tensors are named ``model/<parameter>`` and
-``optimizer/<slot>/<parameter>``. With adapters only what is trained is stored; the base has not changed.
+the files are safetensors, in the layout of its Hugging Face writer. Tensors are named ``model/<parameter>``,
+``optimizer/<slot>/<parameter>`` and, of a reference that training moves, ``reference/<parameter>``. With adapters only
+what is trained is stored; the base has not changed.
 """
 
 from __future__ import annotations
@@ -22,23 +23,33 @@ from ..model import Policy
 from ..model.sources import SHARDS
 
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
+REFERENCE = "reference/"
 
 
-def save(folder: Path, policy: Policy, optimizer_tensors: Mapping[str, Tensor]) -> None:
+def save(
+    folder: Path, policy: Policy, optimizer_tensors: Mapping[str, Tensor], reference: Policy | None = None
+) -> None:
     """Write the shards of this process below ``folder``; when it returns on rank 0, those of all processes are there.
 
     Args:
         optimizer_tensors: by ``<slot>/<parameter>``.
+        reference: one that training moves.
     """
     state = _model_tensors(policy) | {_OPTIMIZER + name: tensor for name, tensor in optimizer_tensors.items()}
+    if reference is not None:
+        state |= _model_tensors(reference, REFERENCE)
     writer = dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
     with _own_errors():
         dcp.save(state, storage_writer=writer)
 
 
-def load(path: Path, policy: Policy) -> None:
-    """Load the weights of a checkpoint into ``policy``, bit for bit."""
-    _load(path, _model_tensors(policy))
+def load(path: Path, policy: Policy, *, prefix: str = _MODEL) -> None:
+    """Load the weights of a checkpoint into ``policy``, bit for bit.
+
+    Args:
+        prefix: ``REFERENCE`` for those of the reference.
+    """
+    _load(path, _model_tensors(policy, prefix))
 
 
 def load_optimizer(path: Path, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -58,9 +69,9 @@ def load_optimizer(path: Path, params: Mapping[str, Tensor]) -> dict[str, Tensor
     return {key.removeprefix(_OPTIMIZER): tensor for key, tensor in state.items()}
 
 
-def _model_tensors(policy: Policy) -> dict[str, Tensor]:
+def _model_tensors(policy: Policy, prefix: str = _MODEL) -> dict[str, Tensor]:
     named = policy.model.named_parameters()
-    return {_MODEL + name: p.detach() for name, p in named if p.requires_grad or not policy.has_adapter}
+    return {prefix + name: p.detach() for name, p in named if p.requires_grad or not policy.has_adapter}
 
 
 def _load(path: Path, state: dict[str, Tensor]) -> None:

@@ -68,6 +68,8 @@ def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> Di
         model += tensor.numel() * dtypes.get(name, tensor.dtype).itemsize
         weights += tensor.numel() * tensor.dtype.itemsize
         state += tensor.numel() * _STATE_BYTES[config.optim.optimizer] if tensor.requires_grad else 0
+    if config.reference.sync_ref_model:
+        weights *= 2
     due = len(save_points(config.train.every("save_steps", total), done=done, total=total))
     limit = config.train.save_total_limit
     if limit is not None and config.train.load_best_model_at_end:

@@ -9,6 +9,7 @@ from ..data.groups import PreferenceDataset
 from ..errors import UserError
 
 RANKING_LOSS = "plackett_luce"
+LOW_SIMPO_BETA = 0.5
 
 
 class LossTerms:
@@ -24,6 +25,16 @@ class LossTerms:
     @property
     def needs_reference(self) -> bool:
         return self.mix is None or self.mix.needs_reference
+
+    @property
+    def caution(self) -> str | None:
+        """What of the configuration is hardly meant; None for nothing."""
+        if "simpo" not in self.config.loss_types or self.config.beta > LOW_SIMPO_BETA:
+            return None
+        return (
+            f"loss.beta {self.config.beta:g} is small for simpo, which compares log-probs per token: its authors take "
+            "2 to 10, and the default of 0.1 is that of losses of whole responses"
+        )
 
     @property
     def couples_pairs(self) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from engine.check import check
 from engine.config.schema import DataConfig, LossConfig, ModelConfig, RunConfig
 from engine.errors import UserError
+from engine.train.setup import check_settings
 from tests.engine.conftest import preference_rows
 
 
@@ -125,3 +126,13 @@ def test_numbers_of_rows_are_told_and_those_without_a_meaning_end_it(tiny_model_
     assert [reason.partition(": ")[2] for reason in found.obstacles] == ["1 of 4 rows cannot be used (bad_weight)"]
     refused = check(replace(config, loss=LossConfig(loss_type="apo_zero")))
     assert "rows have a column margin, which has no meaning for loss.loss_type apo_zero" in refused.obstacles[-1]
+
+
+def test_a_beta_of_whole_responses_is_warned_of_with_simpo(tiny_model_dir, pairs_jsonl, caplog):
+    config = run_config(tiny_model_dir, dataset_name=str(pairs_jsonl))
+    for beta, warned in ((0.1, True), (2.0, False)):
+        changed = replace(config, loss=LossConfig(loss_type="simpo", beta=beta))
+        words = f"loss.beta {beta:g} is small for simpo, which compares log-probs per token"
+        caplog.clear()
+        check_settings(changed)
+        assert (words in caplog.text) == (f"warning: {words}" in check(changed).text) == warned

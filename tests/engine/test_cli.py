@@ -151,6 +151,7 @@ def test_missing_models_data_and_runs(refused, run_file, tmp_path):
     assert "tokens_per_pack" in refused("plan", run_file, "--packing.tokens_per_pack", "4")
     assert "--export" in refused("precompute", run_file, "--export", tmp_path / "rows.csv")
     assert "no reference" in refused("precompute", run_file, "--loss.loss_type", "orpo")
+    assert "there is nothing to compute" in refused("precompute", run_file, "--reference.sync_ref_model", "true")
 
 
 def _raise(error: BaseException):

@@ -6,6 +6,7 @@ The values are compared as in ``test_trl_trajectory``: within 1e-4 of the larges
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 """Keys of ``loss`` under TRL's names."""
+PAIRWISE = {
+    **{"hinge": 1.0, "ipo": 0.02, "exo_pair": 1.0, "nca_pair": 1.0, "robust": 0.5, "bco_pair": 0.7, "sppo_hard": 0.01},
+    **{"apo_zero": 1.0, "apo_down": 0.5, "discopop": 0.8, "sigmoid_norm": 0.6, "sft": 0.3},
+}
+"""Losses of TRL that take pairs alone, with weights that leave each its part."""
+OPTIONS["every other loss of pairs"] = {
+    **{"loss_type": list(PAIRWISE), "loss_weights": list(PAIRWISE.values())},
+    **{"label_smoothing": 0.1, "discopop_tau": 0.1, "beta": 0.2},
+}
+OPTIONS["losses that couple pairs"] = {
+    **{"loss_type": ["aot", "aot_unpaired"], "loss_weights": [0.4, 1.0], "label_smoothing": 0.1},
+}
 GENTLE = {"forward KL", "alpha-divergence"}
 """Their scores are exponentials: at the full learning rate gradients of hundreds carry rounding along."""
 
@@ -100,7 +113,7 @@ def make_config(model_dir: Path, data_file: Path, tmp_path: Path):
             "packing": {"pairs_per_step": PAIRS, "shuffle": False, **variant.get("packing", {})},
             "loss": variant.get("loss", {}),
             "optim": {"learning_rate": variant.get("learning_rate", LEARNING_RATE)},
-            "reference": {"store": str(tmp_path / "store")},
+            "reference": {"store": str(tmp_path / "store"), **variant.get("reference", {})},
             "train": {
                 **{"output_dir": str(tmp_path / "run"), "max_steps": STEPS, "logging_steps": 1, "report_to": []},
                 **variant.get("train", {}),
@@ -188,6 +201,36 @@ def test_options_of_the_loss_equal_trl(name, make_config, model_dir, data_file, 
     )
 
 
+MOVES = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 3}
+
+
+def test_a_reference_that_moves_equals_trl(make_config, model_dir, data_file, tmp_path, monkeypatch):
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    mix, shares = SyncRefModelCallback._sync_target_model, []
+
+    def counted(model, target, share):
+        shares.append(share)
+        mix(model, target, share)
+
+    monkeypatch.setattr(SyncRefModelCallback, "_sync_target_model", staticmethod(counted))
+    train(make_config({"packing": SMALL_PACKS, "reference": MOVES}))
+    trl_run = run_trl(model_dir, data_file, tmp_path, precompute=False, **MOVES)
+    assert_same_trajectory(tmp_path / "run", trl_run)
+    assert shares == [0.3] * (STEPS // 3)
+
+
+def test_every_loss_of_trl_has_a_run():
+    from trl import DPOConfig
+
+    _, _, text = DPOConfig.__doc__.partition("loss_type (`list[str]`")
+    named = re.findall(r"`'(\w+)'`", text.partition("loss_weights (`")[0])
+    runs = {name for options in OPTIONS.values() for name in options.get("loss_type", ["sigmoid"])}
+    runs |= {options["loss_type"] for options in OPTIONS.values() if isinstance(options.get("loss_type"), str)}
+    assert len(named) >= 14
+    assert set(named) <= runs
+
+
 def test_a_continued_adapter_equals_trl(make_config, model_dir, data_file, tmp_path):
     """Both keep a frozen copy of the trained adapter as the reference."""
     config = make_config({"lora": LORA})
@@ -205,8 +248,8 @@ def test_a_continued_adapter_equals_trl(make_config, model_dir, data_file, tmp_p
 
 
 def test_two_processes_equal_one_of_trl(make_config, model_dir, data_file, tmp_path):
-    """Sharded training of all weights and of adapters, in one start of two processes."""
-    runs = {"full": {}, "adapters": {"lora": LORA}}
+    """Sharded training of all weights, of adapters, and beside a reference that moves, in one start of both."""
+    runs = {"full": {}, "adapters": {"lora": LORA}, "moving": {"reference": MOVES}}
     configs = {
         name: make_config({**variant, "train": {"output_dir": str(tmp_path / name)}}) for name, variant in runs.items()
     }
@@ -222,3 +265,5 @@ def test_two_processes_equal_one_of_trl(make_config, model_dir, data_file, tmp_p
     adapters = run_trl(model_dir, data_file, tmp_path / "trl-adapters", **options)
     assert_same_trajectory(tmp_path / "adapters", adapters)
     assert_same_adapter(tmp_path / "adapters", adapters)
+    moving = run_trl(model_dir, data_file, tmp_path / "trl-moving", precompute=False, **MOVES)
+    assert_same_trajectory(tmp_path / "moving", moving)

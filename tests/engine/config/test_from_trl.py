@@ -184,6 +184,20 @@ def test_trained_copies_beside_adapters_are_kept(load):
     assert config.model.lora.modules_to_save == ("lm_head", "embed_tokens")
 
 
+def test_a_reference_that_moves_is_kept(load, convert):
+    moves = MINIMAL + "sync_ref_model: true\nref_model_sync_steps: 64\n"
+    reference = load(moves).reference
+    assert (reference.mode, reference.sync_ref_model, reference.ref_model_sync_steps) == ("live", True, 64)
+    assert reference.ref_model_mixup_alpha == 0.6
+    assert load(MINIMAL + "ref_model_sync_steps: 64\n").reference.mode == "auto"
+    for text, part in (
+        ("precompute_ref_log_probs: true\n", "TRL refuses it beside precompute_ref_log_probs"),
+        ("use_peft: true\n", "sync_ref_model needs a second model"),
+    ):
+        with pytest.raises(UserError, match=part):
+            convert(moves + text)
+
+
 def test_added_losses_keep_their_weights(load):
     config = load(MINIMAL + "loss_type: [sigmoid, bco_pair, sft]\nloss_weights: [0.8, 0.2, 1]\n")
     assert config.loss.loss_type == ("sigmoid", "bco_pair", "sft")

@@ -286,6 +286,8 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "data.mask_pattern": st.none() | st.sampled_from(["a+", r"\*"]),
         "data.roles": st.none() | st.dictionaries(st.text(), st.text()),
         "reference.mode": st.sampled_from(["auto", "stored", "live"]),
+        "reference.sync_ref_model": st.just(False),
+        "reference.ref_model_mixup_alpha": st.floats(0.1, 1),
         "train.max_steps": st.just(-1) | st.integers(1, 10**9),
         "train.eval_steps": st.none(),
         "train.early_stopping_patience": st.none(),

@@ -11,6 +11,7 @@ import torch
 
 from dpo_kernels import LOSS_TYPES, preference_loss
 from dpo_kernels.losses import ALIASES
+from engine.config import build_config
 from engine.config.fields import dataclass_in, iter_keys, type_hints
 from engine.config.help import config_help, field_docs
 from engine.config.losses import (
@@ -28,6 +29,7 @@ from engine.config.schema import (
     SchedulerType,
     TrainConfig,
 )
+from engine.errors import UserError
 
 PAIR_LOSSES = tuple(name for name in typing.get_args(LossType) if name not in ("plackett_luce", *LOSS_ALIASES))
 
@@ -74,6 +76,27 @@ def test_names_of_others_are_one_loss():
 def test_options_that_a_loss_does_not_take(options, message):
     with pytest.raises(ValueError, match=message):
         LossConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"reference": {"mode": "stored"}}, "sync_ref_model moves the reference, so it cannot be stored: set"),
+        ({"reference": {"mode": "none"}, "loss": {"loss_type": "simpo"}}, "cannot be none: set reference.mode to live"),
+        ({"model": {"lora": {"r": 4}}}, "reference.sync_ref_model needs a second model, and with adapters the ref"),
+        ({"model": {"adapter_name_or_path": "a"}}, "reference.sync_ref_model needs a second model, and with adapters"),
+        ({"loss": {"loss_type": "simpo"}}, "reference.sync_ref_model has no meaning for loss.loss_type simpo, which"),
+        ({"reference": {"ref_model_mixup_alpha": 0}}, r"reference.ref_model_mixup_alpha must be in \(0, 1\], got 0"),
+        ({"reference": {"ref_model_sync_steps": 0}}, "reference.ref_model_sync_steps must be positive, got 0"),
+    ],
+)  # fmt: skip
+def test_a_reference_that_cannot_move(sections, message):
+    values = {"model": {"model_name_or_path": "m"}, "data": {"dataset_name": "d"}}
+    for name, section in {"reference": {}, **sections}.items():
+        values[name] = {**values.get(name, {}), **section}
+    values["reference"]["sync_ref_model"] = True
+    with pytest.raises(UserError, match=message):
+        build_config(values, "test")
 
 
 @pytest.mark.parametrize("steps", [500, 0.5, 0.07, 1])

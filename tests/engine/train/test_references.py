@@ -158,3 +158,24 @@ def test_reference_columns_of_the_data_are_used_and_checked(make_config, rows_of
             train(config)
             assert_same_trajectory(rows_of(config), stored)
             assert not (tmp_path / "unused").exists()
+
+
+def test_a_reference_moves_by_its_share(loaded, make_config, other_model, caplog):
+    _, policy, dataset = loaded
+    moves = {"sync_ref_model": True, "model_name_or_path": str(other_model)}
+    config = make_config(reference=moves)
+    assert resolve_mode(config, Objective(config.loss)) == "live"
+    references = prepare_references(config, policy, Objective(config.loss), {"train": dataset}, say=print)
+    assert references.source.startswith("live: a second model, moved towards the policy by 0.6 every 512 steps, ")
+    before = [p.clone() for p in references.moving.parameters()]
+    references.move(policy, 0.3)
+    for old, now, new in zip(before, references.moving.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(now.double(), 0.7 * old.double() + 0.3 * new.double(), rtol=1e-6, atol=1e-8)
+        assert not now.requires_grad
+
+
+def test_a_reference_of_another_shape_does_not_move(loaded, make_config, tiny_mixture_dir):
+    _, policy, dataset = loaded
+    config = make_config(reference={"sync_ref_model": True, "model_name_or_path": str(tiny_mixture_dir)})
+    with pytest.raises(UserError, match=r"sync_ref_model mixes weights, and those of reference\.model_name_or_path=.*"):
+        prepare_references(config, policy, Objective(config.loss), {"train": dataset}, say=print)

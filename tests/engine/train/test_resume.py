@@ -79,9 +79,10 @@ def assert_resumes_exactly(make_config, tmp_path, monkeypatch, **sections) -> No
         {"model": {"lora": {"r": 4, "dropout": 0.3}}},
         {"model": {"lora": {"r": 4, "target_modules": ["v_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}}},
         {"model": {"dtype": "bfloat16"}, "loss": {"loss_type": "aot"}},
+        {"reference": {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.4}},
         {"optim": {"optimizer": "rmsprop", "lr_scheduler_type": "cosine", "warmup_steps": 3, "learning_rate": 1e-4}},
     ],
-    ids=["lora with dropout", "adapted head and copies", "bfloat16 and coupled pairs", "rmsprop"],
+    ids=["lora with dropout", "adapted head and copies", "bfloat16 and coupled pairs", "a moving reference", "rmsprop"],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(sections, make_config, tmp_path, monkeypatch):
     assert_resumes_exactly(make_config, tmp_path, monkeypatch, **sections)
@@ -381,9 +382,9 @@ def test_old_checkpoints_go_only_when_the_next_one_is_there(make_config, tmp_pat
 
     save, seen = checkpoint.save_checkpoint, []
 
-    def spy(output_dir, **arguments):
+    def spy(output_dir, saved, **arguments):
         seen.append([step for step, _ in complete_checkpoints(output_dir)])
-        return save(output_dir, **arguments)
+        return save(output_dir, saved, **arguments)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", spy)
     train(config)

@@ -23,17 +23,18 @@ def tensor_bytes(folder) -> int:
 
 
 @pytest.mark.parametrize(
-    ("model", "optimizer", "train_section"),
+    ("model", "optimizer", "train_section", "reference"),
     [
-        ({}, "adamw", {}),
-        ({}, "rmsprop", {"save_dtype": "bfloat16"}),
-        ({"lora": {"r": 4}}, "adamw", {"save_dtype": "bfloat16"}),
-        ({"dtype": "bfloat16"}, "adamw", {}),
+        ({}, "adamw", {}, {}),
+        ({}, "rmsprop", {"save_dtype": "bfloat16"}, {}),
+        ({"lora": {"r": 4}}, "adamw", {"save_dtype": "bfloat16"}, {}),
+        ({"dtype": "bfloat16"}, "adamw", {}, {"sync_ref_model": True}),
     ],
-    ids=["full", "rmsprop, bfloat16", "lora, bfloat16", "computed in bfloat16"],
+    ids=["full", "rmsprop, bfloat16", "lora, bfloat16", "computed in bfloat16, beside a moving reference"],
 )
-def test_the_forecast_is_what_is_written(model, optimizer, train_section, make_config, tmp_path):
-    config = make_config(model=model, optim={"optimizer": optimizer}, train={"save_steps": 2, **train_section})
+def test_the_forecast_is_what_is_written(model, optimizer, train_section, reference, make_config, tmp_path):
+    train_section = {"save_steps": 2, **train_section}
+    config = make_config(model=model, optim={"optimizer": optimizer}, train=train_section, reference=reference)
     need = disk_need(prepare(config).policy, config, done=0, total=4)
     train(config)
     assert need.model == tensor_bytes(tmp_path / "run")
