@@ -25,8 +25,8 @@ from .evaluate import evaluate as _evaluate
 from .precompute import check_settings, fill_store
 from .run_folder import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, read_metrics, read_record
 from .train.loop import train as _train
-from .train.metrics import Callback
 from .train.resume import TrainResult
+from .train.trackers import Callback
 
 __all__ = [
     "Callback",

@@ -22,7 +22,6 @@ DATA_FILE = "data.json"
 """Lint, plan and token counts of the training data."""
 EVALUATION_FILE = "evaluation.json"
 CARD_FILE = "README.md"
-WANDB_FILE = "wandb_run_id.txt"
 TENSORBOARD_FOLDER = "tensorboard"
 REPORT_PAGE = Path("report", "index.html")
 
@@ -50,6 +49,11 @@ def of_sources(prefix: str, values: Mapping[str, float]) -> dict[str, dict[str, 
             label, _, name = key.removeprefix(prefix).partition("/")
             found.setdefault(label, {})[name] = value
     return found
+
+
+def tracker_id_file(folder: Path, tracker: str) -> Path:
+    """Where the id of a run at a tracking service is kept, for a resume to go on with it."""
+    return folder / f"{tracker}_run_id.txt"
 
 
 def tokens_of(metric: str) -> str | None:

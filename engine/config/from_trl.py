@@ -34,6 +34,7 @@ _SAME_OPTIMIZER = {
 _SMOOTHED_IN_TRL = {"exo_pair", "robust", "aot", "aot_unpaired"}
 _SEVERAL = ("deepspeed", "fsdp", "accelerate_config", "parallelism_config")
 """Keys of runs on more than one process."""
+_TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab")
 _REQUIRED = {"model": "model_name_or_path", "data": "dataset_name"}
 
 
@@ -248,8 +249,9 @@ class _Converter(ModelKeys):
             self._same("activation_offloading", "-> train.activation_offload")
         trackers = self.trl.take("report_to", "none")
         trackers = trackers if isinstance(trackers, list) else [trackers or "none"]
-        train["report_to"] = [name for name in ("tensorboard", "wandb") if name in trackers or "all" in trackers]
-        for name in (t for t in trackers if t not in ("none", "all", "tensorboard", "wandb")):
+        trackers += ["tensorboard", "wandb"] if "all" in trackers else []
+        train["report_to"] = [name for name in _TRACKERS if name in trackers]
+        for name in (t for t in trackers if t not in ("none", "all", *_TRACKERS)):
             self._same("report_to", f"{name}: metrics.jsonl always has TRL's metrics under TRL's names")
         self._cadence("logging", "logging_steps", 10)
         self._cadence("save", "save_steps", 500)

@@ -57,9 +57,13 @@ class TrainConfig:
     """What evaluations are compared by, such as loss or rewards/accuracies, with or without eval_; null is loss."""
     greater_is_better: bool | None = None
     """Whether a larger value of it is better; null is true but for names that end in loss."""
-    report_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = ("tensorboard",)
-    """Trackers beside metrics.jsonl, which is always written; none or [] is no other. wandb reads its environment
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab", "none"], ...] = ("tensorboard",)
+    """Trackers beside metrics.jsonl, which is always written; none or [] is no other. Each reads its environment
     variables."""
+    run_name: str | None = None
+    """What the run is called there; null is the name of output_dir."""
+    project: str | None = None
+    """Project (for mlflow, the experiment) that it is put into there; null is dpo-kernels."""
 
     def __post_init__(self) -> None:
         _require(self.output_dir != "", "train.output_dir must not be empty")

@@ -30,20 +30,13 @@ from .checkpoint import Saved
 from .evaluation import evaluate_splits, evaluation_lines, format_evaluation, scalar_metrics, write_evaluation
 from .evidence import Evidence
 from .export import Origin, export_model, package_versions
-from .metrics import (
-    Callback,
-    CallbackTracker,
-    IntervalMeter,
-    Tracker,
-    keep_rows_until,
-    log_line,
-    open_trackers,
-)
+from .metrics import IntervalMeter, log_line
 from .optimizer import GuardedUpdate, build_optimizer, build_schedule, change_total
 from .resume import Start, TrainResult, config_values, digests, find_start
 from .rounding import round_and_measure
 from .setup import OnData, Setup, check_settings, prepare, write_data_file
 from .throughput import reset_peak_memory
+from .trackers import Callback, CallbackTracker, Tracker, keep_rows_until, open_trackers
 
 GO_ON = "go on with --resume"
 
@@ -219,7 +212,7 @@ class _Run:
             write_atomically(self.output_dir / CONFIG_FILE, to_yaml(self.config))
             write_data_file(self.setup, self.output_dir)
             keep_rows_until(self.output_dir, self.done, evaluated_at=self.evaluated_at)
-            self.trackers = open_trackers(self.output_dir, self.config.train.report_to, first_step=self.done + 1)
+            self.trackers = open_trackers(self.output_dir, self.config.train, first_step=self.done + 1)
             self.trackers += [CallbackTracker(callback) for callback in self.callbacks]
         # Processes draw different masks of dropout in adapters. In another number of them no old state fits.
         set_seed((self.config.train.seed + distributed.rank() + distributed.size() * self.done) % 2**32)

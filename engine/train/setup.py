@@ -37,7 +37,6 @@ from ..reference.template_date import with_template_date
 from ..run_folder import DATA_FILE
 from .best import check_metric
 from .feed import TrainingFeed, drawn_groups, total_steps
-from .metrics import check_trackers
 from .objective import Objective
 from .optimizer import METRIC_SCHEDULES, check_optimizer, check_schedule, warn_of_long_warmup
 from .references import References, check_first_loss, prepare_references, resolve_mode
@@ -45,6 +44,7 @@ from .resume import Start, check_balance, check_base, check_data, check_referenc
 from .storage import check_disk
 from .terms import LossTerms
 from .throughput import FlopModel, measure_matmul_rate
+from .trackers import check_trackers
 
 _LENGTHS_SAVED = 50_000
 

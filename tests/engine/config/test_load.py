@@ -102,7 +102,10 @@ def test_paths_are_left_as_they_are(load):
         (BASE + "packing: {shuffle: 1}\n", ["packing.shuffle", "true or false", "the integer 1"]),
         (BASE + "loss: {loss_type: sigmod}\n", ["loss.loss_type", "one of sigmoid", "did you mean sigmoid?"]),
         (BASE + "loss: {loss_type: sigmoyd}\n", ["loss.loss_type", "did you mean sigmoid?"]),
-        (BASE + "train: {report_to: [wandbb]}\n", ["train.report_to", "a list (one of tensorboard, wandb, none)"]),
+        (
+            BASE + "train: {report_to: [wandbb]}\n",
+            ["train.report_to", "a list (one of tensorboard, wandb, mlflow, trackio, swanlab, none)"],
+        ),
         (BASE + "train: {report_to: [none, wandb]}\n", ["train.report_to none stands alone"]),
         (BASE + "loss: 3\n", ["line 3: loss", "expected a mapping", "the integer 3"]),
         ("model: {model_name_or_path: 12}\ndata: {dataset_name: d}\n", ["expected a string", "put it in quotes"]),

@@ -1,27 +1,17 @@
 from __future__ import annotations
 
-import errno
 import json
-import os
-import sys
-from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine.errors import UserError
 from engine.train.evaluation import evaluation_lines
 from engine.train.metrics import (
     TOKEN_NAMES,
     IntervalMeter,
-    JsonlTracker,
     StepWork,
-    check_trackers,
-    keep_rows_until,
     log_line,
-    open_trackers,
 )
 
 CPU = torch.device("cpu")
@@ -114,123 +104,6 @@ def test_shares_of_experts_and_their_balance_are_those_of_the_interval():
     first.add(values(*range(7)), WORK)
     row = first.row(step=3, epoch=1, grad_norm=torch.tensor(1.0), learning_rate=1)
     assert list(row) == NAMES
-
-
-def test_rows_past_a_checkpoint_and_torn_lines_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": s, "loss": 0.5}) for s in (1, 2, 3)] + [json.dumps({"step": 2, "eval_loss": 1.0})]
-    path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    keep_rows_until(tmp_path, 2, evaluated_at=2)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 2]
-    keep_rows_until(tmp_path, 2, evaluated_at=1)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [json.loads(line) for line in lines[:2]]
-    tracker = JsonlTracker(tmp_path)
-    tracker.log(3, {"step": 3})
-    tracker.close()
-    assert path.read_text().splitlines()[-1] == '{"step": 3}'
-    keep_rows_until(tmp_path, 0, evaluated_at=0)
-    assert path.read_text() == ""
-    keep_rows_until(tmp_path / "nowhere", 0, evaluated_at=0)
-
-
-@pytest.mark.parametrize(
-    "damaged", [b"{", b"\xff\n", b'{"step" 2}\n', b'{"st\xf0p": 2}\n', b'{"step": null}\n', b"[2]\n", b"\n"]
-)
-def test_a_damaged_row_is_named(damaged, tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + damaged + b'\n{"step": 3, "loss": 0.5}\n')
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is damaged: repair or remove the line"):
-        keep_rows_until(tmp_path, 3, evaluated_at=0)
-    assert path.read_bytes() == before
-
-
-def test_tensorboard_hides_events_past_a_checkpoint(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for first_step, steps in ((1, (1, 2, 3)), (3, (3, 4))):
-        trackers = open_trackers(tmp_path, ("tensorboard",), first_step=first_step)
-        for tracker in trackers:
-            for step in steps:
-                tracker.log(step, {"step": step, "loss": step + first_step * 0.1})
-            tracker.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["loss"]
-    got = [(e.step, round(e.value, 3)) for e in events.Scalars("loss")]
-    assert got == [(1, 1.1), (2, 2.1), (3, 3.3), (4, 4.3)]
-
-
-def test_wandb_continues_its_run_after_a_resume(tmp_path, monkeypatch):
-    runs = []
-
-    class Run(SimpleNamespace):
-        def log(self, values):
-            self.rows.append(values)
-
-        def finish(self):
-            self.finished = True
-
-    def init(**options):
-        runs.append(Run(options=options, id=options["id"] or "first", rows=[], finished=False))
-        return runs[-1]
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
-    (tmp_path / "config.yaml").write_text("loss: {beta: 0.2}\n")
-    for step in (1, 2):
-        trackers = open_trackers(tmp_path, ("wandb",), first_step=step)
-        for tracker in trackers:
-            tracker.log(step, {"step": step, "loss": 0.5})
-            tracker.close()
-    assert [run.id for run in runs] == ["first", "first"]
-    assert [run.options["id"] for run in runs] == [None, "first"]
-    assert runs[0].options["config"] == {"loss": {"beta": 0.2}}
-    assert [run.rows for run in runs] == [[{"step": s, "loss": 0.5, "train/step": s}] for s in (1, 2)]
-    assert all(run.finished for run in runs)
-
-
-def test_a_tracker_that_is_not_installed_is_a_user_error(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("wandb", "tensorboard"):
-        with pytest.raises(UserError, match=rf"report_to {name} needs {name}: pip install {name}"):
-            check_trackers((name,))
-    check_trackers(())
-
-
-@pytest.mark.parametrize("mode", [None, "online", "offline", "disabled"])
-def test_wandb_without_a_login_is_a_user_error(mode, tmp_path, monkeypatch):
-    def refuse(**options):
-        raise RuntimeError("api_key not configured")
-
-    wandb = SimpleNamespace(init=refuse, login=refuse, Error=RuntimeError, __spec__=object())
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    if mode:
-        monkeypatch.setenv("WANDB_MODE", mode)
-    with nullcontext() if mode in ("offline", "disabled") else pytest.raises(UserError, match="wandb login"):
-        check_trackers(("wandb",))
-    (tmp_path / "config.yaml").write_text("{}\n")
-    with pytest.raises(UserError, match="WANDB_MODE=offline"):
-        open_trackers(tmp_path, ("wandb",), first_step=1)
-
-
-def test_a_full_disk_is_a_user_error(tmp_path):
-    tracker = JsonlTracker(tmp_path)
-    tracker._file.close()
-    tracker._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
-    with pytest.raises(UserError, match=r"metrics\.jsonl: no space left"):
-        tracker.log(1, {"step": 1})
-
-
-def test_tensorboard_on_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
-    tracker = open_trackers(tmp_path, ("tensorboard",), first_step=1)[1]
-
-    def full(*_):
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-
-    monkeypatch.setattr(tracker._writer, "add_scalar", full)
-    with pytest.raises(UserError, match=r"cannot write .*tensorboard: the file is larger"):
-        tracker.log(1, {"step": 1, "loss": 0.5})
 
 
 def test_lines_for_people_name_what_matters():

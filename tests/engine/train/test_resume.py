@@ -24,8 +24,8 @@ from engine.errors import UserError
 from engine.run_folder import only_writer
 from engine.train.checkpoint import complete_checkpoints, read_state
 from engine.train.loop import train
-from engine.train.metrics import JsonlTracker
 from engine.train.resume import find_start
+from engine.train.trackers import JsonlTracker
 from tests.engine.train.conftest import default_config
 
 PERF = "perf/"
