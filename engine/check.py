@@ -23,6 +23,7 @@ from .data.tokenize import Encoder
 from .errors import RowError, UserError
 from .inputs import check_inputs
 from .model.sources import num_embeddings
+from .model.stops import OTHER_END, LearnedStops
 from .model.tokenizer import load_tokenizer
 from .packing.plan import group_sizes
 from .train.terms import LossTerms
@@ -72,10 +73,10 @@ def check(config: RunConfig) -> Checked:
     parts = [f"chat template: {encoder.template_origin}{dated}"]
     reports: dict[str, LintReport] = {}
     obstacles: list[str] = []
-    held_out = HeldOut()
+    held_out, stops = HeldOut(), LearnedStops(config.model, tokenizer, config.data.max_length)
     for split in ("train", *config.data.eval_splits):
         copies = Copies()
-        looks = [_look(config, tokenizer, one, copies, held_out) for one in sets_of(config.data, split)]
+        looks = [_look(config, tokenizer, one, copies, Notes(held_out, stops)) for one in sets_of(config.data, split)]
         if split != "train":
             held_out.report(MixtureReport({look.label: look.report for look in looks}))
         for look in looks:
@@ -87,6 +88,7 @@ def check(config: RunConfig) -> Checked:
         if config.data.datasets and split == "train":
             parts.append(_epoch(config, looks))
     parts += [f"warning: {words}"] if (words := LossTerms(config.loss).caution) else []
+    parts += [f"warning: {words}"] if (words := stops.words()) else []
     parts += [f"training would stop: {reason}" for reason in obstacles]
     return Checked("\n\n".join(parts), reports, tuple(obstacles))
 
@@ -104,12 +106,19 @@ class _Look:
     numbers: NumberSummary = field(default_factory=NumberSummary)
 
 
-def _look(config: RunConfig, tokenizer, one: DataSet, copies: Copies, held_out: HeldOut) -> _Look:
+class Notes(NamedTuple):
+    """What is noted over all sets."""
+
+    held_out: HeldOut
+    stops: LearnedStops
+
+
+def _look(config: RunConfig, tokenizer, one: DataSet, copies: Copies, notes: Notes) -> _Look:
     """Read a set to its end."""
     groups, report = stream_set(one, tokenizer, copies, tolerant=True)
     look = _Look(one.label, report)
     embeddings = num_embeddings(config.model)
-    note = held_out.trains if one.split == "train" else held_out.evaluates
+    note = notes.held_out.trains if one.split == "train" else notes.held_out.evaluates
     for group in groups:
         look.groups += 1
         # The first, or the first of more than two responses where there are such.
@@ -123,6 +132,9 @@ def _look(config: RunConfig, tokenizer, one: DataSet, copies: Copies, held_out: 
             look.lengths.setdefault(name, array("i")).append(len(ids))
         for problem in _run_faults(group, config):
             report.add(problem, group.row)
+        # Evaluation data teaches nothing.
+        if one.split == "train" and notes.stops.note(group):
+            report.add(OTHER_END, group.row)
         largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids))
         if embeddings is not None and largest >= embeddings:
             message = f"row {group.label}: token {largest} is outside the {embeddings:,} embeddings of the model"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -182,6 +182,14 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
 
     def __iter__(self) -> Iterator[PreferenceGroup]:
         return (self[i] for i in range(len(self)))
+
+    def ending_without(self, tokens: Collection[int]) -> np.ndarray:
+        """Places of the groups with a response whose last two tokens are none of ``tokens``."""
+        last, wanted = self._offsets[1:] - 1, np.array(sorted(tokens), np.int64)
+        ends = np.isin(self._tokens[last], wanted)
+        ends |= np.isin(self._tokens[np.maximum(last - 1, 0)], wanted) & (np.diff(self._offsets) > 1)
+        ends[self._first_part[:-1]] = True
+        return np.flatnonzero(~np.logical_and.reduceat(ends, self._first_part[:-1]))
 
     @property
     def largest_id(self) -> int:

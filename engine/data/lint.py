@@ -226,6 +226,12 @@ PROBLEMS = {
             "end completions with EOS, or correct the chat template",
         ),
         Problem(
+            "other_end",
+            False,
+            "a completion ends with a special token at which generation does not stop",
+            "make it the tokenizer's eos_token, or use a chat template that ends turns with EOS",
+        ),
+        Problem(
             "trained_row",
             False,
             "the row, with either answer as the chosen one, is in the training data, too, so it is not held out",
@@ -237,17 +243,9 @@ PROBLEMS = {
             "the prompt of the row is in the training data, too, with other answers",
             "remove it from one of the two; data.eval_fraction splits by prompts",
         ),
+        Problem("truncated", False, "a completion is cut at max_length", "raise data.max_length"),
         Problem(
-            "truncated",
-            False,
-            "a completion is cut at max_length",
-            "raise data.max_length",
-        ),
-        Problem(
-            "eos_lost",
-            False,
-            "truncation cut off a completion's EOS, so its end is not learned",
-            "raise data.max_length",
+            "eos_lost", False, "truncation cut off a completion's EOS: its end is not learned", "raise data.max_length"
         ),
         Problem(
             "duplicate",

@@ -71,10 +71,8 @@ class Encoder:
         self._pattern = None if data.mask_pattern is None else re.compile(data.mask_pattern)
         if self._pattern is not None:
             check_offsets(tokenizer, self._own_chat)
-        # A method that raises in mistral-common's, whose special tokens are all known by name.
-        decoder = tokenizer.added_tokens_decoder
-        added = decoder if isinstance(decoder, Mapping) else {}
-        self.special_ids = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        added = _added_tokens(tokenizer)
+        self.special_ids = special_ids(tokenizer)
         names = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         self.control_tokens = _control_pattern(sorted(names))
         self._answered = _with_answers(tokenizer)
@@ -227,6 +225,17 @@ class Encoder:
                 "tokenise the rows again with this model's tokenizer",
             )
         return Encoded(example.prompt, example.completions, merged=False)
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, Any]:
+    # A method that raises in mistral-common's, whose special tokens are all known by name.
+    decoder = tokenizer.added_tokens_decoder
+    return decoder if isinstance(decoder, Mapping) else {}
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of every token that is no text."""
+    return frozenset(tokenizer.all_special_ids) | {i for i, t in _added_tokens(tokenizer).items() if t.special}
 
 
 def _with_answers(tokenizer: Any) -> Any:

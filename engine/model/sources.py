@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,31 +85,32 @@ def hub_options(source: str, option: str) -> dict[str, Any]:
 
 def num_embeddings(model: ModelConfig) -> int | None:
     """Tokens that a model has embeddings for, by its config; None where no config is at hand."""
-    from huggingface_hub import try_to_load_from_cache
-
-    name = model.model_name_or_path
-    path = expanded(name) / MODEL_CONFIG
-    if not path.is_file():
-        cached = None if expanded(name).exists() else _cached(try_to_load_from_cache, name, model.revision)
-        if cached is None:
-            return None
-        path = Path(cached)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    config = config_file(model, MODEL_CONFIG)
     text = config.get("text_config") or config.get("llm_config") or {}
     size = config.get("vocab_size", text.get("vocab_size"))
     return size if isinstance(size, int) else None
 
 
-def _cached(find: Callable[..., Any], name: str, revision: str | None) -> str | None:
+def config_file(model: ModelConfig, file: str) -> dict[str, Any]:
+    """What a JSON file beside the model's weights says, in its folder or the Hub's cache; empty where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = model.model_name_or_path
+    path = expanded(name) / file
+    if not path.is_file():
+        try:
+            found = None if expanded(name).exists() else try_to_load_from_cache(name, file, revision=model.revision)
+        except ValueError:
+            # no name that the Hub could have
+            found = None
+        if not isinstance(found, str):
+            return {}
+        path = Path(found)
     try:
-        found = find(name, MODEL_CONFIG, revision=revision)
-    except ValueError:
-        # no name that the Hub could have
-        return None
-    return found if isinstance(found, str) else None
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def hide_weight_bars() -> None:

@@ -31,6 +31,7 @@ from ..model.companions import describe_trained, take_template
 from ..model.head import head_words
 from ..model.layouts import attention_words, describe_layout, settled
 from ..model.quantization import check_quantization, check_trainable, num_weights
+from ..model.stops import LearnedStops
 from ..packing import PlanSummary, check_fits, mixer_padding_words, summarize_plan
 from ..reference import weights_digest
 from ..reference.template_date import with_template_date
@@ -187,6 +188,7 @@ def _load_data(
     for split in ("train", *config.data.eval_splits):
         datasets[split], lint[split] = load_dataset_groups(config.data, tokenizer, split=split)
         if split == "train":
+            _note_stops(config, tokenizer, datasets[split], lint[split])
             datasets[split] = drawn_groups(config, datasets[split])
         objective.check_dataset(datasets[split])
         check_fits(
@@ -198,6 +200,15 @@ def _load_data(
     if config.data.has_evaluation:
         warn_of_trained_rows(datasets, lint, config.data.strict)
     return datasets, lint
+
+
+def _note_stops(config: RunConfig, tokenizer: Any, dataset: PreferenceDataset, report: Report) -> None:
+    """Note which rows teach the model to stop where generation does not."""
+    stops = LearnedStops(config.model, tokenizer, config.data.max_length)
+    stops.look_at(dataset, report)
+    if words := stops.words():
+        log.warning("%s", words)
+    report.raise_if_strict(config.data.strict)
 
 
 def warn_of_trained_rows(datasets: Mapping[str, PreferenceDataset], lint: Mapping[str, Report], strict: bool) -> None:

@@ -243,6 +243,7 @@ FAULTS = {
             (["empty_completion"], ids(7, rejected_ids=[2])),
             (["double_bos"], ids(8, prompt_ids=[1, 1, 40])),
             (["missing_eos"], ids(9, chosen_ids=[60, 61])),
+            (["other_end"], ids(47, chosen_ids=[60, 3])),
             (["identical_completions"], ids(10, chosen_ids=[70, 2])),
             (["truncated", "eos_lost"], ids(11, chosen_ids=[60] * 70 + [2])),
             (["prompt_too_long"], ids(12, prompt_ids=[60] * 70)),
