@@ -1,4 +1,4 @@
-"""The commands that are killed: small data, a tiny random model, and configurations that take about a second."""
+"""The commands that are killed: small data, tiny random models, and configurations that take about a second."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 import yaml
 
 from tests.engine.conftest import CHAT_TEMPLATE, build_tokenizer, preference_rows, save_tiny_model
+from tests.engine.train.conftest import save_family
 
 MODEL, PAIRS, EVAL = "model", "pairs.jsonl", "eval.jsonl"
+HYBRID, IN_ROWS = "lfm2", "bloom"
+"""Families of the models whose mixers get rows, and that run in rows; their folders are named after them."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Case:
     own_store: bool = False
     """Whether every run starts with an empty reference store."""
     evaluates: bool = False
+    model: str = MODEL
 
 
 CASES = {
@@ -74,12 +78,38 @@ CASES = {
         evaluates=True,
     ),
     "divided": Case("precompute", {"packing": {"tokens_per_pack": 220}}, ranks=2, own_store=True),
+    "mixers in rows": Case(
+        "train",
+        {
+            "model": {"lora": {"r": 4, "dropout": 0.3}},
+            "train": {"save_steps": 2, "save_total_limit": 2, "gradient_checkpointing": True},
+        },
+        own_store=True,
+        model=HYBRID,
+    ),
+    "rows": Case(
+        "train",
+        {"packing": {"tokens_per_pack": 600}, "train": {"save_steps": 2, "save_total_limit": 1, "eval_steps": 3}},
+        own_store=True,
+        evaluates=True,
+        model=IN_ROWS,
+    ),
+    "sharded mixers in rows": Case(
+        "train",
+        {"packing": {"tokens_per_pack": 220}, "train": {"save_steps": 1, "save_total_limit": 1}},
+        ranks=2,
+        own_store=True,
+        model=HYBRID,
+    ),
 }
 
 
 def write_inputs(folder: Path) -> None:
-    """The model and the data that every case uses."""
-    save_tiny_model(folder / MODEL, build_tokenizer(chat_template=CHAT_TEMPLATE))
+    """The models and the data of all cases."""
+    tokenizer = build_tokenizer(chat_template=CHAT_TEMPLATE)
+    save_tiny_model(folder / MODEL, tokenizer)
+    for family in (HYBRID, IN_ROWS):
+        save_family(family, folder / family, tokenizer)
     for name, count, seed in ((PAIRS, 24, 0), (EVAL, 8, 1)):
         rows = preference_rows(count, seed=seed)
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -88,7 +118,7 @@ def write_inputs(folder: Path) -> None:
 def write_config(case: Case, inputs: Path, place: Path, **sections: dict[str, Any]) -> None:
     """``place/run.yaml``: a run into ``place/run``, with ``place/store`` when the case has a store of its own."""
     values: dict[str, dict[str, Any]] = {
-        "model": {"model_name_or_path": str(inputs / MODEL), "dtype": "float32"},
+        "model": {"model_name_or_path": str(inputs / case.model), "dtype": "float32"},
         "data": {"dataset_name": str(inputs / PAIRS), "max_length": 160},
         "packing": {"pairs_per_step": 6, "tokens_per_pack": 400},
         "optim": {"learning_rate": 2e-3},

@@ -9,7 +9,7 @@ whole; at the end, all that the run leaves must be equal, bit for bit, to what t
 A third of the runs are of two processes. One of them is killed, or both at once; the one that is left must end by
 itself and say why in one line, and the run is resumed on two processes: see ``together``.
 
-``make kill`` does it a hundred times; ``test_kills.py`` fourteen times.
+``make kill`` does it a hundred times; ``test_kills.py`` eighteen times.
 """
 
 from __future__ import annotations

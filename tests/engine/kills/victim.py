@@ -319,6 +319,8 @@ def import_everything() -> None:
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
     import torch.utils.tensorboard  # noqa: F401
+    import transformers.models.bloom.modeling_bloom
+    import transformers.models.lfm2.modeling_lfm2
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import engine.cli

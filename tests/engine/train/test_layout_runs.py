@@ -18,6 +18,8 @@ from tests.engine.train.conftest import assert_same_trajectory, read_rows, save_
 from tests.engine.train.test_resume import assert_resumes_exactly
 
 FAMILIES = {"lfm2": "mixers", "bloom": "rows"}
+INSIDE = {"lfm2": ".conv.", "bloom": ".self_attention."}
+"""Part of the names of what only rows make right."""
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -60,6 +62,11 @@ def test_a_run_resumes_to_the_same_bits(lora, model_dir, make_config, tmp_path, 
         return make_config(**{**sections, "train": {**sections["train"], "gradient_checkpointing": lora is not None}})
 
     assert_resumes_exactly(make, tmp_path, monkeypatch, model=model)
+    if lora is not None:
+        trained = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+        inside = [weight for name, weight in trained.items() if INSIDE[model_dir.name] in name and "lora_B" in name]
+        assert inside
+        assert all(weight.abs().max() > 0 for weight in inside)
 
 
 def test_what_was_trained_is_evaluated(model_dir, make_config, pairs_jsonl):
