@@ -10,7 +10,7 @@ import torch
 from ..config.schema import PackingConfig, RunConfig
 from ..errors import UserError
 from ..model import Policy, check_packing
-from ..model.layouts import count_mixers, settled
+from ..model.layouts import mixer_words, settled
 from ..model.mixers import class_name
 from ..model.policy import Kind, Layout
 from .shallow import build_policy, check_room, num_parameters
@@ -54,7 +54,7 @@ def find_layout(config: RunConfig, device: torch.device) -> FoundLayout:
         check_packing(policy, share_prompts=config.packing.share_prompts, requested=config.packing.layout)
     except UserError as error:
         return _assumed(config.packing, f"with random weights {error}")
-    mixers = count_mixers(whole.causal_lm, policy.layout.mixers)
+    mixers = mixer_words(whole.causal_lm, policy.layout)
     found, depth = (p.config.get_text_config().num_hidden_layers for p in (policy, whole))
     source = f"by the start-up check, on {found} of {depth} layers with random weights"
     return FoundLayout(policy.layout, settled(config.packing, policy), f"{mixers}, {source}" if mixers else source)

@@ -27,6 +27,7 @@ from ..errors import BackendError, UserError, out_of_memory
 from ..packing.layout import PackedBatch, build_batch
 from .attention import Backend
 from .diagnosis import first_difference
+from .end_to_end import gradient_difference, take_boundaries
 from .layers import largest
 from .layouts import eager_attention, use_layout
 from .load import disable_dropout, keep_in_evaluation
@@ -49,6 +50,13 @@ _PROBE_REACH = 3
 _ROW_PROBES = 3
 """Probes that a model in rows is given: what picks the best of several keys may be unequal only where two are even."""
 _ADVICE = "choose a family that docs/conformance.md lists as equal"
+Shapes = tuple[tuple[int, tuple[int, ...]], ...]
+"""Tokens of the prompt and of each response of each group."""
+_SMALL: Shapes = ((7, (5, 9)), (3, (4, 1, 6)))
+_WIDE: Shapes = (*_SMALL, (2, (18, 40)))
+"""For rows that are padded to the longest."""
+_LONG: Shapes = ((20, (70, 9)), (3, (4, 1, 6)), (9, (150, 120)))
+"""For rows end to end: kernels work in chunks of 64 to 256 tokens, and what one hands the next ends with its row."""
 # What models raise on input of a form that they did not expect.
 _MODEL_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError, AssertionError)
 
@@ -91,6 +99,7 @@ def _choose_layout(policy: Policy, requested: LayoutName, share_prompts: bool, s
     if requested != "rows":
         fault = _fault_on_packs(policy, share_prompts, seed)
         if fault is None:
+            _join_rows(policy, share_prompts, seed)
             return
         if _wrong_attention(policy, share_prompts, seed):
             _tell_of_attention(policy, requested, fault)
@@ -153,6 +162,21 @@ def _fault_on_packs(policy: Policy, share_prompts: bool, seed: int) -> Fault | N
         layout = Layout("mixers", (*layout.mixers, fault.mixer), first.words)
 
 
+def _join_rows(policy: Policy, share_prompts: bool, seed: int) -> None:
+    """Lay rows of mixers end to end where these take boundaries and give the same numbers, gradients included."""
+    padded = policy.layout
+    if not take_boundaries(policy.causal_lm, padded.mixers):
+        return
+    use_layout(policy, padded._replace(joined=True))
+    fault = _difference(policy, share_prompts, seed)
+    words = fault.words if fault is not None else None
+    if words is None:
+        batch = build_batch(probe_groups(policy.config, seed, _shapes(policy)), share_prompts=share_prompts)
+        words = gradient_difference(policy, batch.to(policy.device))
+    if words is not None:
+        use_layout(policy, padded._replace(padded_for=words))
+
+
 def _float32_or(policy: Policy, share_prompts: bool, seed: int) -> str:
     """What a user may do about a model that is exact in no layout."""
     if policy.obstacle is None:
@@ -180,7 +204,7 @@ def _equal_in_float32(policy: Policy, share_prompts: bool, seed: int) -> bool:
 def _difference(policy: Policy, share_prompts: bool, seed: int) -> Fault | None:
     """Why this model cannot train in its layout, or None."""
     name = _name(policy)
-    groups = probe_groups(policy.config, seed, wide=policy.layout.kind == "rows")
+    groups = probe_groups(policy.config, seed, _shapes(policy))
     batch = build_batch(groups, share_prompts=share_prompts).to(policy.device)
     try:
         packed = policy.logps(batch)
@@ -202,7 +226,8 @@ def _difference(policy: Policy, share_prompts: bool, seed: int) -> Fault | None:
 
 
 def _on(policy: Policy) -> str:
-    return {"rows": "in padded rows", "single": "one row at a time"}.get(policy.layout.kind, "on packs")
+    places = {"rows": "in padded rows", "single": "one row at a time"}
+    return "with rows end to end" if policy.layout.joined else places.get(policy.layout.kind, "on packs")
 
 
 def _innermost_module(error: BaseException) -> str:
@@ -239,12 +264,14 @@ def _short_reach(model: nn.Module) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def probe_groups(config: Any, seed: int, *, wide: bool = False) -> list[PreferenceGroup]:
-    """Small groups of random tokens, none of which has a meaning of its own, such as padding or an image.
+def _shapes(policy: Policy) -> Shapes:
+    if policy.layout.joined:
+        return _LONG
+    return _WIDE if policy.layout.kind == "rows" else _SMALL
 
-    Args:
-        wide: with a group that is several times as long, for rows that are padded to it.
-    """
+
+def probe_groups(config: Any, seed: int, shapes: Shapes = _SMALL) -> list[PreferenceGroup]:
+    """Small groups of random tokens, none of which has a meaning of its own, such as padding or an image."""
     text = config.get_text_config()
     owners = (config, text)
     named = [v for o in owners for k, v in vars(o).items() if k.endswith(("token_id", "token_index"))]
@@ -256,7 +283,6 @@ def probe_groups(config: Any, seed: int, *, wide: bool = False) -> list[Preferen
     def draw(size: int) -> np.ndarray:
         return generator.choice(ordinary, size)
 
-    shapes = [(7, (5, 9)), (3, (4, 1, 6)), *([(2, (18, 40))] if wide else [])]
     return [PreferenceGroup(row, draw(p), tuple(map(draw, responses))) for row, (p, responses) in enumerate(shapes)]
 
 
@@ -264,7 +290,7 @@ def _leak(policy, groups, batch: PackedBatch, packed: torch.Tensor, share_prompt
     """Changing the tokens of one response must not change one bit of any other response."""
     start, stop = batch.cu_responses_S1[:2].tolist()
     first_group = groups[0]
-    changed = probe_groups(policy.config, seed=_ROW_PROBES)[0].response_ids[0]
+    changed = probe_groups(policy.config, _ROW_PROBES, _shapes(policy))[0].response_ids[0]
     perturbed = [replace(first_group, response_ids=(changed, *first_group.response_ids[1:])), *groups[1:]]
     other = policy.logps(build_batch(perturbed, share_prompts=share_prompts).to(policy.device))
     if not _unchanged(policy, packed[stop:], other[stop:]):
@@ -278,7 +304,7 @@ def _leak(policy, groups, batch: PackedBatch, packed: torch.Tensor, share_prompt
 
 def _placed(policy: Policy, groups: list[PreferenceGroup], words: str) -> Fault:
     """A fault, with where a pack of two sequences first differs from the second one."""
-    if policy.layout.in_rows:
+    if policy.layout.in_rows or policy.layout.joined:
         return Fault(words)
     pack = build_batch([replace(g, response_ids=g.response_ids[:1]) for g in groups]).to(policy.device)
     place = first_difference(policy, pack, pack.plan.segments[-1].start)

@@ -88,8 +88,16 @@ def describe_layout(policy: Policy) -> str:
     layout = policy.layout
     text = _WORDS[layout.kind]
     if layout.mixers:
-        text += f": {count_mixers(policy.causal_lm, layout.mixers)}"
-    return f"{text} ({layout.reason})" if layout.reason else text
+        text += f": {mixer_words(policy.causal_lm, layout)}"
+    reasons = [layout.reason] if layout.reason else []
+    if layout.padded_for:
+        reasons.append(f"rows are padded, since end to end {layout.padded_for}")
+    return f"{text} ({'; '.join(reasons)})" if reasons else text
+
+
+def mixer_words(model: nn.Module, layout: Layout) -> str:
+    """Which modules get rows, and whether these are laid end to end."""
+    return count_mixers(model, layout.mixers) + (", end to end" if layout.joined else "")
 
 
 def count_mixers(model: nn.Module, names: tuple[str, ...]) -> str:

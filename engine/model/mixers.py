@@ -3,14 +3,16 @@
 State-space layers, linear attention, short convolutions and recurrent blocks make each token of the ones before it,
 whatever document these belong to. Such a module gets rows (``engine/packing/rows.py``): what it is given of packed
 tokens is laid out as one row a response, the module runs as it is, and what it gives is put back into the pack. Padding
-stands behind every token of its row, where a causal module does not look. No family is named here: ``checks.py`` finds
-the modules.
+stands behind every token of its row, where a causal module does not look. A module that keeps sequences apart where it
+is told to gets rows end to end instead, without padding. No family is named here: ``checks.py`` finds the modules.
 
 Shape suffixes: T packed tokens, B rows of a block, L its longest row.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from functools import partial
@@ -53,32 +55,52 @@ def class_name(module: nn.Module) -> str:
 def put_in_rows(model: nn.Module, names: tuple[str, ...]) -> None:
     """Wrap the modules of the named classes, and unwrap all others."""
     for module in model.modules():
-        wrapped = isinstance(vars(module).get("forward"), _InRows)
+        wrapped = isinstance(vars(module).get("forward"), InRows)
         if wrapped and class_name(module) not in names:
             del module.forward
         elif not wrapped and class_name(module) in names:
-            module.forward = _InRows(module)
+            module.forward = InRows(module)
 
 
-class _InRows:
+def boundary_arguments(kind: type[nn.Module], rows: RowPlan) -> dict[str, torch.Tensor]:
+    """What the modules of a class are told of rows that are laid end to end, by transformers' names of it."""
+    if rows.boundaries is None:
+        return {}
+    ends, on_cpu, numbers = rows.boundaries
+    # the last spares kernels that plan on the CPU a wait for the device
+    given = {"cu_seq_lens_q": ends, "seq_idx": numbers, "cu_seqlens_cpu": on_cpu}
+    parameters = inspect.signature(kind.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return given
+    return {name: value for name, value in given.items() if name in parameters}
+
+
+class InRows:
     """The forward of a wrapped module. It names the module, so that a copy of a model has copies of its own."""
 
     def __init__(self, module: nn.Module):
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = partial(type(self.module).forward, self.module)
         rows = _ROWS.get()
-        if rows is None:
-            return forward(*args, **kwargs)
+        return self.plain(*args, **kwargs) if rows is None else self.compute(rows, args, kwargs)
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The forward of the module itself."""
+        return partial(type(self.module).forward, self.module)
+
+    def compute(self, rows: RowPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module gives for a pack that is laid out as these rows."""
         leaves, form = tree_flatten((args, kwargs))
+        told = boundary_arguments(type(self.module), rows)
         blocks = zip(*(_split(leaf, rows) for leaf in leaves), strict=True)
         outputs = []
         # What it calls in turn is in rows already.
         with RowsOfPack(None):
             for block in blocks:
                 block_args, block_kwargs = tree_unflatten(list(block), form)
-                outputs.append(forward(*block_args, **block_kwargs))
+                outputs.append(self.plain(*block_args, **block_kwargs | told))
         return _join(outputs, rows)
 
 

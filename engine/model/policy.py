@@ -39,6 +39,10 @@ class Layout(NamedTuple):
     """Classes of the modules that get rows."""
     reason: str = ""
     """What the next better one failed on."""
+    joined: bool = False
+    """Whether the rows of mixers are laid end to end, without padding."""
+    padded_for: str = ""
+    """What such rows failed on, where the mixers take boundaries."""
 
     @property
     def in_rows(self) -> bool:
@@ -48,7 +52,7 @@ class Layout(NamedTuple):
     @property
     def blocks(self) -> Blocks | None:
         """Which rows stand together; None where nothing runs on rows."""
-        return _BLOCKS.get(self.kind)
+        return "joined" if self.joined else _BLOCKS.get(self.kind)
 
     @property
     def mixer_blocks(self) -> Blocks | None:

@@ -1,10 +1,11 @@
 """A pack as rows: one sequence a response, prompt ++ response, for what cannot run on packs.
 
-Rows stand in blocks, padded on the right to the longest of their block. A prompt that is shared stands in the row of
-every response; back in the pack it is taken from the first one.
+Rows stand in blocks, padded on the right to the longest of their block; or end to end without padding, for modules that
+are told where each begins. A prompt that is shared stands in the row of every response; back in the pack it is taken
+from the first one.
 
-Shape suffixes: T packed tokens, K tokens of all rows, C cells of all blocks, padding included, B rows of a block, L its
-longest row.
+Shape suffixes: T packed tokens, R rows, K tokens of all rows, C cells of all blocks, padding included, B rows of a
+block, L its longest row.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 
 from .gather import gather_rows, pick_order
 
-Blocks = Literal["alike", "together", "alone"]
-"""Which rows share a block: those of like length, all, or none."""
+Blocks = Literal["alike", "together", "alone", "joined"]
+"""Which rows share a block: those of like length, all, or none. joined: all are laid end to end, as one row."""
 
 BLOCK_COST = 512
 """Cells of padding that are cheaper than one more block, whose operations have to be launched."""
@@ -42,6 +43,17 @@ class Segment(NamedTuple):
         return self.stop - self.start + self.prefix_stop - self.prefix_start
 
 
+class Boundaries(NamedTuple):
+    """Where rows begin that are laid end to end, in the forms in which modules take it."""
+
+    cu_seqlens_R1: torch.Tensor
+    """int32 [R + 1]: where each row begins, and where the last one ends."""
+    cu_seqlens_cpu_R1: torch.Tensor
+    """The same, always on the CPU."""
+    seq_idx_1K: torch.Tensor
+    """int32 [1, K]: the number of the row of each token."""
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """Where the tokens of a pack are in its rows."""
@@ -59,6 +71,8 @@ class RowPlan:
     """int64 [K], ascending: where each stands, all blocks laid end to end."""
     homes_T: torch.Tensor
     """int64 [T]: the cell that each packed row is taken from."""
+    boundaries: Boundaries | None = None
+    """Of rows that are laid end to end."""
 
     @property
     def num_cells(self) -> int:
@@ -72,8 +86,10 @@ class RowPlan:
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RowPlan:
         """The same plan with ``change`` of each of its tensors."""
+        ends = self.boundaries
         return replace(
             self,
+            boundaries=ends and Boundaries(change(ends[0]), ends[1], change(ends[2])),
             picks_K=change(self.picks_K),
             order_K=change(self.order_K),
             cells_K=change(self.cells_K),
@@ -105,6 +121,9 @@ def plan_rows(segments: Sequence[Segment], blocks: Blocks = "alike") -> RowPlan:
     order_R = np.concatenate(members)
     shapes = tuple((len(rows), int(lengths_R[rows].max())) for rows in members)
     widths_R = np.repeat([length for _, length in shapes], [rows for rows, _ in shapes])
+    boundaries = None
+    if blocks == "joined":
+        shapes, widths_R, boundaries = ((1, int(lengths_R.sum())),), lengths_R, _boundaries(lengths_R)
     starts_R = np.cumsum(widths_R) - widths_R
     cells_K = np.concatenate([start + np.arange(lengths_R[r]) for r, start in zip(order_R, starts_R, strict=True)])
     sorted_segments = [segments[r] for r in order_R]
@@ -117,11 +136,19 @@ def plan_rows(segments: Sequence[Segment], blocks: Blocks = "alike") -> RowPlan:
     picks, order, cells, homes = (
         torch.from_numpy(values.astype(np.int64, copy=False)) for values in (picks_K, order_K, cells_K, homes_T)
     )
-    return RowPlan(shapes, len(homes_T), picks, order, counts, cells, homes)
+    return RowPlan(shapes, len(homes_T), picks, order, counts, cells, homes, boundaries)
+
+
+def _boundaries(lengths_R: np.ndarray) -> Boundaries:
+    ends = torch.from_numpy(np.r_[0, np.cumsum(lengths_R)].astype(np.int32))
+    numbers = np.repeat(np.arange(len(lengths_R), dtype=np.int32), lengths_R)
+    return Boundaries(ends, ends.clone(), torch.from_numpy(numbers)[None])
 
 
 def count_cells(lengths_R: np.ndarray, blocks: Blocks = "alike") -> int:
     """C, of a pack whose rows have these lengths."""
+    if blocks == "joined":
+        return int(lengths_R.sum())
     return sum(len(rows) * int(lengths_R[rows].max()) for rows in _blocks(lengths_R, blocks))
 
 
@@ -129,6 +156,8 @@ def _blocks(lengths_R: np.ndarray, blocks: Blocks) -> list[np.ndarray]:
     """The rows of each block."""
     if blocks == "alone":
         return [np.array([row]) for row in range(len(lengths_R))]
+    if blocks == "joined":
+        return [np.arange(len(lengths_R))]
     order_R = np.argsort(-lengths_R, kind="stable")
     if blocks == "together":
         return [order_R]

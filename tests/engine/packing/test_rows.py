@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,24 @@ def test_rows_hold_each_response_behind_its_prompt(share, blocks):
     )
     assert torch.equal(rows.join(rows.split(batch.input_ids_T)), batch.input_ids_T)
     assert len(rows.shapes) == {"alike": 1, "together": 1, "alone": 5}[blocks]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_rows_end_to_end_come_with_where_each_begins(share):
+    batch = build_batch(groups(), share_prompts=share)
+    rows = plan_rows(batch.plan.segments, "joined")
+    want = [np.r_[g.prompt_ids, r].tolist() for g in groups() for r in g.response_ids]
+    (ids,) = rows.split(batch.input_ids_T, fill=-1)
+    ends, on_cpu, numbers = rows.boundaries
+    assert [ids[0, a:b].tolist() for a, b in pairwise(ends.tolist())] == want
+    assert numbers.tolist() == [[n for n, row in enumerate(want) for _ in row]]
+    assert ends.dtype == numbers.dtype == torch.int32
+    assert rows.shapes == ((1, rows.num_row_tokens),)
+    assert torch.equal(rows.join([ids]), batch.input_ids_T)
+    moved = rows.map_tensors(lambda tensor: tensor.to("meta")).boundaries
+    assert [part.device.type for part in moved] == ["meta", "cpu", "meta"]
+    assert torch.equal(moved.cu_seqlens_cpu_R1, on_cpu)
+    assert plan_rows(batch.plan.segments).boundaries is None
 
 
 def test_gradients_of_a_shared_prompt_are_those_of_its_rows_added():

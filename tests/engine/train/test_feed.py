@@ -75,7 +75,7 @@ def test_a_resumed_feed_goes_on_with_the_same_batches():
     assert list(feed(dataset()).steps(3)) == []
 
 
-@pytest.mark.parametrize("blocks", ["alike", "alone"])
+@pytest.mark.parametrize("blocks", ["alike", "alone", "joined"])
 def test_what_mixers_compute_of_an_epoch_is_what_its_plan_says(blocks):
     data = dataset(40)
     run = feed(data, rows_of=lambda batch: plan_rows(batch.plan.segments, blocks))

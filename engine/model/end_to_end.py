@@ -1,0 +1,101 @@
+"""Do modules that take the boundaries of sequences keep to them? Rows end to end beside padded rows, with gradients.
+
+Boundaries are an argument that a module may ignore, hand to kernels that are not installed, or keep to in its forward
+pass alone. ``checks.py`` compares log-probs; here each module computes the same inputs in both forms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..packing.layout import PackedBatch
+from ..packing.rows import RowPlan, Segment, plan_rows
+from .mixers import InRows, boundary_arguments, class_name
+from .policy import Policy
+
+_ALLOWED = {torch.float32: 1e-2, torch.bfloat16: 0.2}
+"""Largest difference of an output or gradient that is rounding, in tensor cores too, relative to its largest element.
+What crosses a boundary is off by as much as it is."""
+
+
+def take_boundaries(model: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether all modules of the named classes take boundaries, so that they may keep to them."""
+    rows = plan_rows([Segment(0, 1, 0, 0)], "joined")
+    kinds = {type(module) for module in model.modules() if class_name(module) in names}
+    return bool(kinds) and all({"cu_seq_lens_q", "seq_idx"} & boundary_arguments(kind, rows).keys() for kind in kinds)
+
+
+def gradient_difference(policy: Policy, batch: PackedBatch) -> str | None:
+    """Why rows end to end would train other numbers than padded rows, or None.
+
+    Args:
+        policy: whose layout lays rows end to end; in evaluation mode.
+        batch: on the device of the policy.
+    """
+    padded, joined = (
+        plan_rows(batch.plan.segments, blocks).map_tensors(lambda tensor: tensor.to(policy.device))
+        for blocks in ("alike", "joined")
+    )
+    model: Any = policy.causal_lm
+    wrapped = [module for module in model.modules() if isinstance(vars(module).get("forward"), InRows)]
+    comparisons = [_Comparison(module.forward, padded, joined, _ALLOWED[policy.compute_dtype]) for module in wrapped]
+    for module, comparison in zip(wrapped, comparisons, strict=True):
+        module.forward = comparison
+    policy.train()
+    try:
+        policy.logps(batch)
+    finally:
+        policy.eval()
+        for module, comparison in zip(wrapped, comparisons, strict=True):
+            module.forward = comparison.in_rows
+    different = next((c for c in comparisons if c.found), None)
+    return None if different is None else f"{class_name(different.in_rows.module)} gives {different.found}"
+
+
+class _Comparison:
+    """Stands for the forward of a module in rows: computes both forms, compares, and gives the padded one."""
+
+    def __init__(self, in_rows: InRows, padded: RowPlan, joined: RowPlan, allowed: float):
+        self.in_rows = in_rows
+        self.plans = padded, joined
+        self.allowed = allowed
+        self.found = ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        (output, padded), (_, joined) = (self._run(plan, args, kwargs) for plan in self.plans)
+        for name, want in padded.items():
+            got = joined.get(name)
+            # written so that NaN counts as different
+            if got is None or not bool((got - want).abs().max() <= self.allowed * want.abs().max()):
+                self.found = self.found or f"another {name}"
+        return output
+
+    def _run(self, plan: RowPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+        """What the module gives; and its outputs, and the gradients of inputs and weights, by name."""
+        leaves, form = tree_flatten((args, kwargs))
+        with torch.enable_grad():
+            inputs = [leaf.detach().requires_grad_() if _is_number(leaf) else leaf for leaf in leaves]
+            output = self.in_rows.compute(plan, *tree_unflatten(inputs, form))
+            outputs = [leaf for leaf in tree_leaves(output) if _is_number(leaf) and leaf.requires_grad]
+            names = [(f"gradient of input {i}", leaf) for i, leaf in enumerate(inputs) if _is_number(leaf)]
+            weights = self.in_rows.module.named_parameters()
+            names += [(f"gradient of {name}", weight) for name, weight in weights if weight.requires_grad]
+            upstream = [_upstream(leaf) for leaf in outputs]
+            grads = torch.autograd.grad(outputs, [leaf for _, leaf in names], upstream, allow_unused=True)
+        found = {f"output {i}": leaf.detach().float() for i, leaf in enumerate(outputs)}
+        found |= {name: grad.float() for (name, _), grad in zip(names, grads, strict=True) if grad is not None}
+        return output, found
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _upstream(like: torch.Tensor) -> torch.Tensor:
+    """Numbers that are the same whenever they are drawn."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(like.shape, generator=generator).to(like)
