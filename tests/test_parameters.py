@@ -15,6 +15,7 @@ PUBLIC = {
     "linear_logps/vocab_parallel.py: linear_logps_vocab_parallel",
     "linear_dpo/api.py: linear_dpo_loss",
     "preference.py: preference_loss",
+    "kto.py: linear_kto_loss",
 }
 """Fixed signatures that users call, with options by keyword."""
 LIGER = {"integrations/liger.py: FusedLinearDPOLoss.__init__"}
