@@ -7,6 +7,7 @@ is silent and the trainer's default is not ours, the converted file says so in f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from .trl_keys import (
     STOPS,
 )
 from .trl_model import ModelKeys
+from .trl_sets import Entry, as_sets
 
 _SAME_OPTIMIZER = {
     "rmsprop": "rmsprop", "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit",
@@ -65,13 +67,39 @@ def convert_keys(
     # required keys may come from the command line
     complete = {name: dict(section) for name, section in result.values.items()}
     for required_in, key in _REQUIRED.items():
-        if complete.setdefault(required_in, {}).setdefault(key, None) is None:
-            complete[required_in][key] = "missing"
-    validated = to_dict(build_config(complete, trl.source))
+        section = complete.setdefault(required_in, {})
+        if section.get(key) is None and not section.get("datasets"):
+            section[key] = "missing"
+    try:
+        validated = to_dict(build_config(complete, trl.source))
+    except UserError as error:
+        raise UserError(f"{error}{_meant(str(error), trl)}") from None
     for section_name, section in result.values.items():
         # the schema's own types, so that 5e-7 is written as a number
-        section.update({key: validated[section_name][key] for key in section})
+        section.update({key: validated[section_name][key] for key in section if key != "datasets"})
     return result
+
+
+def _meant(message: str, trl: TrlFile) -> str:
+    """What the file calls the key of a message, where that is another name."""
+    for key, name in trl.names.items():
+        if re.search(rf"\.{re.escape(key.removeprefix('lora_'))}\b", message) and name not in message:
+            return f"; it is {trl.where(key).removeprefix(trl.source).lstrip(', :')}"
+    return ""
+
+
+def _entry(one: dict[str, Any]) -> Entry:
+    """A set of TRL's ``datasets``."""
+    files = one.get("data_files") or ()
+    files = [files] if isinstance(files, str) else list(files.values()) if isinstance(files, dict) else list(files)
+    name, split, share = one.get("name"), one.get("split"), one.get("fraction")
+    return Entry(
+        str(one["path"]),
+        None if name is None else str(name),
+        "train" if split is None else str(split),
+        data_files=tuple(map(str, files)),
+        weight=float(share) if isinstance(share, int | float) else None,
+    )
 
 
 class _Converter(ModelKeys):
@@ -97,11 +125,12 @@ class _Converter(ModelKeys):
 
     def _data(self) -> None:
         self._mixture()
+        self._held_out()
         self._copy("data", "dataset_name", "dataset_config", "dataset_train_split", "max_length")
         if self.trl.take("truncation_mode", "keep_start") != "keep_start":
             self._new("truncation_mode", "only keep_start is supported, which cuts the end of the response")
         for section, key in _REQUIRED.items():
-            if not self.result.values[section].get(key):
+            if not self.result.values[section].get(key) and not self.result.values[section].get("datasets"):
                 self.result.notes.append(Note(key, "missing", f"set {section}.{key}, or pass --{section}.{key} VALUE"))
 
     def _mixture(self) -> None:
@@ -110,13 +139,30 @@ class _Converter(ModelKeys):
             return
         if not isinstance(mixture, list) or not all(isinstance(d, dict) for d in mixture):
             raise UserError(f"{self.trl.source}: datasets: expected a list of mappings, got {show(mixture)}")
-        if len(mixture) > 1 or mixture[0].get("data_files") or mixture[0].get("data_dir") or not mixture[0].get("path"):
-            self._stop("datasets", "one file, folder or Hub name is read; join the sets and name that as dataset_name")
+        if any(not one.get("path") or one.get("data_dir") for one in mixture):
+            self._stop("datasets", "each set needs a path; a data_dir is read by naming the folder as the path")
             return
-        for old, new in (("path", "dataset_name"), ("name", "dataset_config"), ("split", "dataset_train_split")):
-            if mixture[0].get(old) is not None:
-                self.trl.keys[new] = mixture[0][old]
-        self._same("datasets", "-> data.dataset_name, its configuration and split")
+        entries = [_entry(one) for one in mixture]
+        if len(entries) == 1 and entries[0].is_whole:
+            for key, value in (("dataset_name", entries[0].name), ("dataset_config", entries[0].config)):
+                if value is not None:
+                    self.trl.keys[key] = value
+            self.trl.keys["dataset_train_split"] = entries[0].split
+            self._same("datasets", "-> data.dataset_name, its configuration and split")
+            return
+        self.trl.take("dataset_name")
+        self.result.values["data"]["datasets"] = as_sets(entries)
+        self._same("datasets", "-> data.datasets")
+        if any(entry.weight for entry in entries):
+            text = "fraction -> weight; TRL ends an epoch before a set comes twice, here it has as many rows as all"
+            self._new("datasets", text)
+
+    def _held_out(self) -> None:
+        """``test_split_size``: a share is held out here, too."""
+        size = self.trl.keys.get("test_split_size")
+        if "datasets" in self.result.values["data"] and isinstance(size, float) and 0 < size < 1:
+            self.result.values["data"]["eval_fraction"] = self.trl.take("test_split_size")
+            self._new("test_split_size", "-> data.eval_fraction: other rows are held out, by what their prompts say")
 
     def _batch(self, num_processes: int | None) -> None:
         per_device = self.trl.whole("per_device_train_batch_size", 8)
@@ -280,6 +326,9 @@ class _Converter(ModelKeys):
             return
         if "eval_fraction" in data or data.get("eval_dataset_name"):
             split = None
+        elif data.get("datasets"):
+            self._new("eval_strategy", "no rows of a mixture are held out, so none are evaluated")
+            return
         elif data.get("dataset_name"):
             data["eval_dataset_name"] = data["dataset_name"]
             data["eval_dataset_split"] = str(split or "test")

@@ -68,7 +68,7 @@ class ModelKeys(Keys):
             self._put("model", "revision", str(revision), "model_revision")
         self._precision()
         attention = self.trl.take("attn_implementation")
-        if attention in _ATTENTION:
+        if isinstance(attention, str) and attention in _ATTENTION:
             self._put("model", "attention", _ATTENTION[attention], "attn_implementation")
         elif attention is not None:
             self._same("attn_implementation", f"{attention} is not one of ours; model.attention auto takes the fastest")
@@ -124,8 +124,11 @@ class ModelKeys(Keys):
     def _quantization(self, *, trains_adapter: bool) -> None:
         four = self.trl.flag("load_in_4bit")
         kind, nested = self.trl.take("bnb_4bit_quant_type", "nf4"), self.trl.flag("use_bnb_nested_quant")
-        self.trl.take("bnb_4bit_quant_storage")
+        if self.trl.take("bnb_4bit_quant_storage") is not None:
+            self._same("bnb_4bit_quant_storage", "how 4-bit weights lie in memory is decided here")
         if not four:
+            if kind != "nf4":
+                self._same("bnb_4bit_quant_type", "no effect without load_in_4bit")
             return
         if not trains_adapter:
             self._new(

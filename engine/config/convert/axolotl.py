@@ -30,7 +30,7 @@ def read(reading: Reading) -> None:
 def _loss(reading: Reading) -> None:
     file = reading.file
     kind = file.take("rl")
-    if kind not in _LOSSES:
+    if not isinstance(kind, str) or kind not in _LOSSES:
         what = "no rl: its data are no preference pairs" if kind is None else f"{show(kind)} does not train on pairs"
         raise UserError(f"{file.where('rl')}: {what}; dpo, ipo, simpo and orpo are converted")
     types, weights = file.take("dpo_loss_type"), file.take("dpo_loss_weights")
@@ -61,11 +61,9 @@ def _loss(reading: Reading) -> None:
 
 
 def _data(reading: Reading) -> None:
-    listed = reading.file.take("datasets") or []
-    if not isinstance(listed, list) or not all(isinstance(one, dict) and one.get("path") for one in listed):
-        raise UserError(f"{reading.file.where('datasets')}: expected a list of mappings with path")
+    listed = _mappings(reading, "datasets")
     put_data(reading, "datasets", [_entry(reading, "datasets", one) for one in listed])
-    tests = reading.file.take("test_datasets") or []
+    tests = _mappings(reading, "test_datasets")
     size = reading.file.number("val_set_size", 0.0)
     if len(tests) > 1:
         reading.stop("test_datasets", "one data set is evaluated")
@@ -89,21 +87,26 @@ def _data(reading: Reading) -> None:
         reading.put("data.system", str(message), "default_system_message")
 
 
+def _mappings(reading: Reading, key: str) -> list[dict[str, Any]]:
+    listed = reading.file.take(key) or []
+    if not isinstance(listed, list) or not all(isinstance(one, dict) and one.get("path") for one in listed):
+        raise UserError(f"{reading.file.where(key)}: expected a list of mappings with path, got {show(listed)}")
+    return listed
+
+
 def _entry(reading: Reading, key: str, listed: dict[str, Any]) -> Entry:
     known = dict(listed)
     name, kind, files = str(known.pop("path")), known.pop("type", None), known.pop("data_files", None)
     known.pop("ds_type", None)
-    if isinstance(files, list) and len(files) == 1:
-        files = files[0]
-    if isinstance(files, list | dict):
-        reading.stop(key, f"{len(files)} files of {name} are not read as one", "join them, or give a pattern")
-    elif files is not None:
-        name = str(files)
+    parts = tuple(map(str, files if isinstance(files, list) else [files] if files else []))
+    # the name of a format, with the files beside it
+    if len(parts) == 1 and name in ("json", "parquet", "csv", "text"):
+        name, parts = parts[0], ()
     split, config = str(known.pop("split", None) or "train"), known.pop("name", None)
     settings = _row_settings(reading, key, kind, known)
     for left in [one for one, value in known.items() if value is not None]:
         reading.changes(f"{key}.{left}", "not read here; dropped")
-    return Entry(name, None if config is None else str(config), split, **settings)
+    return Entry(name, None if config is None else str(config), split, data_files=parts, **settings)
 
 
 def _row_settings(reading: Reading, key: str, kind: Any, known: dict[str, Any]) -> dict[str, Any]:
@@ -222,20 +225,25 @@ def _optimizer(reading: Reading) -> None:
 def _cadence(reading: Reading) -> None:
     file = reading.file
     epochs = file.number("num_epochs", 1.0)
+    if epochs <= 0:
+        raise UserError(f"{file.where('num_epochs')}: expected a positive number, got {epochs:g}")
     reading.hand("num_train_epochs", epochs, "num_epochs")
-    saves, evals = file.take("saves_per_epoch"), file.take("evals_per_epoch")
-    save_steps, save = file.take("save_steps"), file.take("save_strategy")
+    saves, evals = file.number("saves_per_epoch", 0), file.number("evals_per_epoch", 0)
+    save_steps, save = file.number("save_steps", 0), file.take("save_strategy")
     if saves or not (save_steps or save):
         save_steps = 1 / ((saves or 1) * epochs)
-        reading.tell("saves_per_epoch", f"{saves or 'not given, so 1'} -> train.save_steps {save_steps:g} of all steps")
-    reading.hand("save_strategy", "steps" if save_steps else save)
-    if save_steps:
+        given = f"{saves:g}" if saves else "not given, so 1"
+        reading.tell("saves_per_epoch", f"{given} -> train.save_steps {save_steps:g} of all steps")
+    at_the_end = save_steps == 1 and file.keys.get("max_steps") != 1
+    reading.hand("save_strategy", "epoch" if at_the_end else "steps" if save_steps else save)
+    if save_steps and not at_the_end:
         reading.hand("save_steps", _steps(save_steps))
     has_data = {"eval_fraction", "eval_dataset_name"} & set(reading.values.get("data", {}))
-    steps, strategy = file.take("eval_steps"), file.take("eval_strategy", file.take("evaluation_strategy"))
+    steps, strategy = file.number("eval_steps", 0), file.take("eval_strategy", file.take("evaluation_strategy"))
     if evals:
-        steps = 1 / (evals * epochs)
-        reading.tell("evals_per_epoch", f"{evals} -> train.eval_steps {steps:g} of all steps")
+        # evaluated at the end in any case
+        steps = 1 / (evals * epochs) if evals * epochs > 1 else 0
+        reading.tell("evals_per_epoch", f"{evals:g} -> train.eval_steps {steps:g} of all steps")
     if has_data:
         reading.hand("eval_strategy", "steps" if steps else strategy or "epoch")
         if steps:
@@ -245,8 +253,8 @@ def _cadence(reading: Reading) -> None:
 
 
 def _steps(steps: float) -> int | float:
-    """A share of all steps, or whole steps; a share of 1 is the end."""
-    return steps if steps < 1 else int(steps) if steps > 1 else 1.0 - 1e-9
+    """A share of all steps, or whole steps."""
+    return steps if steps < 1 else int(steps)
 
 
 def _model(reading: Reading) -> None:

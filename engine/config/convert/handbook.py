@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ...errors import UserError
 from .entries import Entry, hold_out, put_data, put_evaluation
-from .reading import Reading, Trainer
+from .reading import Reading, Trainer, as_list
 from .rules import Left, Read, Rule, each, words
 from .transformers_keys import TRL_KEYS
 
@@ -34,40 +35,50 @@ def read(reading: Reading) -> None:
     if smoothing := file.number("label_smoothing", 0.0):
         reading.put("loss.label_smoothing", smoothing, "label_smoothing")
     mixer, mixture = file.take("dataset_mixer"), file.take("dataset_mixture")
+    if "dataset_name" in file.keys and (mixer is not None or mixture is not None):
+        file.take("dataset_name")
+        reading.stop("dataset_name", "the file has a mixture of data sets, too", "leave one of them")
     if mixer is not None:
         _mixer(reading, mixer)
     elif mixture is not None:
         _mixture(reading, mixture)
-    has_data = {"eval_fraction", "eval_dataset_name", "datasets"} & set(reading.values.get("data", {}))
-    if (mixer is not None or mixture is not None) and not has_data & {"eval_fraction", "eval_dataset_name"}:
+    data = reading.values.get("data", {})
+    has_rows = {"eval_fraction", "eval_dataset_name"} & set(data) or any(
+        "eval_split" in one for one in data.get("datasets", ())
+    )
+    if (mixer is not None or mixture is not None) and not has_rows:
         strategy = file.take("eval_strategy", "no")
         if strategy not in ("no", False):
             reading.changes("eval_strategy", f"{strategy}: there are no rows to evaluate")
-        file.take("eval_steps")
+        if file.take("eval_steps") is not None:
+            reading.tell("eval_steps", "no effect without rows to evaluate")
 
 
 def _mixer(reading: Reading, mixer: Any) -> None:
     """``{name: share}``: the first rows of each split whose name says train, and all of those that say test."""
     file = reading.file
-    if not isinstance(mixer, dict):
+    if not isinstance(mixer, dict) or not mixer:
         raise UserError(f"{file.where('dataset_mixer')}: expected a mapping of names to shares")
-    splits = file.take("dataset_splits") or ["train", "test"]
-    configs = file.take("dataset_configs") or [None] * len(mixer)
+    splits = as_list(reading, "dataset_splits", file.take("dataset_splits") or ["train", "test"])
+    configs = as_list(reading, "dataset_configs", file.take("dataset_configs") or [None] * len(mixer))
     train = [str(split) for split in splits if "train" in str(split)]
     test = [str(split) for split in splits if "test" in str(split)]
-    named = zip(mixer.items(), configs, strict=False)
+    evaluated = bool(test) and file.keys.get("eval_strategy", "no") not in ("no", False)
     entries = [
         Entry(str(name), config, split, fraction=file.as_number("dataset_mixer", share))
-        for (name, share), config in named
+        for (name, share), config in zip(mixer.items(), configs, strict=False)
         for split in train
     ]
+    if len(test) > 1:
+        reading.stop("dataset_splits", f"{', '.join(test)}: one split is evaluated", "leave one of them")
+    elif evaluated and (len(entries) > 1 or not entries[0].is_whole):
+        firsts = {entry.name: entry for entry in reversed(entries)}
+        entries = [replace(one, eval_split=test[0]) if firsts[one.name] is one else one for one in entries]
+    elif evaluated:
+        put_data(reading, "dataset_mixer", entries)
+        put_evaluation(reading, "dataset_splits", Entry(entries[0].name, configs[0], test[0]))
+        return
     put_data(reading, "dataset_mixer", entries)
-    if test and file.keys.get("eval_strategy", "no") not in ("no", False):
-        if len(mixer) > 1 or len(test) > 1:
-            reading.changes("dataset_splits", f"{', '.join(test)} of {len(mixer)} sets are not evaluated together; set "
-                            "data.eval_dataset_name")  # fmt: skip
-        else:
-            put_evaluation(reading, "dataset_splits", Entry(str(next(iter(mixer))), configs[0], test[0]))
 
 
 def _mixture(reading: Reading, mixture: Any) -> None:

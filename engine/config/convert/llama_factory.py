@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import UserError
 from ..fields import nearest, show
-from .entries import Entry, hold_out, put_data, put_evaluation
+from .entries import Entry, hold_out, put_data, put_evaluation, weighted
 from .llama_factory_keys import MARKS, RULES, SAME_NAMES
 from .reading import Reading, Trainer, as_list
 from .transformers_keys import TRANSFORMERS_DEFAULTS
@@ -35,7 +35,7 @@ def read(reading: Reading) -> None:
 def _loss(reading: Reading) -> None:
     file = reading.file
     kind, bco = file.take("pref_loss", "sigmoid"), file.number("pref_bco_weight", 0.0)
-    if kind not in _LOSSES:
+    if not isinstance(kind, str) or kind not in _LOSSES:
         reading.stop("pref_loss", f"{show(kind)} is not a loss on pairs here", f"take one of {', '.join(_LOSSES)}")
         return
     reading.hand("beta", file.number("pref_beta", 0.1), "pref_beta")
@@ -75,7 +75,7 @@ def _adapter(reading: Reading) -> None:
         return
     if trained is not None:
         paths = as_list(reading, "adapter_name_or_path", trained)
-        if len(paths) > 1 or fresh:
+        if len(paths) != 1 or fresh:
             reading.stop(
                 "adapter_name_or_path", "adapters below a fresh one are not supported", "merge them into the model"
             )
@@ -144,9 +144,13 @@ def _data(reading: Reading) -> None:
     if samples is not None:
         reading.put("data.max_rows", file.as_whole("max_samples", samples), "max_samples")
     entries = [_entry(reading, "dataset", str(name), folder, info) for name in as_list(reading, "dataset", names)]
-    put_data(reading, "dataset", [entry for entry in entries if entry is not None])
+    put_data(
+        reading, "dataset", weighted(reading, "interleave_probs", [entry for entry in entries if entry is not None])
+    )
+    if (strategy := file.take("mix_strategy", "concat")) != "concat":
+        reading.changes("mix_strategy", f"{strategy}: here an epoch has as many rows as all sets together")
     size, evaluated = file.number("val_size", 0.0), file.take("eval_dataset")
-    if evaluated is not None:
+    if evaluated:
         listed = as_list(reading, "eval_dataset", evaluated)
         if len(listed) > 1:
             reading.stop("eval_dataset", "one data set is evaluated")

@@ -24,7 +24,8 @@ RULES: dict[str, Rule] = {
     **each("ref_model ref_model_adapters", Read("`reference.model_name_or_path`")),
     **each("bf16 fp16 pure_bf16", Read("`model.dtype`")),
     **each(
-        "dataset dataset_dir eval_dataset val_size max_samples disable_shuffling default_system template",
+        "dataset dataset_dir eval_dataset val_size max_samples disable_shuffling default_system template mix_strategy "
+        "interleave_probs",
         Read("`data`, by what `dataset_info.json` says of the set"),
     ),
     **each("flash_attn", Read("`model.attention`")),
@@ -44,11 +45,10 @@ RULES: dict[str, Rule] = {
         Left("new", "this optimizer is not supported; optim.optimizer adamw takes its place", (False,)),
     ),
     **each(
-        "early_stopping_steps interleave_probs freeze_language_model use_dft_loss use_asft_loss use_eaft_loss "
+        "early_stopping_steps freeze_language_model use_dft_loss use_asft_loss use_eaft_loss "
         "tool_format enable_thinking preserve_thinking block_diag_attn model_max_length",
         Left("new", "not supported; dropped", (False, True)),
     ),
-    **each("mix_strategy", Left("new", "one data set is read", ("concat",))),
     **each("train_on_prompt mask_history", Left("told", "the loss is over the last response, as in its DPO")),
     **each("packing neat_packing", Left("told", "whole pairs are always packed, without padding")),
     **each(

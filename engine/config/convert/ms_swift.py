@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import UserError
 from ..fields import show
-from .entries import Entry, hold_out, put_data, put_evaluation
+from .entries import Entry, hold_out, put_data, put_evaluation, weighted
 from .ms_swift_keys import MARKS, RULES, SAME_NAMES
 from .reading import Reading, Trainer, as_list
 
@@ -19,7 +19,7 @@ _NAMED = re.compile(r"(?:(?:MS|HF)::)?(?P<name>[^:#]+)(?::(?P<subset>[^#]+))?(?:
 def read(reading: Reading) -> None:
     """The keys that mean something together."""
     kind = reading.file.take("rlhf_type", "dpo")
-    if kind not in _LOSSES:
+    if not isinstance(kind, str) or kind not in _LOSSES:
         raise UserError(f"{reading.file.where('rlhf_type')}: {show(kind)} does not train on pairs; "
                         f"{', '.join(_LOSSES)} are converted")  # fmt: skip
     _batch(reading)
@@ -83,10 +83,10 @@ def _loss(reading: Reading, kind: str) -> None:
 
 def _adapter(reading: Reading) -> None:
     file = reading.file
-    kind = file.take("tuner_type", file.take("train_type", file.take("sft_type", "lora")))
+    named, kind = reading.first("tuner_type train_type sft_type", "lora")
     adapters, targets, pattern = file.take("adapters"), file.take("target_modules"), file.take("target_regex")
     if kind not in ("lora", "full"):
-        reading.stop("tuner_type", f"{show(kind)} is not supported", "take lora or full")
+        reading.stop(named, f"{show(kind)} is not supported", "take lora or full")
         return
     if kind == "full":
         for key in [key for key in ("lora_rank", "lora_alpha", "lora_dropout") if key in file.keys]:
@@ -109,7 +109,7 @@ def _adapter(reading: Reading) -> None:
             reading.put("reference.model_name_or_path", str(file.keys["model"]))
             reading.tell("adapters", "the model without adapters is the reference, as in ms-swift")
     else:
-        reading.hand("use_peft", True, "tuner_type")
+        reading.hand("use_peft", True, named)
         names = as_list(reading, "target_modules", targets) if targets else ["all-linear"]
         chosen: Any = "all-linear" if names == ["all-linear"] else names
         if "all-linear" in names and len(names) > 1:
@@ -155,9 +155,9 @@ def _data(reading: Reading) -> None:
     if not names:
         raise UserError(f"{file.where('dataset')}: missing; name a data set")
     mapping = file.mapping("columns")
-    columns = {_PART.get(part, part): str(name) for name, part in mapping.items()}
+    columns = {_PART.get(str(part), str(part)): str(name) for name, part in mapping.items()}
     entries = [_entry(str(name), columns) for name in as_list(reading, "dataset", names)]
-    put_data(reading, "dataset", entries)
+    put_data(reading, "dataset", weighted(reading, "interleave_prob", entries))
     if not hub:
         text = "ms-swift looks for models and data on ModelScope; here the Hugging Face Hub is asked, by the same names"
         reading.changes("use_hf", text)
@@ -198,19 +198,19 @@ def _entry(name: str, columns: dict[str, str]) -> Entry:
 def _schedule(reading: Reading) -> None:
     file = reading.file
     full = not reading.trl.get("use_peft") and "adapter_name_or_path" not in reading.values.get("model", {})
-    rate = file.take("learning_rate", file.take("lr"))
+    rate_name, rate = reading.first("learning_rate lr", None)
     if rate is None:
         rate = 1e-5 if full else 1e-4
         reading.tell(
             "learning_rate", f"not given: ms-swift's default, {rate:g} for {'full models' if full else 'adapters'}"
         )
-    reading.hand("learning_rate", rate)
+    reading.hand("learning_rate", rate, rate_name)
     least = file.take("min_lr")
-    schedule = file.take("lr_scheduler_type", file.take("lr_decay_style", "cosine"))
+    named, schedule = reading.first("lr_scheduler_type lr_decay_style", "cosine")
     if least and schedule == "cosine":
         schedule = "cosine_with_min_lr"
         reading.hand("lr_scheduler_kwargs", {"min_lr": file.as_number("min_lr", least)}, "min_lr")
-    reading.hand("lr_scheduler_type", schedule)
+    reading.hand("lr_scheduler_type", schedule, named)
     has_data = {"eval_fraction", "eval_dataset_name"} & set(reading.values.get("data", {}))
     strategy, steps = file.take("eval_strategy"), file.take("eval_steps")
     saving = file.keys.get("save_strategy", "steps")

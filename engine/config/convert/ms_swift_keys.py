@@ -39,7 +39,7 @@ RULES: dict[str, Rule] = {
     **each("torch_dtype bf16 fp16", Read("`model.dtype`")),
     **each(
         "dataset val_dataset split_dataset_ratio columns system template truncation_strategy dataset_shuffle "
-        "train_dataloader_shuffle use_hf",
+        "train_dataloader_shuffle use_hf interleave_prob",
         Read("`data`; `name:subset#rows` is read"),
     ),
     **each("learning_rate lr min_lr lr_scheduler_type lr_decay_style", Read("`optim`")),
@@ -60,7 +60,7 @@ RULES: dict[str, Rule] = {
         Left("stop", "models, their tokens and data sets are read as they are", ([],)),
     ),
     **each(
-        "use_galore lisa_activated_layers optimizer interleave_prob response_prefix enable_thinking norm_bbox "
+        "use_galore lisa_activated_layers optimizer response_prefix enable_thinking norm_bbox "
         "aligner_lr vit_lr early_stop_interval callbacks enable_channel_loss agent_template use_chat_template "
         "max_pixels model_kwargs enable_dft_loss",
         Left("new", "not supported; dropped", (False, 0, True, [])),

@@ -7,7 +7,7 @@ from typing import Any
 from ...errors import UserError
 from ..fields import show
 from .entries import Entry, put_data
-from .reading import Reading, Trainer
+from .reading import Reading, Trainer, as_list
 from .rules import Left, Read, Rule, To, each, words
 
 _LOSSES = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm", "simpo": "simpo", "wpo": "sigmoid"}
@@ -78,11 +78,11 @@ def read(reading: Reading) -> None:
 
 def _loss(reading: Reading) -> None:
     file = reading.file
-    kind = file.take("loss_type", file.take("dpo_loss_type", "dpo_norm"))
-    if kind not in _LOSSES:
-        raise UserError(f"{file.where('loss_type')}: {show(kind)} is not a loss; it is one of {', '.join(_LOSSES)}")
+    named, kind = reading.first("loss_type dpo_loss_type", "dpo_norm")
+    if not isinstance(kind, str) or kind not in _LOSSES:
+        raise UserError(f"{file.where(named)}: {show(kind)} is not a loss; it is one of {', '.join(_LOSSES)}")
     beta = file.number("beta", file.number("dpo_beta", 5.0))
-    reading.put("loss.loss_type", _LOSSES[kind], "loss_type")
+    reading.put("loss.loss_type", _LOSSES[kind], named)
     reading.put("loss.beta", beta, "beta")
     smoothing = file.number("label_smoothing", 0.0)
     if smoothing:
@@ -102,9 +102,10 @@ def _loss(reading: Reading) -> None:
 
 def _data(reading: Reading) -> None:
     file = reading.file
-    mixer, listed = file.take("dataset_mixer"), file.take("mixer_list", file.take("dataset_mixer_list"))
-    splits = file.take("mixer_list_splits", file.take("dataset_mixer_list_splits", ["train"]))
-    splits = [splits] if isinstance(splits, str) else splits
+    mixer = file.mapping("dataset_mixer") or None
+    listed = file.take("mixer_list", file.take("dataset_mixer_list"))
+    splits_name, splits = reading.first("mixer_list_splits dataset_mixer_list_splits", ["train"])
+    splits = as_list(reading, splits_name, splits)
     name, config = file.take("dataset_name"), file.take("dataset_config_name")
     key = "dataset_mixer" if mixer is not None else "mixer_list" if listed else "dataset_name"
     if mixer is not None:
@@ -116,7 +117,7 @@ def _data(reading: Reading) -> None:
     else:
         pairs = [(name, 1.0)] if name is not None else []
     if len(splits) not in (1, len(pairs)):
-        raise UserError(f"{file.where('mixer_list_splits')}: {len(splits)} splits for {len(pairs)} data sets")
+        raise UserError(f"{file.where(splits_name)}: {len(splits)} splits for {len(pairs)} data sets")
     splits = splits * len(pairs) if len(splits) == 1 else splits
     entries = [_entry(reading, key, pair, str(split), config) for pair, split in zip(pairs, splits, strict=True)]
     put_data(reading, key, entries)
@@ -136,7 +137,7 @@ def _entry(reading: Reading, key: str, pair: tuple[Any, Any], split: str, config
     name, amount = pair
     number = reading.file.as_number(key, amount)
     # As there: a number with a point is a share, and a mixer as a mapping has shares alone.
-    is_rows = number > 1 or (key != "dataset_mixer" and "." not in str(amount))
+    is_rows = key != "dataset_mixer" and "." not in str(amount)
     rows, share = (int(number), None) if is_rows else (None, number)
     return Entry(str(name), None if config is None else str(config), split, fraction=share, rows=rows)
 

@@ -49,6 +49,11 @@ class Reading:
         self.notes: list[Note] = []
         self.stops: list[UserError] = []
 
+    def first(self, names: str, default: Any) -> tuple[str, Any]:
+        """The first of several names of one key that the file has, and its value; all of them are taken."""
+        given = [(name, self.file.take(name)) for name in names.split()]
+        return next(((name, value) for name, value in given if value is not None), (names.split()[0], default))
+
     def hand(self, key: str, value: Any, theirs: str | None = None) -> None:
         """Hand a value on as TRL's ``key``, which the file calls ``theirs``."""
         self.trl[key] = value
@@ -100,10 +105,12 @@ def convert_with(trainer: Trainer, file: TrlFile, num_processes: int | None) -> 
     # An empty value is the default everywhere but in TRL's own files.
     file = TrlFile(file.source, {key: value for key, value in file.keys.items() if value is not None}, file.lines)
     reading = Reading(trainer, file, num_processes or 1)
+    given = set(file.keys)
     trainer.read(reading)
     for key in list(file.keys):
         _apply(reading, key, file.take(key))
     reading.raise_stops()
+    _tell_the_rest(reading, given)
     for key, value in trainer.defaults.items():
         if key not in reading.trl and (reading.trl.get("use_peft") or not key.startswith("lora_")):
             reading.trl[key] = value
@@ -136,6 +143,15 @@ def _apply(reading: Reading, key: str, value: Any) -> None:
             reading.stop(key, rule.reason)
     else:
         reading.tell(key, rule.text)
+
+
+def _tell_the_rest(reading: Reading, given: set[str]) -> None:
+    """Say of keys that were read beside others, and of which nothing was said, what the table says."""
+    handed = {reading.names.get(key, key) for key in reading.trl}
+    told = {note.key.partition(".")[0] for note in reading.notes}
+    for key in sorted(given - handed - told):
+        if isinstance(rule := reading.trainer.rules.get(key), Read):
+            reading.tell(key, f"read beside other keys: {rule.text}")
 
 
 def _unknown(reading: Reading, key: str) -> None:

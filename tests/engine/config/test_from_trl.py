@@ -282,11 +282,23 @@ def test_text_without_keys_is_refused(tmp_path):
         convert_trl(path)
 
 
-def test_a_mixture_of_one_is_a_dataset_and_of_two_is_not(convert):
+def test_a_mixture_of_one_is_a_dataset_and_of_two_are_sets(convert):
     one = convert("model_name_or_path: m\ndatasets:\n- {path: p, name: n, split: s}\n")
     assert one.values["data"] == {"dataset_name": "p", "dataset_config": "n", "dataset_train_split": "s"}
-    with pytest.raises(UserError, match=r"trl.yaml, line 3: datasets: .* join the sets"):
-        convert(MINIMAL + "datasets:\n- {path: p}\n- {path: q}\n")
+    two = convert(
+        "model_name_or_path: m\ndatasets:\n- {path: p, split: s}\n- {path: q, name: c}\ntest_split_size: 0.1\n"
+    )
+    assert two.values["data"] == {
+        "datasets": [{"name": "p", "split": "s", "fraction": 1.0}, {"name": "q", "config": "c", "fraction": 1.0}],
+        "eval_fraction": 0.1,
+    }
+    shares = convert("model_name_or_path: m\ndatasets:\n- {path: p, fraction: 0.2}\n- {path: q, fraction: 0.8}\n")
+    assert [one["weight"] for one in shares.values["data"]["datasets"]] == [0.2, 0.8]
+    files = convert("model_name_or_path: m\ndatasets:\n- {path: p, data_files: x.jsonl}\neval_strategy: steps\n")
+    assert files.values["data"]["datasets"] == [{"name": "p", "data_files": ["x.jsonl"], "fraction": 1.0}]
+    assert "none are evaluated" in _notes(files, "new")["eval_strategy"]
+    with pytest.raises(UserError, match=r"trl.yaml, line 3: datasets: each set needs a path"):
+        convert(MINIMAL + "datasets:\n- {path: p, data_dir: x}\n")
 
 
 @pytest.mark.parametrize(("key", "value"), [(k, v[0][0]) for k, v in NEW_RESULT.items() if v[0]])

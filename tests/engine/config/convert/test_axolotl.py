@@ -33,7 +33,6 @@ def test_its_defaults_are_written(run):
         "optim.lr_scheduler_type": "cosine",
         "optim.warmup_steps": 0.03,
         "train.output_dir": "./model-out",
-        "train.save_steps": pytest.approx(1, abs=1e-6),
         "train.save_total_limit": 4,
         "train.report_to": (),
     }
@@ -119,7 +118,6 @@ def test_adapters(run, converted):
     [
         (MINIMAL.replace("rl: dpo", "rl: grpo"), "line 2: rl: the string 'grpo' does not train on pairs"),
         (MINIMAL.replace("rl: dpo\n", "micro_batch_size: 1\n"), "no rl: its data are no preference pairs"),
-        (MINIMAL + "- {path: e}\n", "line 4: datasets: 2 data sets (d, e) cannot be mixed here"),
         (MINIMAL + "adapter: llama-adapter\n", "adapter: the string 'llama-adapter' is not supported"),
         (LORA + "peft_layers_to_transform: [0, 1]\n", "peft_layers_to_transform: adapters have one rank"),
         (LORA + "lora_target_parameters: [w]\n", "adapters sit on modules"),
@@ -154,3 +152,16 @@ def test_unknown_keys_are_loud(converted):
     changed = notes(converted(MINIMAL + "zzz: 1\nneftune_noise_alpha: 5\nval_set_size: 0.1\n"), "new")
     assert changed["zzz"] == "not a key of Axolotl that is known here; dropped"
     assert {"neftune_noise_alpha", "val_set_size", "excess_length_strategy", "router_aux_loss_coef"} <= set(changed)
+
+
+def test_several_sets_are_a_mixture(converted):
+    data = converted(MINIMAL + "- {path: e, split: s, type: chatml.intel}\nval_set_size: 0.1\n").values["data"]
+    assert data["datasets"] == [
+        {"name": "d", "fraction": 1.0},
+        {"name": "e", "split": "s", "fraction": 1.0, "format": "conversation", "columns": {"prompt": "question"}},
+    ]
+    assert data["eval_fraction"] == 0.1
+    files = converted(MINIMAL.replace("{path: d}", "{path: d, data_files: [a.jsonl, b.jsonl]}")).values["data"][
+        "datasets"
+    ]
+    assert files == [{"name": "d", "data_files": ["a.jsonl", "b.jsonl"], "fraction": 1.0}]

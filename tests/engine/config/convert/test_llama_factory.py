@@ -95,18 +95,27 @@ def test_adapters(run, lines, expected):
     assert {key: found.get(key) for key in expected} == expected
 
 
-def test_a_described_set(run):
-    found = run(MINIMAL.replace("pairs", "chats"))
-    assert {key: value for key, value in found.items() if key.startswith("data.")} == {
-        "data.dataset_name": "who/chats",
-        "data.dataset_config": "en",
-        "data.dataset_train_split": "part[:10]",
-        "data.format": "messages",
-        "data.columns": {"messages": "talk"},
-        "data.turn_fields": {"role": "who", "content": "says"},
-        "data.roles": {"customer": "user"},
-        "data.max_length": 2048,
-    }
+CHATS = {
+    "name": "who/chats",
+    "config": "en",
+    "split": "part",
+    "rows": 10,
+    "format": "messages",
+    "columns": {"messages": "talk"},
+    "turn_fields": {"role": "who", "content": "says"},
+    "roles": {"customer": "user"},
+}
+
+
+def test_described_sets(converted):
+    assert converted(MINIMAL.replace("pairs", "chats")).values["data"]["datasets"] == [CHATS]
+    both = MINIMAL.replace("pairs", "[chats, pairs]")
+    one, other = converted(both).values["data"]["datasets"]
+    assert one == CHATS
+    assert (other["name"], other["fraction"], other["columns"]["chosen"]) == ("data/pairs.json", 1.0, "good")
+    drawn = converted(both + "mix_strategy: interleave_under\ninterleave_probs: 0.3,0.7\n")
+    assert [one["weight"] for one in drawn.values["data"]["datasets"]] == [0.3, 0.7]
+    assert {"mix_strategy", "interleave_probs"} <= set(notes(drawn, "new"))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +128,7 @@ def test_a_described_set(run):
         (MINIMAL.replace("pairs", "plain"), "plain has no pairs: ranking is not true"),
         (MINIMAL.replace("pairs", "seen"), "seen has images, which are not read"),
         (MINIMAL.replace("pairs", "script"), "script is read by a script"),
-        (MINIMAL.replace("pairs", "pairs,chats"), "2 data sets (data/pairs.json, who/chats) cannot be mixed here"),
+        (MINIMAL.replace("pairs", "pairs,chats") + "interleave_probs: '1'\n", "1 probabilities for 2 data sets"),
         (MINIMAL + "dataset_dir: /nowhere\n", "no dataset_info.json in /nowhere"),
         (LORA + "pissa_init: true\n", "pissa_init: adapters have one rank"),
         (LORA + "adapter_name_or_path: a,b\n", "adapters below a fresh one are not supported"),

@@ -60,9 +60,7 @@ def test_options_in_yaml(tmp_path):
          {"loss.loss_type": ("sigmoid", "bco_pair", "sft"), "loss.loss_weights": (0.8, 0.2, 1.0)}),
         ("--rpo_alpha 0.1", {"loss.rpo_alpha": 0.1}),
         ("--router_aux_loss_coef 0.001", {"loss.router_aux_loss_coef": 0.001}),
-        ("--dataset 'who/what:en#500' --use_hf true",
-         {"data.dataset_name": "who/what", "data.dataset_config": "en", "data.dataset_train_split": "train[:500]"}),
-        ("--dataset ./rows.jsonl#20", {"data.dataset_name": "./rows.jsonl", "data.dataset_train_split": "train[:20]"}),
+        ("--dataset 'who/what:en' --use_hf true", {"data.dataset_name": "who/what", "data.dataset_config": "en"}),
         ("--columns '{\"ask\": \"query\", \"worse\": \"rejected_response\"}'",
          {"data.columns": {"prompt": "ask", "rejected": "worse"}}),
         ("--per_device_train_batch_size 4", {"packing.pairs_per_step": 16}),
@@ -93,7 +91,6 @@ def test_other_losses_on_pairs(run, kind, loss):
     ("text", "part"),
     [
         (MINIMAL.replace("dpo", "grpo"), "line 1: rlhf_type: the string 'grpo' does not train on pairs"),
-        (MINIMAL.replace("--dataset d", "--dataset d e"), "dataset: 2 data sets (d, e) cannot be mixed here"),
         (MINIMAL + " --tuner_type adalora", "tuner_type: the string 'adalora' is not supported"),
         (MINIMAL + " --init_weights pissa", "init_weights: pissa is not supported"),
         (MINIMAL + " --freeze_parameters_ratio 0.5", "parts of a model cannot be trained alone"),
@@ -110,3 +107,13 @@ def test_what_would_be_lost_stops(converted, text, part):
 def test_what_differs_is_loud(converted):
     changed = notes(converted(MINIMAL + " --per_device_train_batch_size 2 --rpo_alpha 1 --loss_scale all"), "new")
     assert {"rpo_alpha", "loss_scale", "truncation_strategy", "use_hf", "template"} <= set(changed)
+
+
+def test_several_sets_are_a_mixture(converted):
+    text = MINIMAL.replace("--dataset d", "--dataset ./rows.jsonl#20 'who/what:en#500' d")
+    assert converted(text).values["data"]["datasets"] == [
+        {"name": "./rows.jsonl", "rows": 20}, {"name": "who/what", "config": "en", "rows": 500},
+        {"name": "d", "fraction": 1.0},
+    ]  # fmt: skip
+    weights = converted(f"{text} --interleave_prob 0.2 0.3 0.5").values["data"]["datasets"]
+    assert [one["weight"] for one in weights] == [0.2, 0.3, 0.5]

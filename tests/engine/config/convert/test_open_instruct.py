@@ -62,18 +62,22 @@ def test_keys_are_converted(run, lines, expected):
 
 
 @pytest.mark.parametrize(
-    ("mixer", "split"),
+    ("mixer", "expected"),
     [
-        ("mixer_list: [d, '0.5']", "train[:50%]"),
-        ("mixer_list: [d, 100]", "train[:100]"),
-        ("dataset_mixer_list: [d, 1.0]\ndataset_mixer_list_splits: [prefs]", "prefs"),
-        ("dataset_mixer: {d: 1.0}", None),
-        ("dataset_name: d", None),
+        ("mixer_list: [d, '0.5']", {"dataset_name": "d", "dataset_train_split": "train[:50%]"}),
+        ("mixer_list: [d, 100]", {"datasets": [{"name": "d", "rows": 100}]}),
+        ("mixer_list: [d, '1.5', e, 7]\nmixer_list_splits: [s, train]",
+         {"datasets": [{"name": "d", "split": "s", "fraction": 1.5}, {"name": "e", "rows": 7}]}),
+        ("dataset_mixer_list: [d, 1.0]\ndataset_mixer_list_splits: [prefs]",
+         {"dataset_name": "d", "dataset_train_split": "prefs"}),
+        ("dataset_mixer: {d: 1.0, e: 0.335}",
+         {"datasets": [{"name": "d", "fraction": 1.0}, {"name": "e", "fraction": 0.335}]}),
+        ("dataset_name: d", {"dataset_name": "d"}),
     ],
-)
-def test_data_sets(run, mixer, split):
-    found = run(MINIMAL.replace("mixer_list: [d, 1.0]", mixer))
-    assert (found["data.dataset_name"], found.get("data.dataset_train_split")) == ("d", split)
+)  # fmt: skip
+def test_data_sets(converted, mixer, expected):
+    found = converted(MINIMAL.replace("mixer_list: [d, 1.0]", mixer)).values["data"]
+    assert found == {**expected, "max_length": 2048}
 
 
 @pytest.mark.parametrize(
