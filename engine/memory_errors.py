@@ -17,7 +17,7 @@ T = TypeVar("T")
 def remedies(config: RunConfig, *, trains: bool = True) -> str:
     """What to change, beginning with what costs least and changes no result."""
     found = [f"lower packing.tokens_per_pack (now {config.packing.tokens_per_pack:,})"]
-    if trains and not config.train.gradient_checkpointing:
+    if trains and config.train.gradient_checkpointing is not True:
         found.append("set train.gradient_checkpointing to true")
     if trains and not (config.train.activation_offload or config.train.gradient_checkpointing):
         found.append("set train.activation_offload to true")

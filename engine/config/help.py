@@ -97,7 +97,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _metavar(hint: Any) -> str:
     if get_origin(hint) is Literal:
-        return "NAME"
+        return "NAME" if len(get_args(hint)) > 1 else str(get_args(hint)[0])
     if dataclass_of_items(hint) is not None:
         return "LIST"
     if get_origin(hint) is tuple:

@@ -94,7 +94,8 @@ def _split(args: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _parse_value(key: str, hint: Any, tokens: list[str]) -> Any:
-    if hint is bool and not tokens:
+    boolean = hint is bool or bool in get_args(hint)
+    if boolean and not tokens:
         return True
     if dataclass_of_items(hint) is not None and len(tokens) == 1:
         return _listed(key, tokens[0])
@@ -110,7 +111,7 @@ def _parse_value(key: str, hint: Any, tokens: list[str]) -> Any:
             # Beside a mapping a name may be meant, which is not read as YAML.
             names = str in get_args(hint) and not tokens[0].lstrip().startswith("{")
             return coerce(tokens[0] if names else yaml.safe_load(tokens[0]), hint)
-        return _parse_with_tyro(hint, [_boolean(t) for t in tokens] if hint is bool else tokens)
+        return _parse_with_tyro(hint, [_boolean(t) for t in tokens] if boolean else tokens)
     except (SystemExit, TypeMismatch, yaml.YAMLError):
         got = " ".join(tokens) if tokens else "no value"
         raise UserError(f"--{key}: expected {describe(hint)}, got {got}{suggestion(tokens, hint)}") from None

@@ -11,6 +11,8 @@ from .require import require as _require
 _PARTS = 1_000_000
 """What shares of all steps are counted in, to compare them."""
 
+Recomputed = bool | Literal["selective"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -40,8 +42,9 @@ class TrainConfig:
     """Log logits/chosen, logits/rejected, entropy and mean_token_accuracy as TRL does: no product beside the loss's."""
     eval_steps: float | None = None
     """Optimizer steps between evaluations; null evaluates once, after training."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a fifth slower."""
+    gradient_checkpointing: Recomputed = False
+    """Recompute activations in the backward pass: true, all but each block's input, about a fifth slower; selective,
+    all but what products and attention gave, at little cost."""
     activation_offload: bool = False
     """Keep activations in host memory until the backward pass; gradient_checkpointing leaves few to move."""
     timeout_minutes: float = 60

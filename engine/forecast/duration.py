@@ -73,7 +73,7 @@ def forecast_duration(
     except Exception as error:
         # Models with code of their own may not take fewer layers; the forecast then says what it assumes.
         again = flops.mixers(plan.mixer_cells - plan.packed_tokens) if plan.mixer_cells else 0.0
-        work = (flop + epochs * again) * (RECOMPUTED if config.train.gradient_checkpointing else 1.0)
+        work = (flop + epochs * again) * (RECOMPUTED if config.train.gradient_checkpointing is True else 1.0)
         return Duration(work / (rate * EFFICIENCY[device.type]), flop, rate, None, reason_of(error))
     updates = plan.total_steps * trained_weights * trial.update_seconds_per_weight
     return Duration(flop / trial.pack_flop_per_second + updates, flop, rate, trial)

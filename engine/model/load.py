@@ -14,14 +14,15 @@ from torch import nn
 
 from .. import distributed
 from ..config.schema import ModelConfig
+from ..config.training import Recomputed
 from ..errors import UserError
 from .adapters import FROZEN, add_lora, continue_adapter
 from .attention import Backend, choose_backend, register_backends
 from .composites import causal_lm_reader, read_causal_lm
 from .experts import EXPERTS, register_experts
-from .mixers import checkpoint_contexts
 from .policy import Policy
 from .quantization import check_quantization, quantization_arguments, use_one_product
+from .recompute import checkpointing_options
 from .sources import check_folder, first_line, hide_weight_bars, hub_options, needs_own_code, not_found
 from .tokenizer import not_a_model
 
@@ -50,7 +51,7 @@ def load_policy(
     model: ModelConfig,
     *,
     device: torch.device,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Recomputed = False,
     empty: bool = False,
     layers: int | None = None,
 ) -> Policy:
@@ -94,7 +95,7 @@ def _load(
     *,
     device: torch.device,
     backend: Backend,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: Recomputed,
     empty: bool,
     layers: int | None,
 ) -> Policy:
@@ -108,7 +109,7 @@ def _load(
                 f"{type(causal_lm).__name__} does not support gradient checkpointing: "
                 "set train.gradient_checkpointing to false"
             )
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+        causal_lm.gradient_checkpointing_enable(checkpointing_options(gradient_checkpointing))
     policy_model: nn.Module = causal_lm
     if model.lora:
         policy_model = add_lora(causal_lm, model.lora)
@@ -122,7 +123,7 @@ def _load(
     )
     policy.disabled_dropouts = disabled
     policy.obstacle = obstacle
-    policy.recomputes = gradient_checkpointing
+    policy.recomputes = bool(gradient_checkpointing)
     assert policy.head is not None
     return policy
 

@@ -9,6 +9,7 @@ import torch
 from transformers import set_seed
 
 from ..config.schema import ModelConfig, PackingConfig, TrainConfig
+from ..config.training import Recomputed
 from ..data.groups import PreferenceDataset
 from .checks import check_packing
 from .fresh import check_fresh, score_fresh
@@ -23,7 +24,7 @@ def load_sharded(
     model: ModelConfig,
     device: torch.device,
     *,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Recomputed = False,
     activation_offload: bool = False,
     layout: Layout | None = None,
     change: Callable[[Policy], None] | None = None,

@@ -303,13 +303,15 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         int: st.integers(1, 10**12),
         float: st.floats(1e-300, 0.999),
         bool: st.booleans(),
+        type(None): st.none(),
     }
     if key in ranges:
         return ranges[key]
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
-    members = get_args(hint) or (hint,)
-    return st.one_of(*(st.none() if m is type(None) else by_type[m] for m in members))
+    if members := get_args(hint):
+        return st.one_of(*(_plausible("", member) for member in members))
+    return by_type[hint]
 
 
 @st.composite

@@ -48,6 +48,7 @@ CASES = {
     "lora": (TIED, LORA + "dtype: float32", ""),
     "lora, bfloat16": (TIED, LORA + "dtype: bfloat16", ""),
     "checkpointing": (TIED, "dtype: float32", ", gradient_checkpointing: true"),
+    "selective": (TIED, "dtype: float32", ", gradient_checkpointing: selective"),
     "mixers in rows": (HYBRID, "dtype: float32", ""),
     "rows": (SMALL, "dtype: float32", "", "rows"),
 }

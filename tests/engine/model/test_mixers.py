@@ -84,7 +84,7 @@ def backward(policy: Policy, batches) -> tuple[torch.Tensor, dict[str, torch.Ten
     return torch.cat(parts).detach(), grads
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("share", [True, False])
 def test_as_one_response_at_a_time(saved, checkpointing, offload, share):

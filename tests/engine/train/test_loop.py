@@ -97,6 +97,7 @@ def test_bfloat16_trains_and_is_stored_as_asked(make_config, rows_of, tmp_path):
         {"packing": {"tokens_per_pack": 220}},
         {"packing": {"share_prompts": False}},
         {"train": {"gradient_checkpointing": True}},
+        {"train": {"gradient_checkpointing": "selective"}},
         {"reference": {"mode": "live"}},
     ],
     ids=str,

@@ -1,0 +1,61 @@
+"""Gradient checkpointing: what a block's forward pass leaves for its backward pass, and what is computed again.
+
+In full, a block keeps its input alone and runs a second time. Selectively, it also keeps what its products and its
+attention gave, which is nearly all of the arithmetic: the second time only norms, activations, rotations and casts run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from .mixers import checkpoint_contexts
+
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution"})
+"""Names of operators, without namespace and overload."""
+_PARTS = ("attention", "attn", "grouped_mm")
+"""Of names that attention and the products of experts have in torch, flash-attn, transformers and here."""
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def checkpointing_options(how: bool | str) -> dict[str, Any]:
+    """Arguments of ``gradient_checkpointing_enable`` for a value of ``train.gradient_checkpointing``."""
+    contexts: Callable[[], Contexts] = _selective_contexts if how == "selective" else checkpoint_contexts
+    return {"use_reentrant": False, "context_fn": contexts}
+
+
+def is_kept(operator: Any) -> bool:
+    """Whether selective checkpointing keeps what an operator gives: that of a product or of attention."""
+    name = operator._schema.name
+    return name.rpartition("::")[2] in _PRODUCTS or any(part in name for part in _PARTS)
+
+
+def _policy(context: Any, operator: Any, *unused: Any, **also_unused: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_kept(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective_contexts() -> Contexts:
+    forward, again = create_selective_checkpoint_contexts(_policy)
+    rows_forward, rows_again = checkpoint_contexts()
+    return _Both(rows_forward, forward), _Both(rows_again, again)
+
+
+class _Both(AbstractContextManager[None]):
+    """Two contexts as one, entered as often as it is."""
+
+    def __init__(self, *contexts: AbstractContextManager[Any]):
+        self._contexts = contexts
+        self._stacks: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for context in self._contexts:
+                stack.enter_context(context)
+            self._stacks.append(stack.pop_all())
+
+    def __exit__(self, *error: Any) -> None:
+        self._stacks.pop().__exit__(*error)
