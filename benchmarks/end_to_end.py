@@ -1,4 +1,4 @@
-"""What both sides of the end-to-end benchmark train on: 128 pairs and a small Llama."""
+"""What both sides of the end-to-end benchmarks train on: 128 pairs, and a small Llama or a small hybrid model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 from benchmarks.trl_peer import hh_pairs
 
@@ -50,10 +51,14 @@ def generated_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     ]
 
 
-def save_model(folder: Path, texts: list[str], seed: int = 0) -> None:
-    """A random 4-layer, hidden-256 Llama and a byte-level BPE tokenizer, 16,384 tokens each."""
+def save_model(folder: Path, texts: list[str], seed: int = 0, *, hybrid: bool = False) -> None:
+    """A random model of 4 layers and hidden size 256, and a byte-level BPE tokenizer, 16,384 tokens each.
+
+    Args:
+        hybrid: a Qwen3.5 of which 3 layers have a gated delta net for attention, instead of a Llama.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -68,17 +73,27 @@ def save_model(folder: Path, texts: list[str], seed: int = 0) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
     fast.save_pretrained(folder)
     set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(_config(hybrid)).save_pretrained(folder)
+
+
+def _config(hybrid: bool) -> Any:
+    from transformers import LlamaConfig, Qwen3_5TextConfig
+
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    if not hybrid:
+        return LlamaConfig(**sizes)
+    # As in Qwen3.5 9B, keys are half as wide as the hidden states, values as wide, and the last of four layers attends.
+    linear = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 64, "value_head_dim": 64}
+    return Qwen3_5TextConfig(**sizes, head_dim=32, **{f"linear_{name}": size for name, size in linear.items()})

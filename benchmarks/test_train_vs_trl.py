@@ -4,6 +4,8 @@ Both train the same model from the same folder in float32, one epoch over the sa
 8 pairs, max_length 1024, AdamW, precomputed references, one log row per step with everything that they log. Ours runs
 before and after TRL; medians are reported. Times are of the precompute pass and of the training loop, without loading,
 tokenising and the start-up checks.
+
+A hybrid model, most of whose layers have a gated delta net for attention, is trained in two layouts in the same run.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from benchmarks.results import write_result
 from benchmarks.trl_peer import train_with_trl
 from engine.config import load_config
 from engine.data import load_dataset_groups
-from engine.model import load_policy, load_tokenizer
+from engine.model import load_tokenizer
+from engine.model.ready import ready_policy
 from engine.reference import ReferenceStore, precompute
 from engine.train.loop import train
 
@@ -31,6 +34,31 @@ trl = pytest.importorskip("trl")
 
 PAIRS_PER_STEP = 8
 ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A model, and the layouts in which ours trains it."""
+
+    model: str
+    layouts: tuple[tuple[str, str], ...]
+    """What ``packing.layout`` says, and what that is in the name of a stage."""
+    hybrid: bool = False
+
+
+CONTESTS = {
+    "train_vs_trl": Contest(
+        "Llama, 4 layers, hidden 256, intermediate 704, 8 heads, 4 key-value heads, vocab 16384, float32",
+        (("auto", ""),),
+    ),
+    "train_hybrid_vs_trl": Contest(
+        "Qwen3.5, 4 layers, 3 of them with a gated delta net (2 key heads and 4 value heads of 64), hidden 256, "
+        "intermediate 704, 8 heads, 4 key-value heads, vocab 16384, float32",
+        (("auto", ", mixers in rows"), ("rows", ", the whole model in rows")),
+        hybrid=True,
+    ),
+}
+"""By the name of the result."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +70,22 @@ class Rates:
     last_loss: float
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory) -> tuple[str, Path, Path]:
+def make_job(contest: Contest, folder: Path) -> tuple[str, Path, Path]:
     """Name of the data, model folder, data file."""
-    folder = tmp_path_factory.mktemp("job")
     name, rows, texts = benchmark_rows()
-    save_model(folder / "model", texts)
+    save_model(folder / "model", texts, hybrid=contest.hybrid)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return name, folder / "model", folder / "pairs.jsonl"
 
 
-def run_ours(model_dir: Path, data_file: Path, folder: Path) -> Rates:
+def run_ours(model_dir: Path, data_file: Path, folder: Path, layout: str) -> Rates:
     folder.mkdir()
     (folder / "run.yaml").write_text(
         json.dumps(
             {
                 "model": {"model_name_or_path": str(model_dir), "dtype": "float32"},
                 "data": {"dataset_name": str(data_file)},
-                "packing": {"pairs_per_step": PAIRS_PER_STEP, "shuffle": False},
+                "packing": {"pairs_per_step": PAIRS_PER_STEP, "shuffle": False, "layout": layout},
                 "reference": {"store": str(folder / "store")},
                 "train": {"output_dir": str(folder / "run"), "logging_steps": 1, "save_steps": None},
             }
@@ -67,7 +93,7 @@ def run_ours(model_dir: Path, data_file: Path, folder: Path) -> Rates:
     )
     config = load_config(folder / "run.yaml")
     dataset, _ = load_dataset_groups(config.data, load_tokenizer(config.model), split="train")
-    policy = load_policy(config.model, device=torch.device("cpu"))
+    policy = ready_policy(config.model, torch.device("cpu"), [dataset], packing=config.packing)
     report = precompute(
         policy,
         dataset,
@@ -87,23 +113,29 @@ def run_trl(model_dir: Path, data_file: Path, folder: Path) -> Rates:
     return Rates(PAIRS / run.precompute_seconds, PAIRS / run.train_seconds, run.log_history[-1]["loss"])
 
 
-def test_train_vs_trl(benchmark, job, tmp_path):
-    name, model_dir, data_file = job
+@pytest.mark.parametrize("name", CONTESTS)
+def test_train_vs_trl(name, benchmark, tmp_path):
+    contest = CONTESTS[name]
+    data, model_dir, data_file = make_job(contest, tmp_path)
     torch.set_num_threads(2)
-    ours: list[Rates] = []
+    rounds: dict[str, list[Rates]] = {layout: [] for layout, _ in contest.layouts}
 
     def one_round() -> None:
-        ours.append(run_ours(model_dir, data_file, tmp_path / f"ours-{len(ours)}"))
+        for layout, rates in rounds.items():
+            rates.append(run_ours(model_dir, data_file, tmp_path / f"{layout}-{len(rates)}", layout))
 
     one_round()
     theirs = run_trl(model_dir, data_file, tmp_path / "trl")
     benchmark.pedantic(one_round, rounds=ROUNDS - 1, iterations=1)
-    columns = zip(*map(astuple, ours), strict=True)
-    median = Rates(*map(statistics.median, columns))
-    assert abs(median.last_loss - theirs.last_loss) < 1e-4 * theirs.last_loss
+    medians = {
+        layout: Rates(*map(statistics.median, zip(*map(astuple, rates), strict=True)))
+        for layout, rates in rounds.items()
+    }
+    for ours in medians.values():
+        assert abs(ours.last_loss - theirs.last_loss) < 1e-4 * theirs.last_loss
     result = {
-        "data": name,
-        "model": "Llama, 4 layers, hidden 256, intermediate 704, 8 heads, 4 key-value heads, vocab 16384, float32",
+        "data": data,
+        "model": contest.model,
         "settings": f"{PAIRS} pairs, {PAIRS_PER_STEP} per step, max_length 1024, 2 threads",
         "versions": {
             "python": platform.python_version(),
@@ -112,13 +144,17 @@ def test_train_vs_trl(benchmark, job, tmp_path):
             "trl": trl.__version__,
         },
         "rows": [
-            {"stage": "train", "ours_pairs_per_s": median.train, "trl_pairs_per_s": theirs.train},
-            {"stage": "precompute", "ours_pairs_per_s": median.precompute, "trl_pairs_per_s": theirs.precompute},
+            {
+                "stage": stage + words,
+                "ours_pairs_per_s": getattr(medians[layout], stage),
+                "trl_pairs_per_s": getattr(theirs, stage),
+                "ratio": getattr(medians[layout], stage) / getattr(theirs, stage),
+            }
+            for layout, words in contest.layouts
+            for stage in ("train", "precompute")
         ],
-        "rounds": [vars(r) for r in ours],
-        "last_loss": {"ours": median.last_loss, "trl": theirs.last_loss},
+        "rounds": {layout: [vars(r) for r in rates] for layout, rates in rounds.items()},
+        "last_loss": {**{layout: ours.last_loss for layout, ours in medians.items()}, "trl": theirs.last_loss},
     }
-    for row in result["rows"]:
-        row["ratio"] = row["ours_pairs_per_s"] / row["trl_pairs_per_s"]
     benchmark.extra_info.update(result)
-    write_result("train_vs_trl", result, columns=("stage", "ours_pairs_per_s", "trl_pairs_per_s", "ratio"))
+    write_result(name, result, columns=("stage", "ours_pairs_per_s", "trl_pairs_per_s", "ratio"))
