@@ -52,7 +52,9 @@ def check(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo check``"""
     config = _begin(options, overrides)
     from .check import check
+    from .model.tokenizer import leave_activations_out
 
+    leave_activations_out()
     found = check(config)
     print(found.text)
     return 2 if found.obstacles else 0

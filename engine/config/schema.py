@@ -281,6 +281,8 @@ class OptimConfig:
             self.warmup_steps < 1 or float(self.warmup_steps).is_integer(),
             f"optim.warmup_steps must be a whole number of steps or a share below 1, got {self.warmup_steps}",
         )
+        if float(self.warmup_steps).is_integer():
+            object.__setattr__(self, "warmup_steps", int(self.warmup_steps))
         _require(self.max_grad_norm >= 0, f"optim.max_grad_norm must not be negative, got {self.max_grad_norm}")
         _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
         _require(self.adam_epsilon > 0, f"optim.adam_epsilon must be positive, got {self.adam_epsilon}")

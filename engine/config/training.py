@@ -80,6 +80,9 @@ class TrainConfig:
                 steps is None or 0 < steps < 1 or (steps >= 1 and float(steps).is_integer()),
                 f"train.{name} must be a positive whole number of steps or a share below 1, got {steps}",
             )
+            if steps is not None and steps >= 1:
+                # Read as a number with a fraction, and shown without one.
+                object.__setattr__(self, name, int(steps))
         _require(self.num_train_epochs > 0, f"train.num_train_epochs must be positive, got {self.num_train_epochs}")
         _require(
             self.max_steps == -1 or self.max_steps > 0,

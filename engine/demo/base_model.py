@@ -5,6 +5,7 @@ Legend: B sequences of a step, T tokens of the longest one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from .size import ModelSize
 
 END = "<|end|>"
 PAD = "<|pad|>"
+_LINES = 10
+"""So many lines are printed while the model is trained."""
 USER = "<|user|>"
 ASSISTANT = "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -109,7 +112,9 @@ def _fit(
     generator = torch.Generator().manual_seed(seed)
     model.train()
     losses = []
-    for _ in tqdm(range(size.steps), desc="pre-training", unit="step", leave=False, disable=None):
+    said = max(1, size.steps // _LINES)
+    print(f"training a Llama of {model.num_parameters():,} parameters from nothing, {size.steps} steps", flush=True)
+    for step in tqdm(range(1, size.steps + 1), desc="pre-training", unit="step", leave=False, disable=None):
         chosen = torch.randint(len(sequences), (size.batch,), generator=generator)
         input_ids_BT, labels_BT = _batch([sequences[i] for i in chosen.tolist()], pad_id)
         loss = model(input_ids=input_ids_BT, labels=labels_BT).loss
@@ -119,6 +124,9 @@ def _fit(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
+        if step % said == 0:
+            tqdm.write(f"  step {step}/{size.steps}  {losses[-1]:.3f} nats per token")
+            sys.stdout.flush()
     model.eval()
     return losses
 

@@ -139,6 +139,7 @@ def _make_model(workspace: Workspace, size: DemoSize) -> None:
     from .base_model import pretrain
 
     start = time.perf_counter()
+    print(f"writing {size.dialogues:,} dialogues", flush=True)
     texts = list(dialogues(size.dialogues, SEED))
     loss, parameters = pretrain(texts, size.model, seed=SEED, folder=workspace.starting_model)
     print(
@@ -192,6 +193,7 @@ def _samples(workspace: Workspace, held_out: Sequence[Pair], count: int) -> list
     from .base_model import answer
 
     prompts = [pair.prompt for pair in held_out[:count]]
+    print(f"drawing {count} answers of the starting model, then {count} of the trained one", flush=True)
     before = answer(workspace.starting_model, prompts, seed=SEED)
     after = answer(workspace.run, prompts, seed=SEED)
     return [Sample(*texts) for texts in zip(prompts, before, after, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 from .. import distributed
@@ -10,6 +11,25 @@ from ..errors import UserError
 from ..paths import expanded
 from .adapter_forms import base_of_adapter, is_adapter
 from .sources import check_folder, first_line, hub_options, needs_own_code, not_found
+
+
+def leave_activations_out() -> None:
+    """Have transformers not check the names of activations in configs, in a process that loads no model.
+
+    To know them it would import all that its layers may run on: distributed tensors, kernels, quantised matrices. That
+    is half of the time that a tokenizer takes to load.
+    """
+    from transformers.utils import import_utils
+
+    found = import_utils.is_torch_available
+    import_utils.is_torch_available = lambda: False
+    try:
+        importlib.import_module("transformers.utils.type_validators")
+    except ImportError:
+        # Another version of transformers checks them elsewhere, or not at all.
+        return
+    finally:
+        import_utils.is_torch_available = found
 
 
 def load_tokenizer(model: ModelConfig):

@@ -235,7 +235,7 @@ def _source_lines(values: dict[str, float]) -> list[str]:
     width = max(30, *map(len, of_sets))
     lines = ["", f"{'set':<{width}} " + " ".join(f"{head:>12}" for head in columns)]
     for label, metrics in of_sets.items():
-        cells = (f"{metrics[name]:>12.6g}" if name in metrics else f"{'-':>12}" for name in columns.values())
+        cells = (f"{shown_number(metrics[name]) if name in metrics else '-':>12}" for name in columns.values())
         lines.append(f"{label:<{width}} " + " ".join(cells))
     return lines
 
@@ -267,7 +267,7 @@ def _owner(name: str, metrics: Iterable[str]) -> str:
 
 def _set_lines(values: dict[str, float], of_mixture: list[str]) -> list[str]:
     totals = without_sources(scalar_metrics(values))
-    lines = [f"{name.removeprefix('eval_'):<30} {_shown(name, value):>12}" for name, value in totals.items()]
+    lines = [f"{name.removeprefix('eval_'):<30} {shown_number(value):>12}" for name, value in totals.items()]
     lines += of_mixture
     lengths = [key.removeprefix(BY_LENGTH) for key in values if key.startswith(BY_LENGTH)]
     if lengths:
@@ -278,8 +278,9 @@ def _set_lines(values: dict[str, float], of_mixture: list[str]) -> list[str]:
     return lines
 
 
-def _shown(name: str, value: float) -> str:
-    return f"{value:,.0f}" if name.endswith("num_pairs") else f"{value:.6g}"
+def shown_number(value: float) -> str:
+    """A count whole, another number with six digits."""
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.6g}"
 
 
 def evaluation_lines(row: Mapping[str, float]) -> list[str]:

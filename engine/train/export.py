@@ -32,6 +32,7 @@ from ..model.sources import MODEL_CONFIG
 from ..paths import names_a_path
 from ..run_folder import CARD_FILE, EXPERT_LAYER, TRAIN_SOURCE
 from .checkpoint import save_weights
+from .evaluation import shown_number
 from .rounding import gather_weights
 from .storage import stored_dtypes
 
@@ -158,7 +159,7 @@ def model_card(
     if model.adapter_name_or_path:
         trained += f", continued from `{model.adapter_name_or_path}`"
     shown = {key: value for key, value in metrics.items() if not key.startswith(("perf/", EXPERT_LAYER, TRAIN_SOURCE))}
-    rows = "\n".join(f"| `{key}` | {value:.6g} |" for key, value in shown.items())
+    rows = "\n".join(f"| `{key}` | {shown_number(value)} |" for key, value in shown.items())
     versions = "\n".join(f"- {package} {version}" for package, version in package_versions().items())
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}

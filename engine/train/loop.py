@@ -30,8 +30,9 @@ from .checkpoint import Saved
 from .evaluation import evaluate_splits, evaluation_lines, format_evaluation, scalar_metrics, write_evaluation
 from .evidence import Evidence
 from .export import Origin, export_model, package_versions
-from .metrics import IntervalMeter, log_line
+from .metrics import IntervalMeter
 from .optimizer import GuardedUpdate, build_optimizer, build_schedule, change_total
+from .progress import log_line, step_bar, terminal_width
 from .resume import Start, TrainResult, config_values, digests, find_start
 from .rounding import round_and_measure
 from .setup import OnData, Setup, check_settings, prepare, write_data_file
@@ -106,6 +107,8 @@ class _Run:
         self.last_row: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.evaluated_at = 0
+        self.stepped: Callable[[], object] = lambda: None
+        """Called after each step."""
         self.best = Best(self.config)
         self.chosen: str | None = None
         """Which checkpoint the model is of, in words, where it is not the last one."""
@@ -171,7 +174,8 @@ class _Run:
         with stop.postponed("the step in progress is finished and saved first"):
             self._open()
             try:
-                self._steps()
+                with step_bar(self.done, self.feed.total_steps) as self.stepped:
+                    self._steps()
                 self._final_evaluation()
             except Stopped as end:
                 raise self._stopped(end) from None
@@ -258,6 +262,7 @@ class _Run:
                 self._evaluate()
             if self._saves_at(step.number):
                 self._save()
+            self.stepped()
             if self.best.ends_run:
                 log.info("%s", self.best.words)
                 break
@@ -297,7 +302,8 @@ class _Run:
         self._track(row)
         run_here = self.done - (self.resumed_from or 0)
         left = (self.feed.total_steps - self.done) * self.meter.watch.seconds() / run_here
-        log.info("%s", log_line(row, total_steps=self.feed.total_steps, seconds_left=left))
+        line = log_line(row, total_steps=self.feed.total_steps, seconds_left=left, width=terminal_width())
+        log.info("%s", line)
 
     def _track(self, row: Mapping[str, float]) -> None:
         for tracker in self.trackers:

@@ -194,16 +194,3 @@ def _total(work: Sequence[StepWork]) -> StepWork:
 
 def _sum(work: Sequence[StepWork]) -> StepWork:
     return StepWork(**{f.name: sum(getattr(w, f.name) for w in work) for f in fields(StepWork)})
-
-
-def log_line(row: Mapping[str, float], *, total_steps: int, seconds_left: float) -> str:
-    """One readable line for a row of training metrics."""
-    left = int(seconds_left)
-    clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-    return (
-        f"step {row['step']}/{total_steps}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  "
-        f"accuracy {row['rewards/accuracies']:.3f}  margin {row['rewards/margins']:.4f}  "
-        f"grad norm {row['grad_norm']:.3g}  lr {row['learning_rate']:.2e}  "
-        f"{row['perf/pairs_per_second']:.1f} pairs/s  {row['perf/tokens_per_second']:,.0f} tokens/s  "
-        f"mfu {row['perf/mfu']:.1%}  {row['perf/peak_memory_gib']:.2f} GiB  left {clock}"
-    )

@@ -11,8 +11,8 @@ from engine.train.metrics import (
     TOKEN_NAMES,
     IntervalMeter,
     StepWork,
-    log_line,
 )
+from engine.train.progress import log_line
 
 CPU = torch.device("cpu")
 WORK = StepWork(pairs=4, unshared_tokens=100, packed_tokens=60, rows=64, flop=1e9)
@@ -113,6 +113,15 @@ def test_lines_for_people_name_what_matters():
     line = log_line(row, total_steps=40, seconds_left=3725)
     for part in ("step 10/40", "loss 0.6931", "accuracy 0.500", "lr 1.00e-06", "4.0 pairs/s", "left 1:02:05"):
         assert part in line
+    assert "aux" not in line
+    whole = log_line(row | {"aux_loss": 1.25}, total_steps=40, seconds_left=3725)
+    assert whole.startswith("step 10/40  epoch 0.50  loss 0.6931  aux 1.2500  accuracy 0.500  ")
+    for width in range(20, len(whole) + 1):
+        line = log_line(row | {"aux_loss": 1.25}, total_steps=40, seconds_left=3725, width=width)
+        assert len(line) <= max(width, len("step 10/40  loss 0.6931"))
+        assert [part for part in whole.split("  ") if part in line] == line.split("  ")
+    assert line == whole
+    assert "left 1:02:05" in log_line(row, total_steps=40, seconds_left=3725, width=80)
     metrics = {"loss": 0.5, "rewards/accuracies": 1.0, "rewards/margins": 2.0}
     sets = [{f"{split}_{name}": value for name, value in metrics.items()} for split in ("eval", "eval_a", "eval_b")]
     (line,) = evaluation_lines({"step": 4, **sets[0]})
