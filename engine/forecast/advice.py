@@ -33,7 +33,7 @@ def forecast_run(config: RunConfig, dataset: PreferenceDataset, device: torch.de
         with distributed.alone():
             resident = resident_bytes(config, device) if device.type == "cpu" else 0
             steps = plan_first_epoch(dataset, config)
-            return forecast_memory(config, dataset, steps, device=device, resident=resident)[0]
+            return forecast_memory(config, dataset, steps, device=device, resident=resident)
     except Exception as error:
         log.debug("no forecast of memory: %s", error)
         return None

@@ -34,7 +34,6 @@ from ..train.metrics import StepWork
 from ..train.objective import Objective
 from ..train.optimizer import build_optimizer
 from ..train.references import resolve_mode
-from ..train.throughput import FlopModel
 from .attention import workspace
 from .heap import Heap
 from .live_storage import LiveStorage, is_op, storage_bytes
@@ -76,7 +75,7 @@ def forecast_memory(
     device: torch.device,
     resident: int,
     layout: Layout | None = None,
-) -> tuple[Memory, FlopModel]:
+) -> Memory:
     """Run the largest pack on fake tensors.
 
     Args:
@@ -124,7 +123,7 @@ def forecast_memory(
         gradients = storage_bytes(trained)
     reference = weights if _live_second_model(config, policy) else 0
     held = count.peak if heap is None else weights + heap.peak
-    memory = Memory(
+    return Memory(
         weights=weights + reference,
         gradients=gradients,
         optimizer=storage_bytes(state),
@@ -134,7 +133,6 @@ def forecast_memory(
         process=resident if device.type == "cpu" else 0,
         pack_tokens=batch.num_tokens,
     )
-    return memory, FlopModel.of(policy)
 
 
 def _policy_without_data(config: RunConfig, device: torch.device) -> Policy:

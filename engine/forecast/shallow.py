@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import psutil
 import torch
 
 from ..config.schema import RunConfig
 from ..model import Policy, load_policy
+from ..model.layouts import use_layout
+from ..model.policy import Layout
+from ..train.throughput import FlopModel
 
 MEMORY_SHARE = 0.25
 """Of what is free: the most that is taken for a trial."""
@@ -23,6 +28,16 @@ def build_policy(config: RunConfig, device: torch.device, layers: int | None) ->
     )
     policy.activation_offload = config.train.activation_offload
     return policy.train()
+
+
+def work_of(config: RunConfig, device: torch.device, layout: Layout) -> tuple[FlopModel, int]:
+    """The FLOP of a whole model, and the number of weights that are trained, from shapes alone."""
+    # How weights are stored changes neither.
+    config = replace(config, model=replace(config.model, quantization=None))
+    with torch.device("meta"):
+        policy = build_policy(config, device, None)
+    use_layout(policy, layout)
+    return FlopModel.of(policy), sum(p.numel() for p in policy.parameters() if p.requires_grad)
 
 
 def num_parameters(policy: Policy) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from .duration import Duration, forecast_duration, reason_of
 from .layout import find_layout
 from .memory import Memory, forecast_memory
 from .resident import resident_bytes
+from .shallow import work_of
 
 Line = tuple[str, str, str]
 
@@ -46,25 +48,21 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
     if words := NumberSummary(dataset).words():
         lines.append(("rows", "", words))
     lines[1:1] = _set_lines(dataset)
+    # Models with code of their own, and kernels, may do anything; the rest of the plan stands without them.
     try:
-        memory, flops = forecast_memory(config, dataset, steps, device=device, resident=resident, layout=found.layout)
+        memory = forecast_memory(config, dataset, steps, device=device, resident=resident, layout=found.layout)
+        lines += _memory_lines(memory, device)
     except UserError:
         raise
     except Exception as error:
-        # Models with code of their own may do anything; the rest of the plan stands without them.
-        lines.append(("memory and time", "unknown", f"the model does not run on shapes alone: {reason_of(error)}"))
+        lines.append(("peak memory", "unknown", f"the model does not run on shapes alone: {reason_of(error)}"))
+    try:
+        flops, trained = work_of(config, device, found.layout)
+    except Exception as error:
+        lines.append(("time", "unknown", f"the model is not built without its weights: {reason_of(error)}"))
     else:
-        duration = forecast_duration(
-            config,
-            dataset,
-            steps,
-            plan,
-            flops,
-            trained_weights=memory.gradients // 4,
-            device=device,
-            layout=found.layout,
-        )
-        lines += [*_memory_lines(memory, device), _duration_line(duration)]
+        options: dict[str, Any] = {"trained_weights": trained, "device": device, "layout": found.layout}
+        lines.append(_duration_line(forecast_duration(config, dataset, steps, plan, flops, **options)))
     left, middle = (max(len(line[i]) for line in lines) for i in (0, 1))
     return "\n".join(f"{name:<{left}}  {value:>{middle}}  {note}".rstrip() for name, value, note in lines)
 

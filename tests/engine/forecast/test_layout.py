@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from engine.data import load_dataset_groups
+from engine.forecast import describe_forecast, shallow
 from engine.forecast import layout as module
-from engine.forecast import shallow
 from engine.forecast.layout import find_layout
 from engine.model import check_packing, load_policy
+from tests.engine.model.kernel_stand_ins import install_all
 from tests.engine.train.conftest import save_family
 
 CPU = torch.device("cpu")
@@ -36,6 +39,20 @@ def test_it_is_the_layout_of_the_run(family, name, words, config, tmp_path, tiny
     assert found.layout._replace(reason="") == policy.layout._replace(reason="")
     assert (found.packing.layout == "rows") == (name == "rows")
     assert found.packing.share_prompts == (name != "rows")
+
+
+def test_a_model_whose_kernels_take_no_shapes_alone(config, tmp_path, tiny_tokenizer, monkeypatch):
+    """Its layout and time are known all the same."""
+    folder = save_family("qwen3_5_text", tmp_path / "model", tiny_tokenizer)
+    install_all(monkeypatch, modeling_qwen3_5)
+    config = replace(config, model=replace(config.model, model_name_or_path=str(folder)))
+    dataset = load_dataset_groups(config.data, tiny_tokenizer, split="train")[0]
+    monkeypatch.setattr("engine.forecast.duration.measure_matmul_rate", lambda device, dtype: 1e9)
+    lines = {line.split("  ")[0]: line for line in describe_forecast(dataset, config).splitlines()}
+    assert "Qwen3_5GatedDeltaNet x 2, end to end, by the start-up check, on 2 of 4 layers" in lines["layout"]
+    assert " 0.0% " in lines["mixer padding"]
+    assert "unknown" in lines["peak memory"]
+    assert " FLOP at " in lines["time"]
 
 
 def test_what_is_not_found_is_assumed_and_said(config, monkeypatch):

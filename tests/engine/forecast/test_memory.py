@@ -109,7 +109,7 @@ def forecast_of(config, tokenizer, monkeypatch):
         found = find_layout(config, CPU)
         config = replace(config, packing=found.packing)
         steps = plan_first_epoch(dataset, config)
-        return forecast_memory(config, dataset, steps, device=CPU, resident=0, layout=found.layout)[0], planned
+        return forecast_memory(config, dataset, steps, device=CPU, resident=0, layout=found.layout), planned
 
 
 def blocks_of_steps(config, monkeypatch):

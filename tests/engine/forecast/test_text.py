@@ -52,10 +52,10 @@ def test_peak_is_tensors_and_process(config, dataset, monkeypatch):
     forecast, tensors = text.forecast_memory, []
 
     def observed(*args, **kwargs):
-        memory, flops = forecast(*args, **kwargs)
+        memory = forecast(*args, **kwargs)
         memory = replace(memory, step_peak=memory.step_peak + 3 * gib)
         tensors.append(memory.step_peak)
-        return memory, flops
+        return memory
 
     monkeypatch.setattr(text, "forecast_memory", observed)
     lines = describe_forecast(dataset, config).splitlines()
@@ -69,9 +69,16 @@ def test_a_model_that_does_not_run_without_data_leaves_the_rest(config, dataset,
         raise RuntimeError("it looks at values\nsecond line")
 
     monkeypatch.setattr(text, "forecast_memory", fail)
-    last = describe_forecast(dataset, config).splitlines()[-1]
-    assert last.split(maxsplit=4)[:4] == ["memory", "and", "time", "unknown"]
-    assert last.endswith("the model does not run on shapes alone: it looks at values")
+    monkeypatch.setattr("engine.forecast.duration.measure_matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("engine.forecast.trial._measure", lambda *given: (given[3], 1e-9))
+    memory, time = describe_forecast(dataset, config).splitlines()[-2:]
+    assert memory.split(maxsplit=3)[:3] == ["peak", "memory", "unknown"]
+    assert memory.endswith("the model does not run on shapes alone: it looks at values")
+    assert " tokens took in a trial" in time
+    monkeypatch.setattr(text, "work_of", fail)
+    time = describe_forecast(dataset, config).splitlines()[-1]
+    assert time.split(maxsplit=2)[:2] == ["time", "unknown"]
+    assert time.endswith("the model is not built without its weights: it looks at values")
 
 
 def test_an_assumed_time_says_so(config, dataset, monkeypatch):

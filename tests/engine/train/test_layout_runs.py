@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from engine.config.schema import RunConfig
 from engine.evaluate import evaluate
 from engine.train.loop import train
 from tests.engine.distributed.launch import run_jobs
+from tests.engine.model.kernel_stand_ins import install_all
 from tests.engine.train.conftest import assert_same_trajectory, read_rows, save_family
 from tests.engine.train.test_resume import assert_resumes_exactly
 
@@ -52,6 +54,25 @@ def test_a_run_says_its_layout_and_does_not_depend_on_packs(model_dir, make_conf
     assert set(shares[2]) == {None}
     told = [line.startswith("mixer padding") for line in caplog.text.splitlines()]
     assert sum(told) == (2 if mixers else 0)
+
+
+def test_rows_end_to_end_train_as_padded_ones(make_config, rows_of, tmp_path, tiny_tokenizer, monkeypatch):
+    model_dir = save_family("qwen3_5_text", tmp_path / "model", tiny_tokenizer)
+    rows = []
+    for kernels in (False, True):
+        if kernels:
+            install_all(monkeypatch, modeling_qwen3_5)
+        config = make_config(
+            model={"model_name_or_path": str(model_dir)},
+            train={"output_dir": str(tmp_path / str(kernels)), "max_steps": 2},
+        )
+        train(config)
+        rows.append(rows_of(config))
+        data = json.loads((Path(config.train.output_dir) / "data.json").read_text())
+        assert data["layout"]["joined"] == kernels
+        assert all((row["perf/mixer_padding"] == 0) == kernels for row in rows[-1])
+        assert (data["plan"]["mixer_cells"] == data["plan"]["unshared_tokens"]) == kernels
+    assert_same_trajectory(rows[0], rows[1], 1e-4)
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "dropout": 0.3}])
