@@ -16,6 +16,11 @@ REPEATED_CHARACTERS = 16
 """A completion may well begin with the few words of a shorter prompt."""
 _DAMAGED = re.compile("[\ufffd\x00]")
 """What a wrong decoding leaves: the replacement character, and NUL."""
+_ASKS = re.compile(
+    r"\s*(?:(?:\*\*|#{1,6} *)?(?:Human|HUMAN|User|USER)(?:\*\*)? *:|#{2,6} *(?:Human|User|Instruction)s?:?\s"
+    r"|<\|im_start\|>user|<\|user\|>|<\|start_header_id\|>user|<start_of_turn>user|\[INST\])"
+)
+"""A text that begins with the mark of another speaker than the one who answers."""
 
 
 def text_faults(example: Example, encoder: Encoder) -> Iterator[str]:
@@ -32,7 +37,7 @@ def text_faults(example: Example, encoder: Encoder) -> Iterator[str]:
         yield "whitespace_difference"
     if _repeats_prompt(example):
         yield "prompt_repeated"
-    elif example.kind == "messages" and _odd_roles(example):
+    elif (example.kind == "messages" and _odd_roles(example)) or any(map(_ASKS.match, completions)):
         yield "odd_roles"
     if _has_control_token(example, prompt, completions, encoder):
         yield "control_token"

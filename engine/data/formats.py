@@ -97,9 +97,22 @@ def _read_preference(row: Row) -> Example:
         # Beside whole conversations a text prompt only repeats a turn that both sides begin with.
         start, *rest = split_implicit_prompt(*sides)
         sides = rest[0], rest[1]
+        _refuse_lost_prompt(prompt, start, row)
         if not start or any(side[0]["role"] == "user" for side in sides):
             raise PromptsDifferError
     return Example(row.index, row.where, "messages", start, sides, refs, template_kwargs(row))
+
+
+def _refuse_lost_prompt(prompt: Any, start: list[Message], row: Row) -> None:
+    """Stop at a text prompt beside whole conversations that do not hold it, so that nobody would read it."""
+    text = prompt.strip() if isinstance(prompt, str) else ""
+    if start and text and not any(text in str(turn.get("content")) for turn in start):
+        raise RowError(
+            "unread_column",
+            f"{row.where}: column 'prompt' is a text, and chosen and rejected are conversations that begin with other "
+            "turns and do not hold it, so it would not be read; put it into them, or set data.columns: {prompt: null} "
+            "to leave it out",
+        )
 
 
 def split_implicit_prompt(chosen, rejected):

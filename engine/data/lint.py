@@ -168,7 +168,7 @@ PROBLEMS = {
             "odd_roles",
             False,
             "turns of unknown roles, a speaker twice in a row, a late system turn, or a completion that does not begin "
-            "and end with the assistant",
+            "and end with the assistant, or begins with the mark of another speaker",
             "correct the turns",
         ),
         Problem(

@@ -75,6 +75,7 @@ def ids(i, **changes):
     return {"prompt_ids": [40, 50 + i], "chosen_ids": [60, 61, 2], "rejected_ids": [70, 2]} | changes
 
 
+SIDES = ("chosen", "rejected")
 LONG = " the sea" * 90
 HALF = " sea green" * 20
 REPEATED = text(0)
@@ -90,6 +91,7 @@ TEXT_FAULTS = [
     (["prompt_too_long"], text(7, prompt=LONG)),
     (["empty_completion"], text(8, rejected=" ")),
     (["prompt_repeated"], text(9, chosen=prompt_of(9) + " To the sea.")),
+    (["odd_roles"], text(18, chosen="\n\nHuman: Go on.\n\nAssistant: It is blue.")),
     (["control_token"], text(10, chosen=" It is <|user|> blue.")),
     (["damaged_text"], text(11, rejected=" caf\ufffd")),
     (["damaged_text"], text(12, prompt="Is it \x00 blue?")),
@@ -129,6 +131,7 @@ FAULTS = {
             (["bad_turn"], chat(5, chosen=[said("narrator", "x")])),
             (["differing_prompts"], {s: [turn("user", s), turn("assistant", "a")] for s in ("chosen", "rejected")}),
             (["unread_column"], chat(40, instruction="Sing.")),
+            (["unread_column"], {"prompt": "Sing.", **{s: [*chat(48)["prompt"], *chat(48)[s]] for s in SIDES}}),
             (["lost_reasoning"], chat(41, chosen=[turn("assistant", "sea") | {"reasoning_content": "to the"}])),
             (["lost_tool_calls"], chat(42, rejected=[turn("assistant", "sea") | {"tool_calls": [{"name": "go"}]}])),
             (["lost_tools"], chat(43, tools=[{"name": "clock"}])),
@@ -363,7 +366,14 @@ def test_rankings_are_copies_and_contradictions_by_their_pairs(make_tokenizer, t
 
 def test_shared_data_has_no_faults_but_its_own(shared_dir):
     expected = {
-        "hh-harmless-test.jsonl.gz": {"differing_prompts": 1, "empty_completion": 4, "truncated": 2, "eos_lost": 2},
+        # Its answers that begin with " Human:" are real.
+        "hh-harmless-test.jsonl.gz": {
+            "differing_prompts": 1,
+            "empty_completion": 4,
+            "odd_roles": 19,
+            "truncated": 2,
+            "eos_lost": 2,
+        },
         "dpo-en-demo.json": {
             "prompt_too_long": 48,
             "identical_completions": 1,

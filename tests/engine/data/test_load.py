@@ -94,7 +94,9 @@ def test_hh_rows_that_share_a_prompt(shared_dir, chat_tokenizer, chat_template):
     assert (report.total, len(dataset), report.kept) == (2312, 2307, 2307)
     assert report.rows("differing_prompts") == [1254, 1688, 1950, 1952, 2036]
     assert report.rows("empty_completion") == [86, 516, 925, 1103]
-    assert set(report.counts) == {"differing_prompts", "empty_completion", "truncated", "eos_lost"}
+    # Real answers that begin with " Human:".
+    assert len(report.rows("odd_roles")) == 27
+    assert set(report.counts) == {"differing_prompts", "empty_completion", "truncated", "eos_lost", "odd_roles"}
     sizes = np.stack(dataset.lengths)
     assert (sizes[:, :1] + sizes[:, 1:]).max() <= 1024
 

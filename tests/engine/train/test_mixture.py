@@ -74,7 +74,14 @@ def test_a_run_says_what_it_learns_of_each_set(mixed, rows_of, tmp_path, caplog)
     assert {name: part["total"] for name, part in data["lint"]["sources"].items()} == {"pairs": 24, "names": 12}
     assert (data["plan"]["groups"], data["plan"]["steps_per_epoch"]) == (14, 3)
     page = write_report(tmp_path / "run").read_text()
-    assert "names" in page
+    assert "Sets of the mixture" in page
+    assert "2 sets, step 9 of 9" in page
+    # In training and held-out, lint by set, and the configuration.
+    assert page.count("<td>names</td>") == 2
+    assert "names (" in page
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "after preference training on a mixture of `" in card
+    assert "eval/names/loss" in card
     assert "in 2 sets, 14 rows an epoch" in caplog.text
 
 
@@ -101,6 +108,19 @@ def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(mixed, tmp_path, l
     result = train(config("cut"), resume=True)
     assert result.resumed_from in (2, 4)
     assert run_files(tmp_path / "cut") == run_files(tmp_path / "whole")
+
+
+def test_a_finished_run_goes_on_in_the_next_epoch(mixed, tmp_path):
+    """Its data is the same, though it holds more of it now."""
+
+    def config(name, epochs):
+        run = {"num_train_epochs": epochs, "output_dir": str(tmp_path / name)}
+        return mixed(evaluated=False, optim={"lr_scheduler_type": "constant"}, train=run)
+
+    train(config("whole", 2))
+    train(config("longer", 1))
+    assert train(config("longer", 2), resume=True).resumed_from == 3
+    assert run_files(tmp_path / "longer") == run_files(tmp_path / "whole")
 
 
 def test_another_mixture_does_not_go_on(mixed):
