@@ -21,6 +21,8 @@ class Entry:
     """Files of the set that are read instead of all."""
     fraction: float | None = None
     """A share of its rows; above 1 they come more than once."""
+    drawn: bool = False
+    """Whether the share is drawn at random; else it is the first rows."""
     rows: int | None = None
     """So many rows."""
     most: int | None = None
@@ -41,7 +43,7 @@ class Entry:
         if self.most is not None:
             return f"{self.split}[:{self.most}]"
         percent = 100 * (self.fraction or 0)
-        if self.fraction is not None and self.fraction < 1 and float(percent).is_integer():
+        if self.fraction is not None and self.fraction < 1 and float(percent).is_integer() and not self.drawn:
             return f"{self.split}[:{percent:.0f}%]"
         return self.split
 

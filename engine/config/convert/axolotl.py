@@ -65,10 +65,9 @@ def _data(reading: Reading) -> None:
     put_data(reading, "datasets", [_entry(reading, "datasets", one) for one in listed])
     tests = _mappings(reading, "test_datasets")
     size = reading.file.number("val_set_size", 0.0)
-    if len(tests) > 1:
-        reading.stop("test_datasets", "one data set is evaluated")
-    elif tests:
-        put_evaluation(reading, "test_datasets", _entry(reading, "test_datasets", {"split": "train", **tests[0]}))
+    if tests:
+        evaluated = [_entry(reading, "test_datasets", {"split": "train", **one}) for one in tests]
+        put_evaluation(reading, "test_datasets", evaluated)
     else:
         hold_out(reading, "val_set_size", size)
     template, jinja = reading.file.take("chat_template"), reading.file.take("chat_template_jinja")

@@ -69,7 +69,7 @@ RULES: dict[str, Rule] = {
         Left("told", "transformers' Auto classes choose"),
     ),
     **each(
-        "deepspeed fsdp fsdp_config fsdp_version ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers "
+        "fsdp_version ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers "
         "ddp_find_unused_parameters fsdp_final_state_dict_type dp_shard_size dp_replicate_size context_parallel_size "
         "tensor_parallel_size sequence_parallel_degree heads_k_stride ring_attn_func local_rank world_size",
         Left("told", "several processes are started with torchrun, and share the weights out by FSDP2"),
@@ -106,9 +106,10 @@ MARKS = words("base_model sequence_len rl dataset_prepared_path lora_target_line
 """Keys that no other trainer has."""
 
 SAME_NAMES = words(
-    "attn_implementation trust_remote_code gradient_accumulation_steps max_steps weight_decay adam_beta1 adam_beta2 "
-    "adam_epsilon max_grad_norm warmup_steps warmup_ratio lr_scheduler_kwargs logging_steps save_total_limit seed "
-    "output_dir precompute_ref_log_probs lora_dropout lora_modules_to_save dataloader_num_workers "
-    "dataloader_pin_memory dataloader_prefetch_factor dataloader_drop_last load_best_model_at_end router_aux_loss_coef"
+    "deepspeed fsdp fsdp_config attn_implementation trust_remote_code gradient_accumulation_steps max_steps "
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_steps warmup_ratio lr_scheduler_kwargs "
+    "logging_steps save_total_limit seed output_dir precompute_ref_log_probs lora_dropout lora_modules_to_save "
+    "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_drop_last "
+    "load_best_model_at_end router_aux_loss_coef"
 )
 """Keys of TRL that have the same name and meaning."""

@@ -56,6 +56,10 @@ def convert_file(path: str | Path, *, num_processes: int | None = None) -> Conve
 def _convert_command(source: str, text: str, num_processes: int | None) -> Conversion:
     command = read_shell(source, text)
     keys = {str(key): value for key, value in command.keys.items()}
+    for key in [key for key, value in keys.items() if value is True and key.startswith("no_")]:
+        # how a command line switches off what is on
+        if key not in TRL_KEYS and key.removeprefix("no_") in TRL_KEYS:
+            keys[key.removeprefix("no_")] = not keys.pop(key)
     trainer = next((trainer for trainer in TRAINERS if trainer.name == command.trainer), None)
     if "megatron" in command.program:
         keys.setdefault("tuner_type", "full")

@@ -45,15 +45,28 @@ def weighted(reading: Reading, key: str, entries: list[Entry]) -> list[Entry]:
     return [replace(entry, weight=number, rows=None) for entry, number in zip(entries, numbers, strict=True)]
 
 
-def put_evaluation(reading: Reading, key: str, entry: Entry) -> None:
-    """Set the evaluation data to one data set, which is read as the training data is."""
+def put_evaluation(reading: Reading, key: str, entries: list[Entry]) -> None:
+    """Set the evaluation data to whole sets, which are read as the training data is."""
     data = reading.values.get("data", {})
-    if "datasets" in data and entry.settings():
-        reading.stop(key, "a layout of its own for evaluation rows cannot be said beside several sets")
-    reading.put("data.eval_dataset_name", entry.name, key)
-    reading.put("data.eval_dataset_split", entry.part, key)
-    if entry.config is not None and entry.config != data.get("dataset_config"):
-        reading.stop(key, f"evaluation rows of the configuration {entry.config} cannot be read beside those of another")
+    for entry in entries:
+        own = {name: value for name, value in entry.settings().items() if value != data.get(name)}
+        if entry.config is not None and entry.config != data.get("dataset_config"):
+            own["config"] = entry.config
+        if own:
+            text = (
+                f"{entry.name} is read in another way ({', '.join(own)}) than the training data, which cannot be said"
+            )
+            reading.stop(key, text)
+    names, splits = [entry.name for entry in entries], [entry.part for entry in entries]
+    if len(entries) == 1:
+        reading.put("data.eval_dataset_name", names[0], key)
+        reading.put("data.eval_dataset_split", splits[0], key)
+        return
+    labels = [name.rstrip("/").rpartition("/")[2].partition(".")[0] for name in names]
+    if len(set(labels)) < len(labels):
+        labels = [f"{label}-{place}" for place, label in enumerate(labels, start=1)]
+    reading.put("data.eval_dataset_name", dict(zip(labels, names, strict=True)), key)
+    reading.put("data.eval_dataset_split", dict(zip(labels, splits, strict=True)), key)
 
 
 def hold_out(reading: Reading, key: str, size: float) -> None:

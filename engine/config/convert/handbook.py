@@ -76,7 +76,7 @@ def _mixer(reading: Reading, mixer: Any) -> None:
         entries = [replace(one, eval_split=test[0]) if firsts[one.name] is one else one for one in entries]
     elif evaluated:
         put_data(reading, "dataset_mixer", entries)
-        put_evaluation(reading, "dataset_splits", Entry(entries[0].name, configs[0], test[0]))
+        put_evaluation(reading, "dataset_splits", [Entry(entries[0].name, configs[0], test[0])])
         return
     put_data(reading, "dataset_mixer", entries)
 
@@ -93,11 +93,13 @@ def _mixture(reading: Reading, mixture: Any) -> None:
             None if one.get("config") is None else str(one["config"]),
             str(one.get("split", "train")),
             fraction=file.as_number("dataset_mixture", one.get("weight", 1.0)),
+            drawn=True,
         )
         for one in listed
     ]
     if any(entry.fraction != 1 for entry in entries):
-        reading.changes("dataset_mixture", "the handbook draws its share of a set at random; here it is other rows")
+        text = "the handbook draws one share of a set for all epochs, here every epoch goes on where the last one ended"
+        reading.changes("dataset_mixture", text)
     put_data(reading, "dataset_mixture", entries)
     if (size := mixture.get("test_split_size")) is not None:
         hold_out(reading, "dataset_mixture", file.as_number("dataset_mixture.test_split_size", size))

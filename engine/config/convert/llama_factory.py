@@ -152,10 +152,8 @@ def _data(reading: Reading) -> None:
     size, evaluated = file.number("val_size", 0.0), file.take("eval_dataset")
     if evaluated:
         listed = as_list(reading, "eval_dataset", evaluated)
-        if len(listed) > 1:
-            reading.stop("eval_dataset", "one data set is evaluated")
-        elif (entry := _entry(reading, "eval_dataset", str(listed[0]), folder, info)) is not None:
-            put_evaluation(reading, "eval_dataset", entry)
+        found = [_entry(reading, "eval_dataset", str(name), folder, info) for name in listed]
+        put_evaluation(reading, "eval_dataset", [entry for entry in found if entry is not None])
     else:
         hold_out(reading, "val_size", size)
     if file.take("disable_shuffling"):

@@ -167,9 +167,7 @@ def _data(reading: Reading) -> None:
         share, validation = 0.0, None
     if validation:
         listed = [_entry(str(name), columns) for name in as_list(reading, "val_dataset", validation)]
-        if len(listed) > 1:
-            reading.stop("val_dataset", "one data set is evaluated")
-        put_evaluation(reading, "val_dataset", listed[0])
+        put_evaluation(reading, "val_dataset", listed)
     else:
         hold_out(reading, "split_dataset_ratio", share)
     if (system := file.take("system")) is not None:

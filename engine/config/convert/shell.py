@@ -145,6 +145,8 @@ def _command(source: str, words: list[tuple[str, int]], variables: Mapping[str, 
         command.processes = int(counts[0]) * (1 if "num_processes" in launcher else int(nodes))
     elif "CUDA_VISIBLE_DEVICES" in variables and name in ("LLaMA-Factory",):
         command.processes = len(variables["CUDA_VISIBLE_DEVICES"].split(","))
+    elif command.processes is None and (given := launcher.get("config_file") or options.get("accelerate_config")):
+        command.processes = _of_accelerate(Path(source).parent, str(given))
     files = [value for value in positional if value.endswith((".yaml", ".yml", ".json"))]
     if (given := options.pop("config", None)) is not None and name in ("TRL", "alignment-handbook", "open-instruct"):
         files.append(str(given))
@@ -160,6 +162,17 @@ def _command(source: str, words: list[tuple[str, int]], variables: Mapping[str, 
                     f"{source}, line {lines[key]}: --{key}: {one} is not set in the script; write its value"
                 )
     return command
+
+
+def _of_accelerate(folder: Path, name: str) -> int | None:
+    """The processes of a configuration of accelerate, where it can be found."""
+    path = next((one for one in (Path(name), folder / name) if one.is_file()), None)
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    count = found.get("num_processes") if isinstance(found, dict) else None
+    return count if isinstance(count, int) and count > 0 else None
 
 
 def _expanded(word: str, variables: Mapping[str, str]) -> str:

@@ -165,3 +165,18 @@ def test_several_sets_are_a_mixture(converted):
         "datasets"
     ]
     assert files == [{"name": "d", "data_files": ["a.jsonl", "b.jsonl"], "fraction": 1.0}]
+
+
+def test_several_evaluation_sets_have_names(converted):
+    text = MINIMAL + "test_datasets:\n- {path: who/a, split: test}\n- {path: b.jsonl}\n"
+    data = converted(text).values["data"]
+    assert data["eval_dataset_name"] == {"a": "who/a", "b": "b.jsonl"}
+    assert data["eval_dataset_split"] == {"a": "test", "b": "train"}
+    with pytest.raises(UserError, match="test_datasets: e is read in another way .format, columns. than"):
+        converted(MINIMAL + "test_datasets:\n- {path: e, type: chatml.intel}\n")
+
+
+def test_a_batch_of_an_unknown_number_of_processes_is_loud(converted):
+    text = MINIMAL + "deepspeed: zero3.json\n"
+    assert "deepspeed mean several" in notes(converted(text), "new")["num_processes"]
+    assert "num_processes" not in notes(converted(text, num_processes=8), "new")

@@ -271,10 +271,10 @@ EXPECTED = {
         "model.attention": "flash",
         "model.trust_remote_code": True,
         "data.datasets": [
-            {"name": "HuggingFaceTB/smoltalk2", "config": "Preference", "split": split, "fraction": 1.0}
-            for split in (
-                "llama_3.1_tulu_3_8b_preference_mixture_no_think[:50%]",
-                "tulu_3_8b_pref_mix_Qwen3_32B_Qwen3_0.6B_think[:25%]",
+            {"name": "HuggingFaceTB/smoltalk2", "config": "Preference", "split": split, "fraction": fraction}
+            for split, fraction in (
+                ("llama_3.1_tulu_3_8b_preference_mixture_no_think", 0.5),
+                ("tulu_3_8b_pref_mix_Qwen3_32B_Qwen3_0.6B_think", 0.25),
             )
         ],
         "data.max_length": 24576,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.config.convert import convert_file
 from engine.config.convert.shell import read_shell
 from engine.errors import UserError
 
@@ -67,3 +68,19 @@ def test_what_depends_on_a_run_stops(text, part):
     with pytest.raises(UserError) as caught:
         read_shell("x.sh", text)
     assert part in str(caught.value)
+
+
+def test_processes_of_a_configuration_of_accelerate(tmp_path):
+    (tmp_path / "zero3.yaml").write_text("distributed_type: DEEPSPEED\nnum_processes: 16\n")
+    text = "accelerate launch --config_file {} scripts/dpo.py --beta 1\n"
+    assert read_shell(str(tmp_path / "x.sh"), text.format("zero3.yaml")).processes == 16
+    assert read_shell(str(tmp_path / "x.sh"), text.format("absent.yaml")).processes is None
+
+
+def test_a_command_of_trl_is_converted(tmp_path):
+    path = tmp_path / "dpo.sh"
+    path.write_text(f"{TRL} --no_gradient_checkpointing --no_remove_unused_columns --learning_rate 5e-7\n")
+    conversion = convert_file(path)
+    assert not conversion.values["train"]["gradient_checkpointing"]
+    assert conversion.values["optim"]["learning_rate"] == 5e-7
+    assert not [note for note in conversion.notes if note.effect == "new"]
