@@ -172,7 +172,7 @@ def test_several_evaluation_sets_have_names(converted):
     data = converted(text).values["data"]
     assert data["eval_dataset_name"] == {"a": "who/a", "b": "b.jsonl"}
     assert data["eval_dataset_split"] == {"a": "test", "b": "train"}
-    with pytest.raises(UserError, match="test_datasets: e is read in another way .format, columns. than"):
+    with pytest.raises(UserError, match=r"test_datasets: e is read in another way .format, columns. than"):
         converted(MINIMAL + "test_datasets:\n- {path: e, type: chatml.intel}\n")
 
 
