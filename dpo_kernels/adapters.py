@@ -42,6 +42,37 @@ def active_copy(layer: Any) -> Any:
     return layer.modules_to_save[name] if on else layer.original_module
 
 
+def as_linear(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of an output layer that is a kind of ``nn.Linear``.
+
+    One with a forward of its own, such as a factor for each row (Dory), is asked what it makes of the unit vectors:
+    that is its weight, if it is linear. Gradients reach all that it consists of.
+
+    Returns:
+        [V, D] and [V].
+
+    Raises:
+        ValueError: a layer with its own forward whose parameters are spread over processes.
+    """
+    if _is_plain(layer):
+        return layer.weight, layer.bias
+    forward: Any = type(layer).forward
+    weight = layer.weight
+    if isinstance(weight, DTensor):
+        raise ValueError(f"the output layer is {type(layer).__name__}, which computes on whole weights alone")
+    with torch.autocast(weight.device.type, enabled=False):
+        units_DD = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        rows_DV = forward(layer, units_DD)
+        if layer.bias is None:
+            return rows_DV.T.contiguous(), None
+        bias_V = forward(layer, units_DD.new_zeros(1, len(units_DD)))[0]
+        return (rows_DV - bias_V).T.contiguous(), bias_V
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer).forward is torch.nn.Linear.forward
+
+
 def with_adapters(
     layer: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -76,7 +107,8 @@ def with_adapters(
     padding = -sum(part.shape[1] for part in columns) % FEATURES_MULTIPLE
     weight_VE = F.pad(torch.cat(columns, 1), (0, padding))
     if dora:
-        weight_VE = weight_VE * _dora_scale(layer, names[0], weight_VD).to(weight_VE.dtype)
+        own_VD = weight_VD if _is_plain(layer.base_layer) else layer.base_layer.weight
+        weight_VE = weight_VE * _dora_scale(layer, names[0], own_VD).to(weight_VE.dtype)
     return F.pad(torch.cat(features, 1), (0, padding)), weight_VE, bias_V
 
 

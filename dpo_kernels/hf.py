@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dpo_kernels.adapters import active_copy, whole, with_adapters
+from dpo_kernels.adapters import active_copy, as_linear, whole, with_adapters
 from dpo_kernels.chunks import to_device
 from dpo_kernels.head import Head
 from dpo_kernels.linear_dpo.api import LinearDPOLoss, linear_dpo_loss
@@ -339,7 +339,8 @@ def read_head(model: Any, hidden_TD: Tensor) -> tuple[Tensor, Head]:
     if layer is not base and layer.disable_adapters and layer.merged:
         # As the layer's own forward does.
         layer.unmerge()
-    weight, bias = whole(base.weight), None if base.bias is None else whole(base.bias)
+    weight, bias = as_linear(base)
+    weight, bias = whole(weight), None if bias is None else whole(bias)
     if isinstance(base.weight, DTensor) and not torch.is_autocast_enabled(hidden_TD.device.type):
         # Where FSDP2 gathers, it gives a parameter the dtype in which it computes; here it did not.
         weight, bias = weight.to(hidden_TD.dtype), None if bias is None else bias.to(hidden_TD.dtype)

@@ -24,6 +24,7 @@ from ..config.schema import OptimConfig, RunConfig
 from ..data.groups import PreferenceDataset
 from ..model import Policy, load_policy
 from ..model.attention import choose_backend
+from ..model.before_head import HeadUse
 from ..model.layouts import use_layout
 from ..model.load import DTYPES
 from ..model.policy import Layout
@@ -101,7 +102,7 @@ def forecast_memory(
         policy = _policy_without_data(config, device)
         use_layout(policy, layout)
         # Its value decides nothing here, and is measured on logits with data.
-        policy.scale_behind_head = 1.0
+        policy.head_use = HeadUse()
         trained = [p for p in policy.parameters() if p.requires_grad]
         per_weight, transient = _optimizer_bytes(config.optim, trained, device)
         weights = count.watch([*policy.parameters(), *policy.buffers()], mapped=True)

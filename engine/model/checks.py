@@ -7,6 +7,7 @@ get rows, and if that is not enough the whole model does.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import traceback
@@ -205,11 +206,13 @@ def _difference(policy: Policy, share_prompts: bool, seed: int) -> Fault | None:
     """Why this model cannot train in its layout, or None."""
     name = _name(policy)
     groups = probe_groups(policy.config, seed, _shapes(policy))
+    # Whole models in rows are never given a prompt for all of its responses.
+    share_prompts = share_prompts and not policy.layout.in_rows
     batch = build_batch(groups, share_prompts=share_prompts).to(policy.device)
     try:
         packed = policy.logps(batch)
         return (
-            _leak(policy, groups, batch, packed, share_prompts)
+            _leak(policy, groups, batch, packed, share_prompts, seed)
             or _inequality(policy, groups, packed)
             or _randomness(policy, batch)
         )
@@ -286,18 +289,23 @@ def probe_groups(config: Any, seed: int, shapes: Shapes = _SMALL) -> list[Prefer
     return [PreferenceGroup(row, draw(p), tuple(map(draw, responses))) for row, (p, responses) in enumerate(shapes)]
 
 
-def _leak(policy, groups, batch: PackedBatch, packed: torch.Tensor, share_prompts: bool) -> Fault | None:
-    """Changing the tokens of one response must not change one bit of any other response."""
+def _leak(policy, groups, batch: PackedBatch, packed: torch.Tensor, share_prompts: bool, seed: int) -> Fault | None:
+    """Changing the last tokens of one response must not change one bit of any other response, or of what is before."""
     start, stop = batch.cu_responses_S1[:2].tolist()
     first_group = groups[0]
-    changed = probe_groups(policy.config, _ROW_PROBES, _shapes(policy))[0].response_ids[0]
+    others = probe_groups(policy.config, seed + _ROW_PROBES, _shapes(policy))
+    response, drawn = (group.response_ids[0] for group in (first_group, others[0]))
+    kept = len(response) // 2
+    changed = np.concatenate([response[:kept], drawn[kept:]])
     perturbed = [replace(first_group, response_ids=(changed, *first_group.response_ids[1:])), *groups[1:]]
     other = policy.logps(build_batch(perturbed, share_prompts=share_prompts).to(policy.device))
     if not _unchanged(policy, packed[stop:], other[stop:]):
-        if policy.layout.in_rows:
-            return Fault(f"{_name(policy)} is not causal: what it makes of a prompt depends on the response behind it")
-        return _placed(policy, groups, f"{_name(policy)} leaks tokens between responses of a pack")
-    if torch.equal(packed[start:stop], other[start:stop]):
+        where = "rows" if policy.layout.in_rows else "responses of a pack"
+        return _placed(policy, groups, f"{_name(policy)} leaks tokens between {where}")
+    if not _unchanged(policy, packed[start : start + kept], other[start : start + kept]):
+        words = "what it says of a token depends on the tokens behind it"
+        return Fault(f"{_name(policy)} is not causal {_on(policy)}: {words}")
+    if torch.equal(packed[start + kept : stop], other[start + kept : stop]):
         return Fault(f"{_name(policy)} ignores its input in the isolation check")
     return None
 
@@ -342,7 +350,10 @@ def _randomness(policy: Policy, batch: PackedBatch) -> Fault | None:
 
 def _keeps_no_checkpoints(module: nn.Module) -> bool:
     """Whether a module does not ask for its mode inside its forward to know whether to keep activations."""
-    return isinstance(module, GradientCheckpointingLayer) or not hasattr(module, "gradient_checkpointing")
+    if isinstance(module, GradientCheckpointingLayer) or not hasattr(module, "gradient_checkpointing"):
+        return True
+    # Others have the attribute, and leave checkpoints to their layers.
+    return "gradient_checkpointing" not in inspect.getsource(type(module).forward)
 
 
 def _unchanged(policy: Policy, before: torch.Tensor, after: torch.Tensor) -> bool:

@@ -18,16 +18,37 @@ from .sources import hide_weight_bars, hub_options
 
 def causal_lm_reader(config: Any) -> Any:
     """The transformers class that reads a model which writes text: whole composites where no class reads their text
-    model alone.
+    model alone, and the class that a checkpoint names where the automatic ones do not know its config.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     known = type(config) in AutoModelForCausalLM._model_mapping
     composite = config.get_text_config() is not config
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if known or own_code or not composite or type(config) not in AutoModelForImageTextToText._model_mapping:
+    if known or own_code:
         return AutoModelForCausalLM
-    return AutoModelForImageTextToText
+    if composite and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return _named_class(config) or AutoModelForCausalLM
+
+
+def _named_class(config: Any) -> Any | None:
+    """The class of transformers that wrote a checkpoint, such as a text model out of a composite (Emu 3, Mllama)."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if name.endswith("ForCausalLM") and found is not None and found.config_class is type(config):
+            return found
+    return None
+
+
+def empty_causal_lm(config: Any, *, trust_remote_code: bool, **options: Any) -> Any:
+    """A model as ``causal_lm_reader`` would read it, with the initial weights of its architecture."""
+    reader = causal_lm_reader(config)
+    if not hasattr(reader, "from_config"):
+        return reader._from_config(config, **options)
+    return reader.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
 def read_causal_lm(name: str, **options: Any) -> Any:

@@ -85,7 +85,7 @@ def check_fresh(policy: Policy, scores: FreshScores | None) -> None:
         raise UserError(f"start-up check: transformers and peft alone do not load {name}: {scores.trouble}")
     if scores.sums_S is None or scores.errors_S is None:
         return
-    batch = build_batch(scores.groups).to(policy.device)
+    batch = build_batch(scores.groups, share_prompts=not policy.layout.in_rows).to(policy.device)
     lengths = batch.lengths_S.cpu().numpy()
     training = policy.training
     policy.eval()

@@ -11,18 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dpo_kernels.adapters import active_copy, with_adapters
+from dpo_kernels.adapters import active_copy, as_linear, with_adapters
 from dpo_kernels.head import Head
 from dpo_kernels.hf import logit_options
 
 from ..errors import UserError
 
 
-def read_head(model: nn.Module) -> Head:
-    """The head of a transformers causal language model.
-
-    Softcap and scale are read from the text config under the names that transformers models use. Where a model does
-    more than its config says, the start-up check finds other log-probs and refuses it.
+def output_layer(model: nn.Module) -> nn.Linear:
+    """The linear layer that gives the logits of a transformers causal language model.
 
     Of an output layer with low-rank adapters this is the layer below them; of trained copies, the one that is on.
 
@@ -36,8 +33,21 @@ def read_head(model: nn.Module) -> Head:
         raise UserError(f"{name} has no output layer (lm_head): give a model that was made to write text")
     if not isinstance(layer, nn.Linear):
         raise UserError(f"{name}: the output layer is {type(layer).__name__}, expected a linear layer")
+    return layer
+
+
+def read_head(model: nn.Module) -> Head:
+    """The head of a transformers causal language model, that of ``output_layer``.
+
+    Softcap and scale are read from the text config under the names that transformers models use. Where a model does
+    more than its config says, the start-up check finds other log-probs and has it run in rows.
+
+    Raises:
+        UserError: no linear output layer.
+    """
+    weight_VD, bias_V = as_linear(output_layer(model))
     softcap, scale = logit_options(model.config.get_text_config())  # type: ignore[union-attr, operator]
-    return Head(layer.weight, layer.bias, softcap, scale)
+    return Head(weight_VD, bias_V, softcap, scale)
 
 
 def adapted_head(model: nn.Module, hidden_ND: Tensor) -> tuple[Tensor, Head]:
@@ -72,6 +82,6 @@ def head_words(model: Any) -> str:
     if hasattr(layer, "original_module"):
         return "a trained copy of the output layer (modules_to_save)"
     words = [f"frozen, with adapters of rank {ranks[0]}" if ranks else "frozen"]
-    if read_head(model).weight_VD is model.get_input_embeddings().weight:
+    if output_layer(model).weight is model.get_input_embeddings().weight:
         words.append("tied to the embeddings" + (", which have none" if ranks else ""))
     return ", ".join(words)

@@ -18,8 +18,9 @@ from ..config.training import Recomputed
 from ..errors import UserError
 from .adapters import FROZEN, add_lora, continue_adapter
 from .attention import Backend, choose_backend, register_backends
-from .composites import causal_lm_reader, read_causal_lm
+from .composites import empty_causal_lm, read_causal_lm
 from .experts import EXPERTS, register_experts
+from .head import output_layer
 from .policy import Policy
 from .quantization import check_quantization, quantization_arguments, use_one_product
 from .recompute import checkpointing_options
@@ -124,7 +125,7 @@ def _load(
     policy.disabled_dropouts = disabled
     policy.obstacle = obstacle
     policy.recomputes = bool(gradient_checkpointing)
-    assert policy.head is not None
+    output_layer(causal_lm)
     return policy
 
 
@@ -201,7 +202,7 @@ def _from_config(
             # the last layers use the keys of earlier ones (Gemma 3n)
             text.num_kv_shared_layers = max(0, layers - (depth - shared))
         text.num_hidden_layers = layers
-    return causal_lm_reader(config).from_config(config, trust_remote_code=trust_remote_code, **kwargs).eval()
+    return empty_causal_lm(config, trust_remote_code=trust_remote_code, **kwargs).eval()
 
 
 def disable_dropout(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from dpo_kernels.head import Head
 from ..packing.layout import PackedBatch
 from ..packing.rows import Blocks, RowPlan, plan_rows
 from .attention import PLAN_ARGUMENT, Backend
-from .before_head import taken_before_head
+from .before_head import HeadUse, taken_before_head
 from .head import adapted_head, read_head
 from .mixers import RowsOfPack
 from .offload import OffloadedActivations
@@ -101,7 +101,7 @@ class Policy(nn.Module):
         """Whether the parameters are spread over processes: see ``engine/model/shard.py``."""
         self.layout = Layout()
         """How packs are computed: see ``engine/model/layouts.py``."""
-        self.scale_behind_head: float | None = None
+        self.head_use: HeadUse | None = None
         """In rows, where factors before the head are part of what it is given: known after the first forward pass."""
         self.own_balance: OwnBalance | None = None
         """What its routers return, once that was looked at: see ``engine/model/balance.py``."""
@@ -139,8 +139,8 @@ class Policy(nn.Module):
         return self._scaled(read_head(self.causal_lm))
 
     def _scaled(self, head: Head) -> Head:
-        if self.layout.in_rows and self.scale_behind_head is not None:
-            return head._replace(logit_scale=self.scale_behind_head)
+        if self.layout.in_rows and self.head_use is not None:
+            return head._replace(logit_scale=self.head_use.scale)
         return head
 
     def autocast(self):
@@ -195,9 +195,9 @@ class Policy(nn.Module):
             options = {} if mask_BL is None else {"attention_mask": mask_BL}
             with taken_before_head(self.causal_lm) as taken:
                 output = self.causal_lm(input_ids=ids_BL, use_cache=False, **options, **wanted)
-            if self.scale_behind_head is None:
-                self.scale_behind_head = taken.scale(output.logits)
-            blocks.append(taken.hidden)
+            if self.head_use is None:
+                self.head_use = taken.use(output.logits)
+            blocks.append(taken.hidden(self.head_use))
             routers.append([x.reshape(*ids_BL.shape, -1) for x in getattr(output, "router_logits", None) or ()])
         return rows.join(blocks), [rows.join(layer) for layer in zip(*routers, strict=True)]
 

@@ -51,6 +51,7 @@ def verify_rows(
         UserError: names the rows that differ, the largest difference, and what usually causes it.
     """
     atol = TOKEN_TOLERANCE[policy.compute_dtype] if atol is None else atol
+    share_prompts = share_prompts and not policy.layout.in_rows
     chosen = _sample(dataset.lengths.packed(share_prompts=True).tolist(), count)
     batches = (build_batch([dataset[i].whole], share_prompts=share_prompts) for i in chosen)
     with scoring(policy):

@@ -289,7 +289,8 @@ def check_first_loss(
     """
     lengths, beta = dataset.lengths, objective.config.beta
     shortest = np.argsort(lengths.packed(share_prompts=True), kind="stable")[:rows].tolist()
-    batch = build_batch([dataset[i] for i in shortest]).to(policy.device)
+    share = not policy.layout.in_rows
+    batch = build_batch([dataset[i] for i in shortest], share_prompts=share).to(policy.device)
     training = policy.training
     policy.eval()
     try:
@@ -305,7 +306,7 @@ def check_first_loss(
     tokens = max(int(lengths[i][1:3].sum()) for i in shortest)
     distance = abs(loss - math.log(2))
     # The loss moves by half of a margin, so by no more than a reward.
-    bound = reward_bound(policy, dataset, shortest, distance, beta=beta, share_prompts=True)
+    bound = reward_bound(policy, dataset, shortest, distance, beta=beta, share_prompts=share)
     allowed = min(1e-6 + beta * tokens * PER_TOKEN[policy.compute_dtype], bound)
     if not distance <= allowed:
         raise UserError(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..model import Policy
+from ..model.head import output_layer
 from ..model.layers import largest, layer_configs
 from ..model.mixers import class_name
 from ..model.quantization import num_weights
@@ -47,8 +48,9 @@ class FlopModel:
     @classmethod
     def of(cls, policy: Policy) -> FlopModel:
         model, config = policy.causal_lm, policy.config.get_text_config()
-        head = policy.head.weight_VD
-        skipped = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()} | {id(head)}
+        output = output_layer(model)
+        owners = [output, *(module for module in model.modules() if isinstance(module, nn.Embedding))]
+        skipped = {id(p) for owner in owners for p in owner.parameters()}
         active = _active_share(config)
         inside = {id(p) for m in model.modules() if class_name(m) in policy.layout.mixers for p in m.parameters()}
         body = trained = mixers = 0.0
@@ -60,6 +62,7 @@ class FlopModel:
             trained += size if p.requires_grad else 0.0
             mixers += size if id(p) in inside else 0.0
         width = sum(_attention_width(layer) for layer in layer_configs(config))
+        head = output.weight
         return cls(body, trained, head.numel(), head.requires_grad, width, mixers / body if mixers else 0.0)
 
     def step(self, packed_tokens: int, completion_tokens: int, visible_pairs: int) -> float:

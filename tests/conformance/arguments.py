@@ -6,12 +6,15 @@ import argparse
 import difflib
 from collections.abc import Sequence
 
+import transformers
+
 from tests.conformance.families import model_types
-from tests.conformance.table import PATH
+from tests.conformance.table import path_of
 
 
 def chosen_types(arguments: Sequence[str] | None = None) -> list[str]:
     """The model types that a command line names, each a known one; none for the whole sweep."""
+    path = path_of(transformers.__version__)
     parser = argparse.ArgumentParser(
         prog="python -m tests.conformance", description="Try causal-LM families of transformers on packs."
     )
@@ -19,7 +22,7 @@ def chosen_types(arguments: Sequence[str] | None = None) -> list[str]:
         "types",
         metavar="MODEL_TYPE",
         nargs="*",
-        help=f"such as llama; without any the whole sweep, which writes {PATH.parent.name}/{PATH.name}",
+        help=f"such as llama; without any the whole sweep, which writes {path.parent.name}/{path.name}",
     )
     types = parser.parse_args(arguments).types
     known = model_types()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 131
 SHORT, LONG = 5, 4096
@@ -29,6 +29,8 @@ PICKED = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "num_experts_
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCAB),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim", "emb_dim"), 32),
+    **dict.fromkeys(("hidden_size_global", "adapter_in_dim", "adapter_input_size", "adapter_out_dim"), 32),
+    "encoder_hash_byte_group_vocab": 97,
     **dict.fromkeys(("embedding_dim", "lru_width", "backbone_hidden_size", "attention_hidden_size"), 32),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 48),
     **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "ffn_dim", "ffn_hidden_size", "dff", "dim_ff"), 48),
@@ -112,6 +114,7 @@ _PLAIN_ROTARY = {"rope_type": "default", "rope_theta": 1e4}
 FIX_UPS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _PLAIN_ROTARY)},
+    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense"] * 4}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"topk_method": "greedy"},
     "diffllama": {"attention_dropout": 0.0},
@@ -119,8 +122,10 @@ FIX_UPS: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": _SHARED_KEYS},
     "gemma4_unified_assistant": {"text_config": _SHARED_KEYS},
     "gemma3": {"text_config": {"final_logit_softcapping": None}},
+    "gemma3n": {"text_config": {"num_kv_shared_layers": 2}, "vision_config": {"architecture": "resnet10t"}},
     "gemma3n_text": {"num_kv_shared_layers": 2},
-    "gemma4_text": {"num_kv_shared_layers": 2},
+    "gemma4": {"text_config": {"head_dim": 256}},
+    "gemma4_text": {"num_kv_shared_layers": 2, "head_dim": 256},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"mamba_n_heads": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
@@ -129,7 +134,9 @@ FIX_UPS: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 1},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
-    "reformer": {"axial_pos_shape": (16, 8), "axial_pos_embds_dim": (16, 16)},
+    "reformer": {"axial_pos_embds": False, "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8},
+    "xlm": {"causal": True},
+    "xlnet": {"attn_type": "uni"},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 12, "attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "hybrid_layer_ids": [1, 3]},
@@ -171,8 +178,11 @@ def _shrunk(config_class: type[PretrainedConfig], reach: int, picked: int, fixes
     for index, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
         options |= {name: index} if name in names else {}
     for name in config_class.sub_configs:
-        if isinstance(known.get(name), PretrainedConfig):
-            options[name] = _shrunk(type(known[name]), reach, picked, fixes.get(name, {}))
+        kind = type(known[name]) if isinstance(known.get(name), PretrainedConfig) else None
+        if default is config_class:
+            kind = _named_class(config_class, name)
+        if kind is not None:
+            options[name] = _shrunk(kind, reach, picked, fixes.get(name, {}))
     if "qk_rope_head_dim" in names:
         # latent attention: every query head has its own key, and the rotary part is the head of the config
         options |= {"num_key_value_heads": options["num_attention_heads"]}
@@ -182,6 +192,12 @@ def _shrunk(config_class: type[PretrainedConfig], reach: int, picked: int, fixes
         options["layer_types"] = [kinds[i % len(kinds)] for i in range(options["num_hidden_layers"])]
     options |= {name: value for name, value in fixes.items() if not isinstance(value, dict) or name not in options}
     return config_class(**{name: value for name, value in options.items() if value is not ...})
+
+
+def _named_class(config_class: type[PretrainedConfig], name: str) -> type[PretrainedConfig] | None:
+    """The class that a config names for a config inside it."""
+    model_type = getattr(getattr(config_class, "sub_configs_defaults", {}).get(name), "model_type", None)
+    return CONFIG_MAPPING[model_type] if model_type else None
 
 
 def _layer_kinds(config_class: type[PretrainedConfig], default: list[str]) -> list[str]:
@@ -208,7 +224,11 @@ def _is_size(value: Any, optional: bool) -> bool:
 def tiny_model(config: PretrainedConfig) -> nn.Module:
     """A float32 model in evaluation mode with random weights, the same on every call."""
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    # of some composites the model that writes is made from a config inside theirs
+    inner = next((part for part in vars(config).values() if kind and type(part) is kind.config_class), config)
+    build = AutoModelForCausalLM.from_config if inner is config else kind._from_config
+    model = build(inner, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim < 2:

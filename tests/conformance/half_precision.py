@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.config.schema import LoraConfig
 from engine.data.groups import PreferenceGroup
-from engine.model.adapters import add_lora
+from engine.model.adapters import add_lora, text_model
 from engine.model.attention import Backend, register_backends
 from engine.model.load import disable_dropout
 from engine.model.policy import Policy
@@ -47,9 +47,8 @@ def adapted(model: nn.Module, *, lora: bool) -> nn.Module:
         if any(word in name for word in getattr(model, "_keep_in_fp32_modules_strict", None) or ()):
             parameter.data = parameter.data.float()
     # layers that are more than linear, such as Llama 4's routers, do not take adapters
-    linear = [
-        n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not model.get_output_embeddings()
-    ]
+    inside, head = text_model(model).named_modules(), model.get_output_embeddings()
+    linear = [name for name, module in inside if type(module) in (nn.Linear, Conv1D) and module is not head]
     wrapped = add_lora(model, LoraConfig(r=4, target_modules=tuple(linear)))
     torch.manual_seed(3)
     for parameter in wrapped.parameters():

@@ -22,7 +22,8 @@ SLICE = [
     "mistral",  # windows
     "gemma2",  # windows, capped scores and logits
     "gemma3_text",  # norms of queries and keys
-    "gemma4_text",  # layers of two head dimensions
+    "gemma4_text",  # layers of two head dimensions, 256 and 512
+    "gemma4",  # the same inside a composite
     "gpt2",  # fused projections, learned positions
     "gpt_oss",  # attention sinks, experts
     "deepseek_v3",  # latent attention: values narrower than keys

@@ -139,6 +139,30 @@ def test_a_step_is_that_of_plain_torch(family, padding):
     assert_close(model(**turned, objective=pair_loss(REF)).loss, want_loss, rtol=1e-10, atol=1e-12)
 
 
+class RowFactors(torch.nn.Linear):
+    """An output layer with a factor and a shift of each row."""
+
+    def __init__(self, width: int, rows: int):
+        super().__init__(width, rows)
+        self.factor = torch.nn.Parameter(torch.linspace(0.5, 2.0, rows))
+
+    def forward(self, hidden):
+        return super().forward(hidden) * self.factor.to(hidden.dtype)
+
+
+def test_an_output_layer_with_a_forward_of_its_own_is_the_linear_map_that_it_is():
+    model, batch = tiny_model("llama"), make_batch()
+    torch.manual_seed(0)
+    model.set_output_embeddings(RowFactors(model.config.hidden_size, VOCAB))
+    model = model.double()
+    want_loss, want_logps = naive_step(model, batch)
+    attach_head(model)
+    out = model(**batch, objective=pair_loss(REF))
+    assert_close(out.loss, want_loss, rtol=1e-10, atol=1e-12)
+    assert_close(out.logps, want_logps.detach(), rtol=1e-10, atol=1e-10)
+    assert_same_gradients(model, out.loss, want_loss)
+
+
 def lora_model(**options):
     config = peft.LoraConfig(**{"r": 3, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM", **options})
     model = peft.get_peft_model(tiny_model("llama"), config).double().eval()

@@ -218,9 +218,14 @@ def test_what_does_not_run_is_passed_over_with_the_reason(kernels, monkeypatch, 
     assert "\n" not in str(caught.value)
 
 
-def test_a_layer_beyond_the_largest_head_dimension_falls_back_alone(kernels, monkeypatch, capsys):
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma4"])
+def test_a_layer_beyond_the_largest_head_dimension_falls_back_alone(kernels, family, monkeypatch, capsys):
     interface._say_once.cache_clear()
-    model = model_of(tiny_config("gemma4_text"))
+    model = model_of(tiny_config(family))
+    layers = model.get_decoder().layers
+    assert [layer.self_attn.head_dim for layer in layers] == [
+        512 if k == "full_attention" else 256 for k in _kinds(model)
+    ]
     used = []
     run, segments = interface._run_kernel, interface.sdpa_attention
     monkeypatch.setattr(interface, "_run_kernel", lambda *args: used.append(args[0]) or run(*args))

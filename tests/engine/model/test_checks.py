@@ -58,6 +58,16 @@ def test_sharing_alone_at_fault_is_said(monkeypatch):
     check_packing(policy, share_prompts=False)
 
 
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_a_model_that_reads_what_is_behind_is_refused_however_packs_are_made(share_prompts):
+    """Without shared prompts nothing of another response shows it: the response itself has to."""
+    config = tiny_config("xlm")
+    config.causal = False
+    policy = make_policy(model_of(config))
+    with pytest.raises(UserError, match="is not causal one row at a time: what it says of a token depends on"):
+        check_packing(policy, share_prompts=share_prompts)
+
+
 def test_a_family_that_half_precision_alone_breaks_is_told_so():
     """It adds values of one dtype to another under autocast; in float32 it is equal."""
     model = model_of(tiny_config("dbrx"))

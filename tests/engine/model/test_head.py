@@ -10,7 +10,7 @@ import torch
 from dpo_kernels import linear_dpo_loss
 from engine.config.schema import LoraConfig, ModelConfig
 from engine.errors import UserError
-from engine.model import Policy, load_policy
+from engine.model import Policy, check_packing, load, load_policy
 from engine.model.head import adapted_head, head_words, read_head
 from tests.engine.model.adapter_setup import pack
 
@@ -69,6 +69,39 @@ def test_logits_and_gradients_are_those_of_peft(kind, tiny_model_dir):
     with policy.reference_mode():
         assert torch.equal(logits(policy, hidden, ours=True), hidden @ read_head(policy.causal_lm).weight_VD.T)
         torch.testing.assert_close(logits(policy, hidden, ours=True), logits(policy, hidden, ours=False))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "copies"])
+def test_a_layer_that_scales_its_rows_is_one_product(kind, tiny_model_dir, monkeypatch):
+    """Its own forward, around which peft has its adapters, is what the loss has to reproduce."""
+
+    class Scaled(torch.nn.Linear):
+        def __init__(self, plain: torch.nn.Linear):
+            super().__init__(plain.in_features, plain.out_features, bias=False)
+            self.load_state_dict(plain.state_dict())
+            self.factor = torch.nn.Parameter(torch.linspace(0.5, 2.0, plain.out_features))
+
+        def forward(self, hidden):
+            return super().forward(hidden) * self.factor.to(hidden.dtype)
+
+    read = load.read_causal_lm
+
+    def with_scaled_head(*args, **kwargs):
+        model = read(*args, **kwargs)
+        model.set_output_embeddings(Scaled(model.get_output_embeddings()))
+        return model
+
+    monkeypatch.setattr(load, "read_causal_lm", with_scaled_head)
+    policy = adapted(tiny_model_dir, KINDS[kind]).double()
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 32, dtype=torch.float64)
+    got, want = (results(policy, hidden, ours=ours) for ours in (True, False))
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-10, atol=1e-12)
+    policy.compute_dtype = torch.float32
+    check_packing(policy.float().eval())
+    assert policy.layout.kind == "shared"
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "copies"])

@@ -239,6 +239,16 @@ def test_the_first_layers_of_a_model_whose_last_share_keys(tmp_path, family):
         assert len(policy.causal_lm.model.layers) == layers
 
 
+def test_a_text_model_that_only_its_own_class_reads(tmp_path):
+    """The automatic classes know the composite that it is of."""
+    conformance.tiny_model(conformance.tiny_config("emu3")).save_pretrained(tmp_path)
+    model = ModelConfig(model_name_or_path=str(tmp_path), dtype="float32")
+    policies = [load_policy(model, device=CPU, empty=empty) for empty in (False, True)]
+    assert [type(policy.causal_lm).__name__ for policy in policies] == ["Emu3ForCausalLM"] * 2
+    check_packing(policies[0])
+    assert policies[0].layout.kind == "shared"
+
+
 def test_a_model_that_ends_with_any_of_several_tokens_is_checked(tmp_path):
     tiny_model("llama", eos_token_id=[2, 5]).save_pretrained(tmp_path)
     check_packing(load_policy(ModelConfig(model_name_or_path=str(tmp_path)), device=CPU))

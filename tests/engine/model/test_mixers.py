@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 
 import pytest
 import torch
 
-from engine.config.schema import LoraConfig, ModelConfig
+from engine.config.schema import LoraConfig, LossConfig, ModelConfig
+from engine.data.groups import PreferenceDataset
 from engine.errors import UserError
 from engine.model import Policy, check_packing, load_policy
 from engine.model.layouts import attention_name, describe_layout, eager_attention, use_layout
 from engine.model.mixers import put_in_rows
 from engine.model.policy import Layout
 from engine.packing import build_batch
+from engine.reference import ReferenceStore, load_ref_sums, model_digest, precompute, verify_rows
+from engine.train.objective import Objective
+from engine.train.references import ReferenceTable, check_first_loss
 from tests.conformance.families import tiny_config, tiny_model
 from tests.conformance.trial import GRAD_BOUND, LOGPS_BOUND, one_by_one, sample_groups
 
@@ -118,6 +123,24 @@ def test_adapters_inside(saved, checkpointing):
     assert grads.keys() == want.keys()
     for name, grad in want.items():
         assert (grads[name] - grad).abs().max() <= GRAD_BOUND * max(1.0, grad.abs().max().item()), name
+
+
+def test_what_is_stored_of_a_model_in_rows_is_found_again(tmp_path):
+    """Of each response by itself: these logits depend on how many tokens there are behind them."""
+    model = tiny_model(tiny_config("prophetnet"))
+    model.save_pretrained(tmp_path / "model")
+    policy = load(str(tmp_path / "model"))
+    assert policy.layout.kind == "single"
+    groups = sample_groups()
+    dataset = PreferenceDataset(groups)
+    sizes = [len(ids) for group in groups for ids in group.response_ids]
+    logps = iter(one_by_one(model, groups).logps_N.split(sizes))
+    verify_rows(policy, dataset, [tuple(next(logps).numpy() for _ in group.response_ids) for group in groups])
+    store = ReferenceStore(tmp_path / "store")
+    precompute(policy, dataset, store, tokens_per_pack=200, progress=False)
+    objective = Objective(LossConfig())
+    table = ReferenceTable(load_ref_sums(dataset, store, model_digest(policy)))
+    assert check_first_loss(policy, dataset, table, objective) == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_bfloat16_is_as_near_as_the_model_alone(saved):
