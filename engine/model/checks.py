@@ -7,7 +7,6 @@ get rows, and if that is not enough the whole model does.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 import traceback
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import distributed
 from ..config.schema import LayoutName
@@ -31,7 +29,7 @@ from .diagnosis import first_difference
 from .end_to_end import gradient_difference, take_boundaries
 from .layers import largest
 from .layouts import eager_attention, use_layout
-from .load import disable_dropout, keep_in_evaluation
+from .load import disable_dropout, keep_in_evaluation, keeps_no_checkpoints
 from .policy import Kind, Layout, Policy
 from .precision import float32_weights
 
@@ -338,7 +336,7 @@ def _randomness(policy: Policy, batch: PackedBatch) -> Fault | None:
     # such as models that read their probabilities from the config whenever they run, or that exchange modules then
     policy.disabled_dropouts += disable_dropout(policy.causal_lm)
     for module in policy.causal_lm.modules():
-        if type(module).__module__.startswith("transformers") and _keeps_no_checkpoints(module):
+        if type(module).__module__.startswith("transformers") and keeps_no_checkpoints(module):
             keep_in_evaluation(module)
     if not changes():
         return None
@@ -346,14 +344,6 @@ def _randomness(policy: Policy, batch: PackedBatch) -> Fault | None:
         f"{_name(policy)} gives other log-probs in training mode than in evaluation: it has dropout or noise that "
         "cannot be switched off here; set its probabilities to 0 in the model's config.json"
     )
-
-
-def _keeps_no_checkpoints(module: nn.Module) -> bool:
-    """Whether a module does not ask for its mode inside its forward to know whether to keep activations."""
-    if isinstance(module, GradientCheckpointingLayer) or not hasattr(module, "gradient_checkpointing"):
-        return True
-    # Others have the attribute, and leave checkpoints to their layers.
-    return "gradient_checkpointing" not in inspect.getsource(type(module).forward)
 
 
 def _unchanged(policy: Policy, before: torch.Tensor, after: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import distributed
 from ..config.schema import ModelConfig
@@ -228,6 +230,14 @@ def disable_dropout(model: nn.Module) -> int:
         else:
             setattr(module, name, 0.0)
     return len(active)
+
+
+def keeps_no_checkpoints(module: nn.Module) -> bool:
+    """Whether a module does not ask for its mode inside its forward to know whether to keep activations."""
+    if isinstance(module, GradientCheckpointingLayer) or not hasattr(module, "gradient_checkpointing"):
+        return True
+    # Others have the attribute, and leave checkpoints to their layers.
+    return "gradient_checkpointing" not in inspect.getsource(type(module).forward)
 
 
 def keep_in_evaluation(module: nn.Module) -> None:

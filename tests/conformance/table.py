@@ -33,8 +33,9 @@ _INTRODUCTION = """# How each model family runs
 
 Written by `make conformance`, not by hand. {date}, transformers {transformers}, torch {torch}, CPU, float32.
 
-**{equal} equal, {refused} refused, {not_causal} not causal, {not_built} not built, {fails} fail, {wrong} silently
-wrong**, of all {total} model types that transformers maps to a causal language model. Of the equal ones {layouts}.
+**{equal} equal, {refused} refused, {not_causal} not causal, {not_built} not built, {fails} fail,
+{wrong} silently wrong**, of all {total} model types that transformers maps to a causal language model.
+Of the equal ones {layouts}.
 
 Each family is built tiny from its default config, with random weights far from zero, dropout {dropout} wherever the
 config has one, caps and scales of the logits switched on, every kind of layer that its code knows, local attention
