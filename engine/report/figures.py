@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..run_folder import EXPERT_LAYER, EXPERTS
+from ..run_folder import EXPERT_LAYER, EXPERTS, TRAIN_SOURCE, of_sources
 from .style import (
     CHOSEN,
     EVALS,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 LN2_LOSSES = ("sigmoid", "sigmoid_norm", "robust")
 """Losses that are ln 2 for every pair while the policy equals the reference."""
+_SETS_DRAWN, _LABEL_WIDTH = 8, 30
 _LOADS = (("busiest", REJECTED), ("idlest", CHOSEN))
 
 
@@ -171,6 +172,35 @@ def throughput(run: RunRecords) -> Figure | None:
     return figure
 
 
+def sets(run: RunRecords) -> Figure | None:
+    """Margin and accuracy of each set of a mixture, while training."""
+    import matplotlib
+
+    pairs: dict[str, float] = {}
+    for row in run.rows:
+        for label, metrics in of_sources(TRAIN_SOURCE, row).items():
+            pairs[label] = pairs.get(label, 0.0) + (metrics.get("num_pairs") or 0.0)
+    shown = sorted(pairs, key=lambda label: -pairs[label])[:_SETS_DRAWN]
+    if not shown:
+        return None
+    more = f"; the {len(shown)} with the most pairs of {len(pairs)}" if len(pairs) > len(shown) else ""
+    figure, axes = new_figure(
+        "Sets of the mixture", f"training pairs of each set, mean over a logged interval{more}", rows=2
+    )
+    colours = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["tab10"].colors]  # type: ignore[attr-defined]
+    panels = (("rewards/margins", "reward margin"), ("rewards/accuracies", "accuracy"))
+    for panel, (name, words) in zip(axes, panels, strict=True):
+        for label, colour in zip(shown, colours, strict=False):
+            series = run.series(f"{TRAIN_SOURCE}{label}/{name}")
+            if series is not None and len(series.finite):
+                draw_series(panel, series, label[:_LABEL_WIDTH], colour)
+        finish_steps(panel, run.first_step, run.last_step)
+        panel.set_ylabel(words)
+    legend(axes[0])
+    axes[-1].set_xlabel("optimizer step")
+    return figure
+
+
 def experts(run: RunRecords) -> Figure | None:
     """How evenly a mixture spreads its tokens."""
     if not all(_has(run, EXPERTS + side) for side, _ in _LOADS):
@@ -257,6 +287,7 @@ PICTURES = (
     Picture("accuracies", "How often the chosen response has the higher reward.", accuracies),
     Picture("rewards", "Where the margin comes from: chosen going up, or rejected going down.", rewards),
     Picture("logps", "Log-probabilities of whole responses under the policy.", logps),
+    Picture("sets", "Which sets of the mixture are learned, and how far.", sets),
     Picture("optimizer", "Learning rate schedule and gradient norm.", optimizer),
     Picture("experts", "How evenly the experts of a mixture are used.", experts),
     Picture("expert_layers", "Which layers of a mixture use their experts unevenly.", expert_layers),

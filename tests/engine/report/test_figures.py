@@ -144,7 +144,7 @@ def test_a_single_row_is_in_view(make_run, rows):
     for picture in figures.PICTURES:
         figure = picture.draw(run)
         if figure is None:
-            assert picture.name in ("lengths", "experts", "expert_layers")
+            assert picture.name in ("lengths", "experts", "expert_layers", "sets")
             continue
         low, high = figure.axes[0].get_xlim()
         assert low < 1 < high
@@ -159,3 +159,23 @@ def test_all_nan_draws_without_failing(make_run):
     run = read_run(make_run([{"step": s, "loss": math.nan, "grad_norm": math.nan} for s in (1, 2)]))
     assert figures.loss(run) is not None
     assert figures.optimizer(run) is None
+
+
+def test_the_sets_of_a_mixture_are_drawn_each(make_run, rows):
+    logged = rows(6)
+    for step, row in enumerate(logged):
+        for label in ("a", "b"):
+            # A set that is no part of an interval has no means there.
+            has = label == "a" or step % 2
+            row[f"train/{label}/num_pairs"] = 3.0 if has else 0.0
+            row |= {f"train/{label}/rewards/{name}": step / 10 for name in ("margins", "accuracies")} if has else {}
+    figure = figures.sets(read_run(make_run(logged)))
+    for axes in figure.axes:
+        lines = lines_of(axes)
+        assert {"a", "b"} <= set(lines)
+        np.testing.assert_array_equal(lines["a"].get_ydata(), [step / 10 for step in range(6)])
+        np.testing.assert_array_equal(lines["b"].get_xdata(), [2, 4, 6])
+
+
+def test_a_run_on_one_set_has_no_picture_of_sets(make_run, rows):
+    assert figures.sets(read_run(make_run(rows(3)))) is None
