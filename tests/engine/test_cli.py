@@ -265,6 +265,13 @@ def test_init_check_plan(run_file, tmp_path, capsys):
     assert "preference groups" in capsys.readouterr().out
 
 
+def test_a_file_that_would_lose_something_writes_nothing(tmp_path, refused):
+    source, target = tmp_path / "dpo.sh", tmp_path / "run.yaml"
+    source.write_text("swift rlhf --model m --dataset d --tuner_type adalora\n")
+    assert "dpo.sh, line 1: tuner_type" in refused("init", "--from", source, "--output", target)
+    assert not target.exists()
+
+
 def test_init_from_trl_prints_what_it_changed(tmp_path, capsys):
     source, target = tmp_path / "trl.yaml", tmp_path / "run.yaml"
     source.write_text("model_name_or_path: m\ndataset_name: d\nmax_prompt_length: 512\npadding_free: true\n")

@@ -36,9 +36,9 @@ def _loss(reading: Reading) -> None:
     types, weights = file.take("dpo_loss_type"), file.take("dpo_loss_weights")
     nested = file.mapping("trl")
     beta, orpo = nested.pop("beta", None), file.take("orpo_alpha")
-    beta = beta if beta is not None else file.take("rl_beta", orpo)
-    if beta is not None:
-        reading.hand("beta", beta, "rl_beta")
+    named, given = reading.first("rl_beta dpo_beta", orpo)
+    if beta is not None or given is not None:
+        reading.hand("beta", given if beta is None else beta, named if beta is None else "trl")
     for key in nested:
         reading.changes(f"trl.{key}", "not read for pairs; dropped")
     if kind == "dpo":

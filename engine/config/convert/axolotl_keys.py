@@ -16,9 +16,10 @@ RULES: dict[str, Rule] = {
     "dpo_padding_free": To("padding_free"),
     "gradient_checkpointing": To("gradient_checkpointing", {"offload": True, "offload_disk": True, "unsloth": True}),
     "activation_offloading": To("activation_offloading", {"legacy": True, "disk": True, "hidden_states": True}),
+    "rpo_alpha": To("rpo_alpha"),
     "peft_use_dora": To("use_dora"),
     "peft_use_rslora": To("use_rslora"),
-    **each("rl dpo_loss_type dpo_loss_weights trl rl_beta orpo_alpha cpo_alpha simpo_gamma", Read("`loss`")),
+    **each("rl dpo_loss_type dpo_loss_weights trl rl_beta dpo_beta orpo_alpha cpo_alpha simpo_gamma", Read("`loss`")),
     **each("datasets test_datasets val_set_size default_system_message", Read("`data`; one data set")),
     **each("chat_template chat_template_jinja", Read("a Jinja file is `data.chat_template`; other names are told")),
     "excess_length_strategy": Read("told: here long responses are cut"),
@@ -48,10 +49,10 @@ RULES: dict[str, Rule] = {
     **each("fp8 qat model_quantization_config use_onebitllms", Left("stop", "this precision is not here", (False,))),
     **each(
         "neftune_noise_alpha noisy_embedding_alpha embedding_lr embedding_lr_scale lr_groups optim_args "
-        "optim_target_modules lr_quadratic_warmup cosine_constant_lr_ratio jagged_restart_steps rpo_alpha "
+        "optim_target_modules lr_quadratic_warmup cosine_constant_lr_ratio jagged_restart_steps "
         "max_prompt_len min_sample_len eval_sequence_len curriculum_sampling dataset_exact_deduplication "
         "shuffle_before_merging_datasets dataset_shard_num trainer_cls plugins early_stopping_patience "
-        "resize_token_embeddings_to_32x chat_template_kwargs eot_tokens fix_untrained_tokens dpo_beta "
+        "resize_token_embeddings_to_32x chat_template_kwargs eot_tokens fix_untrained_tokens"
         "scaling_softmax lora_exclude_modules dpo_norm_loss",
         Left("new", "not supported; dropped", (False, [])),
     ),

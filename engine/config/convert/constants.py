@@ -15,6 +15,8 @@ _OPERATORS: dict[type, Any] = {
 }  # fmt: skip
 _DTYPES = ("bfloat16", "float16", "float32", "half", "float")
 _CASTS = {"str": str, "int": int, "float": float, "list": list, "bool": bool, "Path": str}
+_YES = ("is_bfloat16_supported", "is_bf16_supported", "is_torch_bf16_gpu_available")
+"""Questions about the device that are answered with yes: on every GPU since 2020."""
 _LARGEST = 2**63
 
 
@@ -30,6 +32,8 @@ class UnknownValueError(Exception):
 class _Assignment:
     scope: str
     line: int
+    end: int
+    """The last line of the statement, behind which the name has its value."""
     value: ast.expr | None
     """None where something else than an expression decides, such as a loop."""
     condition: int | None
@@ -57,7 +61,7 @@ class Script:
                 for node in ast.walk(statement):
                     self._scopes[node] = inside
                 for argument in getattr(statement, "args", ast.arguments([], [], None, [], [], None, [])).args:
-                    self._note(argument.arg, _Assignment(inside, statement.lineno, None, None))
+                    self._note(argument.arg, _Assignment(inside, statement.lineno, statement.lineno, None, None))
                 self._walk(statement.body, inside, None)
                 continue
             self._assign(statement, scope, condition)
@@ -75,7 +79,8 @@ class Script:
 
     def _bind(self, target: ast.expr, value: ast.expr | None, scope: str, condition: int | None) -> None:
         if isinstance(target, ast.Name):
-            self._note(target.id, _Assignment(scope, target.lineno, value, condition))
+            end = target.lineno if value is None else value.end_lineno or value.lineno
+            self._note(target.id, _Assignment(scope, target.lineno, end, value, condition))
         elif isinstance(target, ast.Tuple | ast.List):
             matched = isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts)
             for place, one in enumerate(target.elts):
@@ -108,8 +113,8 @@ class Script:
     def _last(self, name: ast.Name) -> ast.expr:
         scope = self._scopes.get(name, "")
         every = self._assigned.get(name.id, [])
-        inside = [a for a in every if a.scope == scope and a.line < name.lineno] if scope else []
-        before = [a for a in every if a.scope == "" and (scope or a.line < name.lineno)]
+        inside = [a for a in every if a.scope == scope and a.end < name.lineno] if scope else []
+        before = [a for a in every if a.scope == "" and (scope or a.end < name.lineno)]
         for found in (inside, before):
             if not found:
                 continue
@@ -183,6 +188,8 @@ class Script:
 
     def _called(self, node: ast.Call) -> Any:
         name, values = called(node), node.args
+        if name in _YES and not values:
+            return True
         if name == "dict" and not values:
             return {word.arg: self.value(word.value) for word in node.keywords if word.arg}
         if ast.unparse(node.func) == "os.path.join":

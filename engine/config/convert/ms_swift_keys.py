@@ -10,6 +10,7 @@ MARKS = words("rlhf_type tuner_type train_type split_dataset_ratio attn_impl val
 
 RULES: dict[str, Rule] = {
     "model": To("model_name_or_path"),
+    "model_id_or_path": To("model_name_or_path"),
     "lora_rank": To("lora_r"),
     "modules_to_save": To("lora_modules_to_save"),
     "attn_impl": To("attn_implementation", {"flash_attn": "flash_attention_2"}),

@@ -42,6 +42,7 @@ def test_its_defaults_are_written(run):
     ("lines", "expected"),
     [
         ("rl_beta: 0.3\n", {"loss.beta": 0.3}),
+        ("dpo_beta: 0.3\nrpo_alpha: 0.5\n", {"loss.beta": 0.3, "loss.rpo_alpha": 0.5}),
         ("trl: {beta: 0.3}\n", {"loss.beta": 0.3}),
         ("dpo_loss_type: [sigmoid, sft]\ndpo_loss_weights: [1, 0.5]\n", {"loss.loss_weights": (1.0, 0.5)}),
         ("dpo_use_weighting: true\n", {"loss.use_weighting": True}),

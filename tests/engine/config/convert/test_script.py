@@ -79,6 +79,44 @@ def test_arguments_are_followed_to_their_constants(run, text, expected):
     assert {key: found.get(key) for key in expected} == expected
 
 
+def test_a_script_of_unsloth(run):
+    text = """
+from unsloth import FastLanguageModel, PatchDPOTrainer, is_bfloat16_supported
+from trl import DPOConfig, DPOTrainer
+from datasets import load_dataset
+PatchDPOTrainer()
+max_seq_length = 2048
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name="unsloth/zephyr-sft", max_seq_length=max_seq_length, dtype=None, load_in_4bit=True,
+)
+model = FastLanguageModel.get_peft_model(
+    model, r=64, target_modules=["q_proj", "v_proj"], lora_alpha=64, lora_dropout=0, bias="none",
+    use_gradient_checkpointing="unsloth", random_state=3407,
+)
+trainer = DPOTrainer(
+    model=model,
+    ref_model=None,
+    args=DPOConfig(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, warmup_ratio=0.1, num_train_epochs=3,
+        learning_rate=5e-6, fp16=not is_bfloat16_supported(), bf16=is_bfloat16_supported(), optim="adamw_8bit",
+        lr_scheduler_type="linear", seed=42, output_dir="outputs",
+    ),
+    beta=0.1,
+    train_dataset=load_dataset("d")["train"],
+    tokenizer=tokenizer,
+    max_length=1024,
+    max_prompt_length=512,
+)
+"""
+    found = run(text)
+    expected = {
+        "model.model_name_or_path": "unsloth/zephyr-sft", "model.quantization": "nf4", "model.lora.r": 64,
+        "model.lora.alpha": 64, "model.lora.target_modules": ("q_proj", "v_proj"), "optim.optimizer": "adamw_8bit",
+        "packing.pairs_per_step": 8, "optim.learning_rate": 5e-6, "model.dtype": None, "data.dataset_name": "d",
+    }  # fmt: skip
+    assert {key: found.get(key) for key in expected} == expected
+
+
 @pytest.mark.parametrize("guard", ["def main():\n{}\nmain()", "if __name__ == '__main__':\n{}", "with open('x'):\n{}"])
 def test_names_inside_functions_and_blocks(run, guard):
     body = "\n".join("    " + line for line in script("beta=BETA", before="BETA = 0.7").splitlines())
