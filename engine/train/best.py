@@ -60,6 +60,8 @@ class Best:
         self.waited = 0 if counts else self.waited + 1
         if self._is_better(value, self.value):
             self.value = value
+        # The run's last step has a checkpoint, too, and early stopping makes it the last.
+        saved = saved or self.ends_run
         if saved and self.keeps and self._is_better(value, self.kept and self.kept.value):
             self.kept = Kept(step, value, dict(evaluation))
 
@@ -98,7 +100,7 @@ class Best:
     def load(self, state: Mapping[str, Any]) -> None:
         """As it was when a checkpoint was written; nothing is known of an older one."""
         self.value, self.waited = state.get("value"), state.get("waited", 0)
-        kept = state.get("kept")
+        kept = state.get("kept") if self.keeps else None
         self.kept = Kept(*kept) if kept else None
 
 

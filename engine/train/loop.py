@@ -344,7 +344,10 @@ class _Run:
             )
         # Its state makes room for a second model.
         self.optimizer.state.clear()
-        self._load_weights(path, distributed.broadcast(checkpoints.read_state(path) if distributed.is_main() else {}))
+        state = distributed.broadcast(checkpoints.read_state(path) if distributed.is_main() else {})
+        self._load_weights(path, state)
+        if (reference := self.setup.references.moving) is not None:
+            checkpoints.load_reference(path, state, reference)
         self.evaluation = best.evaluation
         self.chosen = f"step {best.step} of {self.done}, the best by {self.best.metric} ({best.value:.6g})"
         log.info("the model is that of %s", self.chosen)

@@ -19,7 +19,7 @@ from engine.report import write_report
 from engine.run_folder import eval_prefixes, tokens_of
 from engine.train import loop
 from engine.train.best import Best
-from engine.train.checkpoint import complete_checkpoints
+from engine.train.checkpoint import REFERENCE_FILE, complete_checkpoints
 from engine.train.loop import train
 from tests.engine.train.conftest import read_rows
 from tests.engine.train.test_resume import interrupted_after, run_files
@@ -131,6 +131,32 @@ def test_an_interrupted_run_ends_where_another_does(rows, compared, planned, tmp
     assert names[0] == names[1]
 
 
+def test_the_evaluation_that_ends_a_run_may_be_its_best(make_config, sets):
+    """Better by less than the threshold: not enough to go on for, and its checkpoint, the run's last, is the best."""
+    options = {**COMPARED, "eval_steps": 1, "early_stopping_patience": 1, "early_stopping_threshold": 0.1}
+    best = Best(make_config(data={"eval_dataset_name": sets["safety"]}, train=options))
+    best.evaluated({"eval_loss": 0.5}, step=2, saved=True)
+    best.evaluated({"eval_loss": 0.45}, step=3, saved=False)
+    assert best.ends_run
+    assert best.kept is not None
+    assert best.kept.step == 3
+
+
+def test_the_best_comes_with_the_reference_that_it_had(compared, planned, tmp_path, monkeypatch):
+    """What is measured of its weights is measured against that one."""
+    measured = []
+
+    def noted(setup, evaluation):
+        model = setup.references.moving.model
+        measured.append({name: tensor.clone() for name, tensor in model.named_parameters()})
+
+    monkeypatch.setattr(loop, "round_and_measure", noted)
+    moved = {"sync_ref_model": True, "ref_model_sync_steps": 1}
+    assert train(compared(tmp_path / "run", reference=moved)).steps == 8
+    saved = load_file(tmp_path / "run" / "checkpoint-4" / REFERENCE_FILE)
+    assert all((measured[0][name] == tensor).all() for name, tensor in saved.items())
+
+
 def test_every_set_has_its_metrics(make_config, sets, tmp_path, caplog):
     train_options = {"eval_steps": 2, "metric_for_best_model": "style_2_loss"}
     config = make_config(data={"eval_dataset_name": sets}, train=train_options)
@@ -223,3 +249,7 @@ def test_the_best_of_other_rows_is_not_gone_on_from(compared, planned, sets, tmp
     (tmp_path / "run" / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"checkpoint-4, the checkpoint of the best evaluation, is gone: put it back"):
         train(config, resume=True)
+    last = compared(tmp_path / "run", {"load_best_model_at_end": False})
+    assert train(last, resume=True).metrics["eval_loss"] == LOSSES[8]
+    final, end = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", tmp_path / "run/checkpoint-8"))
+    assert all((final[name] == tensor).all() for name, tensor in end.items())
