@@ -18,7 +18,7 @@ from .data.lint import LintReport
 from .data.mixture import Mixture, counts_of, describe_mixture
 from .data.read import stream_set
 from .data.row_numbers import NumberSummary
-from .data.sets import DataSet, MixtureReport, sets_of
+from .data.sets import DataSet, MixtureReport, sets_of, with_rows
 from .data.tokenize import Encoder
 from .errors import RowError, UserError
 from .inputs import check_inputs
@@ -79,12 +79,13 @@ def check(config: RunConfig) -> Checked:
         looks = [_look(config, tokenizer, one, copies, Notes(held_out, stops)) for one in sets_of(config.data, split)]
         if split != "train":
             held_out.report(MixtureReport({look.label: look.report for look in looks}))
+        needed = with_rows([look.report for look in looks], config.data, split)
         for look in looks:
             name = f"{split}: {look.label}" if look.label else split
             reports[name] = look.report
             head = f"{split.replace('_', ' ', 1)} data{f' of {look.label}' if look.label else ''}"
             parts.append(f"{head}\n{_text(look, config, tokenizer)}")
-            obstacles += _obstacles(look, config)
+            obstacles += _obstacles(look, config) if look.report in needed else []
         if config.data.datasets and split == "train":
             parts.append(_epoch(config, looks))
     parts += [f"warning: {words}"] if (words := LossTerms(config.loss).caution) else []

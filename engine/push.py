@@ -12,9 +12,18 @@ from .model.sources import first_line
 from .paths import expanded
 from .run_folder import CARD_FILE, METRICS_FILE
 
+_READ = (
+    *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors.index.json", "*.bin.index.json"),
+    *("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin"),
+    *("tokenizer*", "chat_template.*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+)
+"""Patterns of files that loaders take for parts of a model: none of an earlier one may stay beside the new one."""
+
 
 def push(source: str, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
     """Upload the final model of a run: weights, tokenizer, configs and the model card, and nothing else of its folder.
+
+    What an earlier model left in the repository, such as an adapter or other shards, is deleted; other files stay.
 
     Args:
         source: the output folder of a finished run, or a folder that ``dpo merge`` wrote.
@@ -50,13 +59,16 @@ def push(source: str, repo_id: str, *, private: bool = False, revision: str | No
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=names,
+            delete_patterns=list(_READ),
             revision=revision,
             commit_message=f"Upload {folder.resolve().name}",
         )
     except OfflineModeIsEnabled as error:
         raise UserError("HF_HUB_OFFLINE is set, so nothing is uploaded: unset it") from error
     except HfHubHTTPError as error:
-        raise UserError(f"{repo_id}: the Hub refused the upload: {first_line(error)}") from error
+        # The first line of some holds no more than the status.
+        said = " ".join((error.server_message or "").split()) or first_line(error)
+        raise UserError(f"{repo_id}: the Hub refused the upload: {said}") from error
     return str(commit.commit_url)
 
 

@@ -23,7 +23,7 @@ from .mixture import Mixture, counts_of
 from .row_numbers import response_weights
 from .rows import RowReader
 from .scored import expand_scores, scores_reversed
-from .sets import DataSet, MixtureReport, Report, Split, sets_of
+from .sets import DataSet, MixtureReport, Report, Split, sets_of, with_rows
 from .sources import Row, Source
 from .tokenize import Encoded, Encoder
 
@@ -58,7 +58,7 @@ def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[P
     dataset = PreferenceDataset(groups())
     report = reports[""] if "" in reports else MixtureReport(reports)
     report.raise_if_strict(data.strict)
-    for part in reports.values():
+    for part in with_rows(list(reports.values()), data, split):
         part.raise_if_empty()
         part.raise_if_promptless()
     if split == "train" and data.datasets:

@@ -43,10 +43,8 @@ def with_numbers(example: Example, row: Row) -> Example:
     weight, margin = (_number(row, name) for name in NUMBER_COLUMNS)
     if weight is not None and weight < 0:
         raise _fault(row, "weight", f"must not be negative, got {weight:g}")
-    mask, weights = (_lists(row, name, len(example.completions)) for name in TOKEN_COLUMNS)
+    mask, weights = (_lists(row, name, example) for name in TOKEN_COLUMNS)
     tokens = _times(mask, weights, row)
-    if tokens is not None and example.order is not None:
-        tokens = [tokens[place] for place in example.order]
     return replace(
         example,
         weight=1.0 if weight is None else weight,
@@ -65,8 +63,9 @@ def _number(row: Row, name: str) -> float | None:
         raise _fault(row, name, f"must be a finite number, got {value!r}") from None
 
 
-def _lists(row: Row, name: str, responses: int) -> list[np.ndarray] | None:
-    """The weights of each response's tokens in one column, or in one for each side."""
+def _lists(row: Row, name: str, example: Example) -> list[np.ndarray] | None:
+    """The weights of each completion's tokens, best first: in one column, in the order of the row, or one a side."""
+    responses = len(example.completions)
     whole, sides = row.data.get(name), [row.data.get(f"{side}_{name}") for side in ("chosen", "rejected")]
     if sides == [None, None]:
         values, named = whole, name
@@ -81,7 +80,8 @@ def _lists(row: Row, name: str, responses: int) -> list[np.ndarray] | None:
         values = [values]
     if not isinstance(values, list) or len(values) != responses or not all(isinstance(v, list) for v in values):
         raise _fault(row, named, f"must hold {counted(responses, 'list')}, one for each response")
-    return [_token_weights(row, name, named, value) for value in values]
+    found = [_token_weights(row, name, named, value) for value in values]
+    return found if example.order is None or values is sides else [found[place] for place in example.order]
 
 
 def _token_weights(row: Row, name: str, named: str, values: list[Any]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -98,6 +98,13 @@ def _of_mixture(data: DataConfig, split: Split, one: DatasetConfig, label: str) 
     part = one.split if split == "train" or one.eval_split is None else one.eval_split
     option = f"data.datasets: {label}: name"
     return DataSet(replace(data, **own), split, one.name, part, one.config, option, label, one.data_files)
+
+
+def with_rows(reports: Sequence[LintReport], data: DataConfig, split: Split) -> Sequence[LintReport]:
+    """Those of the sets of a split that must have rows: where one is split by prompts, a small set may hold out none,
+    but not all of them."""
+    found = [report for report in reports if report.total]
+    return found if found and split != "train" and data.eval_fraction is not None else reports
 
 
 class MixtureReport:

@@ -128,5 +128,5 @@ def _names(config: RunConfig) -> Iterator[str]:
     for split in config.data.eval_splits:
         yield from (f"{split}_{name}" for name in names)
     for one, label in zip(config.data.datasets, labels_of(config.data.datasets), strict=True):
-        if one.eval_split is not None:
+        if one.eval_split is not None or config.data.eval_fraction is not None:
             yield from (f"{EVAL_SOURCE}{label}/{name}" for name in (*PREFERENCE_NAMES, RANKING_NAMES[0]))

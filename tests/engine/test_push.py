@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import CommitInfo, HfApi, RepoUrl
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 
 from engine import cli
 from engine.durable import seal
@@ -74,8 +75,20 @@ def test_the_model_and_its_card_are_uploaded_and_nothing_else(private, run, hub,
     assert sent(run, upload["allow_patterns"]) == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
 
 
+def test_no_part_of_an_earlier_model_stays(run, hub):
+    """Loaders prefer one file to shards, and an adapter to a whole model."""
+    assert cli.main(["push", str(run), "me/dpo"]) == 0
+    (_, (_, upload)) = hub
+    earlier = ["adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors"]
+    earlier += ["model.safetensors.index.json", "pytorch_model.bin", "chat_template.jinja", "tokenizer.model"]
+    others = ["README.md", ".gitattributes", "notes.md", "model-q4.gguf", "eval/results.json", "logo.png"]
+    deleted = set(filter_repo_objects([*earlier, *others], allow_patterns=upload["delete_patterns"]))
+    assert deleted == set(earlier)
+
+
 def refused(*_, **__):
-    raise HfHubHTTPError("403: you have no write access", response=SimpleNamespace(headers={}, request=None))
+    response = SimpleNamespace(headers={}, request=None)
+    raise HfHubHTTPError("403 Client Error.\n\nNo", response=response, server_message="you have no write\naccess")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +115,7 @@ def refused(*_, **__):
         (
             lambda run, patch: patch.setattr(huggingface_hub.HfApi, "create_repo", refused),
             "me/dpo",
-            "you have no write",
+            "you have no write access",
         ),
         (
             lambda run, patch: patch.setattr("engine.push.unreachable", lambda e: "no route"),

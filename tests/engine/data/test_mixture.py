@@ -181,6 +181,18 @@ def test_evaluation_data(given, write, tiny_tokenizer):
     assert dataset.mixture is None
 
 
+def test_a_small_set_may_hold_out_nothing(write, tiny_model_dir, tiny_tokenizer):
+    sets = [{"name": write("a.jsonl", TEXT), "fraction": 1.0}, {"name": write("b.jsonl", ALPACA[:1]), "rows": 3}]
+    config = config_of(sets, tiny_model_dir, eval_fraction=0.3)
+    dataset, report = load_dataset_groups(config.data, tiny_tokenizer, split="eval")
+    assert dataset.source_names == ("a",)
+    assert report.parts["b"].total == 0
+    assert not check(config).obstacles
+    none = config_of(sets, tiny_model_dir, eval_fraction=1e-9)
+    with pytest.raises(UserError, match=r"a .*: data.eval_fraction leaves this split none of 10 rows"):
+        load_dataset_groups(none.data, tiny_tokenizer, split="eval")
+
+
 @pytest.mark.parametrize(
     ("sets", "data", "message"),
     [

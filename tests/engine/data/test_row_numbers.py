@@ -88,6 +88,11 @@ def test_masks_follow_their_responses(layout, tmp_path, tiny_tokenizer):
     given = masks if best_first else masks[::-1]
     group = load(tmp_path, [{**row, "mask": given}], tiny_tokenizer)[0][0]
     assert [w.tolist() for w in group.token_weights] == masks
+    # Columns of sides say themselves which is meant, beside a column in the order of the row, too.
+    ones = [[1] * size for size in lengths]
+    sides = {"chosen_mask": masks[0], "rejected_mask": masks[1], "weights": ones if best_first else ones[::-1]}
+    group = load(tmp_path, [{**row, **sides}], tiny_tokenizer)[0][0]
+    assert [w.tolist() for w in group.token_weights] == masks
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from engine.evaluate import evaluate
 from engine.report import write_report
 from engine.run_folder import eval_prefixes, tokens_of
 from engine.train import loop
-from engine.train.best import Best
+from engine.train.best import Best, check_metric
 from engine.train.checkpoint import REFERENCE_FILE, complete_checkpoints
 from engine.train.loop import train
 from tests.engine.train.conftest import read_rows
@@ -230,6 +230,13 @@ def test_what_does_not_fit_is_refused_at_the_start(data, options, message, make_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_set_of_a_mixture_that_is_split_may_decide(make_config, sets):
+    one = {"name": sets["safety"], "fraction": 1.0, "label": "safety"}
+    data = {"dataset_name": None, "datasets": [one], "eval_fraction": 0.5}
+    for metric in ("eval/safety/loss", "loss"):
+        check_metric(make_config(data=data, train={**COMPARED, "metric_for_best_model": metric}))
+
+
 def test_shares_that_are_multiples_are_taken(make_config, sets):
     for save, every in ((0.3, 0.1), (0.5, 0.25), (4, 2)):
         options = {"load_best_model_at_end": True, "save_steps": save, "eval_steps": every}
@@ -251,5 +258,5 @@ def test_the_best_of_other_rows_is_not_gone_on_from(compared, planned, sets, tmp
         train(config, resume=True)
     last = compared(tmp_path / "run", {"load_best_model_at_end": False})
     assert train(last, resume=True).metrics["eval_loss"] == LOSSES[8]
-    final, end = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", tmp_path / "run/checkpoint-8"))
+    final, end = (load_file(tmp_path / "run" / name / "model.safetensors") for name in (".", "checkpoint-8"))
     assert all((final[name] == tensor).all() for name, tensor in end.items())
