@@ -211,3 +211,19 @@ def test_sums_in_columns_cannot_be_weighed(numbered, make_config):
         UserError, match="rows with a mask or weights weigh single tokens, and columns of reference log-"
     ):
         train(config)
+
+
+def test_lengths_of_an_evaluation_are_those_that_are_trained_on(numbered, make_config, rows_of):
+    """The loss before the first update is that of the model before training, of the tokens that count."""
+    path, _ = numbered
+    data = {"dataset_name": str(path), "mask_pattern": "[aeiou]", "eval_dataset_name": str(path)}
+    config = make_config(
+        data={**data, "eval_dataset_split": "train"},
+        packing={"pairs_per_step": 12, "tokens_per_pack": 300},
+        loss={"loss_type": "simpo", "beta": 2.0},
+        train={"max_steps": 1},
+    )
+    train(config)
+    (row,), values = rows_of(config), evaluate(config)
+    for name in ("loss", "rewards/chosen", "logps/rejected", "entropy", "mean_token_accuracy"):
+        assert values[f"eval_{name}"] == pytest.approx(row[name], rel=1e-5)
