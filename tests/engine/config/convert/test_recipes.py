@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from engine.config import build_config, load_config, to_dict
@@ -364,3 +367,10 @@ def test_a_recipe_is_converted_value_by_value(name, tmp_path):
             inside = inside.setdefault(parent, {})
         inside[leaf] = value
     assert to_dict(load_config(path)) == to_dict(build_config(sections, name))
+
+
+def test_the_page_lists_the_recipes():
+    page = (Path(__file__).parents[4] / "docs" / "converters.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([^`]+)` \|", page.partition("## Recipes")[2].partition("## Keys")[0], re.M)
+    assert sorted(listed) == sorted(EXPECTED)
+    assert sorted(listed) == sorted(path.name for path in FOLDER.iterdir() if path.is_file())
