@@ -39,8 +39,9 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
         in_rows=config.packing.layout == "rows",
     )
     device = resolve_device()
-    resident = resident_bytes(config, device) if device.type == "cpu" else 0
     found = find_layout(config, device)
+    # After the check, which a run makes, too: what it leaves of the heap is there for what follows.
+    resident = resident_bytes(config, device) if device.type == "cpu" else 0
     config = replace(config, packing=found.packing)
     steps = plan_first_epoch(dataset, config)
     plan = summarize_plan(dataset, config, steps, mixers=found.layout.mixer_blocks)

@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -69,10 +69,14 @@ def boundary_arguments(kind: type[nn.Module], rows: RowPlan) -> dict[str, torch.
     ends, on_cpu, numbers = rows.boundaries
     # the last spares kernels that plan on the CPU a wait for the device
     given = {"cu_seq_lens_q": ends, "seq_idx": numbers, "cu_seqlens_cpu": on_cpu}
-    parameters = inspect.signature(kind.forward).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return given
-    return {name: value for name, value in given.items() if name in parameters}
+    return {name: value for name, value in given.items() if _takes(kind.forward, name)}
+
+
+@cache
+def _takes(forward: Callable[..., Any], name: str) -> bool:
+    """Whether a function takes an argument of this name, or of any."""
+    parameters = inspect.signature(forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 class InRows:
