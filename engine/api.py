@@ -3,7 +3,7 @@
     from dpo_engine.api import build_config, load_run, train
 
     config = build_config({"model": {"model_name_or_path": "..."}, "data": {"dataset_name": "pairs.jsonl"}})
-    result = train(config, callbacks=[lambda step, values: print(step, values.get("loss"))])
+    result = train(config, callbacks=[lambda step, values: print(step, values.get("loss", values.get("eval_loss")))])
     run = load_run(result.output_dir)
 
 Wrong settings raise ``UserError``, whose text is the line that a command prints. Progress goes to the logger
@@ -61,14 +61,21 @@ def build_config(sections: Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: an unknown key, a wrong type, a value out of range, or a missing required key.
     """
-    return _build_config({name: dict(section) for name, section in sections.items()}, "the configuration")
+    wrong = next((name for name, section in sections.items() if not isinstance(section, Mapping | None)), None)
+    if wrong is not None:
+        raise UserError(
+            f"the configuration: {wrong} must be a section such as {{'loss': {{'beta': 0.1}}}}, got {sections[wrong]!r}"
+        )
+    return _build_config({name: dict(section or {}) for name, section in sections.items()}, "the configuration")
 
 
 def train(config: RunConfig, *, callbacks: Sequence[Callback] = (), resume: bool = False) -> TrainResult:
     """What ``dpo train`` does: see ``dpo_engine.train.loop.train``.
 
     Args:
-        callbacks: each called with the step and the values of every row of metrics.
+        callbacks: each called with the step and the values of every row of metrics as it is written: rows of training,
+            which have ``loss``, and rows of evaluations, which have ``eval_loss`` (of several sets, ``eval_NAME_loss``)
+            and follow the row of their step.
         resume: go on from the newest complete checkpoint.
 
     Raises:

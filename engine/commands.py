@@ -108,7 +108,7 @@ def evaluate(options: Namespace, overrides: Sequence[str]) -> int:
     config = _begin(options, overrides)
     from .evaluate import evaluate
 
-    evaluate(config, options.model)
+    evaluate(config, options.model, own_loss=any(word.startswith("--loss.") for word in overrides))
     return 0
 
 

@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = (
-    "dpo-kernels", "torch", "triton", "transformers", "datasets", "peft", "trl", "flash-attn", "numpy", "pyarrow",
-    "safetensors", "tyro",
+    "dpo-kernels", "torch", "triton", "transformers", "datasets", "peft", "bitsandbytes", "accelerate", "trl",
+    "flash-attn", "numpy", "pyarrow", "safetensors", "tyro",
 )  # fmt: skip
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from . import distributed
 from .config import load_config
-from .config.schema import ModelConfig, RunConfig
-from .data import load_dataset_groups
+from .config.schema import LossConfig, ModelConfig, RunConfig
+from .data import Report, check_files, load_dataset_groups
 from .data.groups import PreferenceDataset
 from .errors import UserError, raise_all
 from .inputs import check_inputs
@@ -28,6 +29,7 @@ from .run_folder import AS_TRAINED, CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, 
 from .train.evaluation import evaluate_splits, format_evaluation, write_evaluation
 from .train.objective import Objective
 from .train.references import full_model, prepare_references
+from .train.setup import warn_of_trained_rows
 
 _SAME_ROWS = 1e-2
 """Relative difference of mean log-probs and losses that another dtype or layout may cause on the same rows."""
@@ -37,14 +39,16 @@ log = logging.getLogger(__name__)
 
 
 @advised
-def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, float]:
+def evaluate(config: RunConfig, model_path: str | None = None, *, own_loss: bool = False) -> dict[str, float]:
     """Evaluate a model on the evaluation split of ``config``.
 
     References come from where training takes them: they belong to the model that ``config`` names, not to the one that
-    is evaluated. When ``model_path`` is the folder of a run, the result is also written there as ``evaluation.json``.
+    is evaluated. When ``model_path`` is the folder of a run, the loss is that of the run, evaluation rows that it was
+    trained on are warned of, and the result is also written there as ``evaluation.json``.
 
     Args:
         model_path: a model or adapter folder, or a Hub id; by default the model before training.
+        own_loss: take the ``loss`` section of ``config`` for a run, too.
 
     Returns:
         ``eval_loss``, ``eval_rewards/*``, ``eval_logps/*``, ``eval_ranking_accuracy``,
@@ -59,9 +63,13 @@ def evaluate(config: RunConfig, model_path: str | None = None) -> dict[str, floa
     own = [] if model_path is None else [partial(check_folder, model_path, "--model ")]
     raise_all([*own, partial(check_inputs, config, splits=("eval",))])
     tokenizer = load_tokenizer(config.model)
-    config = with_template_date(config, tokenizer, None if model_path is None else _date_of(Path(model_path)))
-    splits = config.data.eval_splits or ("eval",)
-    datasets = {split: load_dataset_groups(config.data, tokenizer, split=split)[0] for split in splits}
+    run = None if model_path is None else _run_of(Path(model_path))
+    if run is not None and not own_loss:
+        config = _with_loss(config, run)
+    config = with_template_date(config, tokenizer, None if run is None else run.data.template_date)
+    datasets, lint = _load_data(config, tokenizer)
+    if run is not None:
+        _compare(run, tokenizer, datasets, lint)
     packing = config.packing
     fits = partial(check_fits, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts)
     for dataset in datasets.values():
@@ -89,10 +97,42 @@ def _fixed_reference(config: RunConfig) -> RunConfig:
     return replace(config, reference=replace(config.reference, sync_ref_model=False))
 
 
-def _date_of(run: Path) -> str | None:
-    """The date that a run's chat template was rendered with."""
-    written = run / CONFIG_FILE
-    return load_config(written).data.template_date if written.exists() else None
+def _run_of(folder: Path) -> RunConfig | None:
+    """The configuration of the run that a folder is of."""
+    return load_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else None
+
+
+def _with_loss(config: RunConfig, run: RunConfig) -> RunConfig:
+    if config.loss == run.loss:
+        return config
+    log.info("the loss is that of the run: %s, beta %g; --loss.KEY takes that of the configuration", *_words(run.loss))
+    try:
+        return replace(config, loss=run.loss)
+    except ValueError as error:
+        raise UserError(f"the loss of the run does not fit the configuration: {error}") from error
+
+
+def _words(loss: LossConfig) -> tuple[str, float]:
+    return loss.loss_name, loss.beta
+
+
+def _load_data(config: RunConfig, tokenizer: Any) -> tuple[dict[str, PreferenceDataset], dict[str, Report]]:
+    datasets: dict[str, PreferenceDataset] = {}
+    lint: dict[str, Report] = {}
+    for split in config.data.eval_splits or ("eval",):
+        datasets[split], lint[split] = load_dataset_groups(config.data, tokenizer, split=split)
+    return datasets, lint
+
+
+def _compare(run: RunConfig, tokenizer: Any, datasets: dict[str, PreferenceDataset], lint: dict[str, Report]) -> None:
+    """Warn of rows that the run was trained on, as training does, where its data is still there."""
+    try:
+        check_files(run.data, splits=("train",), first_rows=False)
+        trained = load_dataset_groups(replace(run.data, strict=False), tokenizer, split="train")[0]
+    except UserError as error:
+        log.warning("whether the evaluation rows were trained on is not known: %s", error)
+        return
+    warn_of_trained_rows({"train": trained, **datasets}, lint, strict=False)
 
 
 def _load_both(config: RunConfig, model_path: str | None, datasets: list[PreferenceDataset]) -> tuple[Policy, Policy]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from itertools import takewhile
+from textwrap import wrap
 from typing import Any
 
 from ..errors import RowError
@@ -34,7 +35,7 @@ _NOTES = {
     "preference": ", and prompt unless both sides begin with it",
     "hh": " whose turns begin with '\\n\\nHuman:' and '\\n\\nAssistant:', as in Anthropic HH",
 }
-SHOWN_BY = "`dpo check` lists the columns of every layout"
+SHOWN_BY = "`dpo check` lists the layouts"
 _NEAR = 0.8
 """Likeness, of 1, from which a name may be a misspelt one."""
 _SAME = 0.9
@@ -121,11 +122,11 @@ def _no_pair(row: Row) -> str:
 
 
 def layouts() -> str:
-    """The columns of every layout, a line each."""
-    width = max(map(len, (*COLUMNS, *FOREIGN)))
+    """The columns of the plain layouts, a line each, and the names of all others."""
+    width = max(map(len, COLUMNS))
     lines = [f"  {name:<{width}}  {', '.join(names)}{_NOTES.get(name, '')}" for name, names in COLUMNS.items()]
-    for name, variants in FOREIGN.items():
-        lines.append(f"  {name:<{width}}  {'; or '.join(', '.join(variant.columns) for variant in variants)}")
+    others = f"and those of other tools, whose columns are in docs/data.md: {', '.join(FOREIGN)}"
+    lines += wrap(others, 110, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(["columns of the layouts that are known (data.format)", *lines])
 
 

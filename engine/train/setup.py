@@ -352,6 +352,9 @@ def _data_words(setup: Setup, name: str) -> str:
     tokens = int(dataset.lengths.sizes_P.sum())
     dropped = f", {lint.dropped:,} dropped (`dpo check` says why)" if lint.dropped else ""
     words = f"{len(dataset):,} of {lint.total:,} rows{dropped}; {tokens:,} tokens"
+    if (fraction := setup.config.data.eval_fraction) is not None:
+        part = "without the share" if name == "train" else "the share"
+        words += f"; {part} of {fraction:g} of the prompts that is held out (data.eval_fraction)"
     if dataset.mixture is None:
         return words
     sets = "".join(f"\n  {line}" for line in describe_mixture(dataset.mixture, dataset.source_names))

@@ -50,6 +50,9 @@ def test_what_a_callback_raises_ends_the_run(config):
 def test_what_is_wrong_is_a_line(tmp_path):
     with pytest.raises(api.UserError, match=r"the configuration: .*loss\.beto"):
         api.build_config({"model": {"model_name_or_path": "m"}, "data": {"dataset_name": "d"}, "loss": {"beto": 1}})
+    for loss in ({"beta": -1}, {"loss_type": "simpo", "beta": "x"}, 3):
+        with pytest.raises(api.UserError, match=r"^the configuration: loss"):
+            api.build_config({"model": {"model_name_or_path": "m"}, "data": {"dataset_name": "d"}, "loss": loss})
     with pytest.raises(api.UserError, match=r"is not the folder of a run: it has no config\.yaml"):
         api.load_run(tmp_path)
 

@@ -218,3 +218,18 @@ def test_a_checkpoint_in_shards_says_how_it_becomes_a_model(config, tmp_path):
         evaluate(config, str(folder))
     with pytest.raises(UserError, match=r"^model\.model_name_or_path=.*checkpoint-7 is a checkpoint in the shards"):
         evaluate(replace(config, model=replace(config.model, model_name_or_path=str(folder))))
+
+
+def test_a_run_is_evaluated_by_its_own_loss_and_rows_it_was_trained_on_are_named(config, tmp_path, caplog):
+    train(replace(config, loss=replace(config.loss, beta=0.5)))
+    capped = replace(config, data=replace(config.data, max_rows=5))
+    with caplog.at_level("INFO"):
+        own, other = evaluate(capped, str(tmp_path / "run")), evaluate(capped, str(tmp_path / "run"), own_loss=True)
+    assert own["eval_rewards/margins"] == pytest.approx(5 * other["eval_rewards/margins"], rel=1e-5)
+    assert caplog.text.count("the loss is that of the run: sigmoid, beta 0.5") == 1
+    assert "5 of 5 evaluation rows are not held out" in caplog.text
+    written = tmp_path / "run" / "config.yaml"
+    written.write_text(written.read_text().replace(str(config.data.dataset_name), "/gone/pairs.jsonl", 1))
+    caplog.clear()
+    assert evaluate(capped, str(tmp_path / "run")) == own
+    assert "whether the evaluation rows were trained on is not known: data.dataset_name=/gone/pairs" in caplog.text

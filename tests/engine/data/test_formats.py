@@ -8,6 +8,7 @@ import pytest
 
 from engine.data.columns import COLUMNS, SHOWN_BY, detect_format, layouts
 from engine.data.examples import PromptsDifferError
+from engine.data.foreign import FOREIGN
 from engine.data.formats import reader_for, split_implicit_prompt
 from engine.data.sources import Row
 from engine.errors import UserError
@@ -256,6 +257,8 @@ def test_columns_of_no_layout_name_near_ones_and_all_layouts():
     assert text.endswith("(is Prompt meant to be prompt?) (is choosen meant to be chosen?); " + SHOWN_BY)
     listed = layouts().splitlines()
     assert all(any(line.split()[0] == name for line in listed[1:]) for name in COLUMNS)
+    assert all(name in layouts() for name in FOREIGN)
+    assert len(listed) <= 12
     assert r"chosen, rejected whose turns begin with '\n\nHuman:' and '\n\nAssistant:', as in Anthropic HH" in layouts()
 
 
