@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -13,7 +14,9 @@ __all__ = ["write_report"]
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write ``report/index.html`` and its PNGs into a run folder, over an earlier report of the same run.
+    """Write ``report/index.html`` into a run folder, over an earlier report of the same run.
+
+    The page holds its pictures, so that it can be sent on; they are beside it as PNGs, too.
 
     Reads ``metrics.jsonl`` and, where present, ``config.yaml``, ``data.json`` and ``evaluation.json``; the run may
     still be going.
@@ -49,7 +52,8 @@ def write_report(run_dir: Path) -> Path:
             figure.savefig(image, dpi=DPI)
             replace_file(path, image.getbuffer())
             width, height = figure.canvas.get_width_height()
-            saved.append(SavedPicture(path.name, picture.caption, width, height))
+            data = base64.b64encode(image.getbuffer()).decode("ascii")
+            saved.append(SavedPicture(data, picture.words(run), width, height))
         replace_file(page, render(run, saved).encode("utf-8"))
     except OSError as error:
         found = write_fault(error)

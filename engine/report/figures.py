@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..config.losses import REFERENCE_FREE_LOSSES
 from ..run_folder import EXPERT_LAYER, EXPERTS, TRAIN_SOURCE, of_sources
 from .style import (
     CHOSEN,
@@ -45,15 +46,30 @@ class Picture:
     name: str
     caption: str
     draw: Callable[[RunRecords], Figure | None]
+    alone: str | None = None
+    """The caption where the loss has no reference; None where it is the same."""
+
+    def words(self, run: RunRecords) -> str:
+        """The caption for a run."""
+        return self.caption if self.alone is None or has_reference(run) else self.alone
+
+
+def loss_types(run: RunRecords) -> list[str]:
+    """The names of the losses that a run adds up."""
+    found = run.config.get("loss", {}).get("loss_type", "sigmoid")
+    return [str(name) for name in found] if isinstance(found, list) else [str(found)]
+
+
+def has_reference(run: RunRecords) -> bool:
+    """Whether rewards are differences from a reference model."""
+    return not REFERENCE_FREE_LOSSES.issuperset(loss_types(run))
 
 
 def loss(run: RunRecords) -> Figure | None:
     if all(run.series(name) is None for name in _names(run, "loss")):
         return None
     settings = run.config.get("loss", {})
-    loss_type = settings.get("loss_type", "sigmoid")
-    if isinstance(loss_type, list):
-        loss_type = " + ".join(map(str, loss_type))
+    loss_type = " + ".join(loss_types(run))
     figure, (axes,) = new_figure("Loss", f"{loss_type}, mean over pairs (nats per pair)")
     _train_and_evaluation(axes, run, "loss")
     _label(axes, run, "loss (nats)")
@@ -69,7 +85,7 @@ def margins(run: RunRecords) -> Figure | None:
     figure, (axes,) = new_figure("Reward margin", "chosen reward minus rejected reward, mean over pairs")
     _train_and_evaluation(axes, run, "rewards/margins")
     _label(axes, run, "margin (nats x beta)")
-    reference_line(axes, 0.0, "policy = reference")
+    reference_line(axes, 0.0, "policy = reference" if has_reference(run) else "both alike")
     return figure
 
 
@@ -92,12 +108,19 @@ def rewards(run: RunRecords) -> Figure | None:
         run,
         "rewards",
         title="Rewards",
-        subtitle="beta x (policy log-prob - reference log-prob), mean over responses",
+        subtitle=_reward_words(run),
         label="reward (nats x beta)",
     )
-    if figure is not None:
+    if figure is not None and has_reference(run):
         reference_line(figure.axes[0], 0.0, "policy = reference")
     return figure
+
+
+def _reward_words(run: RunRecords) -> str:
+    if has_reference(run):
+        return "beta x (policy log-prob - reference log-prob), mean over responses"
+    of = "mean policy log-prob of a token" if "simpo" in loss_types(run) else "policy log-prob"
+    return f"beta x {of}, mean over responses; this loss has no reference"
 
 
 def logps(run: RunRecords) -> Figure | None:
@@ -206,7 +229,7 @@ def experts(run: RunRecords) -> Figure | None:
     if not all(_has(run, EXPERTS + side) for side, _ in _LOADS):
         return None
     balanced = _has(run, "aux_loss")
-    subtitle = "share of a layer's tokens that its busiest and its idlest expert get; largest and smallest over layers"
+    subtitle = "share of a layer's tokens of its busiest and idlest expert; extremes over layers"
     figure, axes = new_figure("Expert load", subtitle, rows=1 + balanced)
     for side, colour in _LOADS:
         series = run.series(EXPERTS + side)
@@ -283,7 +306,12 @@ def lengths(run: RunRecords) -> Figure | None:
 
 PICTURES = (
     Picture("loss", "Training and held-out loss.", loss),
-    Picture("margins", "How much further apart chosen and rejected are than in the reference.", margins),
+    Picture(
+        "margins",
+        "How much further apart chosen and rejected are than in the reference.",
+        margins,
+        "How far apart chosen and rejected are under the policy; this loss has no reference.",
+    ),
     Picture("accuracies", "How often the chosen response has the higher reward.", accuracies),
     Picture("rewards", "Where the margin comes from: chosen going up, or rejected going down.", rewards),
     Picture("logps", "Log-probabilities of whole responses under the policy.", logps),
@@ -331,9 +359,9 @@ def _chosen_and_rejected(run: RunRecords, family: str, *, title: str, subtitle: 
         train = run.series(f"{family}/{side}")
         if train is not None:
             draw_series(axes, train, side, colour)
-        for prefix, label in run.eval_sets.items():
+        for prefix, name in run.eval_sets.items():
             if (held_out := run.series(f"{prefix}{family}/{side}")) is not None:
-                draw_evaluation(axes, held_out, f"{side}, {label}", colour)
+                draw_evaluation(axes, held_out, f"{side}, {name}", colour)
     _label(axes, run, label)
     return figure
 

@@ -26,7 +26,7 @@ from ..run_folder import (
     of_sources,
     tokens_of,
 )
-from .figures import token_counts
+from .figures import loss_types, token_counts
 from .records import RunRecords
 
 TEMPLATE = "page.html.jinja"
@@ -37,9 +37,10 @@ _LENGTH_HEADS = (BY_LENGTH, PAIRS_BY_LENGTH)
 
 @dataclass(frozen=True)
 class SavedPicture:
-    """A PNG beside the page."""
+    """A PNG inside the page."""
 
-    file: str
+    data: str
+    """In base64."""
     caption: str
     width: int
     """Pixels."""
@@ -76,7 +77,20 @@ def _subtitle(run: RunRecords) -> str:
     parts = [f"{name} {value}" for name, value in (("model", model), ("data", dataset)) if value]
     total = _plan(run).get("total_steps")
     of_total = f" of {total:,}" if isinstance(total, int) else ""
-    return ", ".join([*parts, f"step {run.last_step:,}{of_total}"])
+    steps = f"step {run.last_step:,}{of_total}"
+    if (seconds := run.seconds) is not None:
+        whole = round(seconds)
+        steps += f" in {whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    return ", ".join([*parts, *_settings(run), steps])
+
+
+def _settings(run: RunRecords) -> list[str]:
+    """Loss, beta and learning rate, where the configuration is there."""
+    loss, optim = run.config.get("loss", {}), run.config.get("optim", {})
+    found = [f"loss {' + '.join(loss_types(run))}"] if loss else []
+    found += [f"beta {loss['beta']:g}"] if isinstance(loss.get("beta"), int | float) else []
+    rate = optim.get("learning_rate")
+    return found + ([f"learning rate {rate:g}"] if isinstance(rate, int | float) else [])
 
 
 def _plan(run: RunRecords) -> Mapping[str, Any]:

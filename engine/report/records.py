@@ -75,6 +75,16 @@ class RunRecords:
         return {prefix: prefix.removeprefix("eval_").removesuffix("_") or "held-out" for prefix in prefixes}
 
     @property
+    def seconds(self) -> float | None:
+        """Seconds that steps took, by the tokens and the speed of each logged interval; None where no row has them."""
+        total, before = 0.0, 0.0
+        for row in self.rows:
+            tokens, speed = row.get("num_tokens"), row.get("perf/tokens_per_second")
+            if isinstance(tokens, int | float) and isinstance(speed, int | float) and speed > 0:
+                total, before = total + max(tokens - before, 0) / speed, float(tokens)
+        return total or None
+
+    @property
     def first_step(self) -> int:
         return int(self.rows[0]["step"])
 

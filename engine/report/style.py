@@ -26,6 +26,8 @@ EVALS = (EVAL, "#7a5195", "#4c9f70", "#b5a132")
 CHOSEN = "#1d7874"
 REJECTED = "#b8475a"
 DPI = 150
+_WIDTH = 6.4
+"""Inches, which the page shows as about 560 pixels: text of 10 points is then as large as that of its captions."""
 SMOOTH_FROM = 40
 """Series with at least this many points are drawn raw and smoothed."""
 
@@ -61,7 +63,7 @@ def new_figure(title: str, subtitle: str, *, rows: int = 1, columns: int = 1) ->
     height = 4.2 if rows == 1 else 1.1 + 1.75 * rows
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.62 / height), h_pad=0.06, w_pad=0.06)
     with rc_context(_RC):
-        figure = Figure(figsize=(7.6, height), dpi=DPI, layout=layout)
+        figure = Figure(figsize=(_WIDTH, height), dpi=DPI, layout=layout)
         FigureCanvasAgg(figure)
         panels = figure.subplots(rows, columns, squeeze=False, sharex=columns == 1)
     figure.text(0.014, 1 - 0.16 / height, title, fontsize=14, fontweight="bold", va="top", color=INK)

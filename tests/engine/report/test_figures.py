@@ -179,3 +179,12 @@ def test_the_sets_of_a_mixture_are_drawn_each(make_run, rows):
 
 def test_a_run_on_one_set_has_no_picture_of_sets(make_run, rows):
     assert figures.sets(read_run(make_run(rows(3)))) is None
+
+
+@pytest.mark.parametrize("eval_every", [None, 20])
+def test_axes_are_named_with_evaluations_too(eval_every, make_run, rows):
+    run = read_run(make_run(rows(60, eval_every=eval_every)))
+    names = {figures.rewards: "reward (nats x beta)", figures.logps: "log-prob (nats per response)"}
+    for draw, name in names.items():
+        (axes,) = draw(run).axes
+        assert axes.get_ylabel() == name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
 import os
 import re
 from html.parser import HTMLParser
@@ -76,7 +78,9 @@ def test_page_and_pictures(make_run, rows):
     pictures = [attrs for tag, attrs in page.tags if tag == "img"]
     assert len(pictures) == 8
     for picture in pictures:
-        with Image.open(path.parent / picture["src"]) as image:
+        kind, data = picture["src"].split(",")
+        assert kind == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
             assert image.size == (int(picture["width"]), int(picture["height"]))
             assert image.width > 800
             assert len(image.convert("RGB").getcolors(1 << 20)) > 20
@@ -87,8 +91,18 @@ def test_page_and_pictures(make_run, rows):
 
 
 def test_page_needs_no_network(make_run):
-    text = write_report(make_run(BRIEF, config=CONFIG)).read_text()
+    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", write_report(make_run(BRIEF, config=CONFIG)).read_text())
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link", text)
+    assert re.findall(r'(?:src|href)="([^"]*)"', text) == ["data:image/png;"] * text.count("<img")
+
+
+@pytest.mark.parametrize(("loss", "compared"), [("sigmoid", True), ("simpo", False), ("[orpo, sft]", False)])
+def test_head_and_captions_are_those_of_the_loss(loss, compared, make_run, rows):
+    config = CONFIG.replace("loss_type: sigmoid, beta: 0.1", f"loss_type: {loss}, beta: 2.5")
+    text = write_report(make_run(rows(60), config=config)).read_text()
+    name = loss.strip("[]").replace(", ", " + ")
+    assert f"loss {name}, beta 2.5, learning rate 1e-06, step 60 in 0:02:3" in text
+    assert ("than in the reference" in text, "this loss has no reference" in text) == (compared, not compared)
 
 
 def test_everything_is_escaped(make_run):
