@@ -43,6 +43,8 @@ class _Group:
         """How long one process waits for another."""
         self.announced: set[str] = set()
         self.left_out = False
+        self.store: Store | None = None
+        """Where processes agree on who speaks at the end."""
         self.ear: Ear | None = None
 
 
@@ -111,16 +113,22 @@ def process_group() -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    store = _join()
-    ear = _group.ear = Ear(store)
+    ear = None
     try:
+        # Inside, since a request may come as soon as the others count on this process.
+        _join()
+        assert _group.store is not None
+        ear = _group.ear = Ear(_group.store)
         with ear:
             _group.places = gather(f"process {os.getpid()} on {socket.gethostname()}")
             yield
             # Inside, since others may fail while this process waits for them.
             barrier()
     except BaseException as error:
-        end = end_of_run(error, store, ear, places=_group.places, minutes=_group.minutes)
+        if _group.store is None or not dist.is_initialized():
+            raise
+        ear = ear or Ear(_group.store)
+        end = end_of_run(error, _group.store, ear, places=_group.places, minutes=_group.minutes)
         if end is error:
             raise
         raise end from error
@@ -155,7 +163,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _join() -> Store:
+def _join() -> None:
     import torch
     import torch.distributed as dist
 
@@ -177,8 +185,8 @@ def _join() -> Store:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     store, number, count = next(iter(dist.rendezvous("env://")))
+    _group.store = dist.PrefixStore("end", store)
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=number, world_size=count)
-    return dist.PrefixStore("end", store)
 
 
 def barrier() -> None:

@@ -254,18 +254,24 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step}" + ("-stopped" if step % 2 else "")
 
 
-@pytest.mark.parametrize("asked", [0, 1])
-def test_a_request_before_the_first_step_ends_all_with_its_code(asked):
+@pytest.mark.parametrize(("asked", "moment"), [(0, "joined"), (0, "at work"), (1, "at work")])
+def test_a_request_before_the_first_step_ends_all_with_its_code(asked, moment):
     code = f"""
 import os, time
 from engine import cli, distributed
-def work(arguments):
-    distributed.barrier()
-    if distributed.rank() == {asked}:
+def asked(moment):
+    if distributed.rank() == {asked} and moment == {moment!r}:
         os.kill(os.getpid(), 15)
         time.sleep(60)
+join = distributed._join
+def joined():
+    join()
+    asked("joined")
+def work(arguments):
     distributed.barrier()
-cli.run = work
+    asked("at work")
+    distributed.barrier()
+distributed._join, cli.run = joined, work
 distributed.leave(cli.main(["train"]))
 """
     ended = launch([["-c", code]] * 2)

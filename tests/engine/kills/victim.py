@@ -234,10 +234,9 @@ class Observer:
         endings._FAREWELL_SECONDS = 1.0
         join = distributed._join
 
-        def joined() -> Any:
-            store = join()
+        def joined() -> None:
+            join()
             self.journal.note(joined=True)
-            return store
 
         distributed._join = joined
 
