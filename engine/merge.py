@@ -120,8 +120,11 @@ def _check_source(folder: Path, source: str) -> None:
 
 def _base_model(folder: Path, base: str | None) -> ModelConfig:
     """The base, as the run that made the adapter held it; else as the adapter names it."""
-    run = next((place for place in (folder, folder.parent) if (place / CONFIG_FILE).exists()), None)
-    if run is not None:
+    folder = folder.resolve()
+    # What lies beside another folder than a checkpoint may be of any run.
+    of_checkpoint = folder in (path for _, path in complete_checkpoints(folder.parent))
+    run = folder.parent if of_checkpoint else folder
+    if (run / CONFIG_FILE).exists():
         model = replace(load_config(run / CONFIG_FILE).model, lora=None, adapter_name_or_path=None, attention="auto")
     else:
         found = base_of_adapter(str(folder)) if base is None else (base, None)

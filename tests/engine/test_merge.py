@@ -92,6 +92,14 @@ def test_log_probs_are_those_of_the_adapter(base, form, bases, ids, tmp_path):
     assert is_complete(merged.folder)
 
 
+def test_a_configuration_beside_the_folder_does_not_name_its_base(bases, ids, tmp_path):
+    adapter = write_adapter(bases["untied"], tmp_path / "adapter", FORMS["plain"])
+    beside = f"model: {{model_name_or_path: {bases['tied']}}}\ndata: {{dataset_name: d}}\n"
+    (tmp_path / "config.yaml").write_text(beside)
+    found = logps(AutoModelForCausalLM.from_pretrained(merge(str(adapter)).folder), ids)
+    torch.testing.assert_close(found, on_its_base(bases["untied"], adapter, ids), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("asked", "stored"), [("auto", "bfloat16"), ("float32", "float32"), ("float16", "float16")])
 def test_the_dtype_of_the_base_is_kept_or_another_asked_for(asked, stored, bases, ids, tmp_path):
     adapter = write_adapter(bases["bfloat16"], tmp_path / "adapter", FORMS["dora"])
