@@ -67,7 +67,7 @@ _same(
 )
 _same("resume with `dpo train FILE --resume`", "resume_from_checkpoint")
 _same(
-    "upload the output folder with `hf upload`",
+    "upload the output folder with `dpo push`",
     "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision push_to_hub_token "
     "push_to_hub_model_id push_to_hub_organization",
 )
@@ -95,7 +95,7 @@ NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
     "neftune_noise_alpha": ((None,), "noise in the embeddings is not supported"),
     "optim_args": ((None, ""), "optimizer options are keys of optim, such as optim.adam_beta2"),
     "optim_target_modules": ((None,), "low-rank gradient optimizers are not supported"),
-    "load_best_model_at_end": ((False,), "the last weights are the result; earlier ones are in checkpoint-<step>"),
+    "load_best_model_at_end": ((False,), "not converted: set train.load_best_model_at_end, with train.eval_steps"),
     "dataloader_drop_last": ((False,), "the last step of an epoch takes the pairs that are left"),
     "data_seed": ((None,), "train.seed alone orders the data"),
     "test_split_size": ((None,), "no split is made here; put the test rows into a file for data.eval_dataset_name"),
