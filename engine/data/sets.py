@@ -11,7 +11,7 @@ from ..config.mixture import labels_of
 from ..config.schema import DataConfig, DatasetConfig
 from ..errors import UserError, raise_all
 from .lint import LintReport
-from .sources import Source, is_hub_name, is_single_file, open_source
+from .sources import Source, has_no_splits, is_hub_name, open_source
 
 Split = str
 """``train``, or one of ``DataConfig.eval_splits``: ``eval``, or ``eval_NAME`` of several."""
@@ -84,9 +84,9 @@ def sets_of(data: DataConfig, split: Split) -> list[DataSet]:
         return found
     name = data.dataset_name
     assert name is not None
-    if not train and is_single_file(name):
+    if not train and has_no_splits(name):
         raise UserError(
-            f"there is no evaluation data: data.dataset_name={name} is one file without splits; "
+            f"there is no evaluation data: data.dataset_name={name} is read whole, without splits; "
             "set data.eval_dataset_name, or data.eval_fraction"
         )
     own = data.dataset_train_split if train else part
@@ -97,6 +97,11 @@ def _of_mixture(data: DataConfig, split: Split, one: DatasetConfig, label: str) 
     own = {key: value for key in _OWN if (value := getattr(one, key)) is not None}
     part = one.split if split == "train" or one.eval_split is None else one.eval_split
     option = f"data.datasets: {label}: name"
+    if split != "train" and one.eval_split is not None and "[" not in part and has_no_splits(one.name, one.data_files):
+        raise UserError(
+            f"data.datasets: {label}: eval_split {part} is of files that are read whole, without splits: give slices, "
+            "such as split train[:90%] and eval_split train[90%:], or a folder that has splits"
+        )
     return DataSet(replace(data, **own), split, one.name, part, one.config, option, label, one.data_files)
 
 

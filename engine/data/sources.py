@@ -88,9 +88,16 @@ def _bound(text: str | None, count: int) -> int | None:
     return round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
 
 
-def is_single_file(name: str | tuple[str, ...]) -> bool:
-    """Whether a dataset name is a path to one data file, or a list of some, which has no splits."""
-    return isinstance(name, tuple) or expanded(name).is_file()
+def has_no_splits(name: str | tuple[str, ...], files: tuple[str, ...] = ()) -> bool:
+    """Whether a dataset is files that are named here, all of which are read for any split.
+
+    Args:
+        files: as ``open_source`` takes them.
+    """
+    if isinstance(name, tuple):
+        return True
+    path = expanded(name)
+    return path.is_file() or (not is_hub_name(name) and (bool(files) or (is_pattern(name) and not path.exists())))
 
 
 def is_hub_name(name: str | tuple[str, ...]) -> bool:

@@ -16,6 +16,7 @@ from engine.config.mixture import labels_of
 from engine.config.schema import DataConfig, DatasetConfig
 from engine.data import check_files, load_dataset_groups
 from engine.data.mixture import Mixture, counts_of
+from engine.data.sets import sets_of
 from engine.errors import UserError
 
 TEXT = [{"prompt": f"Where is lake {i}?", "chosen": f" In {i}.", "rejected": " No."} for i in range(10)]
@@ -179,6 +180,20 @@ def test_evaluation_data(given, write, tiny_tokenizer):
     else:
         assert (len(dataset), dataset.source_names) == expected[given]
     assert dataset.mixture is None
+
+
+@pytest.mark.parametrize("how", ["file", "pattern", "data_files"])
+def test_what_is_read_whole_is_not_evaluated_under_the_name_of_a_split(how, write, tmp_path):
+    """It would be the training data."""
+    file, pattern = write("a/train.jsonl", TEXT), str(tmp_path / "a" / "*.jsonl")
+    one = {"file": {"name": file}, "pattern": {"name": pattern}, "data_files": {"name": str(tmp_path / "a")}}[how]
+    one |= {"data_files": ["train.jsonl"]} if how == "data_files" else {}
+    with pytest.raises(UserError, match=r"eval_split test is of files that are read whole, without splits: give slic"):
+        check_files(config_of([{**one, "rows": 3, "eval_split": "test"}]).data)
+    check_files(config_of([{**one, "rows": 3, "split": "train[:8]", "eval_split": "train[8:]"}]).data)
+    if how != "data_files":
+        with pytest.raises(UserError, match=r"there is no evaluation data: data.dataset_name=.* is read whole"):
+            sets_of(DataConfig(dataset_name=one["name"]), "eval")
 
 
 def test_a_small_set_may_hold_out_nothing(write, tiny_model_dir, tiny_tokenizer):
