@@ -22,6 +22,9 @@ def put_data(reading: Reading, key: str, entries: list[Entry]) -> None:
         reading.put("data.datasets", sets)
         amounts = [f"{one['name']} {name} {one[name]:g}" for one in sets for name in AMOUNTS if name in one]
         reading.tell(key, f"-> data.datasets: {', '.join(amounts)}")
+        if any("rows" in one or one.get("fraction", 1) % 1 for one in sets):
+            text = "draws part of a set once for all epochs, here every epoch goes on where the last one ended"
+            reading.changes(key, f"{reading.trainer.name} {text}")
         return
     entry = entries[0]
     reading.put("data.dataset_name", entry.name, key)

@@ -97,9 +97,6 @@ def _mixture(reading: Reading, mixture: Any) -> None:
         )
         for one in listed
     ]
-    if any(entry.fraction != 1 for entry in entries):
-        text = "the handbook draws one share of a set for all epochs, here every epoch goes on where the last one ended"
-        reading.changes("dataset_mixture", text)
     put_data(reading, "dataset_mixture", entries)
     if (size := mixture.get("test_split_size")) is not None:
         hold_out(reading, "dataset_mixture", file.as_number("dataset_mixture.test_split_size", size))

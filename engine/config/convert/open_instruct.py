@@ -139,7 +139,9 @@ def _entry(reading: Reading, key: str, pair: tuple[Any, Any], split: str, config
     # As there: a number with a point is a share, and a mixer as a mapping has shares alone.
     is_rows = key != "dataset_mixer" and "." not in str(amount)
     rows, share = (int(number), None) if is_rows else (None, number)
-    return Entry(str(name), None if config is None else str(config), split, fraction=share, rows=rows)
+    # Shares of a list are drawn at random there, those of a mapping are the first rows.
+    drawn = key != "dataset_mixer"
+    return Entry(str(name), None if config is None else str(config), split, fraction=share, drawn=drawn, rows=rows)
 
 
 def _adapter(reading: Reading) -> None:

@@ -64,7 +64,8 @@ def test_keys_are_converted(run, lines, expected):
 @pytest.mark.parametrize(
     ("mixer", "expected"),
     [
-        ("mixer_list: [d, '0.5']", {"dataset_name": "d", "dataset_train_split": "train[:50%]"}),
+        ("mixer_list: [d, '0.5']", {"datasets": [{"name": "d", "fraction": 0.5}]}),
+        ("dataset_mixer: {d: 0.5}", {"dataset_name": "d", "dataset_train_split": "train[:50%]"}),
         ("mixer_list: [d, 100]", {"datasets": [{"name": "d", "rows": 100}]}),
         ("mixer_list: [d, '1.5', e, 7]\nmixer_list_splits: [s, train]",
          {"datasets": [{"name": "d", "split": "s", "fraction": 1.5}, {"name": "e", "rows": 7}]}),
@@ -76,8 +77,12 @@ def test_keys_are_converted(run, lines, expected):
     ],
 )  # fmt: skip
 def test_data_sets(converted, mixer, expected):
-    found = converted(MINIMAL.replace("mixer_list: [d, 1.0]", mixer)).values["data"]
-    assert found == {**expected, "max_length": 2048}
+    conversion = converted(MINIMAL.replace("mixer_list: [d, 1.0]", mixer))
+    assert conversion.values["data"] == {**expected, "max_length": 2048}
+    # Whichever part of a set an epoch takes, the next takes another.
+    partly = any("rows" in one or one["fraction"] % 1 for one in expected.get("datasets", ()))
+    said = [text for text in notes(conversion, "new").values() if "goes on where the last one ended" in text]
+    assert len(said) == partly
 
 
 @pytest.mark.parametrize(
