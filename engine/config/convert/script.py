@@ -278,6 +278,8 @@ class _Reader:
         train, evaluation = given.pop("train_dataset", None), given.pop("eval_dataset", None)
         if train is not None:
             self._try(lambda: data.update(self._rows(train, "train_dataset").as_training()), "train_dataset")
+        # Rows that are split off are not trained on, whether they are evaluated or not.
+        split_off = {"eval_fraction"} & set(data)
         if evaluation is not None and not (isinstance(evaluation, ast.Constant) and evaluation.value is None):
             self._try(lambda: data.update(self._rows(evaluation, "eval_dataset").as_evaluation(data)), "eval_dataset")
         if data.get("eval_fraction"):
@@ -289,13 +291,11 @@ class _Reader:
         if "eval_dataset_name" in data or "eval_fraction" in data:
             self.found.keys.setdefault("eval_strategy", "no")
             if self.found.keys["eval_strategy"] in ("no", False):
-                for key in [key for key in data if key.startswith("eval_")]:
+                for key in [key for key in data if key.startswith("eval_") and key not in split_off]:
                     del data[key]
+                text = "evaluated once, after training" if split_off else "not evaluated"
                 self._say(
-                    "eval_dataset",
-                    "told",
-                    "not evaluated without eval_strategy",
-                    evaluation.lineno if evaluation else 1,
+                    "eval_dataset", "told", f"{text}, without eval_strategy", evaluation.lineno if evaluation else 1
                 )
 
     def _rows(self, node: ast.expr, name: str) -> Rows:

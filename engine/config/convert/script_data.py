@@ -9,8 +9,8 @@ from typing import Any
 from .constants import Script, UnknownValueError, called, unknown
 
 _FILES = ("json", "parquet", "csv", "text")
-_SAME = ("shuffle", "with_format", "set_format", "flatten_indices", "remove_columns", "select_columns", "cast_column")
-"""Methods that leave the rows as they are, or their order, which is drawn here."""
+_SAME = ("with_format", "set_format", "flatten_indices", "remove_columns", "select_columns", "cast_column")
+"""Methods that leave the rows as they are."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Rows:
     """Renamed columns: what a part was called."""
     held_out: float | None = None
     """Share of the rows that is split off for evaluation."""
+    shuffled: bool = False
+    """Whether their order is a random one, so that the first of them are any rows."""
     changes: tuple[tuple[int, str], ...] = ()
     """Lines, and what happens there that is not done here."""
 
@@ -111,8 +113,13 @@ def _derived(script: Script, node: ast.Call, rows: Rows) -> Rows:
     given = dict(script.keywords(node, ("first", "second")))
     if name in _SAME:
         return rows
+    if name == "shuffle":
+        return replace(rows, shuffled=True)
     if name in ("select", "take"):
         count = _count(script, node, given)
+        if rows.shuffled:
+            text = f".{name} takes {count} rows of a random order there, here the first {count} of the data set"
+            rows = replace(rows, changes=(*rows.changes, (node.lineno, text)))
         split = rows.split or "train"
         if "[" in split:
             raise unknown(node)

@@ -59,6 +59,10 @@ def run(tmp_path, converted):
          {"data.dataset_train_split": "train_prefs", "data.eval_dataset_split": "test_prefs"}),
         (script("eval_strategy='epoch'", before="parts = rows.train_test_split(test_size=0.1)", rows="parts['train']",
                 trainer="eval_dataset=parts['test']"), {"data.eval_fraction": 0.1}),
+        (script(before="parts = rows.train_test_split(test_size=0.1)", rows="parts['train']"),
+         {"data.eval_fraction": 0.1}),
+        (script(before="parts = rows.train_test_split(test_size=0.1)", trainer="eval_dataset=parts['test']"),
+         {"data.eval_fraction": None}),
         (script(trainer="peft_config=lora", before="lora = LoraConfig(r=4, target_modules=['q_proj'])"),
          {"model.lora.r": 4, "model.lora.alpha": 8, "model.lora.target_modules": ("q_proj",)}),
         (script(trainer="ref_model='m0'"), {"reference.model_name_or_path": "m0"}),
@@ -77,6 +81,12 @@ def run(tmp_path, converted):
 def test_arguments_are_followed_to_their_constants(run, text, expected):
     found = run(text)
     assert {key: found.get(key) for key in expected} == expected
+
+
+def test_the_first_rows_of_a_random_order_are_other_rows(converted):
+    for shuffle in ("", ".shuffle(seed=1)"):
+        changed = notes(converted(script(rows=f"rows{shuffle}.select(range(9))")), "new")
+        assert ("takes 9 rows of a random order there" in changed.get("train_dataset", "")) == bool(shuffle)
 
 
 def test_a_script_of_unsloth(run):
