@@ -21,6 +21,7 @@ import yaml
 
 from .. import distributed
 from ..config import to_yaml
+from ..config.losses import REFERENCE_FREE_LOSSES
 from ..config.schema import DataConfig, ModelConfig, RunConfig
 from ..durable import FOLDER_SUFFIX, MANIFEST, disk_errors, seal, sync
 from ..model import Policy
@@ -249,8 +250,13 @@ def _metric_words(rounding: str | None) -> str:
 
 
 def _reference_words(config: RunConfig) -> str:
-    if config.reference.mode == "none":
+    r = config.reference
+    if REFERENCE_FREE_LOSSES.issuperset(config.loss.loss_types):
         return "no reference model"
-    other = config.reference.model_name_or_path
+    other = r.model_name_or_path
     own = "the adapter before training" if config.model.adapter_name_or_path else "the base model"
-    return f"reference model `{other}`" if other else f"{own} as reference"
+    words = f"reference model `{other}`" if other else f"{own} as reference"
+    if not r.sync_ref_model:
+        return words
+    moved = f"moved towards the trained model by {r.ref_model_mixup_alpha:g} every {r.ref_model_sync_steps:,} steps"
+    return f"{words}, {moved}"

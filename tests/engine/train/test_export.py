@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from engine.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from engine.model import load_policy, load_tokenizer
 from engine.model.companions import copy_companions, describe_trained
-from engine.train.export import export_model
+from engine.train.export import export_model, model_card
 from engine.train.loop import train
 from tests.conformance.families import tiny_config, tiny_model
 from tests.engine.exported import plain_model
@@ -207,3 +208,20 @@ def test_the_folder_loads_as_a_pipeline(tiny_model_dir, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template
     said = pipeline("text-generation", model=str(tmp_path / "run"))([{"role": "user", "content": "Hi"}])
     assert said[0]["generated_text"][-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("loss", "reference", "words"),
+    [
+        ("sigmoid", {}, "beta 0.1, the base model as reference\n"),
+        ("simpo", {}, "beta 0.1, no reference model\n"),
+        (
+            "sigmoid",
+            {"sync_ref_model": True},
+            "the base model as reference, moved towards the trained model by 0.6 every 512 steps\n",
+        ),
+    ],
+)
+def test_the_card_says_what_the_reference_was(loss, reference, words, make_config):
+    config = make_config(loss={"loss_type": loss}, reference=reference)
+    assert words in model_card(SimpleNamespace(has_adapter=False), config, {})
