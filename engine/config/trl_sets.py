@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
+from types import SimpleNamespace
 from typing import Any
+
+from .mixture import labels_of
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,14 @@ class Entry:
 
 
 def as_sets(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """``data.datasets``; sets that are there more than once get labels."""
-    seen: dict[tuple[str, str | None, str], int] = {}
+    """``data.datasets``; sets that would be called the same get labels."""
+    named = [SimpleNamespace(label=None, name=one.name, config=one.config, split=one.part) for one in entries]
+    labels = labels_of(named)
+    taken: set[str] = set()
     sets = []
-    for entry in entries:
-        key = (entry.name, entry.config, entry.part)
-        seen[key] = seen.get(key, 0) + 1
-        end = entry.name.rstrip("/").rpartition("/")[2]
-        sets.append(entry.as_set() | ({"label": f"{end}-{seen[key]}"} if seen[key] > 1 else {}))
+    for entry, label in zip(entries, labels, strict=True):
+        numbered = (f"{label}-{number}" for number in count(2) if f"{label}-{number}" not in labels)
+        own = {"label": next(name for name in numbered if name not in taken)} if label in taken else {}
+        taken.add(own.get("label", label))
+        sets.append(entry.as_set() | own)
     return sets

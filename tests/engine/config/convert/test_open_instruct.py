@@ -74,6 +74,9 @@ def test_keys_are_converted(run, lines, expected):
         ("dataset_mixer: {d: 1.0, e: 0.335}",
          {"datasets": [{"name": "d", "fraction": 1.0}, {"name": "e", "fraction": 0.335}]}),
         ("dataset_name: d", {"dataset_name": "d"}),
+        ("mixer_list: [a/d, 1.0, b/d, 1.0, b/d, 1.0, c/d-2, 1.0]",
+         {"datasets": [{"name": "a/d", "fraction": 1.0}, {"name": "b/d", "fraction": 1.0, "label": "d-3"},
+                       {"name": "b/d", "fraction": 1.0, "label": "d-4"}, {"name": "c/d-2", "fraction": 1.0}]}),
     ],
 )  # fmt: skip
 def test_data_sets(converted, mixer, expected):
