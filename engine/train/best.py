@@ -7,6 +7,7 @@ better, by however little, is the best from then on. What a checkpoint needs so 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from ..errors import UserError
 from ..run_folder import EVAL_SOURCE
 from .metrics import PREFERENCE_NAMES, TOKEN_NAMES
 from .optimizer import METRIC_SCHEDULES
+
+log = logging.getLogger(__name__)
 
 RANKING_NAMES = ("ranking_accuracy", "ranking_accuracy_per_token")
 
@@ -97,11 +100,19 @@ class Best:
         """JSON values that ``load`` takes."""
         return {"value": self.value, "waited": self.waited, "kept": self.kept and list(self.kept)}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """As it was when a checkpoint was written; nothing is known of an older one."""
+    def load(self, state: Mapping[str, Any], *, evaluated: bool = False) -> None:
+        """As it was when a checkpoint was written; nothing is known of an older one.
+
+        Args:
+            evaluated: whether the run had been evaluated by then.
+        """
         self.value, self.waited = state.get("value"), state.get("waited", 0)
         kept = state.get("kept") if self.keeps else None
         self.kept = Kept(*kept) if kept else None
+        if evaluated and self.value is None and (self.keeps or self.patience is not None):
+            log.warning(
+                "evaluations before this resume were not compared: the best is looked for among those that follow"
+            )
 
 
 def check_metric(config: RunConfig) -> None:

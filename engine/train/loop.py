@@ -142,7 +142,7 @@ class _Run:
         self.epoch = state["epoch"]
         self.last_row, self.evaluation = state["last_row"], state["evaluation"]
         self.evaluated_at = state["evaluated_at"]
-        self.best.load(state.get("best", {}))
+        self.best.load(state.get("best", {}), evaluated=bool(self.evaluated_at))
         self._random = (path, state)
         log.info("continuing after step %d of %s", self.done, path)
 

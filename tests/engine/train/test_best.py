@@ -142,6 +142,14 @@ def test_the_evaluation_that_ends_a_run_may_be_its_best(make_config, sets):
     assert best.kept.step == 3
 
 
+def test_a_run_that_compares_from_a_resume_on_says_so(compared, planned, tmp_path, monkeypatch, caplog):
+    plain = {"load_best_model_at_end": False, "early_stopping_patience": None, "save_total_limit": None}
+    with interrupted_after(monkeypatch, rows=8), pytest.raises(KeyboardInterrupt):
+        train(compared(tmp_path / "run", plain))
+    assert train(compared(tmp_path / "run"), resume=True).metrics["eval_loss"] == LOSSES[12]
+    assert "evaluations before this resume were not compared" in caplog.text
+
+
 def test_the_best_comes_with_the_reference_that_it_had(compared, planned, tmp_path, monkeypatch):
     """What is measured of its weights is measured against that one."""
     measured = []
