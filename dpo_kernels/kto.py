@@ -100,9 +100,9 @@ def kto_loss(
         raise ValueError(f"desirable must be bool; got {desirable_B.dtype}")
     dtype = torch.promote_types(logps_B.dtype, torch.float32)
     ratios_B = logps_B.to(dtype) - ref_logps_B.detach().to(dtype)
-    rewards_B = beta * (ratios_B if divergence is None else ratios_B - divergence.detach())
+    rewards_B = beta * (ratios_B if divergence is None else ratios_B - divergence.detach().reshape(()))
     losses_B = torch.sigmoid(torch.where(desirable_B, -rewards_B, rewards_B))
-    weights_B = torch.where(desirable_B, desirable_weight, undesirable_weight).to(dtype)
+    weights_B = torch.full_like(ratios_B, undesirable_weight).masked_fill(desirable_B, desirable_weight)
     return KTOLoss(losses_B * weights_B, beta * ratios_B.detach())
 
 
@@ -156,10 +156,12 @@ def linear_kto_loss(
     middle_B = torch.where(desirable_B, cu_responses[1:], cu_responses[:-1])
     cu_slots = torch.cat([torch.stack([cu_responses[:-1], middle_B], 1).flatten(), cu_responses[-1:]])
     chosen_B = to_device(desirable_B, device)
-    shifted_B = ref_logps_B.detach().to(dtype) if divergence is None else ref_logps_B.detach().to(dtype) + divergence
+    shifted_B = ref_logps_B.detach().to(dtype)
+    if divergence is not None:
+        shifted_B = shifted_B + divergence.detach().reshape(())
     nothing_B = torch.zeros_like(shifted_B)
     ref_S = torch.stack([torch.where(chosen_B, shifted_B, nothing_B), torch.where(chosen_B, nothing_B, shifted_B)], 1)
-    weights_B = torch.where(chosen_B, desirable_weight, undesirable_weight).to(dtype)
+    weights_B = torch.full_like(chosen_B, undesirable_weight, dtype=dtype).masked_fill(chosen_B, desirable_weight)
     weights_B = weights_B if response_weights is None else weights_B * response_weights.detach()
     out = linear_dpo_loss(
         hidden_TD, weight_VD, labels_T, cu_slots, ref_S.flatten(), loss_type="apo_zero", beta=beta,

@@ -10,14 +10,7 @@ from .errors import UserError
 from .hub import unreachable
 from .model.sources import first_line
 from .paths import expanded
-from .run_folder import CARD_FILE, METRICS_FILE
-
-_READ = (
-    *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors.index.json", "*.bin.index.json"),
-    *("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin"),
-    *("tokenizer*", "chat_template.*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-)
-"""Patterns of files that loaders take for parts of a model: none of an earlier one may stay beside the new one."""
+from .run_folder import CARD_FILE, METRICS_FILE, MODEL_FILES
 
 
 def push(source: str, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
@@ -59,7 +52,7 @@ def push(source: str, repo_id: str, *, private: bool = False, revision: str | No
             repo_id=repo_id,
             folder_path=folder,
             allow_patterns=names,
-            delete_patterns=list(_READ),
+            delete_patterns=list(MODEL_FILES),
             revision=revision,
             commit_message=f"Upload {folder.resolve().name}",
         )

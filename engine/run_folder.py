@@ -22,6 +22,12 @@ DATA_FILE = "data.json"
 """Lint, plan and token counts of the training data."""
 EVALUATION_FILE = "evaluation.json"
 CARD_FILE = "README.md"
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors.index.json", "*.bin.index.json"),
+    *("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin"),
+    *("tokenizer*", "chat_template.*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+)
+"""Patterns of files that loaders take for parts of a model: none of an earlier one may stay beside the new one."""
 TENSORBOARD_FOLDER = "tensorboard"
 REPORT_PAGE = Path("report", "index.html")
 

@@ -31,7 +31,7 @@ from ..model.composites import read_whole
 from ..model.load import DTYPES
 from ..model.sources import MODEL_CONFIG
 from ..paths import names_a_path
-from ..run_folder import CARD_FILE, EXPERT_LAYER, TRAIN_SOURCE
+from ..run_folder import CARD_FILE, EXPERT_LAYER, MODEL_FILES, TRAIN_SOURCE
 from .checkpoint import save_weights
 from .evaluation import shown_number
 from .rounding import gather_weights
@@ -128,6 +128,10 @@ def stored_dtype(config: RunConfig) -> str:
 def _move_in(source: Path, target: Path) -> None:
     for name in _LAST:
         (target / name).unlink(missing_ok=True)
+    made = {path.name for path in source.iterdir()}
+    for stale in {path for pattern in MODEL_FILES for path in target.glob(pattern) if path.name not in made}:
+        # Such as the one file of an earlier model beside the shards of this one, which loaders would take.
+        stale.unlink()
     order = sorted(source.iterdir(), key=lambda p: (p.name == MANIFEST, p.name in _LAST, p.name))
     for path in order:
         if path.is_dir():

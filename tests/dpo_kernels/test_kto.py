@@ -44,6 +44,9 @@ def test_the_formula(loss_type):
     logps.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: kto_loss(x, ref, DESIRABLE, **options).loss, (logps,))
     assert not out.rewards.requires_grad
+    if loss_type == "kto":
+        options["divergence"] = options["divergence"].reshape(1, 1)
+        assert torch.equal(kto_loss(logps, ref, DESIRABLE, **options).loss, out.loss)
 
 
 def test_the_divergence_is_a_mean_of_log_ratios_and_not_negative():

@@ -210,6 +210,23 @@ def test_the_folder_loads_as_a_pipeline(tiny_model_dir, tmp_path):
     assert said[0]["generated_text"][-1]["role"] == "assistant"
 
 
+def test_no_part_of_an_earlier_model_stays(tiny_model_dir, tmp_path):
+    model = ModelConfig(model_name_or_path=str(tiny_model_dir), dtype="float32")
+    export(model, tmp_path / "run")
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    stale = {
+        "model-00001-of-00002.safetensors",
+        "pytorch_model.bin",
+        "adapter_config.json",
+        "added_tokens.json",
+    } - written
+    for name in (*stale, "notes.txt"):
+        (tmp_path / "run" / name).write_text("{}")
+    assert not stale & written
+    export(model, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == written | {"notes.txt"}
+
+
 @pytest.mark.parametrize(
     ("loss", "reference", "words"),
     [
