@@ -39,7 +39,7 @@ def test_evaluation_data(tmp_path, pairs_jsonl, tiny_tokenizer):
     assert len(load_dataset_groups(folder, tiny_tokenizer, split="eval")[0]) == 4
     other = DataConfig(dataset_name=str(tmp_path), eval_dataset_name=str(pairs_jsonl))
     assert len(load_dataset_groups(other, tiny_tokenizer, split="eval")[0]) == 24
-    with pytest.raises(UserError, match=r"no evaluation data: .*is one file.*set data\.eval_dataset_name"):
+    with pytest.raises(UserError, match=r"no evaluation data: .*is read whole.*set data\.eval_dataset_name"):
         load_dataset_groups(DataConfig(dataset_name=str(pairs_jsonl)), tiny_tokenizer, split="eval")
 
 
