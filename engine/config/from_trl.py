@@ -91,8 +91,16 @@ def _meant(message: str, trl: TrlFile) -> str:
 def _entry(one: dict[str, Any]) -> Entry:
     """A set of TRL's ``datasets``."""
     files = one.get("data_files") or ()
-    files = [files] if isinstance(files, str) else list(files.values()) if isinstance(files, dict) else list(files)
     name, split, share = one.get("name"), one.get("split"), one.get("fraction")
+    if isinstance(files, dict):
+        part, bracket, slice_ = str(split or "train").partition("[")
+        if part not in files:
+            raise UserError(
+                f"datasets: data_files of {one['path']} have no split {part!r}; they have {', '.join(files)}"
+            )
+        # Files without a name are the train split, whatever they were called.
+        files, split = files[part], f"train{bracket}{slice_}"
+    files = [files] if isinstance(files, str) else list(files)
     return Entry(
         str(one["path"]),
         None if name is None else str(name),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -296,6 +297,16 @@ def test_a_mixture_of_one_is_a_dataset_and_of_two_are_sets(convert):
     assert [one["weight"] for one in shares.values["data"]["datasets"]] == [0.2, 0.8]
     files = convert("model_name_or_path: m\ndatasets:\n- {path: p, data_files: x.jsonl}\neval_strategy: steps\n")
     assert files.values["data"]["datasets"] == [{"name": "p", "data_files": ["x.jsonl"], "fraction": 1.0}]
+    for split, given, part in (
+        (None, "x.jsonl", {}),
+        ("train[:50%]", "x.jsonl", {"split": "train[:50%]"}),
+        ("test", "y.jsonl", {}),
+    ):
+        one = {"path": "p", "data_files": {"train": "x.jsonl", "test": "y.jsonl"}, "split": split}
+        named = convert(f"model_name_or_path: m\ndatasets:\n- {json.dumps(one)}\neval_strategy: steps\n")
+        assert named.values["data"]["datasets"] == [{"name": "p", **part, "data_files": [given], "fraction": 1.0}]
+    with pytest.raises(UserError, match="have no split 'dev'; they have train"):
+        convert("model_name_or_path: m\ndatasets:\n- {path: p, split: dev, data_files: {train: x.jsonl}}\n")
     assert "none are evaluated" in _notes(files, "new")["eval_strategy"]
     with pytest.raises(UserError, match=r"trl.yaml, line 3: datasets: each set needs a path"):
         convert(MINIMAL + "datasets:\n- {path: p, data_dir: x}\n")

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from engine.config.schema import LoraConfig, ModelConfig
@@ -121,8 +123,11 @@ def test_without_kernels_rows_are_padded_and_what_to_install_is_said(saved):
     _, folder, expected, _ = saved
     policy = load(folder)
     assert not policy.layout.joined
-    assert "cannot run with rows end to end: ValueError in " in policy.layout.padded_for
-    assert policy.layout.padded_for.endswith("Install `causal_conv1d` to train on packed sequences.")
+    assert policy.layout.padded_for
+    if Version(transformers.__version__) >= Version("5.23"):
+        # Earlier ones leave the boundaries aside without a word, which the check finds.
+        assert "cannot run with rows end to end: ValueError in " in policy.layout.padded_for
+        assert policy.layout.padded_for.endswith("Install `causal_conv1d` to train on packed sequences.")
     holds(policy, expected)
 
 

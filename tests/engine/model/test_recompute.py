@@ -55,7 +55,8 @@ def test_products_and_attention_run_once(dtype, lora, attention, tiny_model_dir)
     kept = {func for func in forward if is_kept(func)}
     assert any("mm" in func.name() for func in kept)
     assert any("atten" in func.name() for func in kept)
-    for func in kept:
+    # Of products of three dimensions there is only that of the rotation, before the blocks.
+    for func in (func for func in kept if "bmm" not in func.name()):
         # The last product of a block is never computed again: nothing in the block needs what it gave.
         last = LAYERS if "mm" in func.name() else 0
         assert full[func] - selective[func] == forward[func] - last, func
