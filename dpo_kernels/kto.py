@@ -102,7 +102,7 @@ def kto_loss(
     ratios_B = logps_B.to(dtype) - ref_logps_B.detach().to(dtype)
     rewards_B = beta * (ratios_B if divergence is None else ratios_B - divergence.detach().reshape(()))
     losses_B = torch.sigmoid(torch.where(desirable_B, -rewards_B, rewards_B))
-    weights_B = torch.full_like(ratios_B, undesirable_weight).masked_fill(desirable_B, desirable_weight)
+    weights_B = _side_weights(desirable_B, dtype, desirable_weight, undesirable_weight)
     return KTOLoss(losses_B * weights_B, beta * ratios_B.detach())
 
 
@@ -161,7 +161,7 @@ def linear_kto_loss(
         shifted_B = shifted_B + divergence.detach().reshape(())
     nothing_B = torch.zeros_like(shifted_B)
     ref_S = torch.stack([torch.where(chosen_B, shifted_B, nothing_B), torch.where(chosen_B, nothing_B, shifted_B)], 1)
-    weights_B = torch.full_like(chosen_B, undesirable_weight, dtype=dtype).masked_fill(chosen_B, desirable_weight)
+    weights_B = _side_weights(chosen_B, dtype, desirable_weight, undesirable_weight)
     weights_B = weights_B if response_weights is None else weights_B * response_weights.detach()
     out = linear_dpo_loss(
         hidden_TD, weight_VD, labels_T, cu_slots, ref_S.flatten(), loss_type="apo_zero", beta=beta,
@@ -173,6 +173,13 @@ def linear_kto_loss(
     logps_B = out.logps.view(B, 2).sum(1)
     rewards_B = beta * (logps_B - ref_logps_B.detach().to(dtype))
     return LinearKTOLoss(out.loss - absent, (out.pair_losses - ALONE) * weights_B, logps_B, rewards_B, out.stats)
+
+
+def _side_weights(
+    desirable_B: Tensor, dtype: torch.dtype, desirable_weight: float, undesirable_weight: float
+) -> Tensor:
+    """[B]: the weight of each response's side, made on its device without a copy from the host."""
+    return torch.full_like(desirable_B, undesirable_weight, dtype=dtype).masked_fill(desirable_B, desirable_weight)
 
 
 _OPTIONS = frozenset({

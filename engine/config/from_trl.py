@@ -88,16 +88,15 @@ def _meant(message: str, trl: TrlFile) -> str:
     return ""
 
 
-def _entry(one: dict[str, Any]) -> Entry:
-    """A set of TRL's ``datasets``."""
+def _entry(one: dict[str, Any], where: str) -> Entry:
+    """A set of TRL's ``datasets``, which stand at ``where``."""
     files = one.get("data_files") or ()
     name, split, share = one.get("name"), one.get("split"), one.get("fraction")
     if isinstance(files, dict):
         part, bracket, slice_ = str(split or "train").partition("[")
         if part not in files:
-            raise UserError(
-                f"datasets: data_files of {one['path']} have no split {part!r}; they have {', '.join(files)}"
-            )
+            listed = ", ".join(files)
+            raise UserError(f"{where}: data_files of {one['path']} have no split {part!r}; they have {listed}")
         # Files without a name are the train split, whatever they were called.
         files, split = files[part], f"train{bracket}{slice_}"
     files = [files] if isinstance(files, str) else list(files)
@@ -150,7 +149,7 @@ class _Converter(ModelKeys):
         if any(not one.get("path") or one.get("data_dir") for one in mixture):
             self._stop("datasets", "each set needs a path; a data_dir is read by naming the folder as the path")
             return
-        entries = [_entry(one) for one in mixture]
+        entries = [_entry(one, self.trl.where("datasets")) for one in mixture]
         if len(entries) == 1 and entries[0].is_whole:
             for key, value in (("dataset_name", entries[0].name), ("dataset_config", entries[0].config)):
                 if value is not None:

@@ -64,6 +64,17 @@ def assert_same_gradients(model, loss, want_loss, rtol=1e-9, atol=1e-11):
             assert_close(grad, truth, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def attach_and_compare(model, batch):
+    """Attach the head; loss, log-probs and gradients are those of plain torch, whose loss is returned."""
+    want_loss, want_logps = naive_step(model, batch)
+    attach_head(model)
+    out = model(**batch, objective=pair_loss(REF))
+    assert_close(out.loss, want_loss, rtol=1e-10, atol=1e-12)
+    assert_close(out.logps, want_logps.detach(), rtol=1e-10, atol=1e-10)
+    assert_same_gradients(model, out.loss, want_loss)
+    return want_loss
+
+
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("order", ["halves", "interleaved"])
 def test_rows_of_a_batch(padding, order):
@@ -128,12 +139,7 @@ def test_a_step_is_that_of_plain_torch(family, padding):
     # Eager attention gives nan in rows of padding alone.
     model.set_attn_implementation("sdpa" if padding == "left" else "eager")
     batch = make_batch(padding)
-    want_loss, want_logps = naive_step(model, batch)
-    attach_head(model)
-    out = model(**batch, objective=pair_loss(REF))
-    assert_close(out.loss, want_loss, rtol=1e-10, atol=1e-12)
-    assert_close(out.logps, want_logps.detach(), rtol=1e-10, atol=1e-10)
-    assert_same_gradients(model, out.loss, want_loss)
+    want_loss = attach_and_compare(model, batch)
     turned = make_batch(padding, "interleaved")
     attach_head(model, order="interleaved")
     assert_close(model(**turned, objective=pair_loss(REF)).loss, want_loss, rtol=1e-10, atol=1e-12)
@@ -155,12 +161,7 @@ def test_an_output_layer_with_a_forward_of_its_own_is_the_linear_map_that_it_is(
     torch.manual_seed(0)
     model.set_output_embeddings(RowFactors(model.config.hidden_size, VOCAB))
     model = model.double()
-    want_loss, want_logps = naive_step(model, batch)
-    attach_head(model)
-    out = model(**batch, objective=pair_loss(REF))
-    assert_close(out.loss, want_loss, rtol=1e-10, atol=1e-12)
-    assert_close(out.logps, want_logps.detach(), rtol=1e-10, atol=1e-10)
-    assert_same_gradients(model, out.loss, want_loss)
+    attach_and_compare(model, batch)
 
 
 def lora_model(**options):

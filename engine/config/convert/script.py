@@ -222,13 +222,22 @@ class _Reader:
             else:
                 self._say(key, "new", f"{ast.unparse(value)[:60]} changes the model; not supported", value.lineno)
 
-    def _quantized(self, node: ast.expr) -> None:
+    def _call(self, node: ast.expr, name: str) -> ast.Call | None:
+        """The call of a class that an expression stands for; None where it is None.
+
+        Raises:
+            UnknownValueError: it is something else.
+        """
         call = self.script.node(node)
         if isinstance(call, ast.Constant) and call.value is None:
-            return
-        if not isinstance(call, ast.Call) or called(call) != "BitsAndBytesConfig":
+            return None
+        if not isinstance(call, ast.Call) or called(call) != name:
             raise unknown(call)
-        for key, value in self.script.keywords(call):
+        return call
+
+    def _quantized(self, node: ast.expr) -> None:
+        call = self._call(node, "BitsAndBytesConfig")
+        for key, value in self.script.keywords(call) if call is not None else ():
             if key in _QUANTIZED:
                 self._set(_QUANTIZED[key], value)
             else:
@@ -253,12 +262,9 @@ class _Reader:
         self._try(read, "ref_model")
 
     def _lora(self, node: ast.expr) -> None:
-        call = self.script.node(node)
-        if isinstance(call, ast.Constant) and call.value is None:
-            return
-        if not isinstance(call, ast.Call) or called(call) != "LoraConfig":
-            raise unknown(call)
-        self._adapter(self.script.keywords(call, ("task_type",)))
+        call = self._call(node, "LoraConfig")
+        if call is not None:
+            self._adapter(self.script.keywords(call, ("task_type",)))
 
     def _adapter(self, arguments: Any) -> None:
         self.found.keys["use_peft"] = True

@@ -6,20 +6,11 @@ import pytest
 
 from engine.errors import UserError
 
-from .recipes import convert, notes, written
+from .recipes import assert_stops, notes
 
+FILE = "ax.yml"
 MINIMAL = "base_model: m\nrl: dpo\nlearning_rate: 1.0e-5\ndatasets:\n- {path: d}\n"
 LORA = MINIMAL + "adapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
-
-
-@pytest.fixture
-def converted(tmp_path):
-    return lambda text, **kwargs: convert(tmp_path / "ax.yml", text, **kwargs)
-
-
-@pytest.fixture
-def run(tmp_path, converted):
-    return lambda text, **kwargs: written(converted(text, **kwargs), tmp_path)
 
 
 def test_its_defaults_are_written(run):
@@ -133,10 +124,7 @@ def test_adapters(run, converted):
     ],
 )  # fmt: skip
 def test_what_would_be_lost_stops(converted, text, part):
-    with pytest.raises(UserError) as caught:
-        converted(text)
-    assert part in str(caught.value)
-    assert "ax.yml" in str(caught.value)
+    assert_stops(converted, text, part, FILE)
 
 
 def test_everything_that_would_be_lost_is_said_at_once(converted):

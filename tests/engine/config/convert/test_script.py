@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import UserError
 
-from .recipes import convert, notes, written
+from .recipes import assert_stops, notes
 
 HEAD = """
 import torch
@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 raise SystemExit("never run")
 """
+FILE = "train.py"
 MINIMAL = HEAD + 'rows = load_dataset("d", split="train")\n'
 
 
@@ -26,16 +27,6 @@ def script(config: str = "", trainer: str = "", before: str = "", rows: str = "r
         f"{MINIMAL}{before}\nargs = DPOConfig({config})\n"
         f"trainer = DPOTrainer(model={model}, args=args, train_dataset={rows}, {trainer})\ntrainer.train()\n"
     )
-
-
-@pytest.fixture
-def converted(tmp_path):
-    return lambda text, **kwargs: convert(tmp_path / "train.py", text, **kwargs)
-
-
-@pytest.fixture
-def run(tmp_path, converted):
-    return lambda text, **kwargs: written(converted(text, **kwargs), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +158,7 @@ def test_plain_training_arguments_have_other_defaults(run):
     ],
 )  # fmt: skip
 def test_what_cannot_be_resolved_is_said_by_name_and_line(converted, text, part):
-    with pytest.raises(UserError) as caught:
-        converted(text)
-    assert part in str(caught.value)
-    assert "train.py" in str(caught.value)
+    assert_stops(converted, text, part, FILE)
 
 
 def test_all_that_cannot_be_resolved_is_said_at_once(converted):

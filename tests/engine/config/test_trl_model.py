@@ -1,0 +1,57 @@
+"""The model of a TRL file: precision, adapters, quantised weights."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.errors import UserError
+
+from .convert.recipes import TRL, notes
+
+
+def test_trained_copies_beside_adapters_are_kept(load):
+    config = load(TRL + "use_peft: true\nlora_modules_to_save: [lm_head, embed_tokens]\n")
+    assert config.model.lora.modules_to_save == ("lm_head", "embed_tokens")
+
+
+@pytest.mark.parametrize(
+    ("lines", "dtype", "changed"),
+    [
+        ("bf16: false\n", "float32", set()),
+        ("fp16: true\n", "bfloat16", {"fp16"}),
+        ("dtype: bfloat16\nbf16: false\n", "bfloat16", {"dtype"}),
+        ("dtype: float32\n", "bfloat16", set()),
+        ("use_peft: true\ndtype: bfloat16\n", "bfloat16", set()),
+    ],
+)
+def test_precision(convert, load, lines, dtype, changed):
+    assert load(TRL + lines).model.dtype == dtype
+    assert set(notes(convert(TRL + lines), "new")) == changed
+
+
+def test_model_init_kwargs_are_read(load):
+    config = load(TRL + "model_init_kwargs: {revision: abc, attn_implementation: sdpa}\ntrust_remote_code: true\n")
+    assert (config.model.revision, config.model.attention, config.model.trust_remote_code) == ("abc", "sdpa", True)
+
+
+def test_adapters_on_single_parameters_stop(convert):
+    with pytest.raises(UserError, match="lora_target_parameters: adapters sit on modules"):
+        convert(TRL + "use_peft: true\nlora_target_parameters: [w]\n")
+
+
+def test_quantization_and_kinds_of_lora(convert, load):
+    text = TRL + "use_peft: true\nload_in_4bit: true\nuse_dora: true\nuse_rslora: true\nactivation_offloading: true\n"
+    config = load(text)
+    assert config.model.quantization == "nf4"
+    assert (config.model.lora.use_rslora, config.model.lora.use_dora) == (True, True)
+    assert config.train.activation_offload
+    assert set(notes(convert(text), "new")) == {"use_bnb_nested_quant"}
+    nested = text + "use_bnb_nested_quant: true\nbnb_4bit_quant_type: fp4\n"
+    assert load(nested).model.quantization == "fp4"
+    assert not notes(convert(nested), "new")
+    eight = TRL + "use_peft: true\nload_in_8bit: true\n"
+    assert load(eight).model.quantization is None
+    assert "change each other's numbers" in notes(convert(eight), "new")["load_in_8bit"]
+    full = TRL + "load_in_4bit: true\n"
+    assert load(full).model.quantization is None
+    assert "only be trained with adapters" in notes(convert(full), "new")["load_in_4bit"]
