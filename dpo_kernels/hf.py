@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from dpo_kernels.adapters import active_copy, as_linear, whole, with_adapters
 from dpo_kernels.chunks import to_device
 from dpo_kernels.head import Head
+from dpo_kernels.hf_config import logit_options, router_loss
 from dpo_kernels.linear_dpo.api import LinearDPOLoss, linear_dpo_loss
 from dpo_kernels.linear_dpo.ops import response_sums
 from dpo_kernels.linear_logps.api import linear_logps
@@ -29,21 +30,8 @@ Order = Literal["halves", "interleaved"]
 ORDERS = ("halves", "interleaved")
 IGNORE_INDEX = -100
 
-_FACTORS = {
-    "logit_scale": 1,
-    "output_multiplier": 1,
-    "lm_head_multiplier": 1,
-    "logits_scaling": -1,
-    "logits_mup_width_multiplier": -1,
-}
-"""What models call a factor of their logits, and whether they multiply (1) or divide (-1) by it."""
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_EXCEPTIONS = {"hyperclovax": {"logits_scaling": 1}}
-"""The same name with the opposite meaning."""
 _HEAD_OPTIONS = ("bias", "softcap", "logit_scale", "temperature")
 """Keywords of the loss that the model itself decides."""
-_CHOICES = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k")
-"""What models call the number of experts that a token goes to."""
 
 
 class CompletionRows(NamedTuple):
@@ -92,12 +80,9 @@ def completion_rows(
         raise ValueError(f"hidden states must have shape [sequences, tokens, features]; got {list(hidden_BLD.shape)}")
     (B, L), device = hidden_BLD.shape[:2], hidden_BLD.device
     _check_order(order, B)
-    for name, tensor in {
-        "labels": labels, "input_ids": input_ids, "completion_mask": completion_mask, "attention_mask": attention_mask
-    }.items():  # fmt: skip
-        if tensor is not None and tensor.shape != (B, L):
-            hint = ": pass the 2-d mask of the tokenizer" if name == "attention_mask" else ""
-            raise ValueError(f"{name} must have shape [{B}, {L}], like the tokens; got {list(tensor.shape)}{hint}")
+    _check_shapes(
+        B, L, labels=labels, input_ids=input_ids, completion_mask=completion_mask, attention_mask=attention_mask
+    )
     _check_mask("attention_mask", attention_mask)
     _check_mask("completion_mask", completion_mask)
     labels_BL, counts_BL = _labels(labels, input_ids, completion_mask, ignore_index)
@@ -120,6 +105,13 @@ def completion_rows(
     rows_T = sequences_B[sequence_T] * L + token_T
     hidden_TD = hidden_BLD.reshape(B * L, -1).index_select(0, rows_T - 1)
     return CompletionRows(hidden_TD, labels_BL.reshape(-1).index_select(0, rows_T), cu_responses)
+
+
+def _check_shapes(B: int, L: int, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != (B, L):
+            hint = ": pass the 2-d mask of the tokenizer" if name == "attention_mask" else ""
+            raise ValueError(f"{name} must have shape [{B}, {L}], like the tokens; got {list(tensor.shape)}{hint}")
 
 
 def _check_order(order: str, B: int) -> None:
@@ -283,6 +275,11 @@ def _forward(model: Any, objective: Objective, kwargs: dict[str, Any]) -> Any:
     kwargs["use_cache"] = False
     if not kwargs.pop("return_dict", True) or not getattr(model.config, "return_dict", True):
         kwargs["return_dict"] = True
+    if (ids := kwargs.get("input_ids")) is not None and ids.ndim == 2:
+        # The model's own words for it name neither.
+        _check_shapes(
+            *ids.shape, labels=labels, completion_mask=completion_mask, attention_mask=kwargs.get("attention_mask")
+        )
     config = model.config.get_text_config()
     routed = bool(getattr(config, "output_router_logits", False))
     if routed:
@@ -348,35 +345,6 @@ def read_head(model: Any, hidden_TD: Tensor) -> tuple[Tensor, Head]:
     if layer is not base:
         hidden_TD, weight, bias = with_adapters(layer, hidden_TD, weight, bias)
     return hidden_TD, Head(weight, bias, softcap, scale)
-
-
-def logit_options(text_config: Any) -> tuple[float | None, float]:
-    """Softcap and factor of the raw logits, under the names that transformers models give them in their text config."""
-    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(text_config, name, None))), None)
-    scale = 1.0
-    for name, power in (_FACTORS | _EXCEPTIONS.get(text_config.model_type, {})).items():
-        scale *= float(getattr(text_config, name, None) or 1.0) ** power
-    return softcap, scale
-
-
-def router_loss(text_config: Any, router_logits: Any, attention_mask: Tensor | None) -> Any:
-    """Load-balancing loss of a mixture of experts; every such family in transformers has the one of Mixtral.
-
-    Raises:
-        ValueError: the model returns no router logits, or its config does not say how many experts a token goes to.
-    """
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    num_experts = getattr(text_config, "num_experts", None) or getattr(text_config, "num_local_experts", None)
-    if router_logits is None or num_experts is None:
-        raise ValueError(f"output_router_logits=True, but {text_config.model_type} returns no router logits")
-    top_k = next((k for name in _CHOICES if (k := getattr(text_config, name, None))), None)
-    if top_k is None:
-        raise ValueError(
-            f"output_router_logits=True, but the config of {text_config.model_type} has none of {', '.join(_CHOICES)}, "
-            "the experts that a token goes to: set it, or set output_router_logits to False"
-        )
-    return load_balancing_loss_func(router_logits, num_experts, top_k, attention_mask)
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _ORDER = {
     "dpo_kernels": """
         pairs losses head adapters chunks linear_logps.tile_filter linear_logps.stats kernels native native_passes
-        native_products dispatch linear_logps linear_dpo preference kto description __init__ hf integrations tuning
+        native_products dispatch linear_logps linear_dpo preference kto description hf_config __init__ hf integrations
+        tuning
     """,
     "engine": """
         __init__ errors endings distributed stop durable shared_folders paths hub run_folder config data packing model

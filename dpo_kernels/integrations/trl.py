@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpo_kernels.adapters import whole
-from dpo_kernels.hf import logit_options, router_loss
+from dpo_kernels.hf_config import logit_options, router_loss
 from dpo_kernels.integrations.versions import require_series
 from dpo_kernels.linear_logps.api import linear_logps
 from dpo_kernels.linear_logps.stats import STATS

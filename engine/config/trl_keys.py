@@ -87,7 +87,10 @@ _same("removed from TRL; give tools in the messages or in a Jinja file for data.
 
 NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
     "disable_dropout": ((True,), "dropout in the model is always off; it would make policy and reference differ"),
-    "loss_weights": ((None,), "one weight for one loss; scale optim.learning_rate instead"),
+    "loss_weights": (
+        (None,),
+        "read beside several loss_type; one weight of one loss is none: scale optim.learning_rate instead",
+    ),
     "reference_free": ((False,), "removed from TRL; losses without a reference are simpo, orpo and cpo"),
     "max_prompt_length": ((None,), "removed from TRL; only data.max_length cuts, from the end of the response"),
     "max_completion_length": ((None,), "removed from TRL; only data.max_length cuts, from the end of the response"),
@@ -108,6 +111,7 @@ NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
 """Dropped keys that change the result unless they have one of the harmless values: ``(harmless, reason)``."""
 
 STOPS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "data_files": ((None, []), "TRL itself takes files of a set in datasets alone; name the file in dataset_name"),
     "lora_target_parameters": ((None, []), "adapters sit on modules, not on single parameters"),
 }
 """Keys without which something else would be trained: nothing is converted unless they have a harmless value."""

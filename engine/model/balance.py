@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo_kernels.hf_config import EXPERT_CHOICES
+
 from ..errors import UserError
 from .checks import probe_groups
 from .layouts import eager_attention
 from .policy import OwnBalance, Policy
 from .routers import balance_loss, router_arguments, sum_routers
 
-_CHOICES = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k")
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3}
 _HALF_ROUNDING = 0.05
 """Relative: transformers computes probabilities in the dtype of the logits."""
@@ -74,7 +75,7 @@ class Balance:
 def _experts_per_token(text: Any) -> int | None:
     """How many experts a token goes to, by the config of the text model or one inside it."""
     parts = [text, *(getattr(text, name, None) for name in text.sub_configs)]
-    return next((int(k) for part in parts for name in _CHOICES if (k := getattr(part, name, None))), None)
+    return next((int(k) for part in parts for name in EXPERT_CHOICES if (k := getattr(part, name, None))), None)
 
 
 def _own_balance(policy: Policy, top_k: int | None) -> OwnBalance:

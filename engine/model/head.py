@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpo_kernels.adapters import active_copy, as_linear, with_adapters
 from dpo_kernels.head import Head
-from dpo_kernels.hf import logit_options
+from dpo_kernels.hf_config import logit_options
 
 from ..errors import UserError
 

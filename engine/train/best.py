@@ -91,8 +91,10 @@ class Best:
     def words(self) -> str:
         """Why the run ends, for people."""
         best = "no value" if self.value is None else f"{self.value:.6g}"
+        by = f" by more than {self.threshold:g}" if self.threshold else ""
+        times = "evaluation" if self.waited == 1 else "evaluations in a row"
         return (
-            f"early stopping: {self.metric} was not better than {best} in {self.waited} evaluations in a row "
+            f"early stopping: {self.metric} was not better than {best}{by} in {self.waited} {times} "
             f"(train.early_stopping_patience {self.patience})"
         )
 

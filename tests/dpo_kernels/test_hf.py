@@ -145,6 +145,18 @@ def test_a_step_is_that_of_plain_torch(family, padding):
     assert_close(model(**turned, objective=pair_loss(REF)).loss, want_loss, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["attention_mask", "labels"])
+def test_a_batch_whose_parts_differ_in_length_is_refused_before_the_model(name):
+    model, batch = tiny_model("llama"), make_batch()
+    attach_head(model)
+    B, L = batch["input_ids"].shape
+    batch[name] = batch[name][:, 1:]
+    with pytest.raises(
+        ValueError, match=rf"{name} must have shape \[{B}, {L}\], like the tokens; got \[{B}, {L - 1}\]"
+    ):
+        model(**batch, objective=pair_loss(REF))
+
+
 class RowFactors(torch.nn.Linear):
     """An output layer with a factor and a shift of each row."""
 

@@ -39,6 +39,10 @@ def test_files_by_split_are_those_of_the_split_alone(convert, split, given, part
     assert converted.values["data"]["datasets"] == [{"name": "p", **part, "data_files": [given], "fraction": 1.0}]
 
 
+def test_files_beside_a_name_stop(convert):
+    assert_stops(convert, TRL + "data_files: x.jsonl\n", "trl.yaml, line 3: data_files: ", "in datasets alone")
+
+
 @pytest.mark.parametrize(
     ("one", "part"),
     [

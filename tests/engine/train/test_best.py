@@ -90,6 +90,7 @@ def test_evaluations_are_compared_as_transformers_does(threshold, greater, make_
             ours.evaluated(metrics, step=step, saved=True)
             assert (ours.value, ours.waited) == (state.best_metric, theirs.early_stopping_patience_counter)
             assert ours.ends_run == (theirs.early_stopping_patience_counter >= 3)
+            assert (f"by more than {threshold:g} in" in ours.words) == (threshold > 0)
             restored = Best(config)
             restored.load(json.loads(json.dumps(ours.state())))
             assert vars(restored) == vars(ours)
