@@ -29,7 +29,7 @@ from .run_folder import AS_TRAINED, CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, 
 from .train.evaluation import evaluate_splits, format_evaluation, write_evaluation
 from .train.objective import Objective
 from .train.references import full_model, prepare_references
-from .train.setup import warn_of_trained_rows
+from .train.training_data import warn_of_trained_rows
 
 _SAME_ROWS = 1e-2
 """Relative difference of mean log-probs and losses that another dtype or layout may cause on the same rows."""

@@ -17,9 +17,10 @@ from .examples import Example, PromptsDifferError
 from .faults import text_faults, token_faults
 from .groups import PreferenceDataset, PreferenceGroup
 from .held_out import is_held_out
-from .lint import LOST, PROBLEMS, LintReport
+from .lint import LintReport
 from .lost_text import LostText
 from .mixture import Mixture, counts_of
+from .problems import LOST, PROBLEMS
 from .row_numbers import response_weights
 from .rows import RowReader
 from .scored import expand_scores, scores_reversed

@@ -215,7 +215,7 @@ def _each_set(split: str, report: Mapping[str, Any]) -> list[tuple[str, Mapping[
 
 
 def _problem(name: str) -> str:
-    from ..data.lint import PROBLEMS
+    from ..data.problems import PROBLEMS
 
     problem = PROBLEMS.get(name)
     if problem is None:

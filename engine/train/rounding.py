@@ -22,8 +22,9 @@ from ..model import Policy
 from ..packing import Pack
 from ..run_folder import AS_TRAINED, eval_prefixes
 from .by_source import without_sources
+from .describe import rounding_words
 from .evaluation import evaluate_policy, evaluate_splits, scalar_metrics
-from .setup import Setup, rounding_words
+from .setup import Setup
 from .storage import stored_dtypes
 
 _SAMPLE_ROWS = 64

@@ -10,7 +10,7 @@ from engine.check import check
 from engine.config.schema import DataConfig, LossConfig, ModelConfig, PackingConfig, RunConfig
 from engine.data.columns import layouts
 from engine.data.held_out import TRAINED
-from engine.data.lint import PROBLEMS
+from engine.data.problems import PROBLEMS
 
 MAX_LENGTH, TOKENS_PER_PACK = 64, 90
 REFUSING_TEMPLATE = (

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from engine.data.lint import PROBLEMS, LintReport
+from engine.data.lint import LintReport
+from engine.data.problems import PROBLEMS
 from engine.errors import UserError
 
 

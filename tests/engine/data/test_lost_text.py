@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.config.schema import DataConfig
-from engine.data.lint import LOST, LintReport
+from engine.data.lint import LintReport
+from engine.data.problems import LOST
 from engine.data.read import make_groups
 from engine.data.rows import RowReader
 from engine.data.sources import Row

@@ -28,6 +28,7 @@ from engine.forecast.layout import find_layout
 from engine.forecast.live_storage import LiveStorage, is_op, storage_bytes
 from engine.packing import plan_first_epoch
 from engine.train import loop
+from engine.train import run as run_module
 from tests.engine.forecast.blocks import Blocks, blocks_of, replay
 
 CPU = torch.device("cpu")
@@ -115,14 +116,14 @@ def forecast_of(config, tokenizer, monkeypatch):
 def blocks_of_steps(config, monkeypatch):
     """Train: (bytes of weights and buffers, blocks of the steps beside them)."""
     found = []
-    steps = loop._Run._steps
+    steps = run_module.Run._steps
 
     def observed(run):
         policy = run.setup.policy
         found.append(storage_bytes([*policy.parameters(), *policy.buffers()]))
         found.append(blocks_of(lambda: steps(run)))
 
-    monkeypatch.setattr(loop._Run, "_steps", observed)
+    monkeypatch.setattr(run_module.Run, "_steps", observed)
     loop.train(config)
     return found
 

@@ -209,7 +209,7 @@ class Observer:
     def watch_phases(self) -> None:
         """Note in the journal when the parts of a run begin and end, and what is durable when they end."""
         from engine.reference import store
-        from engine.train import checkpoint, loop, optimizer, setup
+        from engine.train import checkpoint, optimizer, run, setup
 
         # What it measures is timing alone, and it takes half of a run's time.
         setup.measure_matmul_rate = lambda device, dtype: 1e12
@@ -221,10 +221,10 @@ class Observer:
         self._wrap(checkpoint, "save_checkpoint", "checkpoint", lambda out, *_, step, **__: {"saved": step})
         self._wrap(optimizer.GuardedUpdate, "step", STEPS, lambda out, *_: {"stepped": True})
         self._wrap(checkpoint, "prune_checkpoints", "prune", None)
-        self._wrap(loop, "export_model", "export", None)
-        self._wrap(loop._Run, "_open", "open", None)
-        self._wrap(loop._Run, "_steps", STEPS, None)
-        self._wrap(loop._Run, "_final_evaluation", "evaluation", None)
+        self._wrap(run, "export_model", "export", None)
+        self._wrap(run.Run, "_open", "open", None)
+        self._wrap(run.Run, "_steps", STEPS, None)
+        self._wrap(run.Run, "_final_evaluation", "evaluation", None)
         self._watch_peers()
 
     def _watch_peers(self) -> None:

@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.evaluate import evaluate
 from engine.report import write_report
 from engine.run_folder import eval_prefixes, tokens_of
-from engine.train import loop
+from engine.train import run as run_module
 from engine.train.best import Best, check_metric
 from engine.train.checkpoint import REFERENCE_FILE, complete_checkpoints
 from engine.train.loop import train
@@ -55,16 +55,16 @@ def compared(make_config, sets):
 @pytest.fixture
 def planned(monkeypatch):
     """Evaluations find ``LOSSES``."""
-    inner = loop.evaluate_splits
+    inner = run_module.evaluate_splits
 
     def evaluated(policy, datasets, objective, config, **options):
         values = inner(policy, datasets, objective, config, **options)
         return values | {"eval_loss": LOSSES[running[-1].done]}
 
     running = []
-    start = loop._Run.__init__
-    monkeypatch.setattr(loop._Run, "__init__", lambda run, *a, **k: (running.append(run), start(run, *a, **k))[1])
-    monkeypatch.setattr(loop, "evaluate_splits", evaluated)
+    start = run_module.Run.__init__
+    monkeypatch.setattr(run_module.Run, "__init__", lambda run, *a, **k: (running.append(run), start(run, *a, **k))[1])
+    monkeypatch.setattr(run_module, "evaluate_splits", evaluated)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3])
@@ -159,7 +159,7 @@ def test_the_best_comes_with_the_reference_that_it_had(compared, planned, tmp_pa
         model = setup.references.moving.model
         measured.append({name: tensor.clone() for name, tensor in model.named_parameters()})
 
-    monkeypatch.setattr(loop, "round_and_measure", noted)
+    monkeypatch.setattr(run_module, "round_and_measure", noted)
     moved = {"sync_ref_model": True, "ref_model_sync_steps": 1}
     assert train(compared(tmp_path / "run", reference=moved)).steps == 8
     saved = load_file(tmp_path / "run" / "checkpoint-4" / REFERENCE_FILE)

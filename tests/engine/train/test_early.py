@@ -13,10 +13,10 @@ from engine.errors import UserError
 from engine.train.loop import train
 
 WORK = {
-    "tokens": "engine.train.setup.load_dataset_groups",
+    "tokens": "engine.train.training_data.load_dataset_groups",
     "model": "engine.model.ready.load_policy",
     "references": "engine.train.setup.prepare_references",
-    "steps": "engine.train.loop._Run",
+    "steps": "engine.train.loop.Run",
 }
 """From cheap to dear."""
 DECAY = {"lr_scheduler_type": "warmup_stable_decay"}

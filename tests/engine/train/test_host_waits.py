@@ -12,7 +12,8 @@ import pytest
 from dpo_kernels import dispatch
 from dpo_kernels.losses import LOSS_TYPES
 from engine.model.attention import choice
-from engine.train import feed, loop, references
+from engine.train import feed, references
+from engine.train import run as run_module
 from engine.train.evaluation import evaluate_policy
 from engine.train.setup import Setup, prepare
 from tests.engine.train.conftest import save_family
@@ -63,7 +64,7 @@ def take_steps(setup: Setup, folder, others: list, cuda: PretendedCuda | None):
         for policy in (setup.policy, *others):
             cuda.take(policy)
         setup.feed.device = CUDA
-    run = loop._Run(setup, folder)
+    run = run_module.Run(setup, folder)
     waits: set[int] = set()
     if cuda is not None:
         run._require_finite = waiting(run._require_finite, run, cuda, waits)

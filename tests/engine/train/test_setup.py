@@ -6,7 +6,8 @@ import shutil
 
 from transformers import AutoModelForCausalLM
 
-from engine.train.setup import describe_run, prepare
+from engine.train.describe import describe_run
+from engine.train.setup import prepare
 
 
 def test_dropout_is_disabled_and_counted(make_config, tiny_model_dir, tmp_path):

@@ -13,7 +13,7 @@ from engine import cli
 from engine.config import to_yaml
 from engine.durable import is_complete
 from engine.reference import ReferenceStore
-from engine.train import loop
+from engine.train import run as run_module
 from engine.train.checkpoint import newest_checkpoint
 from engine.train.optimizer import GuardedUpdate
 from tests.engine.kills.evidence import compare, leavings
@@ -66,10 +66,10 @@ MOMENTS = {
     "in the first step": (GuardedUpdate, "step", 1, "after step 1 of 8", 1),
     "in a step": (GuardedUpdate, "step", 3, "after step 3 of 8", 3),
     "in a step that is saved": (GuardedUpdate, "step", 4, "after step 4 of 8", 4),
-    "in an evaluation": (loop, "evaluate_splits", 2, "after step 4 of 8", 4),
-    "in a checkpoint": (loop._Run, "_save", 2, "after step 4 of 8", 4),
-    "in the last evaluation": (loop, "evaluate_splits", 4, "after step 8 of 8", 8),
-    "before a step": (loop._Run, "_open", 1, "before step 1", None),
+    "in an evaluation": (run_module, "evaluate_splits", 2, "after step 4 of 8", 4),
+    "in a checkpoint": (run_module.Run, "_save", 2, "after step 4 of 8", 4),
+    "in the last evaluation": (run_module, "evaluate_splits", 4, "after step 8 of 8", 8),
+    "before a step": (run_module.Run, "_open", 1, "before step 1", None),
 }
 
 
@@ -104,14 +104,14 @@ def test_a_run_that_is_stopped_again_and_again_keeps_one_such_checkpoint(run_fil
 
 def test_a_model_that_is_being_written_is_finished(run_file, whole, monkeypatch):
     path = run_file("stopped")
-    signal_at(monkeypatch, loop, "export_model", 1, signal.SIGTERM)
+    signal_at(monkeypatch, run_module, "export_model", 1, signal.SIGTERM)
     assert cli.main(["train", str(path)]) == 0
     compare(leavings(path.parent), whole)
 
 
 def test_a_checkpoint_that_a_killed_run_had_not_yet_deleted_goes(run_file, whole, monkeypatch):
     path = run_file("stopped")
-    inner = loop.checkpoints.prune_checkpoints
+    inner = run_module.checkpoints.prune_checkpoints
 
     def killed(output_dir, limit, **options):
         if newest_checkpoint(output_dir)[0] == 8:
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_a_killed_run_had_not_yet_deleted_goes(run_file, whole
 
     with monkeypatch.context() as context:
         context.setattr(
-            loop.checkpoints, "prune_checkpoints", lambda *a, **o: newest_checkpoint(a[0]) and killed(*a, **o)
+            run_module.checkpoints, "prune_checkpoints", lambda *a, **o: newest_checkpoint(a[0]) and killed(*a, **o)
         )
         assert cli.main(["train", str(path)]) == 130
     assert sorted(p.name for p in (path.parent / "run").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
