@@ -9,8 +9,9 @@ from typing import Any
 from . import distributed
 from .config.losses import REFERENCE_FREE_LOSSES
 from .config.schema import RunConfig
-from .data import load_dataset_groups, open_rows
+from .data import load_dataset_groups
 from .data.groups import PreferenceDataset
+from .data.sets import DataSet, sets_of
 from .errors import UserError
 from .inputs import check_inputs
 from .memory_errors import advised
@@ -50,15 +51,11 @@ def check_settings(config: RunConfig, export: Path | None) -> None:
         raise UserError(
             "--export writes sums over responses, and loss.ld_alpha weighs single tokens: set it to null for an export"
         )
-    if export is not None and config.data.datasets:
-        raise UserError(
-            "--export writes the rows of one set, and data.datasets are several: export each with data.dataset_name, "
-            "or share the folder of reference.store instead"
-        )
     if export is not None and distributed.is_main():
-        check_export_path(export)
-        for row in islice(open_rows(config.data, split="train"), 1):
-            check_export_row(row)
+        for one, path in _exported(config, export):
+            check_export_path(path)
+            for row in islice(one.open(), 1):
+                check_export_row(row)
 
 
 @advised
@@ -66,14 +63,14 @@ def fill_store(config: RunConfig, export: Path | None = None) -> None:
     """Compute and store what is not stored yet of the training data and, where it is set, the evaluation data.
 
     Args:
-        export: file to write the training rows to, with their reference columns.
+        export: file to write the training rows to, with their reference columns; of a mixture, one for each set, whole.
 
     Raises:
         UserError: whatever the user can correct.
     """
     tokenizer = load_tokenizer(config.model)
     config = with_template_date(config, tokenizer)
-    datasets = _datasets(config, tokenizer)
+    datasets = _datasets(config, tokenizer, whole=export is not None)
     reference = _reference_policy(config, datasets)
     identity = identify(reference)
     store = ReferenceStore(config.reference.store or default_store_path())
@@ -111,8 +108,10 @@ def check_columns(config: RunConfig) -> None:
         distributed.say(f"{name}: the reference columns fit the model ({count:,} rows recomputed); training uses them")
 
 
-def _datasets(config: RunConfig, tokenizer: Any) -> dict[str, PreferenceDataset]:
-    train = drawn_groups(config, load_dataset_groups(config.data, tokenizer, split="train")[0])
+def _datasets(config: RunConfig, tokenizer: Any, *, whole: bool = False) -> dict[str, PreferenceDataset]:
+    train = load_dataset_groups(config.data, tokenizer, split="train")[0]
+    # What an epoch takes of an exported set is to stay what it is.
+    train = train if whole else drawn_groups(config, train)
     held_out = {split: load_dataset_groups(config.data, tokenizer, split=split)[0] for split in config.data.eval_splits}
     return {"train": train, **held_out}
 
@@ -157,8 +156,18 @@ def _fill(
     distributed.say(f"{name}: {result}")
 
 
+def _exported(config: RunConfig, path: Path) -> list[tuple[DataSet, Path]]:
+    """The sets that are trained on, and the file that the rows of each are written to."""
+    sets = sets_of(config.data, "train")
+    stem, dot, extension = path.name.partition(".")
+    return [(one, path.with_name(f"{stem}-{one.label}{dot}{extension}") if one.label else path) for one in sets]
+
+
 def _export(config: RunConfig, path: Path, dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> None:
     sums = import_columns(dataset) or load_ref_sums(dataset, store, digest)
-    written, left_out = export_columns(path, open_rows(config.data, split="train"), dataset, sums)
-    dropped = f"; left out {left_out:,} that training drops" if left_out else ""
-    print(f"wrote {written:,} rows to {path}{dropped}")
+    for one, file in _exported(config, path):
+        places = [i for i, group in enumerate(dataset) if group.source == one.label]
+        groups, of_set = [dataset[i] for i in places], [sums[i] for i in places]
+        written, left_out = export_columns(file, one.open(), groups, of_set)
+        dropped = f"; left out {left_out:,} that training drops" if left_out else ""
+        print(f"wrote {written:,} rows to {file}{dropped}")

@@ -22,7 +22,7 @@ def push(source: str, repo_id: str, *, private: bool = False, revision: str | No
         source: the output folder of a finished run, or a folder that ``dpo merge`` wrote.
         repo_id: ``owner/name``; it is created where it is absent.
         private: of a repository that is created.
-        revision: a branch; by default the main one.
+        revision: a branch, which is created where it is absent; by default the main one.
 
     Returns:
         The address of the commit.
@@ -33,7 +33,7 @@ def push(source: str, repo_id: str, *, private: bool = False, revision: str | No
     folder = expanded(source)
     names = _uploaded(folder, source)
     from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -48,6 +48,11 @@ def push(source: str, repo_id: str, *, private: bool = False, revision: str | No
     try:
         # The visibility of one that is there stays.
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+        if revision is not None:
+            try:
+                api.repo_info(repo_id, revision=revision)
+            except RevisionNotFoundError:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

@@ -48,13 +48,11 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
     for flag, tokens in _split(args):
         key = flag[2:].replace("-", "_")
         owner = key.rpartition(".")[0]
-        if key in hints:
-            values[key] = _parse_value(key, hints[key], tokens)
-        elif (item := _item_hint(key, hints)) is not None:
-            values[key] = _parse_value(key, item, tokens)
-        elif is_mapping(hints.get(owner)):
+        if (hint := _hint_of(key, hints)) is not None:
+            values[key] = _parse_value(key, hint, tokens)
+        elif is_mapping(mapping := _hint_of(owner, hints)):
             # One entry of a mapping, beside those of the file.
-            values[key] = _one_value(key, hints[owner], tokens)
+            values[key] = _one_value(key, mapping, tokens)
         elif key in sections and dataclass_in(sections[key]) is not None:
             if len(tokens) != 1 or tokens[0].lower() not in _NULL:
                 raise UserError(f"--{key}: expected null to turn it off, or one of its keys such as --{key}.r 16")
@@ -117,8 +115,10 @@ def _parse_value(key: str, hint: Any, tokens: list[str]) -> Any:
         raise UserError(f"--{key}: expected {describe(hint)}, got {got}{suggestion(tokens, hint)}") from None
 
 
-def _item_hint(key: str, hints: dict[str, Any]) -> Any:
-    """The type of a key of one item of a list, such as data.datasets.0.weight; None where it is none."""
+def _hint_of(key: str, hints: dict[str, Any]) -> Any:
+    """The type of a key, also of one item of a list, such as data.datasets.0.weight; None where there is none."""
+    if key in hints:
+        return hints[key]
     place = re.fullmatch(r"(.+)\.\d+\.(\w+)", key)
     items = dataclass_of_items(hints.get(place[1])) if place else None
     return type_hints(items).get(place[2]) if place and items is not None else None

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..data.columns import is_scored
-from ..data.groups import PreferenceDataset
+from ..data.groups import PreferenceDataset, PreferenceGroup
 from ..data.sources import Row
 from ..errors import UserError, write_fault
 
@@ -69,15 +69,15 @@ def check_export_row(row: Row) -> None:
 
 
 def export_columns(
-    path: Path, rows: Iterable[Row], dataset: PreferenceDataset, sums: Sequence[tuple[float, ...]]
+    path: Path, rows: Iterable[Row], groups: Sequence[PreferenceGroup], sums: Sequence[tuple[float, ...]]
 ) -> tuple[int, int]:
     """Write the source rows, in source order, with their reference columns. The file is whole or not there.
 
     Args:
         path: ``.jsonl``, ``.jsonl.gz`` or ``.parquet``; replaced when it exists.
         rows: the source, iterable more than once; ``Row.index`` is what ``PreferenceGroup.row`` refers to.
-        dataset: groups that were kept. Rows without a group (dropped by lint) are left out: an empty reference would be
-            read as 0 elsewhere.
+        groups: those of the source that were kept. Rows without a group (dropped by lint) are left out: an empty
+            reference would be read as 0 elsewhere.
         sums: per group, per response in the order of the group.
 
     Returns:
@@ -87,7 +87,7 @@ def export_columns(
         UserError: an unknown extension, the file is one of the source's own, or it cannot be written.
     """
     check_export_path(path)
-    place = {group.row: (index, len(group.response_ids)) for index, group in enumerate(dataset)}
+    place = {group.row: (index, len(group.response_ids)) for index, group in enumerate(groups)}
     left_out = 0
 
     def export() -> Iterator[dict[str, Any]]:

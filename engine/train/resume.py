@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..model.balance import Balance
 from ..run_folder import CONFIG_FILE, METRICS_FILE, read_metrics
 from . import checkpoint as checkpoints
+from .best import Best
 from .feed import count_steps, total_steps
 from .optimizer import METRIC_SCHEDULES
 
@@ -130,7 +131,13 @@ def find_start(config: RunConfig, output_dir: Path, resume: bool) -> tuple[Start
     same_keys = saved is None or all(saved[key] == now[key] for key in (*_STEP_KEYS, *_PATIENCE_KEYS))
     if same_keys or config.train.max_steps == steps:
         return start, _finished(output_dir)
-    return _extended(start, config, output_dir, steps), None
+    start = _extended(start, config, output_dir, steps)
+    best = Best(config)
+    best.load(start.state.get("best", {}))
+    if start.step == steps and best.ends_run:
+        log.info("%s; more steps alone change nothing, a larger train.early_stopping_patience goes on", best.words)
+        return start, _finished(output_dir)
+    return start, None
 
 
 def _extended(start: Start | None, config: RunConfig, output_dir: Path, steps: int) -> Start:

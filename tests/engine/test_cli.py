@@ -308,7 +308,7 @@ def test_precompute_exports_columns_that_can_be_checked_and_used(run_file, tmp_p
 def test_an_export_without_columns_is_refused_before_anything_is_computed(run_file, tmp_path, refused, monkeypatch):
     data = tmp_path / "scored.jsonl"
     data.write_text(json.dumps({"prompt": "Q?", "responses": [" a", " b", " c"], "scores": [1, 3, 2]}) + "\n")
-    monkeypatch.setattr("engine.precompute._datasets", lambda config: pytest.fail("the data was tokenised"))
+    monkeypatch.setattr("engine.precompute._datasets", lambda config, **_: pytest.fail("the data was tokenised"))
     arguments = ("--export", tmp_path / "out.jsonl", "--data.dataset_name", data)
     assert "scored completions have no columns for references" in refused("precompute", run_file, *arguments)
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub import CommitInfo, HfApi, RepoUrl
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from engine import cli
@@ -41,6 +41,14 @@ def hub(monkeypatch):
             bound = inspect.signature(HfApi.create_repo).bind(self, *args, **kwargs).arguments
             calls.append(("create", bound))
             return RepoUrl(f"https://huggingface.co/{bound['repo_id']}")
+
+        def repo_info(self, *args, **kwargs):
+            bound = inspect.signature(HfApi.repo_info).bind(self, *args, **kwargs).arguments
+            if bound["revision"] != "there":
+                raise RevisionNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+
+        def create_branch(self, *args, **kwargs):
+            calls.append(("branch", inspect.signature(HfApi.create_branch).bind(self, *args, **kwargs).arguments))
 
         def upload_folder(self, *args, **kwargs):
             bound = inspect.signature(HfApi.upload_folder).bind(self, *args, **kwargs).arguments
@@ -73,6 +81,14 @@ def test_the_model_and_its_card_are_uploaded_and_nothing_else(private, run, hub,
     )
     assert (uploaded, upload["repo_id"], upload["folder_path"]) == ("upload", "me/dpo", run)
     assert sent(run, upload["allow_patterns"]) == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+
+
+@pytest.mark.parametrize(("branch", "made"), [("new", ["new"]), ("there", [])])
+def test_a_branch_is_made_where_it_is_absent(branch, made, run, hub):
+    assert cli.main(["push", str(run), "me/dpo", "--revision", branch]) == 0
+    assert [call["branch"] for name, call in hub if name == "branch"] == made
+    assert hub[-1][0] == "upload"
+    assert hub[-1][1]["revision"] == branch
 
 
 def test_no_part_of_an_earlier_model_stays(run, hub):

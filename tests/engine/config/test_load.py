@@ -190,6 +190,18 @@ def test_evaluation_sets_are_one_or_have_names(overrides, sets, load):
     assert data.eval_dataset_name == sets
 
 
+def test_entries_of_a_set_are_beside_those_of_the_file(load, refusal):
+    sets = "datasets: [{name: a, rows: 1}, {name: b, rows: 2, columns: {prompt: ask}}]"
+    text = BASE.replace("dataset_name: d", sets)
+    changed = ["--data.datasets.1.columns.weight", "trust", "--data.datasets.1.columns.system=null"]
+    data = load(text, *changed, "--data.datasets.0.roles.customer=user", "--data.datasets.0.rows", "3").data
+    assert data.datasets[1].columns == {"prompt": "ask", "weight": "trust", "system": None}
+    assert data.datasets[0].roles == {"customer": "user"}
+    assert data.datasets[0].rows == 3
+    assert "unknown option --data.datasets.1.colums.weight" in refusal(text, "--data.datasets.1.colums.weight", "x")
+    assert "data.datasets has 2 items" in refusal(text, "--data.datasets.2.columns.weight", "x")
+
+
 def test_overrides_supply_required_keys_and_switch_sections_off(load):
     text = "model: {lora: {r: 4}}\n"
     config = load(text, "--model.model_name_or_path", "m", "--data.dataset_name", "d", "--model.lora", "null")

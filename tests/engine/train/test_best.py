@@ -114,6 +114,11 @@ def test_a_run_ends_early_and_leaves_its_best(model, compared, planned, tmp_path
     assert [row["step"] for row in read_rows(run) if "loss" in row] == list(range(1, 9))
     # Finished: with the same patience nothing is left, with more the run goes on where it ended.
     assert train(compared(run, model=model), resume=True).steps == 8
+    written = [(path.name, path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(run.iterdir())]
+    with caplog.at_level("INFO"):
+        assert train(compared(run, {"max_steps": 20}, model=model), resume=True).steps == 8
+    assert "more steps alone change nothing, a larger train.early_stopping_patience goes on" in caplog.text
+    assert [(path.name, path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(run.iterdir())] == written
     longer = train(compared(run, {"early_stopping_patience": 3}, model=model), resume=True)
     assert (longer.resumed_from, longer.steps) == (8, 12)
     assert longer.metrics["eval_loss"] == 0.3

@@ -159,9 +159,23 @@ def test_the_plan_names_the_sets(mixed, tmp_path, capsys):
     assert ["names", "6", "an", "epoch,", "of", "12:", "0.50", "times", "each"] in lines
 
 
-def test_a_mixture_cannot_be_exported(mixed, tmp_path):
-    with pytest.raises(UserError, match=r"--export writes the rows of one set"):
-        check_settings(mixed(), tmp_path / "x.jsonl")
+def test_an_exported_mixture_trains_as_its_sets_do(mixed, tmp_path):
+    """Each set into a file of its own, whole, so that an epoch takes the same rows of it."""
+    config = mixed(evaluated=False)
+    check_settings(config, tmp_path / "out.jsonl")
+    fill_store(config, tmp_path / "out.jsonl")
+    files = {name: tmp_path / f"out-{name}.jsonl" for name in ("pairs", "names")}
+    written = {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
+    assert {name: len(rows) for name, rows in written.items()} == {"pairs": 24, "names": 12}
+    assert all(row["ref_chosen_logps"] < 0 > row["ref_rejected_logps"] for rows in written.values() for row in rows)
+    amounts = {"pairs": {"rows": 8}, "names": {"fraction": 0.5}}
+    sets = [{"name": str(file), "label": name, **amounts[name]} for name, file in files.items()]
+    before, after = (
+        train(mixed(evaluated=False, data=data, train={"output_dir": str(tmp_path / f"run{i}")})).metrics
+        for i, data in enumerate(({}, {"datasets": sets}))
+    )
+    for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+        assert after[name] == pytest.approx(before[name], rel=1e-6)
 
 
 def test_rows_of_each_step_are_of_the_epoch(mixed, tmp_path):
