@@ -15,6 +15,7 @@ from ..errors import SeveralErrors, UserError
 from .fields import nearest, show
 from .load import build_config, to_dict
 from .trl_conversion import Conversion, Note
+from .trl_evaluation import EvaluationKeys
 from .trl_file import TrlFile
 from .trl_keys import (
     ADAMW,
@@ -26,7 +27,6 @@ from .trl_keys import (
     SAME_RESULT,
     STOPS,
 )
-from .trl_model import ModelKeys
 from .trl_sets import Entry, as_sets
 
 _SAME_OPTIMIZER = {
@@ -109,7 +109,7 @@ def _entry(one: dict[str, Any], where: str) -> Entry:
     )
 
 
-class _Converter(ModelKeys):
+class _Converter(EvaluationKeys):
     """Takes keys out of ``trl`` one topic at a time; what is left has no counterpart."""
 
     def run(self, num_processes: int | None) -> None:
@@ -123,6 +123,7 @@ class _Converter(ModelKeys):
         self._reference()
         self._train()
         self._evaluation()
+        self._best()
         self._rest()
         for section, values in self.given.items():
             self.result.values[section] |= values
@@ -163,13 +164,6 @@ class _Converter(ModelKeys):
         if any(entry.weight for entry in entries):
             text = "fraction -> weight; TRL ends an epoch before a set comes twice, here it has as many rows as all"
             self._new("datasets", text)
-
-    def _held_out(self) -> None:
-        """``test_split_size``: a share is held out here, too."""
-        size = self.trl.keys.get("test_split_size")
-        if "datasets" in self.result.values["data"] and isinstance(size, float) and 0 < size < 1:
-            self.result.values["data"]["eval_fraction"] = self.trl.take("test_split_size")
-            self._new("test_split_size", "-> data.eval_fraction: other rows are held out, by what their prompts say")
 
     def _batch(self, num_processes: int | None) -> None:
         per_device = self.trl.whole("per_device_train_batch_size", 8)
@@ -286,6 +280,7 @@ class _Converter(ModelKeys):
     def _train(self) -> None:
         train = self.result.values["train"]
         self._copy("train", "output_dir", "seed", "save_total_limit")
+        self._copy("train", *(key for key in ("run_name", "project") if self.trl.keys.get(key) is not None))
         if "num_train_epochs" not in self.trl.keys:
             self._same("num_train_epochs", f"not given: {self.name}'s default, 3")
         train["num_train_epochs"] = self.trl.number("num_train_epochs", 3.0)
@@ -308,43 +303,6 @@ class _Converter(ModelKeys):
             self._same("report_to", f"{name}: metrics.jsonl always has TRL's metrics under TRL's names")
         self._cadence("logging", "logging_steps", 10)
         self._cadence("save", "save_steps", 500)
-
-    def _cadence(self, kind: str, key: str, default: int) -> None:
-        """``KIND_strategy`` and ``KIND_steps``; every strategy but ``steps`` is replaced."""
-        strategy, value = self.trl.take(f"{kind}_strategy", "steps"), self.trl.take(key)
-        train = self.result.values["train"]
-        if strategy in ("no", False) and kind == "save":
-            train[key] = None
-            self._same(f"{kind}_strategy", f"no -> train.{key} null")
-        elif strategy != "steps":
-            self._same(f"{kind}_strategy", f"{strategy}: here every train.{key} optimizer steps, {default} by default")
-        elif value is not None:
-            train[key] = self._steps(key, value)
-
-    def _evaluation(self) -> None:
-        data, train = self.result.values["data"], self.result.values["train"]
-        strategy = self.trl.take("eval_strategy", self.trl.take("evaluation_strategy", "no"))
-        steps, split = self.trl.take("eval_steps"), self.trl.take("dataset_test_split")
-        # a YAML "no" is false
-        if strategy in ("no", False):
-            for key, value in (("eval_steps", steps), ("dataset_test_split", split)):
-                if value is not None:
-                    self._same(key, "no effect without eval_strategy")
-            return
-        if "eval_fraction" in data or data.get("eval_dataset_name"):
-            split = None
-        elif data.get("datasets"):
-            self._new("eval_strategy", "no rows of a mixture are held out, so none are evaluated")
-            return
-        elif data.get("dataset_name"):
-            data["eval_dataset_name"] = data["dataset_name"]
-            data["eval_dataset_split"] = str(split or "test")
-            self._same("eval_strategy", f"split {split or 'test'} -> data.eval_dataset_name, data.eval_dataset_split")
-        if strategy == "steps":
-            default = train.get("logging_steps", 10)
-            train["eval_steps"] = self._steps("eval_steps", default if steps is None else steps)
-        else:
-            self._same("eval_strategy", f"{strategy}: evaluated once, after training; set train.eval_steps for more")
 
     def _rest(self) -> None:
         known = sorted({*SAME_RESULT, *NEW_RESULT, *CONVERTED, *STOPS})

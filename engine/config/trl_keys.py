@@ -57,7 +57,7 @@ _same(
 _same(
     "metrics.jsonl has every interval, and progress is one line for each",
     "logging_first_step logging_dir logging_nan_inf_filter log_level log_level_replica log_on_each_node disable_tqdm "
-    "include_num_input_tokens_seen include_tokens_per_second run_name project trackio_space_id trackio_bucket_id "
+    "include_num_input_tokens_seen include_tokens_per_second trackio_space_id trackio_bucket_id "
     "trackio_static_space_id debug",
 )
 _same(
@@ -73,10 +73,6 @@ _same(
 )
 _same("set it in the shell", "env")
 _same("TRL's DPO does not read it", "label_smoothing_factor lora_task_type")
-_same(
-    "the key has no effect without the one it belongs to",
-    "metric_for_best_model greater_is_better",
-)
 _same("removed from TRL; evaluation here generates no text", "generate_during_eval")
 _same(
     "removed from TRL; adapters need no names, and switched off they are the reference",
@@ -98,10 +94,8 @@ NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
     "neftune_noise_alpha": ((None,), "noise in the embeddings is not supported"),
     "optim_args": ((None, ""), "optimizer options are keys of optim, such as optim.adam_beta2"),
     "optim_target_modules": ((None,), "low-rank gradient optimizers are not supported"),
-    "load_best_model_at_end": ((False,), "not converted: set train.load_best_model_at_end, with train.eval_steps"),
     "dataloader_drop_last": ((False,), "the last step of an epoch takes the pairs that are left"),
     "data_seed": ((None,), "train.seed alone orders the data"),
-    "test_split_size": ((None,), "no split is made here; put the test rows into a file for data.eval_dataset_name"),
     "load_in_8bit": (
         (False,),
         "LLM.int8 lets the tokens of a pack change each other's numbers; the base is held in model.dtype, "
@@ -181,6 +175,7 @@ _converted(
     "optim learning_rate lr_scheduler_type lr_scheduler_kwargs weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm warmup_steps warmup_ratio"
 )
+_converted("load_best_model_at_end metric_for_best_model greater_is_better run_name project test_split_size")
 _converted(
     "output_dir seed save_total_limit num_train_epochs max_steps gradient_checkpointing activation_offloading "
     "report_to logging_strategy logging_steps save_strategy save_steps eval_strategy evaluation_strategy eval_steps"

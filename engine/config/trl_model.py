@@ -20,7 +20,8 @@ class Keys:
     """
 
     def __init__(self, trl: TrlFile, trainer: str, values: Mapping[str, Mapping[str, Any]]) -> None:
-        self.trl, self.name, self.given = trl, trainer, values
+        self.trl, self.name = trl, trainer
+        self.given = {section: dict(given) for section, given in values.items()}
         self.result = Conversion(trl.source, trainer=trainer)
         self.stops: list[UserError] = []
 
@@ -58,8 +59,9 @@ class ModelKeys(Keys):
             if old in kwargs:
                 kwargs[new] = kwargs.pop(old)
         for key in ("model_revision", "dtype", "attn_implementation", "trust_remote_code"):
-            if key in kwargs:
-                self.trl.keys.setdefault(key, kwargs.pop(key))
+            if key in kwargs and key not in self.trl.keys:
+                self.trl.keys[key] = kwargs.pop(key)
+                self.trl.names[key] = f"model_init_kwargs.{key}"
         for key in kwargs:
             self._same(f"model_init_kwargs.{key}", "how the model is loaded is decided here")
         self._copy("model", "model_name_or_path", "tokenizer_name_or_path", "trust_remote_code")
@@ -76,7 +78,8 @@ class ModelKeys(Keys):
 
     def _precision(self) -> None:
         fp16, bf16 = self.trl.flag("fp16"), self.trl.take("bf16")
-        held = self.trl.take("dtype", self.trl.take("torch_dtype", "float32"))
+        given = self.trl.take("dtype", self.trl.take("torch_dtype"))
+        held = given or "float32"
         if fp16:
             self._new("fp16", "float16 is not supported; model.dtype bfloat16 has its speed without loss scaling")
         computed = "bfloat16" if fp16 or bf16 in (None, True) or held in ("bfloat16", "float16") else "float32"
@@ -92,6 +95,8 @@ class ModelKeys(Keys):
             )
         elif held == "float16":
             self._new("dtype", f"float16 -> model.dtype {computed}, which the frozen base is held in, too")
+        elif given == "float32":
+            self._same("dtype", f"weights are float32, and compute in model.dtype {computed}")
         elif held != "float32":
             self._same("dtype", f"{held} -> model.dtype {computed}, which the frozen base is held in, too")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from types import SimpleNamespace
@@ -96,3 +96,34 @@ def as_sets(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         taken.add(own.get("label", label))
         sets.append(entry.as_set() | own)
     return sets
+
+
+def hold_out_rows(data: Mapping[str, Any], size: float) -> tuple[dict[str, Any], str]:
+    """Keys of ``data`` that evaluate a part of what is trained on instead, and what there is to say.
+
+    Args:
+        data: with the training data.
+        size: a share below 1, or so many rows.
+    """
+    if size < 1:
+        text = f"-> data.eval_fraction {size:g}: other rows are held out, by what their prompts say"
+        return {"eval_fraction": float(size)}, text
+    count, split = int(size), str(data.get("dataset_train_split", "train"))
+    sets = data.get("datasets") or ()
+    cannot = "[" in split or "dataset_name" not in data
+    if sets:
+        cannot = count < len(sets) or any("[" in one.get("split", "") or "eval_split" in one for one in sets)
+    if cannot:
+        text = f"{count} rows cannot be held out by number of what is read, and all are trained on; "
+        return {}, text + "data.eval_fraction holds out a share"
+    if not sets:
+        held = {"eval_dataset_name": data["dataset_name"], "eval_dataset_split": f"{split}[-{count}:]"}
+        return {
+            "dataset_train_split": f"{split}[:-{count}]",
+            **held,
+        }, f"the last {count} rows are held out, not {count} at random"
+    counts = [count // len(sets) + (place < count % len(sets)) for place in range(len(sets))]
+    parts = [(one, one.get("split", "train"), rows) for one, rows in zip(sets, counts, strict=True)]
+    held_out = [{**one, "split": f"{part}[:-{rows}]", "eval_split": f"{part}[-{rows}:]"} for one, part, rows in parts]
+    text = f"the last {counts[0]} rows of each of {len(sets)} sets are held out, not {count} of all at random"
+    return {"datasets": held_out}, text

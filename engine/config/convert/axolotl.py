@@ -7,8 +7,8 @@ from typing import Any
 
 from ...errors import UserError
 from ..fields import show
-from .axolotl_keys import MARKS, RULES, SAME_NAMES, TRACKERS
-from .entries import Entry, hold_out, put_data, put_evaluation
+from .axolotl_keys import MARKS, NAMES, PROJECTS, RULES, SAME_NAMES, TRACKERS
+from .entries import Entry, hold_out, name_run, put_data, put_evaluation, stop_early
 from .reading import Reading, Trainer
 
 _LOSSES = {"dpo": None, "ipo": "ipo", "simpo": "simpo", "orpo": "orpo"}
@@ -282,8 +282,11 @@ def _model(reading: Reading) -> None:
                         "with them and name it in model.tokenizer_name_or_path")  # fmt: skip
     elif tokens:
         reading.tell("special_tokens", "packs hold no padding")
-    used = [name for name in TRACKERS if take(f"use_{name}") or (name == "wandb" and take("wandb_project"))]
+    has_project = reading.file.keys.get("wandb_project")
+    used = [name for name in TRACKERS if take(f"use_{name}") or (name == "wandb" and has_project)]
     reading.hand("report_to", used or ["none"], "use_wandb")
+    name_run(reading, PROJECTS, NAMES)
+    stop_early(reading, "early_stopping_patience")
 
 
 def _model_config(reading: Reading, key: str, values: dict[str, Any]) -> None:

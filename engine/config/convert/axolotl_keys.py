@@ -5,6 +5,8 @@ from __future__ import annotations
 from .rules import Left, Read, Rule, To, each, words
 
 TRACKERS = ("wandb", "tensorboard", "mlflow", "comet", "trackio")
+PROJECTS = "wandb_project mlflow_experiment_name trackio_project_name"
+NAMES = "wandb_name mlflow_run_name trackio_run_name"
 RULES: dict[str, Rule] = {
     "base_model": To("model_name_or_path"),
     "revision_of_model": To("model_revision"),
@@ -32,12 +34,15 @@ RULES: dict[str, Rule] = {
         "evaluation_strategy",
         Read("`train`; a number for each epoch is a share of all steps"),
     ),
+    "early_stopping_patience": Read("`train.early_stopping_patience`"),
+    **each(f"{PROJECTS} {NAMES}", Read("`train.project`, `train.run_name`")),
     **each("base_model_config tokenizer_config special_tokens", Read("`model`; changed tokens are told")),
     **each("overrides_of_model_config model_config", Read("`loss.router_aux_loss_coef`; other keys stop")),
     **each("flash_attention sdp_attention eager_attention", Read("`model.attention`")),
-    **each("wandb_project " + " ".join(f"use_{name}" for name in TRACKERS), Read("`train.report_to`")),
+    **each(" ".join(f"use_{name}" for name in TRACKERS), Read("`train.report_to`; wandb where it has a project")),
     **each(
-        "lora_rank_pattern lora_alpha_pattern peft_layers_to_transform peft_layers_pattern peft_layer_replication "
+        "lora_rank_pattern lora_alpha_pattern lora_exclude_modules peft_layers_to_transform peft_layers_pattern "
+        "peft_layer_replication "
         "peft_init_lora_weights peft_trainable_token_indices lora_fan_in_fan_out loraplus_lr_ratio peft",
         Left("stop", "adapters have one rank, on whole modules, and start as peft's do", (False, True)),
     ),
@@ -51,9 +56,8 @@ RULES: dict[str, Rule] = {
         "neftune_noise_alpha noisy_embedding_alpha embedding_lr embedding_lr_scale lr_groups optim_args "
         "optim_target_modules lr_quadratic_warmup cosine_constant_lr_ratio jagged_restart_steps "
         "max_prompt_len min_sample_len eval_sequence_len curriculum_sampling dataset_exact_deduplication "
-        "shuffle_before_merging_datasets dataset_shard_num trainer_cls plugins early_stopping_patience "
-        "resize_token_embeddings_to_32x chat_template_kwargs eot_tokens fix_untrained_tokens"
-        "scaling_softmax lora_exclude_modules dpo_norm_loss",
+        "shuffle_before_merging_datasets dataset_shard_num trainer_cls plugins resize_token_embeddings_to_32x "
+        "chat_template_kwargs eot_tokens fix_untrained_tokens scaling_softmax dpo_norm_loss",
         Left("new", "not supported; dropped", (False, [])),
     ),
     **each("sample_packing eval_sample_packing", Left("told", "whole pairs are always packed, without padding")),
@@ -81,10 +85,9 @@ RULES: dict[str, Rule] = {
         Left("told", "tokenisation is one streaming pass"),
     ),
     **each(
-        "hub_model_id hub_strategy hub_revision wandb_entity wandb_watch wandb_name wandb_log_model wandb_run_id "
-        "wandb_mode mlflow_tracking_uri mlflow_experiment_name mlflow_run_name comet_project_name "
-        "trackio_project_name trackio_run_name save_safetensors save_only_model save_first_step resume_from_checkpoint "
-        "auto_resume_from_checkpoints include_tokens_per_second include_tkps profiler_steps "
+        "hub_model_id hub_strategy hub_revision wandb_entity wandb_watch wandb_log_model wandb_run_id wandb_mode "
+        "mlflow_tracking_uri comet_project_name save_safetensors save_only_model save_first_step "
+        "resume_from_checkpoint auto_resume_from_checkpoints include_tokens_per_second include_tkps profiler_steps "
         "profiler_steps_start gc_steps gc_collect_steps torch_empty_cache_steps tf32 strict eval_table_size "
         "eval_max_new_tokens loss_watchdog_threshold loss_watchdog_patience experimental_skip_move_to_device "
         "low_cpu_mem_usage max_memory gpu_memory_limit lora_on_cpu qlora_sharded_model_loading eval_batch_size "
@@ -111,6 +114,6 @@ SAME_NAMES = words(
     "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_steps warmup_ratio lr_scheduler_kwargs "
     "logging_steps save_total_limit seed output_dir precompute_ref_log_probs lora_dropout lora_modules_to_save "
     "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_drop_last "
-    "load_best_model_at_end router_aux_loss_coef"
+    "load_best_model_at_end metric_for_best_model greater_is_better router_aux_loss_coef"
 )
 """Keys of TRL that have the same name and meaning."""

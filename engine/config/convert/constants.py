@@ -205,17 +205,18 @@ class Script:
             if word.arg is not None:
                 yield word.arg, word.value
                 continue
-            mapping = self.node(word.value)
-            if isinstance(mapping, ast.Call) and called(mapping) == "dict":
-                yield from self.keywords(mapping)
-            elif isinstance(mapping, ast.Dict) and all(mapping.keys):
-                yield from (
-                    (str(self.value(key)), value)
-                    for key, value in zip(mapping.keys, mapping.values, strict=True)
-                    if key
-                )
-            else:
-                raise unknown(mapping)
+            yield from self.items(word.value)
+
+    def items(self, node: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+        """The items of a mapping, written as ``{...}`` or ``dict(...)``."""
+        mapping = self.node(node)
+        if isinstance(mapping, ast.Call) and called(mapping) == "dict" and not mapping.args:
+            yield from self.keywords(mapping)
+        elif isinstance(mapping, ast.Dict):
+            for key, value in zip(mapping.keys, mapping.values, strict=True):
+                yield from self.items(value) if key is None else [(str(self.value(key)), value)]
+        else:
+            raise unknown(mapping)
 
 
 def called(call: ast.expr) -> str:

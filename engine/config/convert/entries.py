@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from ...errors import UserError
 from ..mixture import AMOUNTS
-from ..trl_sets import Entry, as_sets
+from ..trl_sets import Entry, as_sets, hold_out_rows
 from .reading import Reading, as_list
 
-__all__ = ["Entry", "hold_out", "put_data", "put_evaluation", "weighted"]
+__all__ = ["Entry", "hold_out", "name_run", "put_data", "put_evaluation", "stop_early", "weighted"]
 
 
 def put_data(reading: Reading, key: str, entries: list[Entry]) -> None:
@@ -74,19 +74,23 @@ def put_evaluation(reading: Reading, key: str, entries: list[Entry]) -> None:
 
 def hold_out(reading: Reading, key: str, size: float) -> None:
     """Evaluate a part of the training data: a share, or so many rows."""
-    data = reading.values.get("data", {})
     if not size:
         return
-    if size < 1:
-        reading.put("data.eval_fraction", float(size))
-        reading.changes(key, f"-> data.eval_fraction {size:g}: other rows are held out, by what their prompts say")
-        return
-    count, split = int(size), str(data.get("dataset_train_split", "train"))
-    if "[" in split or "dataset_name" not in data:
-        text = f"{count} rows cannot be held out by number of what is read; data.eval_fraction holds out a share"
-        reading.changes(key, text)
-        return
-    reading.put("data.dataset_train_split", f"{split}[:-{count}]")
-    reading.put("data.eval_dataset_name", data["dataset_name"])
-    reading.put("data.eval_dataset_split", f"{split}[-{count}:]")
-    reading.changes(key, f"the last {count} rows are held out, not {count} at random")
+    found, text = hold_out_rows(reading.values.get("data", {}), size)
+    for name, value in found.items():
+        reading.put(f"data.{name}", value)
+    reading.changes(key, text)
+
+
+def name_run(reading: Reading, projects: str, runs: str = "") -> None:
+    """What a run and its project are called by trackers: the first of several keys each."""
+    for key, names in (("train.project", projects), ("train.run_name", runs)):
+        given = [(name, reading.file.take(name)) for name in names.split()]
+        if named := next(((name, value) for name, value in given if value not in (None, "")), None):
+            reading.put(key, str(named[1]), named[0])
+
+
+def stop_early(reading: Reading, key: str) -> None:
+    """Evaluations in a row, none of them better, after which a run ends."""
+    if (patience := reading.file.take(key)) not in (None, False, 0):
+        reading.put("train.early_stopping_patience", reading.file.as_whole(key, patience), key)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import UserError
-from .entries import Entry, hold_out, put_data, put_evaluation
+from .entries import Entry, hold_out, name_run, put_data, put_evaluation
 from .reading import Reading, Trainer, as_list
 from .rules import Left, Read, Rule, each, words
 from .transformers_keys import TRL_KEYS
@@ -20,7 +20,8 @@ RULES: dict[str, Rule] = {
         "preprocessing_num_workers callbacks benchmarks hub_model_revision num_completions",
         Left("told", "no part in what is learned"),
     ),
-    **each("wandb_entity wandb_project wandb_run_group", Left("told", "wandb reads its environment variables")),
+    **each("wandb_entity wandb_run_group", Left("told", "wandb reads its environment variables")),
+    "wandb_project": Read("`train.project`"),
 }  # fmt: skip
 
 
@@ -34,6 +35,7 @@ def read(reading: Reading) -> None:
             reading.put("data.chat_template", str(text), "chat_template")
     if smoothing := file.number("label_smoothing", 0.0):
         reading.put("loss.label_smoothing", smoothing, "label_smoothing")
+    name_run(reading, "wandb_project")
     mixer, mixture = file.take("dataset_mixer"), file.take("dataset_mixture")
     if "dataset_name" in file.keys and (mixer is not None or mixture is not None):
         file.take("dataset_name")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import UserError
 from ..fields import nearest, show
-from .entries import Entry, hold_out, put_data, put_evaluation, weighted
+from .entries import Entry, hold_out, name_run, put_data, put_evaluation, stop_early, weighted
 from .llama_factory_keys import MARKS, RULES, SAME_NAMES
 from .reading import Reading, Trainer, as_list
 from .transformers_keys import TRANSFORMERS_DEFAULTS
@@ -274,3 +274,5 @@ def _model(reading: Reading) -> None:
     elif strategy not in ("no", False):
         reading.tell("eval_strategy", "no effect without eval_dataset or val_size")
         file.take("eval_steps")
+    stop_early(reading, "early_stopping_steps")
+    name_run(reading, "swanlab_project", "swanlab_run_name")

@@ -31,6 +31,8 @@ RULES: dict[str, Rule] = {
     **each("flash_attn", Read("`model.attention`")),
     **each("disable_gradient_checkpointing", Read("`train.gradient_checkpointing`, true where the file is silent")),
     **each("eval_strategy evaluation_strategy", Read("`train.eval_steps`")),
+    "early_stopping_steps": Read("`train.early_stopping_patience`"),
+    **each("swanlab_project swanlab_run_name", Read("`train.project`, `train.run_name`")),
     **each(
         "loraplus_lr_ratio pissa_init use_llama_pro freeze_trainable_layers freeze_trainable_modules oft_rank",
         Left("stop", "adapters have one rank, on whole modules, and start as peft's do", (False,)),
@@ -45,7 +47,7 @@ RULES: dict[str, Rule] = {
         Left("new", "this optimizer is not supported; optim.optimizer adamw takes its place", (False,)),
     ),
     **each(
-        "early_stopping_steps freeze_language_model use_dft_loss use_asft_loss use_eaft_loss "
+        "freeze_language_model use_dft_loss use_asft_loss use_eaft_loss "
         "tool_format enable_thinking preserve_thinking block_diag_attn model_max_length",
         Left("new", "not supported; dropped", (False, True)),
     ),
@@ -63,11 +65,10 @@ RULES: dict[str, Rule] = {
     ),
     **each(
         "plot_loss compute_accuracy include_effective_tokens_per_second print_param_status cache_dir media_dir "
-        "hf_hub_token ms_hub_token om_hub_token use_swanlab swanlab_project swanlab_workspace swanlab_run_name "
-        "swanlab_mode swanlab_api_key freeze_vision_tower freeze_multi_modal_projector image_max_pixels "
-        "image_min_pixels video_max_pixels video_min_pixels ignore_pad_token_for_loss eval_on_each_dataset "
-        "predict_with_generate eval_num_beams ray_num_workers loraplus_lr_embedding pissa_iter pissa_convert "
-        "master_addr master_port kto_chosen_weight kto_rejected_weight",
+        "hf_hub_token ms_hub_token om_hub_token use_swanlab swanlab_workspace swanlab_mode swanlab_api_key "
+        "freeze_vision_tower freeze_multi_modal_projector image_max_pixels image_min_pixels video_max_pixels "
+        "video_min_pixels ignore_pad_token_for_loss eval_on_each_dataset predict_with_generate eval_num_beams ray_num_workers "
+        "loraplus_lr_embedding pissa_iter pissa_convert master_addr master_port kto_chosen_weight kto_rejected_weight",
         Left("told", "no part in what DPO learns"),
     ),
 }

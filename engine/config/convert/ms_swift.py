@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import UserError
 from ..fields import show
-from .entries import Entry, hold_out, put_data, put_evaluation, weighted
+from .entries import Entry, hold_out, name_run, put_data, put_evaluation, stop_early, weighted
 from .ms_swift_keys import MARKS, RULES, SAME_NAMES
 from .reading import Reading, Trainer, as_list
 
@@ -219,6 +219,8 @@ def _schedule(reading: Reading) -> None:
             reading.hand("eval_steps", steps if steps is not None else file.keys.get("save_steps", 500))
     elif steps is not None:
         reading.tell("eval_steps", "no effect without rows to evaluate")
+    stop_early(reading, "early_stop_interval")
+    name_run(reading, "swanlab_project", "swanlab_exp_name")
 
 
 def _reference(reading: Reading) -> None:

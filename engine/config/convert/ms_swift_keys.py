@@ -45,6 +45,8 @@ RULES: dict[str, Rule] = {
     ),
     **each("learning_rate lr min_lr lr_scheduler_type lr_decay_style", Read("`optim`")),
     **each("eval_strategy eval_steps", Read("`train.eval_steps`")),
+    "early_stop_interval": Read("`train.early_stopping_patience`"),
+    **each("swanlab_project swanlab_exp_name", Read("`train.project`, `train.run_name`")),
     **each("ref_model", Read("`reference.model_name_or_path`")),
     **each(
         "lora_bias lorap_lr_ratio lora_ga_batch_size target_parameters layers_to_transform lora_dtype use_swift_lora",
@@ -62,7 +64,7 @@ RULES: dict[str, Rule] = {
     ),
     **each(
         "use_galore lisa_activated_layers optimizer response_prefix enable_thinking norm_bbox "
-        "aligner_lr vit_lr early_stop_interval callbacks enable_channel_loss agent_template use_chat_template "
+        "aligner_lr vit_lr callbacks enable_channel_loss agent_template use_chat_template "
         "max_pixels model_kwargs enable_dft_loss",
         Left("new", "not supported; dropped", (False, 0, True, [])),
     ),
@@ -73,7 +75,7 @@ RULES: dict[str, Rule] = {
         "packing_num_proc remove_unused_columns strict val_dataset_shuffle max_completion_length "
         "model_type model_name model_author "
         "add_version create_checkpoint_symlink task_type device_map max_memory safe_serialization max_shard_size "
-        "hub_token ignore_args_error load_args swanlab_project swanlab_exp_name swanlab_mode swanlab_token "
+        "hub_token ignore_args_error load_args swanlab_mode swanlab_token "
         "tuner_backend freeze_vit freeze_aligner vit_gradient_checkpointing temperature max_new_tokens check_model "
         "zero_hpz_partition_size deepspeed_autotp_size sequence_parallel_size template_backend use_ray "
         "bnb_4bit_compute_dtype use_logits_to_keep resume_only_model experts_impl",

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import UserError
 from ..fields import show
-from .entries import Entry, put_data
+from .entries import Entry, name_run, put_data
 from .reading import Reading, Trainer, as_list
 from .rules import Left, Read, Rule, To, each, words
 
@@ -35,6 +35,7 @@ RULES: dict[str, Rule] = {
     **each("optimizer_type use_8bit_optimizer dpo_use_paged_optimizer", Read("`optim.optimizer`")),
     **each("checkpointing_steps keep_last_n_checkpoints", Read("`train.save_steps`, `train.save_total_limit`")),
     **each("with_tracking report_to", Read("`train.report_to`")),
+    **each("wandb_project run_name exp_name", Read("`train.project`, `train.run_name`")),
     **each("gradient_checkpointing activation_memory_budget", Read("`train.gradient_checkpointing`")),
     **each("chat_template_name add_bos transform_fn", Read("told: here the tokenizer's template writes a row")),
     **each(
@@ -44,7 +45,7 @@ RULES: dict[str, Rule] = {
     **each("optimizer_kwargs config_hash loss_implementation", Left("new", "not supported; dropped", ({}, ""))),
     **each("concatenated_forward packing", Left("told", "whole pairs are always packed, without padding")),
     **each(
-        "exp_name run_name wandb_project wandb_entity wandb_group_name push_to_hub hf_entity hf_repo_id "
+        "wandb_entity wandb_group_name push_to_hub hf_entity hf_repo_id "
         "hf_repo_revision hf_repo_url save_to_hub hf_metadata_dataset try_launch_beaker_eval_jobs gs_bucket_path "
         "try_auto_save_to_beaker dataset_mix_dir oe_eval_tasks oe_eval_max_length oe_eval_gpu_multiplier "
         "eval_workspace eval_priority send_slack_alerts resume_from_checkpoint do_not_randomize_output_dir "
@@ -180,6 +181,7 @@ def _run(reading: Reading) -> None:
     reading.hand("report_to", trackers if file.flag("with_tracking") else "none", "with_tracking")
     if reading.trl["report_to"] == "all":
         reading.trl["report_to"] = ["wandb"]
+    name_run(reading, "wandb_project", "run_name exp_name")
     budget = file.number("activation_memory_budget", 1.0)
     reading.hand("gradient_checkpointing", file.flag("gradient_checkpointing") or budget < 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ...errors import UserError, raise_all
 from ..trl_conversion import Effect, Note
 from ..trl_keys import SAME_RESULT
 from .constants import Script, UnknownValueError, called, unknown
-from .script_data import Rows, rows_of
+from .script_data import evaluation_of, rows_of
 
 _TRAINERS = ("DPOTrainer", "UnslothDPOTrainer")
 _CONFIGS = ("DPOConfig", "TrainingArguments")
@@ -36,6 +37,8 @@ _MODEL = {"torch_dtype": "dtype", "dtype": "dtype", "attn_implementation": "attn
           "load_in_8bit": "load_in_8bit"}  # fmt: skip
 _MODEL_LEFT = ("device_map", "use_cache", "low_cpu_mem_usage", "token", "use_auth_token", "cache_dir", "max_memory",
                "local_files_only", "max_seq_length", "full_finetuning")  # fmt: skip
+_NAMES = ("run_name", "project")
+"""What a run is called, which teaches nothing."""
 _QUANTIZED = {
     "load_in_4bit": "load_in_4bit",
     "load_in_8bit": "load_in_8bit",
@@ -105,6 +108,8 @@ class _Reader:
             self._try(lambda: self._lora(peft), "peft_config")
         self._data(given)
         self._tokenizer([given.pop(name, None) for name in ("processing_class", "tokenizer")])
+        for call in self.script.calls("add_callback"):
+            self._callbacks(call.args)
         for name, node in given.items():
             self._argument(name, node)
         for cls in (n for n in ast.walk(self.script.tree) if isinstance(n, ast.ClassDef)):
@@ -135,11 +140,14 @@ class _Reader:
     def _set(self, key: str, node: ast.expr) -> None:
         """Set a TRL key to the value of an expression."""
         self.found.lines[key] = node.lineno
-        if key in SAME_RESULT:
+        if key in SAME_RESULT or key in _NAMES:
             try:
                 self.found.keys[key] = self.script.value(node)
             except UnknownValueError:
-                self.found.keys[key] = ast.unparse(node)
+                if key in SAME_RESULT:
+                    self.found.keys[key] = ast.unparse(node)
+                else:
+                    self._say(key, "told", f"{ast.unparse(node)[:60]} is not a constant; set train.{key}", node.lineno)
             return
 
         def read() -> None:
@@ -283,11 +291,11 @@ class _Reader:
         data: dict[str, Any] = {}
         train, evaluation = given.pop("train_dataset", None), given.pop("eval_dataset", None)
         if train is not None:
-            self._try(lambda: data.update(self._rows(train, "train_dataset").as_training()), "train_dataset")
+            self._try(lambda: data.update(self._training(train)), "train_dataset")
         # Rows that are split off are not trained on, whether they are evaluated or not.
         split_off = {"eval_fraction"} & set(data)
         if evaluation is not None and not (isinstance(evaluation, ast.Constant) and evaluation.value is None):
-            self._try(lambda: data.update(self._rows(evaluation, "eval_dataset").as_evaluation(data)), "eval_dataset")
+            self._try(lambda: data.update(self._evaluated(evaluation, data)), "eval_dataset")
         if data.get("eval_fraction"):
             text = "other rows are held out, by the content of their prompts"
             self.found.notes.append(
@@ -304,11 +312,17 @@ class _Reader:
                     "eval_dataset", "told", f"{text}, without eval_strategy", evaluation.lineno if evaluation else 1
                 )
 
-    def _rows(self, node: ast.expr, name: str) -> Rows:
+    def _training(self, node: ast.expr) -> dict[str, Any]:
         rows = rows_of(self.script, node)
         for line, text in rows.changes:
-            self._say(name, "new", text, line)
-        return rows
+            self._say("train_dataset", "new", text, line)
+        return rows.as_training()
+
+    def _evaluated(self, node: ast.expr, training: dict[str, Any]) -> dict[str, Any]:
+        found, sets = evaluation_of(self.script, node, training)
+        for line, text in dict.fromkeys(change for rows in sets for change in rows.changes):
+            self._say("eval_dataset", "new", text, line)
+        return found
 
     def _tokenizer(self, nodes: list[ast.expr | None]) -> None:
         for node in (n for n in nodes if n is not None):
@@ -335,13 +349,38 @@ class _Reader:
         """Further arguments of the trainer; until TRL 0.12 keys of DPOConfig were among them."""
         if isinstance(node, ast.Constant) and node.value is None:
             return
-        if name in ("callbacks", "optimizers", "data_collator", "compute_metrics", "model_init", "formatting_func",
+        if name == "callbacks" and isinstance(listed := self._followed(node), ast.List | ast.Tuple):
+            self._callbacks(listed.elts)
+        elif name in ("callbacks", "optimizers", "data_collator", "compute_metrics", "model_init", "formatting_func",
                     "preprocess_logits_for_metrics", "quantization_config"):  # fmt: skip
             self._say(name, "new", f"{ast.unparse(node)[:60]} is not read", node.lineno)
         else:
             self._set(name, node)
 
+    def _followed(self, node: ast.expr) -> ast.expr:
+        """What a name stands for, where that can be told."""
+        try:
+            return self.script.node(node)
+        except UnknownValueError:
+            return node
 
+    def _callbacks(self, nodes: list[ast.expr]) -> None:
+        for node in nodes:
+            call = self._followed(node)
+            if not isinstance(call, ast.Call) or called(call) != "EarlyStoppingCallback":
+                self._say("callbacks", "new", f"{ast.unparse(node)[:60]} is not read", node.lineno)
+            else:
+                self._try(partial(self._stopping, call), "EarlyStoppingCallback")
+
+    def _stopping(self, call: ast.Call) -> None:
+        given = {key: self.script.value(value) for key, value in self.script.keywords(call, _STOPPING)}
+        values = {"early_stopping_patience": 1, **{key: given[key] for key in _STOPPING if key in given}}
+        self.found.values.setdefault("train", {}).update(values)
+        words = ", ".join(f"train.{key} {value}" for key, value in values.items())
+        self._say("EarlyStoppingCallback", "told", f"-> {words}", call.lineno)
+
+
+_STOPPING = ("early_stopping_patience", "early_stopping_threshold")
 _NO_PARSER = (
     "where options come from a command line or a file, convert that: `dpo init --from FILE` reads YAML and shell "
     "commands, too"

@@ -48,12 +48,39 @@ class Rows:
         found["eval_fraction"] = self.held_out
         return {key: value for key, value in found.items() if value and value != "train"}
 
-    def as_evaluation(self, training: dict[str, Any]) -> dict[str, Any]:
-        """As evaluation data, beside the training data."""
+    def as_evaluation(self, training: dict[str, Any], line: int) -> dict[str, Any]:
+        """As evaluation data, beside the training data.
+
+        Raises:
+            UnknownValueError: it cannot be said there.
+        """
         if self.held_out is not None:
             return {} if training.get("eval_fraction") else {"eval_fraction": self.held_out}
+        if self.split is None and not self.files:
+            raise UnknownValueError(f"all splits of {self.name} are meant; name one, such as ['test']", line)
+        if self.config != training.get("dataset_config"):
+            text = f"{self.name} has the configuration {self.config}, and training data has another"
+            raise UnknownValueError(f"{text}, which cannot be said; write the rows to a file", line)
         name, split = self.source()
         return {"eval_dataset_name": name, "eval_dataset_split": split}
+
+
+def evaluation_of(script: Script, node: ast.expr, training: dict[str, Any]) -> tuple[dict[str, Any], list[Rows]]:
+    """The evaluation data that an expression stands for, one set or several by name, and its rows.
+
+    Raises:
+        UnknownValueError: it depends on what the script does, or cannot be said.
+    """
+    found = script.node(node)
+    if not isinstance(found, ast.Dict) and not (isinstance(found, ast.Call) and called(found) == "dict"):
+        rows = rows_of(script, node)
+        return rows.as_evaluation(training, node.lineno), [rows]
+    sets = {name: rows_of(script, value) for name, value in script.items(found)}
+    parts = {name: rows.as_evaluation(training, node.lineno) for name, rows in sets.items()}
+    if any("eval_dataset_name" not in part for part in parts.values()):
+        raise UnknownValueError("one of several sets is split off the training data; write it to a file", node.lineno)
+    keys = ("eval_dataset_name", "eval_dataset_split")
+    return {key: {name: part[key] for name, part in parts.items()} for key in keys}, list(sets.values())
 
 
 def rows_of(script: Script, node: ast.expr) -> Rows:

@@ -170,41 +170,6 @@ def test_added_losses_keep_their_weights(load):
     assert config.loss.loss_weights == (0.8, 0.2, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("lines", "steps"),
-    [
-        ("eval_strategy: steps\neval_steps: 20\n", 20),
-        ("eval_strategy: steps\nlogging_steps: 7\n", 7),
-        ("eval_strategy: epoch\n", None),
-        ("eval_strategy: steps\neval_steps: 0.25\nmax_steps: 10\n", 0.25),
-    ],
-)
-def test_evaluation(load, lines, steps):
-    config = load(TRL + lines)
-    assert config.data.eval_dataset_name == "d"
-    assert config.train.eval_steps == steps
-
-
-def test_no_evaluation_in_every_spelling(load):
-    for line in ("eval_strategy: no\n", "eval_strategy: 'no'\n", "eval_steps: 10\n"):
-        assert load(TRL + line).data.eval_dataset_name is None
-
-
-@pytest.mark.parametrize("spelling", ["no", "'no'"])
-def test_no_checkpoints_in_every_spelling(convert, load, spelling):
-    assert (
-        notes(convert(TRL + f"save_strategy: {spelling}\n"), "same", "told")["save_strategy"]
-        == "no -> train.save_steps null"
-    )
-    assert load(TRL + f"save_strategy: {spelling}\nsave_steps: 5\n").train.save_steps is None
-
-
-@pytest.mark.parametrize("strategy", ["epoch", "best"])
-def test_other_save_strategies_are_explained(convert, strategy):
-    conversion = convert(TRL + f"save_strategy: '{strategy}'\n")
-    assert "train.save_steps" in notes(conversion, "same", "told")["save_strategy"]
-
-
 def test_required_keys_may_come_from_the_command_line(convert, tmp_path):
     conversion = convert("dataset_name: d\n")
     assert "--model.model_name_or_path VALUE" in notes(conversion, "missing")["model_name_or_path"]

@@ -49,9 +49,14 @@ def test_its_defaults_are_written(run):
         ("model_config: {router_aux_loss_coef: 0.02}\n", {"loss.router_aux_loss_coef": 0.02}),
         ("chat_template_jinja: chat.jinja\n", {"data.chat_template": "chat.jinja"}),
         ("flash_attention: true\n", {"model.attention": "flash"}),
-        ("wandb_project: mine\n", {"train.report_to": ("wandb",)}),
+        ("wandb_project: mine\nwandb_name: a\n",
+         {"train.report_to": ("wandb",), "train.project": "mine", "train.run_name": "a"}),
+        ("val_set_size: 0.1\neval_steps: 5\nsave_steps: 10\nearly_stopping_patience: 3\nload_best_model_at_end: true\n"
+         "metric_for_best_model: rewards/margins\ngreater_is_better: true\n",
+         {"train.early_stopping_patience": 3, "train.load_best_model_at_end": True, "train.save_steps": 10,
+          "train.metric_for_best_model": "rewards/margins", "train.greater_is_better": True}),
     ],
-)
+)  # fmt: skip
 def test_keys_are_converted(run, lines, expected):
     found = run(MINIMAL + lines)
     assert {key: found.get(key) for key in expected} == expected

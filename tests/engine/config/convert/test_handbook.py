@@ -17,6 +17,9 @@ MINIMAL = "model_name_or_path: m\ndataset_mixer: {d: 1.0}\ndataset_splits: [trai
         (MINIMAL.replace("1.0", "0.5"), {"data.dataset_train_split": "train_prefs[:50%]"}),
         (MINIMAL + "eval_strategy: steps\neval_steps: 7\n",
          {"data.eval_dataset_name": "d", "data.eval_dataset_split": "test_prefs", "train.eval_steps": 7}),
+        (MINIMAL + "eval_strategy: steps\neval_steps: 7\nsave_steps: 14\n"
+         "load_best_model_at_end: true\nwandb_project: p\n",
+         {"train.load_best_model_at_end": True, "train.project": "p"}),
         (MINIMAL + "label_smoothing: 0.1\n", {"loss.label_smoothing": 0.1, "loss.router_aux_loss_coef": 0}),
         (MINIMAL + "rpo_alpha: 0.5\nchat_template: chat.jinja\n",
          {"loss.rpo_alpha": 0.5, "data.chat_template": "chat.jinja"}),

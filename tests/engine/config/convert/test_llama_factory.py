@@ -62,6 +62,16 @@ def test_its_defaults_are_written(run):
         ("moe_aux_loss_coef: 0.01\n", {"loss.router_aux_loss_coef": 0.01}),
         ("cutoff_len: 4096\nbf16: true\n", {"data.max_length": 4096, "model.dtype": None}),
         ("max_samples: 100\nval_size: 0.1\n", {"data.max_rows": 100, "data.eval_fraction": 0.1}),
+        (
+            "val_size: 0.1\neval_strategy: steps\neval_steps: 5\nearly_stopping_steps: 3\n"
+            "load_best_model_at_end: true\nsave_steps: 5\nrun_name: a\nswanlab_project: p\n",
+            {
+                "train.early_stopping_patience": 3,
+                "train.load_best_model_at_end": True,
+                "train.run_name": "a",
+                "train.project": "p",
+            },
+        ),
         ("disable_shuffling: true\n", {"packing.shuffle": False}),
         ("disable_gradient_checkpointing: true\n", {"train.gradient_checkpointing": None}),
         ("flash_attn: fa2\nref_model: m0\n", {"model.attention": "flash", "reference.model_name_or_path": "m0"}),

@@ -47,6 +47,11 @@ def test_options_in_yaml(tmp_path):
         ("--beta 0.3 --label_smoothing 0.1", {"loss.beta": 0.3, "loss.label_smoothing": 0.1}),
         ("--loss_type sigmoid bco_pair sft --loss_weights 0.8 0.2 1",
          {"loss.loss_type": ("sigmoid", "bco_pair", "sft"), "loss.loss_weights": (0.8, 0.2, 1.0)}),
+        ("--split_dataset_ratio 0.1 --eval_steps 50 --save_steps 50 --early_stop_interval 3 "
+         "--load_best_model_at_end true --metric_for_best_model rewards/accuracies --swanlab_project p "
+         "--swanlab_exp_name a",
+         {"train.early_stopping_patience": 3, "train.load_best_model_at_end": True, "train.run_name": "a",
+          "train.metric_for_best_model": "rewards/accuracies", "train.project": "p"}),
         ("--rpo_alpha 0.1", {"loss.rpo_alpha": 0.1}),
         ("--router_aux_loss_coef 0.001", {"loss.router_aux_loss_coef": 0.001}),
         ("--dataset 'who/what:en' --use_hf true", {"data.dataset_name": "who/what", "data.dataset_config": "en"}),

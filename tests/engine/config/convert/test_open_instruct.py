@@ -42,6 +42,7 @@ def test_its_defaults_are_written(run):
         ("use_lora: true\nuse_qlora: true\n", {"model.quantization": "nf4", "optim.optimizer": "paged_adamw"}),
         ("checkpointing_steps: epoch\nwith_tracking: true\n", {"train.report_to": ("wandb",)}),
         ("activation_memory_budget: 0.5\n", {"train.gradient_checkpointing": True}),
+        ("exp_name: a\nwandb_project: p\n", {"train.run_name": "a", "train.project": "p"}),
         ("max_train_samples: 50\nmax_train_steps: 7\n", {"data.max_rows": 50, "train.max_steps": 7}),
     ],
 )  # fmt: skip

@@ -191,6 +191,7 @@ EXPECTED = {
         "optim.learning_rate": 1e-6,
         "optim.warmup_steps": 0.1,
         "optim.max_grad_norm": 0,
+        "train.run_name": "hybrid-7b-DPO",
         "train.output_dir": "output/",
         "train.num_train_epochs": 1,
         "train.save_steps": 500,
@@ -251,7 +252,8 @@ EXPECTED = {
     "handbook-zephyr-7b-full.yaml": {
         "model.model_name_or_path": "alignment-handbook/zephyr-7b-sft-full",
         "data.datasets": [
-            {"name": "HuggingFaceH4/ultrafeedback_binarized", "config": "default", "split": split, "fraction": 1.0}
+            {"name": "HuggingFaceH4/ultrafeedback_binarized", "config": "default", "split": f"{split}[:-1000]",
+             "fraction": 1.0, "eval_split": f"{split}[-1000:]"}
             for split in ("train_prefs", "test_prefs")
         ],
         "packing.pairs_per_step": 128,
@@ -263,6 +265,7 @@ EXPECTED = {
         "optim.warmup_steps": 0.1,
         "train.output_dir": "data/zephyr-7b-dpo-full",
         "train.num_train_epochs": 1,
+        "train.eval_steps": 100,
         "train.save_steps": 100,
         "train.save_total_limit": 1,
         "train.gradient_checkpointing": True,
@@ -291,6 +294,7 @@ EXPECTED = {
         "optim.warmup_steps": 0.1,
         "optim.max_grad_norm": 0.2,
         "train.output_dir": "data/SmolLM3-DPO",
+        "train.run_name": "SmolLM3-DPO",
         "train.num_train_epochs": 1,
         "train.save_steps": 0.5,
         "train.save_total_limit": 1,
@@ -316,6 +320,7 @@ EXPECTED = {
         "optim.learning_rate": 1e-6,
         "optim.warmup_steps": 0.1,
         "optim.max_grad_norm": 0,
+        "train.run_name": "olmo3-7b-DPO-1e-6",
         "train.output_dir": "output/",
         "train.num_train_epochs": 1,
         "train.save_total_limit": 3,

@@ -56,6 +56,17 @@ def script(config: str = "", trainer: str = "", before: str = "", rows: str = "r
          {"data.eval_fraction": None}),
         (script(trainer="peft_config=lora", before="lora = LoraConfig(r=4, target_modules=['q_proj'])"),
          {"model.lora.r": 4, "model.lora.alpha": 8, "model.lora.target_modules": ("q_proj",)}),
+        (script("eval_strategy='steps', eval_steps=5", before="sets = load_dataset('d')\n"
+                "more = load_dataset('e', split='test')", rows="sets['train']",
+                trainer="eval_dataset={'a': sets['test'], **dict(b=more)}"),
+         {"data.eval_dataset_name": {"a": "d", "b": "e"}, "data.eval_dataset_split": {"a": "test", "b": "test"}}),
+        (script("eval_strategy='steps', eval_steps=5, save_steps=10, load_best_model_at_end=True",
+                trainer="eval_dataset=load_dataset('d', split='test'), callbacks=[Early(early_stopping_patience=N)]",
+                before="N = 3\nEarly = transformers.EarlyStoppingCallback").replace("Early(", "EarlyStoppingCallback("),
+         {"train.early_stopping_patience": 3, "train.load_best_model_at_end": True}),
+        (script("eval_strategy='steps', eval_steps=5", trainer="eval_dataset=load_dataset('d', split='test')")
+         + "trainer.add_callback(EarlyStoppingCallback(2, 0.01))\n",
+         {"train.early_stopping_patience": 2, "train.early_stopping_threshold": 0.01}),
         (script(trainer="ref_model='m0'"), {"reference.model_name_or_path": "m0"}),
         (script(model="model", before="model = AutoModelForCausalLM.from_pretrained('m', dtype=torch.float32)\n"
                 "model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules='all-linear'))"),
@@ -148,6 +159,12 @@ def test_plain_training_arguments_have_other_defaults(run):
         (script(rows="concatenate_datasets([rows, rows])"), "train_dataset: concatenate_datasets joins several"),
         (script(trainer="peft_config=LoraConfig(r=4, target_modules=['q'], layers_to_transform=[0])"),
          "LoraConfig: layers_to_transform=[0] is not supported"),
+        (script("eval_strategy='epoch'", trainer="eval_dataset=load_dataset('d')"),
+         "all splits of d are meant; name one"),
+        (script("eval_strategy='epoch'", trainer="eval_dataset=load_dataset('d', 'c', split='test')"),
+         "d has the configuration c, and training data has another"),
+        (script("eval_strategy='epoch'", before="parts = rows.train_test_split(test_size=0.1)", rows="parts['train']",
+                trainer="eval_dataset={'a': parts['test'], 'b': rows}"), "one of several sets is split off"),
         (script(trainer="peft_config=lora_of(x)"), "peft_config: lora_of(x) is not a constant"),
         (script(model="load()"), "model: load() is not a constant"),
         (script() + "DPOTrainer(model='m2')\n", "DPOTrainer is called in lines 12, 14; leave one of them"),
@@ -167,11 +184,25 @@ def test_all_that_cannot_be_resolved_is_said_at_once(converted):
     assert [error.args[0].split(": ")[1] for error in caught.value.errors] == ["beta", "learning_rate", "train_dataset"]
 
 
+def test_several_evaluation_sets_need_the_metric_of_one(converted):
+    text = script(
+        "eval_strategy='steps', eval_steps=5, load_best_model_at_end=True, run_name=stamp(), "
+        "model_init_kwargs={'dtype': torch.bfloat16}",
+        trainer="eval_dataset={'a': rows, 'b': rows}",
+    )
+    found = converted(text)
+    assert found.values["train"]["metric_for_best_model"] == "a_loss"
+    changed = notes(found, "new")
+    assert "a_loss decides here" in changed["metric_for_best_model"]
+    assert "model_init_kwargs.dtype" in changed
+    assert notes(found, "told")["run_name"] == "line 11: stamp() is not a constant; set train.run_name"
+
+
 def test_what_is_not_run_is_loud(converted):
     changed = notes(
         converted(script(trainer="callbacks=[c]", before="rows = rows.map(f)\nrows = rows.filter(g)")), "new"
     )
-    assert changed["callbacks"] == "line 13: [c] is not read"
+    assert changed["callbacks"] == "line 13: c is not read"
     texts = [
         n.text for n in converted(script(before="rows = rows.map(f)\nrows = rows.filter(g)")).notes if n.effect == "new"
     ]
