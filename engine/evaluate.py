@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from .config import load_config
 from .config.schema import LossConfig, ModelConfig, RunConfig
 from .data import Report, check_files, load_dataset_groups
 from .data.groups import PreferenceDataset
+from .durable import write_atomically
 from .errors import UserError, raise_all
 from .inputs import check_inputs
 from .memory_errors import advised
@@ -25,8 +27,17 @@ from .model.load import shapes_alone
 from .model.quantization import check_quantization
 from .packing import check_fits
 from .reference.template_date import with_template_date
-from .run_folder import AS_TRAINED, CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, eval_prefixes, read_record
+from .run_folder import (
+    AS_TRAINED,
+    CONFIG_FILE,
+    DETAILS_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    eval_prefixes,
+    read_record,
+)
 from .train.evaluation import evaluate_splits, format_evaluation, write_evaluation
+from .train.measures import format_details, with_text
 from .train.objective import Objective
 from .train.references import full_model, prepare_references
 from .train.training_data import warn_of_trained_rows
@@ -44,7 +55,8 @@ def evaluate(config: RunConfig, model_path: str | None = None, *, own_loss: bool
 
     References come from where training takes them: they belong to the model that ``config`` names, not to the one that
     is evaluated. When ``model_path`` is the folder of a run, the loss is that of the run, evaluation rows that it was
-    trained on are warned of, and the result is also written there as ``evaluation.json``.
+    trained on are warned of, and the result is also written there as ``evaluation.json`` and
+    ``evaluation_details.json``.
 
     Args:
         model_path: a model or adapter folder, or a Hub id; by default the model before training.
@@ -52,8 +64,8 @@ def evaluate(config: RunConfig, model_path: str | None = None, *, own_loss: bool
 
     Returns:
         ``eval_loss``, ``eval_rewards/*``, ``eval_logps/*``, ``eval_ranking_accuracy``,
-        ``eval_ranking_accuracy_per_token``, ``eval_num_pairs``, and accuracies by length of the longest response; of
-        each of several sets, ``eval_NAME_loss`` and so on.
+        ``eval_ranking_accuracy_per_token``, ``eval_num_pairs``, what docs/evaluation.md defines, and accuracies by
+        length of the longest response; of each of several sets, ``eval_NAME_loss`` and so on.
 
     Raises:
         UserError: no evaluation data, or a model that cannot be loaded.
@@ -82,10 +94,18 @@ def evaluate(config: RunConfig, model_path: str | None = None, *, own_loss: bool
     config = _fixed_reference(config)
     references = prepare_references(config, policy, objective, datasets, say=log.info)
     objective.live_reference = references.live
-    values = evaluate_splits(trained, datasets, objective, config, lookup=references.lookup, progress=True)
+    details: dict[str, dict[str, Any]] = {}
+    values = evaluate_splits(
+        trained, datasets, objective, config, lookup=references.lookup, progress=True, details=details
+    )
     log.info(format_evaluation(values))
+    with_text(details, datasets, tokenizer)
+    if words := format_details(details):
+        log.info("%s", words)
     if distributed.is_main() and model_path is not None and (Path(model_path) / METRICS_FILE).exists():
-        write_evaluation(Path(model_path), values | _as_trained(Path(model_path), values), elsewhere=_RERUN)
+        folder = Path(model_path)
+        write_evaluation(folder, values | _as_trained(folder, values), elsewhere=_RERUN)
+        write_atomically(folder / DETAILS_FILE, json.dumps(details, indent=1) + "\n", elsewhere=_RERUN)
     return values
 
 

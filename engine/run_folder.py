@@ -21,6 +21,8 @@ METRICS_FILE = "metrics.jsonl"
 DATA_FILE = "data.json"
 """Lint, plan and token counts of the training data."""
 EVALUATION_FILE = "evaluation.json"
+DETAILS_FILE = "evaluation_details.json"
+"""What `dpo evaluate` finds that is more than a number: calibration, flipped rankings, the rows that lost most."""
 CARD_FILE = "README.md"
 MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", "*.safetensors.index.json", "*.bin.index.json"),
@@ -73,6 +75,12 @@ def eval_prefixes(metrics: Iterable[str]) -> list[str]:
     mark = "rewards/margins"
     found = (name.removesuffix(mark) for name in metrics if name.startswith("eval_") and name.endswith(mark))
     return [prefix for prefix in dict.fromkeys(found) if "/" not in prefix]
+
+
+def bin_words(record: Mapping[str, float | None]) -> str:
+    """The bounds of a bin in ``DETAILS_FILE``, where None is no bound."""
+    low, high = (None if record.get(edge) is None else f"{record[edge]:g}" for edge in ("from", "to"))
+    return f"{low} to {high}" if low and high else f"below {high}" if high else f"above {low}"
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ..run_folder import (
     EVALUATION_FILE,
     PAIRS_BY_LENGTH,
     TRAIN_SOURCE,
+    bin_words,
     eval_prefixes,
     of_sources,
     tokens_of,
@@ -33,6 +34,14 @@ TEMPLATE = "page.html.jinja"
 SET_METRICS = ("num_pairs", "loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 """Columns of the tables of a mixture's sets."""
 _LENGTH_HEADS = (BY_LENGTH, PAIRS_BY_LENGTH)
+_ANSWER_TABLES = (
+    (
+        "nats by which the reference prefers the chosen response",
+        "by_reference_margin",
+        ("pairs", "ranked_right", "flipped"),
+    ),
+    ("how sure the implicit reward is", "calibration", ("pairs", "confidence", "accuracy")),
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ def render(run: RunRecords, pictures: Sequence[SavedPicture]) -> str:
         evaluation=_evaluation(run),
         by_length=_by_length(run.evaluation),
         by_source=_by_source(run),
+        answers=_answers(run.details),
         lint=_lint(run.data.get("lint")),
         config=_config(run.config),
         set_metrics=[_bare(name) for name in SET_METRICS],
@@ -183,6 +193,20 @@ def _by_length(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
             for tokens in found
         ]
     return rows
+
+
+def _answers(details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Tables of what ``dpo evaluate`` found beside its numbers, of each evaluation set."""
+    sets = []
+    for split, found in details.items():
+        tables = {}
+        for title, key, columns in _ANSWER_TABLES:
+            rows = [[bin_words(r), *(_number(_counted("num_", r.get(c))) for c in columns)] for r in found.get(key, ())]
+            if rows:
+                tables[title] = {"columns": [c.replace("_", " ") for c in columns], "rows": rows}
+        worst = [{**row, "change": f"{row['chosen']:+,.1f}"} for row in found.get("most_displaced", ())]
+        sets.append({"name": split.removeprefix("eval").removeprefix("_"), "tables": tables, "worst": worst})
+    return [found for found in sets if found["tables"] or found["worst"]]
 
 
 def _lint(lint: Any) -> list[dict[str, str]]:

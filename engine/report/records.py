@@ -16,6 +16,7 @@ from ..durable import is_complete
 from ..errors import UserError
 from ..run_folder import (
     DATA_FILE,
+    DETAILS_FILE,
     EVALUATION_FILE,
     METRICS_FILE,
     eval_prefixes,
@@ -57,6 +58,8 @@ class RunRecords:
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What ``dpo evaluate`` left beside its numbers, by evaluation set."""
     finished: bool = False
     """Whether the final model has been written, whole."""
 
@@ -107,6 +110,7 @@ def read_run(folder: Path) -> RunRecords:
         config=read_settings(folder),
         data=read_record(folder / DATA_FILE),
         evaluation=read_record(folder / EVALUATION_FILE),
+        details=read_record(folder / DETAILS_FILE),
         finished=is_complete(folder),
     )
 

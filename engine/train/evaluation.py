@@ -1,7 +1,7 @@
 """Metrics of a policy on held-out preference pairs: no gradients, no logits kept.
 
 Beside the metrics of training under ``eval_`` names there is the ranking accuracy, which needs no reference: how often
-the model gives the chosen response the higher log-prob, summed and per token.
+the model gives the chosen response the higher log-prob, summed and per token; and for pairs what ``measures.py`` says.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +34,11 @@ from ..run_folder import (
     tokens_of,
 )
 from .by_source import evaluation_by_source, without_sources
+from .measures import by_reference_margin, calibration, measures, most_displaced, of_pairs
 from .metrics import PREFERENCE_NAMES, TOKEN_NAMES
 from .objective import Objective
 from .routing import Routing
-from .scored import RowTerms
+from .scored import RowTerms, Scored
 
 
 class _Scores(NamedTuple):
@@ -58,6 +59,7 @@ def evaluate_policy(
     lookup: Callable[[Pack], np.ndarray] | None,
     progress: bool = False,
     stoppable: bool = True,
+    details: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Metrics of ``policy`` on ``dataset``; the policy's training mode is restored.
 
@@ -66,6 +68,7 @@ def evaluate_policy(
     Args:
         lookup: stored reference log-probs of some groups; None for a live reference or none.
         stoppable: whether a request to end is heeded.
+        details: filled with what is more than a number: see ``_pair_details``.
 
     Raises:
         Stopped: between two packs, on all ranks, when any process was asked to end.
@@ -99,6 +102,7 @@ def evaluate_policy(
     values["eval_ranking_accuracy_per_token"] = per_token.mean().item()
     values["eval_num_pairs"] = float(dataset.terms.sum())
     values |= evaluation_by_source(dataset, scored, summed, has_losses=not objective.couples_pairs)
+    values |= _of_pairs(dataset, objective, scores, scored, lengths_S, places_P2, details)
     terms_G = torch.from_numpy(dataset.terms)
     right = summed.repeat_interleave(terms_G) if scores.ref_S is None else scored.accuracies
     return values | _by_length(right, torch.from_numpy(lengths.longest).repeat_interleave(terms_G))
@@ -113,27 +117,72 @@ def evaluate_splits(
     lookup: Callable[[str], Callable[[Pack], np.ndarray] | None],
     progress: bool = False,
     stoppable: bool = True,
+    details: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, float]:
     """As ``evaluate_policy``, for each evaluation set of a run; the names of its metrics begin with its own name.
 
     Args:
         datasets: by name; ``train`` is left out.
         lookup: of a name.
+        details: filled by name.
     """
     values: dict[str, float] = {}
     for split, dataset in datasets.items():
         if split == "train":
             continue
+        own: dict[str, Any] = {}
         found = evaluate_policy(
             *(policy, dataset, objective, config),
             lookup=lookup(split),
             progress=progress,
             stoppable=stoppable,
+            details=own,
         )
+        if details is not None:
+            details[split] = own
         # Those of the sets of a mixture, which is never one of several evaluation sets, keep their names.
         named = (name if name.startswith(EVAL_SOURCE) else f"{split}_{name.removeprefix('eval_')}" for name in found)
         values |= dict(zip(named, found.values(), strict=True))
     return values
+
+
+def _of_pairs(
+    dataset: PreferenceDataset,
+    objective: Objective,
+    scores: _Scores,
+    scored: Scored,
+    lengths_S: Tensor,
+    places_P2: np.ndarray | None,
+    details: dict[str, Any] | None,
+) -> dict[str, float]:
+    """``measures`` under ``eval_`` names; nothing of rankings of more than two responses.
+
+    Args:
+        details: gets ``calibration`` and, with a reference, ``by_reference_margin`` and ``most_displaced``: lists of
+            records, the last with the places in ``dataset`` of groups.
+    """
+    if places_P2 is None:
+        if (dataset.lengths.responses != 2).any():
+            return {}
+        places_P2 = np.arange(2 * len(dataset)).reshape(-1, 2)
+    # Stored sums of weighted tokens are no log-probs of responses.
+    weighted = objective.ld_alpha is not None or dataset.weighs_tokens
+    reference_S = None if weighted else scores.ref_S
+    pairs = of_pairs(objective.unweighted(scores.logps_S, scores.sums_SK), reference_S, lengths_S, places_P2)
+    margins_P = (scored.chosen_rewards - scored.rejected_rewards).double().cpu().numpy()
+    if details is not None:
+        details["calibration"] = calibration(margins_P)
+        if pairs.reference is not None:
+            groups_P = np.repeat(np.arange(len(dataset)), dataset.terms)
+            change_P2 = pairs.policy - pairs.reference
+            details["by_reference_margin"] = by_reference_margin(pairs)
+            details["most_displaced"] = [
+                {"group": int(groups_P[p]), "chosen": change_P2[p, 0], "rejected": change_P2[p, 1]}
+                for p in most_displaced(pairs)
+            ]
+    loss = objective.config
+    found = measures(pairs, margins_P, beta=loss.beta, label_smoothing=loss.label_smoothing)
+    return {f"eval_{name}": value for name, value in found.items()}
 
 
 def _score_all(

@@ -99,6 +99,17 @@ def test_a_trained_model_against_one_sequence_at_a_time(config, tiny_model_dir, 
     assert by_length["eval_num_pairs/33-64"] == sum(33 <= n <= 64 for n in longest)
     written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert written == values
+    change = logps - ref
+    assert values["eval_logps_change/chosen"] == pytest.approx(change[0::2].mean().item(), abs=1e-4)
+    assert values["eval_reference_ranking_accuracy"] == (ref[0::2] > ref[1::2]).float().mean().item()
+    (details,) = json.loads((tmp_path / "run" / "evaluation_details.json").read_text()).values()
+    assert sum(b["pairs"] for b in details["by_reference_margin"]) == 24
+    assert sum(b["pairs"] for b in details["calibration"]) == 24
+    fell = sorted((value, place) for place, value in enumerate(change[0::2].tolist()) if value < 0)[:10]
+    assert [record["chosen"] for record in details["most_displaced"]] == pytest.approx([v for v, _ in fell], abs=1e-4)
+    for record, (_, place) in zip(details["most_displaced"], fell, strict=True):
+        assert record["row"] == dataset[place].row
+        assert record["chosen_response"] == load_tokenizer(config.model).decode(dataset[place].response_ids[0])
     table = format_evaluation(values)
     assert "ranking_accuracy_per_token" in table
     assert "33-64" in table

@@ -52,13 +52,19 @@ def metric_rows(steps: int, *, every: int = 1, eval_every: int | None = None) ->
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes a run folder; every piece but the metrics can be left out."""
 
-    def write(rows: list[dict[str, Any]], *, config: str = "", data: Any = None, evaluation: Any = None) -> Path:
+    def write(
+        rows: list[dict[str, Any]], *, config: str = "", data: Any = None, evaluation: Any = None, details: Any = None
+    ) -> Path:
         run = tmp_path / "run"
         run.mkdir()
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if config:
             (run / "config.yaml").write_text(config)
-        for name, content in (("data.json", data), ("evaluation.json", evaluation)):
+        for name, content in (
+            ("data.json", data),
+            ("evaluation.json", evaluation),
+            ("evaluation_details.json", details),
+        ):
             if content is not None:
                 (run / name).write_text(json.dumps(content))
         return run

@@ -142,6 +142,25 @@ def test_accuracies_by_length_have_their_own_table(make_run):
     assert page.row("loss") == ["loss", "0.5000"]
 
 
+def test_rankings_calibration_and_the_worst_rows(make_run):
+    details = {
+        "eval_safety": {
+            "by_reference_margin": [{"from": None, "to": -50.0, "pairs": 3.0, "ranked_right": 1.0, "flipped": 1.0}],
+            "calibration": [{"from": 0.5, "to": 0.55, "pairs": 3.0, "confidence": 0.52, "accuracy": 2 / 3}],
+            "most_displaced": [
+                {"row": 7, "chosen": -31.25, "rejected": -40.0, "prompt": "Why?", "chosen_response": "<b>So</b>"}
+            ],
+        }
+    }
+    path = write_report(make_run(BRIEF, details=details))
+    text, page = path.read_text(), Page(path)
+    assert "displacement: safety" in text
+    assert page.row("below -50") == ["below -50", "3", "1", "1"]
+    assert page.row("0.5 to 0.55") == ["0.5 to 0.55", "3", "0.5200", "0.6667"]
+    assert "row 7: -31.2 nats" in text
+    assert "&lt;b&gt;So&lt;/b&gt;" in text
+
+
 def test_progress_and_size_come_from_the_plan(make_run):
     plan = {"total_steps": 1234, "groups": 98765}
     text = write_report(make_run(BRIEF, data={**DATA, "plan": plan})).read_text()
