@@ -19,6 +19,7 @@ from .data.mixture import Mixture, counts_of, describe_mixture
 from .data.read import stream_set
 from .data.row_numbers import NumberSummary
 from .data.sets import DataSet, MixtureReport, sets_of, with_rows
+from .data.shown import format_example, is_marked, response_names
 from .data.tokenize import Encoder
 from .errors import RowError, UserError
 from .inputs import check_inputs
@@ -29,9 +30,6 @@ from .packing.plan import group_sizes
 from .train.terms import LossTerms
 
 PERCENTILES = (0, 50, 90, 99, 100)
-PROMPT_TOKENS_SHOWN = 48
-RESPONSE_TOKENS_SHOWN = 32
-PAIRS_SHOWN = 8
 LENGTH_BIAS = 0.8
 LENGTH_BIAS_PAIRS = 50
 """Of fewer pairs, the share says little."""
@@ -122,13 +120,12 @@ def _look(config: RunConfig, tokenizer, one: DataSet, copies: Copies, notes: Not
     note = notes.held_out.trains if one.split == "train" else notes.held_out.evaluates
     for group in groups:
         look.groups += 1
-        # The first, or the first of more than two responses where there are such.
-        if look.shown is None or len(look.shown.response_ids) == 2 < len(group.response_ids):
+        if look.shown is None or _shows(group) > _shows(look.shown):
             look.shown = group
         look.several_pairs = look.several_pairs or len(group.pairs or ()) > 1
         note(group)
         look.numbers.note(group)
-        names = _response_names(group)
+        names = response_names(group)
         for name, ids in zip(("prompt", *names), (group.prompt_ids, *group.response_ids), strict=True):
             look.lengths.setdefault(name, array("i")).append(len(ids))
         for problem in _run_faults(group, config):
@@ -143,6 +140,11 @@ def _look(config: RunConfig, tokenizer, one: DataSet, copies: Copies, notes: Not
     return look
 
 
+def _shows(group: PreferenceGroup) -> tuple[bool, bool]:
+    """What there is to see in a row: more than two responses, tokens that count differently."""
+    return len(group.response_ids) > 2, is_marked(group)
+
+
 def _text(look: _Look, config: RunConfig, tokenizer) -> str:
     parts = [look.report.format()]
     if SHOWN_BY in parts[0]:
@@ -150,7 +152,7 @@ def _text(look: _Look, config: RunConfig, tokenizer) -> str:
     if look.shown is not None:
         parts += [_format_lengths(look.lengths, config.data.max_length)]
         parts += [f"rows: {words}"] if (words := look.numbers.words()) else []
-        parts += [_format_example(look.shown, tokenizer)]
+        parts += [format_example(look.shown, tokenizer)]
     return "\n\n".join(parts)
 
 
@@ -197,15 +199,6 @@ def _verdicts(report: LintReport, strict: bool) -> list[str]:
     return reasons
 
 
-def _response_names(group: PreferenceGroup) -> tuple[str, ...]:
-    count = len(group.response_ids)
-    if count == 2:
-        return ("chosen", "rejected")
-    # Scores may tie, so only their pairs say which response is the better one.
-    names = tuple(f"{'rank' if group.pairs is None else 'response'} {i}" for i in range(1, count + 1))
-    return names if group.pairs is not None else (f"{names[0]}, best", *names[1:])
-
-
 def _format_lengths(lengths: dict[str, array[int]], max_length: int | None) -> str:
     """A table of percentiles of token counts."""
     names = {0: "min", 50: "median", 100: "max"}
@@ -229,25 +222,3 @@ def _length_bias(chosen: array[int], rejected: array[int]) -> str:
     if len(a) < LENGTH_BIAS_PAIRS or max(longer, shorter) < LENGTH_BIAS:
         return text
     return f"{text}: length alone nearly tells them apart, and a model learns that first"
-
-
-def _format_example(group: PreferenceGroup, tokenizer) -> str:
-    """The end of the prompt and the start and end of each response, best first, as the model reads them."""
-    lines = [f"row {group.label} as the model reads it"]
-    names = _response_names(group)
-    width = max(len(name) for name in ("prompt", *names))
-    tail = group.prompt_ids[-PROMPT_TOKENS_SHOWN:]
-    skipped = "... " if len(tail) < len(group.prompt_ids) else ""
-    lines.append(f"  {'prompt':<{width}}  {skipped}{tokenizer.decode(tail)!r}")
-    for name, ids in zip(names, group.response_ids, strict=True):
-        if len(ids) <= RESPONSE_TOKENS_SHOWN:
-            shown = repr(tokenizer.decode(ids))
-        else:
-            half = RESPONSE_TOKENS_SHOWN // 2
-            shown = f"{tokenizer.decode(ids[:half])!r} ... {tokenizer.decode(ids[-half:])!r}"
-        lines.append(f"  {name:<{width}}  {shown}")
-    if group.pairs is not None:
-        listed = ", ".join(f"{a + 1} over {b + 1}" for a, b in group.pairs[:PAIRS_SHOWN])
-        more = ", ..." if len(group.pairs) > PAIRS_SHOWN else ""
-        lines.append(f"  {'pairs':<{width}}  {listed}{more}")
-    return "\n".join(lines)

@@ -13,8 +13,10 @@ change: ``pairs_of_tokens``, the data.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,6 +138,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
     if options.mode in ("ddp", "fsdp2"):
+        if "RANK" not in os.environ:
+            script = f"{Path(__file__).name} --mode {options.mode}"
+            parser.error(f"--mode {options.mode} wants processes: torchrun --nproc_per_node 2 {script}")
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())

@@ -22,6 +22,8 @@ from .resident import resident_bytes
 from .shallow import work_of
 
 Line = tuple[str, str, str]
+_FEW_TOKENS = 1000
+"""What a step of fewer takes varies from one to the next."""
 
 
 def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
@@ -100,6 +102,8 @@ def _memory_lines(m: Memory, device: torch.device) -> list[Line]:
 def _duration_line(d: Duration) -> Line:
     rate = f"{d.flop:.3g} FLOP at {d.efficiency:.0%} of the {d.matmul_rate:.3g} FLOP/s of matrix products here"
     source = f"as {d.trial.tokens:,} tokens took in a trial" if d.trial else f"an assumption ({d.untried})"
+    if d.trial and d.trial.tokens < _FEW_TOKENS:
+        source += ", roughly: so small a step is mostly overhead"
     return ("time", _clock(d.seconds), f"{rate}, {source}; without start-up, references, evaluation and checkpoints")
 
 

@@ -28,7 +28,9 @@ from .shallow import build_policy, check_room, num_parameters
 
 _SECONDS = 0.5
 """What a trial of all layers that are tried may take at the rate of matrix products."""
-_REPEATS = 3
+_REPEATS, _MOST_REPEATS = 3, 30
+_SETTLED = 0.3
+"""Seconds over which short steps are repeated: the fewest of three of some milliseconds say little."""
 _TURNS = (1, 2, 3, 4, 5, 6, 8)
 """Numbers of layers after which a model may repeat."""
 _BYTES_PER_WEIGHT = 16
@@ -118,8 +120,9 @@ def _measure(
     optimizer, _ = build_optimizer(policy.model, config.optim)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     step = step_of(batch, objective, device)
-    passes, updates = [], []
-    for _ in range(_REPEATS):
+    passes: list[float] = []
+    updates: list[float] = []
+    while len(passes) < _REPEATS or (len(passes) < _MOST_REPEATS and sum(passes) < _SETTLED):
         marks = [_now(device)]
         objective.backward(policy, step)
         marks.append(_now(device))

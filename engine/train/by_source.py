@@ -68,10 +68,11 @@ class SourceMeter:
 
 def sums_by_source(scored: Scored, sources_P: np.ndarray, sets: int) -> Tensor:
     """float64 [M, C]: how many pairs of each set there are, and the sums of their metrics."""
-    # A product, whose order of additions is fixed.
-    one_hot_MP = to_device(torch.from_numpy((np.arange(sets)[:, None] == sources_P).astype(np.float64)), scored.device)
-    values_PC = scored.columns().T
-    return one_hot_MP @ torch.cat([torch.ones_like(values_PC[:, :1]), values_PC], 1)
+    is_of_MP = to_device(torch.from_numpy(np.arange(sets)[:, None] == sources_P), scored.device)
+    values_CP = scored.columns()
+    values_CP = torch.cat([torch.ones_like(values_CP[:1]), values_CP])
+    # Zero times not-a-number is not zero: values of other sets are left out, not multiplied.
+    return torch.stack([torch.where(of_set_P, values_CP, 0.0).sum(1) for of_set_P in is_of_MP])
 
 
 def evaluation_by_source(

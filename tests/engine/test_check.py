@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from transformers import AutoTokenizer
 
 from engine.check import check
 from engine.config.schema import DataConfig, LossConfig, ModelConfig, RunConfig
@@ -112,6 +113,27 @@ def test_tokens_without_an_embedding_stop_as_in_training(tiny_model_dir, tmp_pat
     composite = {"text_config": {"vocab_size": 400}}
     (folder / "config.json").write_text(json.dumps(composite))
     assert not check(run_config(folder, dataset_name=str(tmp_path / "rows.json"))).obstacles
+
+
+def test_tokens_that_count_differently_are_marked(tiny_model_dir, tmp_path):
+    rows = [{"prompt_ids": [5], "chosen_ids": [6, 7, 2], "rejected_ids": [8, 2]} for _ in range(2)]
+    rows[1] |= {"chosen_weights": [1, 0.5, 0], "rejected_weights": [0, 1]}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    text = check(run_config(tiny_model_dir, dataset_name=str(tmp_path / "rows.json"))).text
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    first, second, last, other = (repr(tokenizer.decode([token])) for token in (6, 7, 2, 8))
+    assert "row 1 as the model reads it" in text
+    assert f"  chosen    {first} [0.5: {second}] [0: {last}]\n" in text
+    assert f"  rejected  [0: {other}] {last}\n" in text
+    assert "[0: ...] is tokens that count nothing" in text
+
+
+def test_a_mask_pattern_is_seen(tiny_model_dir, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(3)))
+    plain = check(run_config(tiny_model_dir, dataset_name=str(path))).text
+    assert "count nothing" not in plain
+    assert "[0: '</s>']" in check(run_config(tiny_model_dir, dataset_name=str(path), mask_pattern="</s>")).text
 
 
 def test_numbers_of_rows_are_told_and_those_without_a_meaning_end_it(tiny_model_dir, tmp_path):

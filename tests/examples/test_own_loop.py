@@ -99,6 +99,27 @@ def test_references_keep_their_bits_beside_bfloat16_parameters(ranks):
     assert not any(rank["bfloat16"].any() for rank in ranks)
 
 
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_processes_are_asked_for_in_one_line(mode, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("sys.argv", ["own_loop.py", "--mode", mode])
+    with pytest.raises(SystemExit) as ended:
+        load_example().main()
+    assert ended.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.endswith(f"error: --mode {mode} wants processes: torchrun --nproc_per_node 2 own_loop.py --mode {mode}")
+
+
+def test_log_probs_come_pair_by_pair():
+    example = load_example()
+    model = example.load_model(None)
+    attach_head(model)
+    pairs = example.pairs_of_tokens(3)
+    together = model(**example.collate(pairs), objective=response_logps)
+    alone = [model(**example.collate([pair]), objective=response_logps) for pair in pairs]
+    assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
 def test_it_learns(capsys):
     _, losses = load_example().train("plain", steps=12)
     assert losses[0] == pytest.approx(0.6931472, abs=1e-6)

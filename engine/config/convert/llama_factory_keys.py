@@ -67,8 +67,9 @@ RULES: dict[str, Rule] = {
         "plot_loss compute_accuracy include_effective_tokens_per_second print_param_status cache_dir media_dir "
         "hf_hub_token ms_hub_token om_hub_token use_swanlab swanlab_workspace swanlab_mode swanlab_api_key "
         "freeze_vision_tower freeze_multi_modal_projector image_max_pixels image_min_pixels video_max_pixels "
-        "video_min_pixels ignore_pad_token_for_loss eval_on_each_dataset predict_with_generate eval_num_beams ray_num_workers "
-        "loraplus_lr_embedding pissa_iter pissa_convert master_addr master_port kto_chosen_weight kto_rejected_weight",
+        "video_min_pixels ignore_pad_token_for_loss eval_on_each_dataset predict_with_generate eval_num_beams "
+        "ray_num_workers loraplus_lr_embedding pissa_iter pissa_convert master_addr master_port kto_chosen_weight "
+        "kto_rejected_weight",
         Left("told", "no part in what DPO learns"),
     ),
 }

@@ -82,6 +82,18 @@ def test_a_real_trial(config, forecast):
         assert found.trial is not None or found.untried == "the second layer took no time in the trial"
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(1.0, 3), (0.04, 8), (0.001, 30)])
+def test_short_steps_are_repeated(config, forecast, monkeypatch, seconds, rounds):
+    """Of three steps of some milliseconds not even the fastest is always as fast."""
+    now, counts = [0.0], []
+    monkeypatch.setattr(trial, "_now", lambda device: now.append(now[-1] + seconds) or now[-1])
+    measure = trial._measure
+    monkeypatch.setattr(trial, "_measure", lambda *given: (now.clear(), now.append(0.0), measure(*given),
+                                                           counts.append(len(now) // 3))[2])  # fmt: skip
+    forecast(config)
+    assert counts == [rounds, rounds]
+
+
 def test_layers_of_other_sizes_are_not_extrapolated(config, forecast, tmp_path, tiny_tokenizer):
     """The experts of DeepSeek come after some dense layers."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
