@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import socket
 import sys
@@ -328,6 +329,19 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that may be sharded; a view."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def flat_offset(tensor: Tensor) -> int:
+    """Where what this rank holds of a tensor begins in all of it, in elements; it is sharded by its rows, if at all."""
+    if not hasattr(tensor, "device_mesh"):
+        return 0
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(tensor, DTensor)
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert not any(offsets[1:])
+    return offsets[0] * math.prod(tensor.shape[1:])
 
 
 def copy_full(target: Tensor, source: Tensor) -> None:

@@ -163,6 +163,7 @@ def _load_both(config: RunConfig, model_path: str | None, datasets: list[Prefere
         datasets=datasets,
         packing=config.packing,
         compare=False,
+        weights_dtype=config.optim.weights_dtype,
     )
     if model_path is None:
         policy = ready(config.model)

@@ -126,7 +126,9 @@ def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset])
     if config.reference.model_name_or_path is not None:
         policy = load_reference(config, device, rows)
     else:
-        policy = ready_policy(config.model, device, rows, packing=config.packing)
+        policy = ready_policy(
+            config.model, device, rows, packing=config.packing, weights_dtype=config.optim.weights_dtype
+        )
     distributed.say(f"attention: {attention_words(policy)}")
     distributed.say(f"layout: {describe_layout(policy)}")
     return policy

@@ -70,7 +70,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose code you have read."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute dtype. Trained parameters and optimizer state are float32 in both cases; bfloat16 uses autocast."""
+    """Compute dtype; bfloat16 uses autocast. What trained parameters are held in is optim.master_weights."""
     attention: Literal["auto", "flash3", "flash", "varlen", "native", "sdpa"] = "auto"
     """Attention backend: flash3 (FlashAttention 3, Hopper), flash (the flash-attn package), varlen (torch, CUDA),
     native (C++ of this package, CPU), sdpa (torch, anywhere)."""
@@ -253,6 +253,9 @@ class OptimConfig:
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "rmsprop"] = "adamw"
     """adamw is torch's, fused; 8bit (smaller state) and paged (state leaves a full device for host memory) need
     bitsandbytes; rmsprop is what the DPO paper used."""
+    master_weights: Literal["float32", "stochastic"] = "float32"
+    """What trained weights are kept in: float32; or bfloat16, half of it, whose updates are made in float32 and rounded
+    back without loss on average: up or down at random from train.seed (stochastic)."""
     learning_rate: float = 1.0e-6
     """Peak learning rate."""
     lr_scheduler_type: SchedulerType = "linear"
@@ -289,6 +292,11 @@ class OptimConfig:
         for name in ("adam_beta1", "adam_beta2", "rmsprop_alpha"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optim.{name} must be in [0, 1), got {value}")
+
+    @property
+    def weights_dtype(self) -> Literal["float32", "bfloat16"]:
+        """What trained weights are held in."""
+        return "float32" if self.master_weights == "float32" else "bfloat16"
 
     def num_warmup_steps(self, total_steps: int) -> int:
         """Optimizer steps of warm-up in a run of ``total_steps``; a share is rounded up, as transformers does."""
@@ -349,6 +357,16 @@ class RunConfig:
         _require(
             not (moves and REFERENCE_FREE_LOSSES.issuperset(self.loss.loss_types)),
             f"reference.sync_ref_model has no meaning for loss.loss_type {self.loss.loss_name}, which has no reference",
+        )
+        held = f"optim.master_weights {self.optim.master_weights} holds weights in bfloat16"
+        _require(
+            self.optim.weights_dtype == "float32" or self.model.dtype == "bfloat16",
+            f"{held}, and model.dtype is {self.model.dtype}: set one of them to the other's dtype",
+        )
+        _require(
+            self.optim.weights_dtype == "float32" or not moves,
+            f"{held}, and reference.sync_ref_model would move a reference by less than that can hold: set "
+            "optim.master_weights to float32, or reference.sync_ref_model to false",
         )
         _require(
             self.train.eval_steps is None or self.data.has_evaluation,

@@ -32,8 +32,8 @@ class TrainConfig:
     save_total_limit: int | None = None
     """Keep only the newest checkpoints; null keeps all."""
     save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the final model is stored in: auto is what was trained, float32, and loses nothing; bfloat16 halves the
-    files and rounds small updates away, and what that costs is measured."""
+    """What the final model is stored in: auto is what was trained (float32, or bfloat16 by optim.master_weights), and
+    loses nothing; bfloat16 halves the files and rounds small updates away, and what that costs is measured."""
     save_rounding: Literal["nearest", "stochastic"] = "nearest"
     """How weights become bfloat16; stochastic, up or down at random from train.seed, keeps the sum of small updates."""
     logging_steps: float = 10

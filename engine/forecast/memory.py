@@ -117,11 +117,14 @@ def forecast_memory(
         several = max(len(packs) for packs in steps) > 1
         for parameter in trained:
             # Gradients of a step's other packs are there already.
-            parameter.grad = torch.empty_like(parameter) if several else None
+            if several:
+                # Summed in float32, whatever the weights are held in.
+                parameter.grad_dtype = None  # type: ignore[attr-defined]
+                parameter.grad = torch.empty_like(parameter, dtype=torch.float32)
         count.watch([p.grad for p in trained if p.grad is not None])
         with count:
             objective.backward(policy, step)
-        gradients = storage_bytes(trained)
+        gradients = storage_bytes([p.grad for p in trained if p.grad is not None])
     reference = weights if _live_second_model(config, policy) else 0
     held = count.peak if heap is None else weights + heap.peak
     return Memory(
@@ -140,7 +143,11 @@ def _policy_without_data(config: RunConfig, device: torch.device) -> Policy:
     """The policy as a run loads it, of tensors that have all but data, in training mode."""
     with torch.device("meta"):
         policy = load_policy(
-            config.model, device=device, gradient_checkpointing=config.train.gradient_checkpointing, empty=True
+            config.model,
+            device=device,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+            empty=True,
+            weights_dtype=config.optim.weights_dtype,
         )
     # Tied weights stay one tensor.
     made: dict[int, Tensor] = {}
@@ -219,7 +226,7 @@ class _Workspace:
 def _optimizer_bytes(config: OptimConfig, trained: Sequence[Tensor], device: torch.device) -> tuple[float, int]:
     """(bytes of state for each weight, most bytes that an update holds beside it), from one update of a small layer."""
     with unset_fake_temporarily():
-        layer = nn.Linear(_PROBE_WIDTH, _PROBE_WIDTH, bias=False, device=device)
+        layer = nn.Linear(_PROBE_WIDTH, _PROBE_WIDTH, bias=False, device=device, dtype=DTYPES[config.weights_dtype])
         optimizer, _ = build_optimizer(layer, config)
         layer.weight.grad = torch.zeros_like(layer.weight)
         count = LiveStorage(device, lambda func, args: 0)

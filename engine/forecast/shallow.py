@@ -25,6 +25,7 @@ def build_policy(config: RunConfig, device: torch.device, layers: int | None) ->
         gradient_checkpointing=config.train.gradient_checkpointing,
         empty=True,
         layers=layers,
+        weights_dtype=config.optim.weights_dtype,
     )
     policy.activation_offload = config.train.activation_offload
     return policy.train()

@@ -281,5 +281,12 @@ def _in_float32(model: nn.Module) -> nn.Module:
     return model
 
 
+def hold_adapters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the adapters and trained copies of modules, which are float32, in ``dtype``."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and (".lora_" in name or ".modules_to_save." in name):
+            parameter.data = parameter.data.to(dtype)
+
+
 def _cast_to(dtype: torch.dtype) -> Callable[..., Any]:
     return lambda module, given, output: output.to(dtype) if isinstance(output, torch.Tensor) else output

@@ -18,7 +18,7 @@ from .. import distributed
 from ..config.schema import ModelConfig
 from ..config.training import Recomputed
 from ..errors import UserError
-from .adapters import FROZEN, add_lora, continue_adapter
+from .adapters import FROZEN, add_lora, continue_adapter, hold_adapters
 from .attention import Backend, choose_backend, register_backends
 from .composites import empty_causal_lm, read_causal_lm
 from .experts import EXPERTS, register_experts
@@ -57,11 +57,12 @@ def load_policy(
     gradient_checkpointing: Recomputed = False,
     empty: bool = False,
     layers: int | None = None,
+    weights_dtype: str = "float32",
 ) -> Policy:
     """Load a causal language model for training or scoring on packs.
 
-    Trained parameters are float32. With adapters the frozen base is held in the compute dtype, or quantised. Dropout is
-    disabled everywhere: policy and reference must be the same function before the first step.
+    With adapters the frozen base is held in the compute dtype, or quantised. Dropout is disabled everywhere: policy and
+    reference must be the same function before the first step.
 
     Of several processes, rank 0 holds it on the CPU and the others have its shapes, until ``shard_policy`` spreads it
     over their devices.
@@ -69,6 +70,7 @@ def load_policy(
     Args:
         empty: build the model from its config, and leave it where it is built: for shapes alone, or for speed.
         layers: how many of its layers an empty model has; all by default.
+        weights_dtype: what the weights of a full model, and adapters, are held in: see ``optim.master_weights``.
 
     Raises:
         UserError: the model cannot be loaded or lacks what packs need.
@@ -85,6 +87,7 @@ def load_policy(
             gradient_checkpointing=gradient_checkpointing,
             empty=empty or not distributed.is_main(),
             layers=layers,
+            weights_dtype=DTYPES[weights_dtype],
         )
 
 
@@ -101,8 +104,10 @@ def _load(
     gradient_checkpointing: Recomputed,
     empty: bool,
     layers: int | None,
+    weights_dtype: torch.dtype,
 ) -> Policy:
-    causal_lm, obstacle = _read_causal_lm(model, device, backend, empty, layers)
+    held = DTYPES[model.dtype] if model.trains_adapter or model.quantization else weights_dtype
+    causal_lm, obstacle = _read_causal_lm(model, device, backend, held, empty, layers)
     disabled = disable_dropout(causal_lm)
     if model.quantization:
         use_one_product(causal_lm)
@@ -118,6 +123,8 @@ def _load(
         policy_model = add_lora(causal_lm, model.lora)
     elif model.adapter_name_or_path:
         policy_model = continue_adapter(causal_lm, model.adapter_name_or_path, empty=empty)
+    if model.trains_adapter:
+        hold_adapters(policy_model, weights_dtype)
     policy = Policy(
         policy_model if empty else policy_model.to(device),
         backend=backend,
@@ -132,7 +139,7 @@ def _load(
 
 
 def _read_causal_lm(
-    model: ModelConfig, device: torch.device, backend: Backend, empty: bool, layers: int | None
+    model: ModelConfig, device: torch.device, backend: Backend, held: torch.dtype, empty: bool, layers: int | None
 ) -> tuple[Any, str | None]:
     """The transformers model, with its weights unless ``empty``; and why its attention cannot run on packs, if so."""
     register_backends()
@@ -151,7 +158,7 @@ def _read_causal_lm(
         model.model_name_or_path,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
-        dtype=compute_dtype if model.trains_adapter or model.quantization else torch.float32,
+        dtype=held,
         experts_implementation=EXPERTS,
         **options,
     )

@@ -28,17 +28,21 @@ def load_sharded(
     activation_offload: bool = False,
     layout: Layout | None = None,
     change: Callable[[Policy], None] | None = None,
+    weights_dtype: str = "float32",
 ) -> Policy:
     """Load a model and spread it over the processes of the run. Every rank must call it.
 
     Args:
         layout: how it computes packs, where that is known.
         change: is given the policy before its layers are sharded.
+        weights_dtype: as in ``load_policy``.
 
     Raises:
         UserError: the model cannot be loaded, lacks what packs need, or cannot be spread.
     """
-    policy = load_policy(model, device=device, gradient_checkpointing=gradient_checkpointing)
+    policy = load_policy(
+        model, device=device, gradient_checkpointing=gradient_checkpointing, weights_dtype=weights_dtype
+    )
     if change is not None:
         change(policy)
     policy = shard_policy(policy, device)
@@ -57,6 +61,7 @@ def ready_policy(
     train: TrainConfig | None = None,
     change: Callable[[Policy], None] | None = None,
     compare: bool = True,
+    weights_dtype: str = "float32",
 ) -> Policy:
     """Load a model, spread it over the processes of the run, and find out whether it can be used. Every rank must call
     it.
@@ -69,6 +74,7 @@ def ready_policy(
         change: as in ``load_sharded``.
         compare: whether an adapter is compared with what transformers and peft alone make of it, on rows of the first
             dataset; for a policy that ``change`` leaves as the model is.
+        weights_dtype: as in ``load_policy``.
 
     Raises:
         UserError: as in ``load_sharded``; the model gives other numbers on packs than on its own, or the data does not
@@ -82,7 +88,7 @@ def ready_policy(
             "gradient_checkpointing": train.gradient_checkpointing,
             "activation_offload": train.activation_offload,
         }
-    policy = load_sharded(model, device, change=change, **memory)
+    policy = load_sharded(model, device, change=change, weights_dtype=weights_dtype, **memory)
     check_packing(policy, share_prompts=packing.share_prompts, requested=packing.layout)
     for dataset in datasets:
         check_dataset(policy, dataset)

@@ -36,6 +36,11 @@ def shard_policy(policy: Policy, device: torch.device) -> Policy:
             f"{type(policy.causal_lm).__name__}: its weights are stored quantised, and such weights cannot be sharded; "
             "train in one process, or give a model in bfloat16 or float32"
         )
+    if len({p.dtype for p in policy.parameters() if p.requires_grad}) > 1:
+        raise UserError(
+            f"{type(policy.causal_lm).__name__}: some of its weights stay float32 beside others in bfloat16, and such "
+            "are not sharded together; set optim.master_weights to float32, or train in one process"
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 

@@ -64,6 +64,7 @@ def describe_run(setup: Setup) -> str:
             f"{plan.steps_per_epoch:,} per epoch",
         ),
         ("reference", setup.references.source),
+        *_weights_rows(config),
         *_storage_rows(config),
         ("start-up check", _first_loss_words(setup)),
         ("matmul peak", f"{setup.peak_flops / 1e12:.3g} TFLOP/s here in {dtype}, what perf/mfu is a share of"),
@@ -109,6 +110,11 @@ def rounding_words(config: RunConfig) -> str:
     """How the final model is rounded."""
     how = {"nearest": "to nearest", "stochastic": "up or down at random, without bias"}
     return f"{config.train.save_dtype}, rounded {how[config.train.save_rounding]}"
+
+
+def _weights_rows(config: RunConfig) -> list[tuple[str, str]]:
+    how = {"stochastic": "rounded up or down at random"}.get(config.optim.master_weights)
+    return [] if how is None else [("weights", f"bfloat16; updates are made in float32 and {how}")]
 
 
 def _storage_rows(config: RunConfig) -> list[tuple[str, str]]:

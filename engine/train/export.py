@@ -1,9 +1,10 @@
 """What a finished run leaves: a model that ``from_pretrained`` loads, its tokenizer, and a card that says how it was
 made.
 
-Weights are stored as they were trained, in float32, or in the dtype of ``train.save_dtype``; checkpoints keep them in
-float32. An adapter is stored alone, in the layout of peft. The files beside the weights are made to fit them: config,
-tokenizer and its chat template, generation config, and what the base has for other inputs than text.
+Weights are stored as they were trained, in float32 or what ``optim.master_weights`` holds them in, or in the dtype of
+``train.save_dtype``; checkpoints keep them as they are. An adapter is stored alone, in the layout of peft. The files
+beside the weights are made to fit them: config, tokenizer and its chat template, generation config, and what the base
+has for other inputs than text.
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ def write_model(
 
 
 def stored_dtype(config: RunConfig) -> str:
-    """The dtype that most weights are stored in; all trained weights are float32."""
-    return "float32" if config.train.save_dtype == "auto" else config.train.save_dtype
+    """The dtype that most weights are stored in."""
+    return config.optim.weights_dtype if config.train.save_dtype == "auto" else config.train.save_dtype
 
 
 def _move_in(source: Path, target: Path) -> None:

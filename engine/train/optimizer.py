@@ -25,6 +25,7 @@ from transformers.trainer_utils import SchedulerType
 from .. import distributed
 from ..config.schema import OptimConfig
 from ..errors import UserError
+from .held_weights import HeldWeights, holding, sum_in_float32
 
 SCHEDULES = tuple(kind.value for kind in SchedulerType)
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -65,8 +66,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> tuple[list[dict[s
     return groups, [name for name, _ in (*with_decay, *without)]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> tuple[torch.optim.Optimizer, list[str]]:
+def build_optimizer(model: nn.Module, config: OptimConfig, *, seed: int = 0) -> tuple[torch.optim.Optimizer, list[str]]:
     """The optimizer over the trainable parameters of ``model``, and their names in its order.
+
+    Args:
+        model: its trainable parameters have the dtype that ``config.master_weights`` asks for.
+        seed: of stochastic rounding.
 
     Raises:
         UserError: no parameter is trainable, or bitsandbytes is not installed.
@@ -74,21 +79,28 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> tuple[torch.optim.
     groups, names = parameter_groups(model, config.weight_decay)
     if not names:
         raise UserError("the model has no trainable parameter: check model.lora.target_modules")
-    device = next(p for group in groups for p in group["params"]).device
-    if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(
-            groups, lr=config.learning_rate, alpha=config.rmsprop_alpha, foreach=device.type == "cuda"
-        ), names
+    kind, options = _optimizer_kind(config, next(p for group in groups for p in group["params"]).device)
+    if config.master_weights != "float32":
+        kind = holding(kind)
+    optimizer = kind(groups, lr=config.learning_rate, **options)
     if config.optimizer in _BITSANDBYTES:
-        return _bitsandbytes_adamw(model, groups, config), names
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=device.type in _FUSED_DEVICES,
-    )
+        _keep_embeddings(model, optimizer)
+    if isinstance(optimizer, HeldWeights):
+        optimizer.hold(names, seed)
     return optimizer, names
+
+
+def _optimizer_kind(config: OptimConfig, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """The class of an optimizer, and its options but for the learning rate."""
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop, {"alpha": config.rmsprop_alpha, "foreach": device.type == "cuda"}
+    adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    if config.optimizer not in _BITSANDBYTES:
+        return torch.optim.AdamW, {**adam, "fused": device.type in _FUSED_DEVICES}
+    check_optimizer(config.optimizer)
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, _BITSANDBYTES[config.optimizer]), adam
 
 
 def check_optimizer(name: str) -> None:
@@ -106,23 +118,12 @@ def check_optimizer(name: str) -> None:
         raise UserError(f"optim.optimizer={name} needs bitsandbytes: pip install dpo-kernels[qlora]") from error
 
 
-def _bitsandbytes_adamw(model: nn.Module, groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    check_optimizer(config.optimizer)
-    import bitsandbytes
-
-    optimizer = getattr(bitsandbytes.optim, _BITSANDBYTES[config.optimizer])(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )
+def _keep_embeddings(model: nn.Module, optimizer: Any) -> None:
+    """Rows of embeddings have gradients of very different sizes; the Trainer keeps 32 bits for them, too."""
     if optimizer.args.optim_bits == 8:
-        # Rows of embeddings have gradients of very different sizes; the Trainer keeps 32 bits for them, too.
-        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
         for module in model.modules():
             if isinstance(module, nn.Embedding):
-                manager.register_module_override(module, "weight", {"optim_bits": 32})
-    return optimizer
+                optimizer.mng.register_module_override(module, "weight", {"optim_bits": 32})
 
 
 def check_schedule_name(name: str) -> None:
@@ -243,6 +244,14 @@ def change_total(schedule: LRScheduler | ReduceLROnPlateau, config: OptimConfig,
     )
 
 
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """float32, whatever the gradients are."""
+    if all(grad.dtype == torch.float32 for grad in grads):
+        return torch.nn.utils.get_total_norm(grads, foreach=True)
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 class GuardedUpdate:
     """Gradient norm, clipping, the check that everything is finite, the update, the schedule.
 
@@ -265,6 +274,9 @@ class GuardedUpdate:
         self.params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         self.fused = bool(optimizer.defaults.get("fused"))
         self.failed = torch.zeros((), device=self.params[0].device)
+        self.passes = 1
+        """Backward passes of the step in progress."""
+        sum_in_float32(self.params, passes=lambda: self.passes)
 
     @property
     def deferred(self) -> bool:
@@ -289,7 +301,7 @@ class GuardedUpdate:
             The global norm of the gradients before clipping, a scalar tensor.
         """
         grads = [distributed.local_tensor(p.grad) for p in self.params if p.grad is not None]
-        norm = distributed.norm_over_ranks(torch.nn.utils.get_total_norm(grads, foreach=True))
+        norm = distributed.norm_over_ranks(_total_norm(grads))
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         self.failed = torch.maximum(self.failed, (~finite).float())
         if self.deferred or self.ok():
@@ -302,6 +314,8 @@ class GuardedUpdate:
             # The fused kernel scales while it reads the gradients, which saves a pass over them.
             self.optimizer.found_inf = self.failed if self.deferred else None  # type: ignore[attr-defined]
             self.optimizer.grad_scale = self._inverse_clip(norm)  # type: ignore[attr-defined]
+        elif isinstance(self.optimizer, HeldWeights):
+            self.optimizer.divisor = self._inverse_clip(norm)
         elif self.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.max_grad_norm, norm)
         self.optimizer.step()

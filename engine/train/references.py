@@ -213,7 +213,7 @@ def load_reference(config: RunConfig, device: torch.device, datasets: Sequence[P
     """
     model, name = reference_model(config), config.reference.model_name_or_path
     try:
-        return ready_policy(model, device, datasets, packing=config.packing)
+        return ready_policy(model, device, datasets, packing=config.packing, weights_dtype=config.optim.weights_dtype)
     except UserError as error:
         if name is None:
             raise

@@ -1,8 +1,9 @@
 """The dtype that a model is stored in, and what rounding to it costs.
 
-Training holds its weights in float32. Stored in bfloat16 they move to its nearest numbers, which lie farther apart than
-a run at a low learning rate moves them: most weights would be what they were before training. So rounding is only done
-where it is asked for (``train.save_dtype``), and then measured on the weights that are written.
+Training holds its weights in float32, unless ``optim.master_weights`` says otherwise. Stored in bfloat16 they move to
+its nearest numbers, which lie farther apart than a run at a low learning rate moves them: most weights would be what
+they were before training. So rounding is only done where it is asked for (``train.save_dtype``), and then measured on
+the weights that are written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..data.groups import PreferenceDataset
 from ..model import Policy
 from ..packing import Pack
 from ..run_folder import AS_TRAINED, eval_prefixes
+from .bfloat16 import carried
 from .by_source import without_sources
 from .describe import rounding_words
 from .evaluation import evaluate_policy, evaluate_splits, scalar_metrics
@@ -73,10 +75,7 @@ def rounded(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     for start in range(0, flat.numel(), _CHUNK):
         part = flat[start : start + _CHUNK]
         noise = torch.randint(0, 1 << 16, part.shape, generator=generator, dtype=torch.int32).to(part.device)
-        # The lower half of the bits is what bfloat16 lacks: it carries over as often as it is large.
-        carried = ((part.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
-        finite = part.isfinite() & carried.isfinite()
-        result[start : start + _CHUNK] = torch.where(finite, carried, part.bfloat16().float())
+        result[start : start + _CHUNK] = carried(part, noise)
     return result.reshape(values.shape).to(values.dtype)
 
 

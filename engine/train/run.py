@@ -73,7 +73,7 @@ class Run:
 
     def _build_update(self) -> None:
         optim = self.config.optim
-        self.optimizer, self.names = build_optimizer(self.policy.model, optim)
+        self.optimizer, self.names = build_optimizer(self.policy.model, optim, seed=self.config.train.seed)
         self.schedule = build_schedule(self.optimizer, optim, total_steps=self.feed.total_steps)
         self.update = GuardedUpdate(self.optimizer, self.schedule, max_grad_norm=optim.max_grad_norm)
 
@@ -108,6 +108,7 @@ class Run:
                 gradient_checkpointing=self.config.train.gradient_checkpointing,
                 activation_offload=self.config.train.activation_offload,
                 layout=self.policy.layout,
+                weights_dtype=self.config.optim.weights_dtype,
             )
             self._build_update()
 
@@ -187,6 +188,7 @@ class Run:
             return
         for step in self.feed.steps(self.done):
             objective = self.setup.objective
+            self.update.passes = len(step.packs)
             scored = objective.backward(self.policy, step)
             routing = objective.routing
             assert routing is not None

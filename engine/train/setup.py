@@ -122,6 +122,7 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
         list(datasets.values()),
         packing=config.packing,
         train=config.train,
+        weights_dtype=config.optim.weights_dtype,
     )
     balance = Balance.of(policy, config.loss.router_aux_loss_coef)
     if start is not None:

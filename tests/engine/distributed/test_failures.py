@@ -213,6 +213,15 @@ def test_a_model_that_is_stored_quantised_is_refused(tiny_model_dir, monkeypatch
         shard_policy(policy, torch.device("cpu"))
 
 
+def test_trained_weights_of_two_dtypes_are_refused(tiny_model_dir, monkeypatch):
+    model = ModelConfig(model_name_or_path=str(tiny_model_dir))
+    policy = load_policy(model, device=torch.device("cpu"), weights_dtype="bfloat16")
+    policy.causal_lm.model.norm.float()
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(UserError, match=r"stay float32 beside others in bfloat16.*optim\.master_weights to float32"):
+        shard_policy(policy, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("arguments", [["check", "run.yaml"], ["plan", "run.yaml"], ["doctor"], ["demo"], ["init"]])
 def test_other_commands_are_refused(arguments, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -23,6 +23,7 @@ from engine.train import checkpoint, loop, setup, sharded
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.setup import prepare
 from engine.train.throughput import peak_memory_gib
+from tests.engine.distributed.updates import save_updates
 
 
 def gradients(config, output: str) -> None:
@@ -96,6 +97,8 @@ def interrupt(source: str, target: str) -> None:
 
 
 def run_job(job: dict) -> None:
+    if job["kind"] == "updates":
+        return save_updates(job["output"])
     config = build_config(job["config"], "test")
     if job["kind"] == "train":
         loop.train(config, resume=job["resume"])

@@ -56,6 +56,16 @@ CASES = {
         },
         own_store=True,
     ),
+    "stochastic": Case(
+        "train",
+        {
+            "packing": {"tokens_per_pack": 220},
+            "model": {"dtype": "bfloat16"},
+            "optim": {"master_weights": "stochastic"},
+            "train": {"save_steps": 2, "save_total_limit": 1},
+        },
+        own_store=True,
+    ),
     "references": Case("train", {"packing": {"tokens_per_pack": 220}, "train": {"save_steps": 4}}, own_store=True),
     "precompute": Case("precompute", {"packing": {"tokens_per_pack": 220}}, own_store=True),
     "sharded": Case(

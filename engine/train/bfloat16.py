@@ -1,0 +1,70 @@
+"""Float32 values in the 16 bits of bfloat16: rounded at random without bias, or with what rounding leaves kept.
+
+bfloat16 is the upper half of float32. Numbers near a weight lie 2^-8 of it apart, farther than an update at a low
+learning rate moves it, so that rounding to nearest would leave most weights where they are.
+
+The noise of stochastic rounding is counted, not drawn: it depends on a key and on the place of an element in the whole
+tensor, and so neither on what was drawn before, nor on the device, nor on how the tensor is spread over processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+_UPPER, _LOWER = -(1 << 16), (1 << 16) - 1
+_32_BITS = (1 << 32) - 1
+_PIECE = 1 << 22
+"""Elements that are worked on at a time: what is held beside a tensor stays small."""
+_ROUNDS = ((16, 0x21F0AAAD), (15, 0x735A2D97))
+"""Shifts and factors of a mixing of 32 bits (https://github.com/skeeto/hash-prospector). Factors below 2^31 keep the
+products of 64-bit integers exact."""
+
+
+def carried(values: Tensor, noise: Tensor) -> Tensor:
+    """Float32 values, rounded to numbers of bfloat16.
+
+    Args:
+        values: float32.
+        noise: int32, uniform in [0, 2^16): a value goes up in magnitude as often as its lower half is large, so that
+            its expectation is kept. What is a number of bfloat16 already stays as it is.
+    """
+    rounded = ((values.view(torch.int32) + noise) & _UPPER).view(torch.float32)
+    finite = values.isfinite() & rounded.isfinite()
+    return torch.where(finite, rounded, values.bfloat16().float())
+
+
+def noise_key(*parts: int | str) -> int:
+    """32 bits that stand for some numbers and names."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
+def counted_noise(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """int32 [count] in [0, 2^16), of the elements from ``start`` on."""
+    mixed = torch.arange(start, start + count, device=device).bitwise_xor_(key).bitwise_and_(_32_BITS)
+    for shift, factor in _ROUNDS:
+        mixed.bitwise_xor_(mixed >> shift).mul_(factor).bitwise_and_(_32_BITS)
+    return mixed.bitwise_xor_(mixed >> 15).bitwise_and_(_LOWER).int()
+
+
+def round_at_random(target: Tensor, values: Tensor, *, key: int, start: int) -> None:
+    """Write float32 ``values`` to ``target``, bfloat16 of the same shape, up or down with the probability that keeps
+    their expectation.
+
+    Args:
+        key: from ``noise_key``.
+        start: place of the first element in the whole tensor, of which these are a part.
+    """
+    for begin, (into, part) in _pieces(target, values):
+        into.copy_(carried(part, counted_noise(key, start + begin, part.numel(), part.device)))
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Where each piece begins, and the same piece of all the tensors, which are contiguous."""
+    flat = [tensor.view(-1) for tensor in tensors]
+    for begin in range(0, flat[0].numel(), _PIECE):
+        yield begin, tuple(tensor[begin : begin + _PIECE] for tensor in flat)
