@@ -1,7 +1,7 @@
 """A training loop of one's own on the loss op: DPO of a transformers model, without a trainer.
 
     python examples/own_loop.py                                        one process
-    python examples/own_loop.py --mode lora                            adapters, on the head as well
+    python examples/own_loop.py --mode lora                            adapters, on the head as well; by torchrun, too
     torchrun --nproc_per_node 2 examples/own_loop.py --mode ddp
     torchrun --nproc_per_node 2 examples/own_loop.py --mode fsdp2
     torchrun --nproc_per_node 2 examples/own_loop.py --mode accelerate
@@ -88,7 +88,7 @@ def prepare(mode: str, path: str | None, learning_rate: float) -> tuple[Any, tor
         fully_shard(model, mesh=mesh)
     elif mode != "accelerate":
         model.to(device)
-    if mode == "ddp":
+    if mode == "ddp" or (mode == "lora" and dist.is_initialized()):
         model = torch.nn.parallel.DistributedDataParallel(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate)
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or a Hub name of a causal language model; a tiny random one without")
     parser.add_argument("--steps", type=int, default=10)
     options = parser.parse_args()
-    if options.mode in ("ddp", "fsdp2"):
+    if options.mode in ("ddp", "fsdp2") or (options.mode == "lora" and "RANK" in os.environ):
         if "RANK" not in os.environ:
             script = f"{Path(__file__).name} --mode {options.mode}"
             parser.error(f"--mode {options.mode} wants processes: torchrun --nproc_per_node 2 {script}")

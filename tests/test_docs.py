@@ -8,6 +8,7 @@ import re
 import shlex
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import yaml
 
 from engine import cli, commands
 from engine.config import load_config
-from engine.config.losses import LossConfig
+from engine.config.losses import LossConfig, LossType
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -131,13 +132,41 @@ def test_a_converted_file_is_explained_as_the_guide_says(tmp_path, capsys, monke
     assert capsys.readouterr().out == printed
 
 
-def test_every_option_of_the_loss_is_held_by_a_test_that_there_is():
+def held_rows(heading: str) -> list[tuple[str, str]]:
+    """What the rows of the table "held by" below a heading of the guide are about, and the text of the test that holds
+    each, which there is."""
     page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    table = page.partition("## Options of the loss")[2].partition("\n## ")[0]
-    rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| `")]
-    named = {name for keys, _, _ in rows for name in re.findall(r"`(?:\w+\.)?(\w+)", keys)}
+    table = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0].partition(" | held by |\n|---|---|---|\n")[2]
+    rows = []
+    for line in table.partition("\n\n")[0].splitlines():
+        what, _, held = line.strip("|").split(" | ")
+        file, _, function = held.strip().partition(": ")
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert f"\ndef {function}(" in text, held
+        rows.append((what, text))
+    return rows
+
+
+def test_every_option_of_the_loss_is_held_by_a_test_that_names_it():
+    rows = [(re.findall(r"`(?:\w+[.:] ?)?(\w+)`", what), text) for what, text in held_rows("Options of the loss")]
+    named = {name for names, _ in rows for name in names}
     assert {f.name for f in dataclasses.fields(LossConfig)} <= named
     assert {"sync_ref_model", "mask_pattern", "weight", "margin", "save_steps"} <= named
-    for _, _, held in rows:
-        file, _, function = held.strip().partition(": ")
-        assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), held
+    assert [name for names, text in rows for name in names if not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_every_loss_is_held_by_a_test_that_names_it():
+    """To TRL where it has the loss, else to its formula."""
+    folder = ROOT / "tests"
+    files = ("parity/test_trl_variants.py", "dpo_kernels/test_losses.py", "dpo_kernels/test_preference.py")
+    text = "".join((folder / file).read_text(encoding="utf-8") for file in files)
+    assert [name for name in get_args(LossType) if not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_every_wrapper_of_a_loop_is_held_by_a_test_that_names_it():
+    (modes,) = re.findall(r"^MODES = \((.*)\)$", (ROOT / "examples" / "own_loop.py").read_text(encoding="utf-8"), re.M)
+    rows = [(what.lower().replace("none", "plain"), text) for what, text in held_rows("The loss op in your own loop")]
+    held = {name.strip() for what, _ in rows for name in what.split(",")}
+    assert held == set(re.findall(r"\w+", modes))
+    for what, text in rows:
+        assert all(name.strip() in text.lower() for name in what.split(",")), what

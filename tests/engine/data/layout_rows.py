@@ -43,8 +43,41 @@ TOOL_PAIR = {
 }
 REFERENCE = {"better_response_id": 1, "safer_response_id": 0, "is_response_0_safe": True}
 
+TEXT_PAIR = {"prompt": ASK, "chosen": f" {GOOD}", "rejected": f" {BAD}"}
+ASK_TEXT = {"prompt": ASK, **SIDES}
+TEXTS = [TEXT_PAIR["chosen"], TEXT_PAIR["rejected"]]
+DIALOGUES = {side: f"\n\nHuman: {ASK}\n\nAssistant: {text}" for side, text in SIDES.items()}
+WHOLE = {side: f"{ASK} {text}" for side, text in SIDES.items()}
+
+TOKENS: dict[str, tuple[str, dict]] = {
+    # name: (format that is recognised, a row whose prompt is 5, 6, and whose sides are 7, 2 and 8, 9, 2)
+    "trl ids": ("tokenized", {"prompt_ids": [5, 6], "chosen_ids": [7, 2], "rejected_ids": [8, 9, 2]}),
+    "old trl ids": ("input_ids", {"prompt_input_ids": [5, 6], "chosen_input_ids": [7, 2],
+                                  "rejected_input_ids": [8, 9, 2]}),
+    "old trl ids with labels": ("input_ids", {
+        "prompt_input_ids": [5, 6], "chosen_input_ids": [5, 6, 7, 2], "chosen_labels": [-100, -100, 7, 2],
+        "rejected_input_ids": [5, 6, 8, 9, 2], "rejected_labels": [-100, -100, 8, 9, 2]}),
+}  # fmt: skip
+
 LAYOUTS: dict[str, tuple[str, dict, dict]] = {
-    # name: (format that is recognised, the row, the row as messages)
+    # name: (format that is recognised, the row, the row as messages, or as text where it stays text)
+    "trl text": ("preference", TEXT_PAIR, TEXT_PAIR),
+    "trl without prompt": ("preference", WHOLE, WHOLE),
+    "hh": ("hh", DIALOGUES, PAIR),
+    "ranking": ("kwise", {"prompt": ASK, "responses": TEXTS[::-1], "ranking": [2, 1]}, TEXT_PAIR),
+    "scored": ("scored", {"prompt": ASK, "responses": TEXTS, "scores": [5, 1]}, TEXT_PAIR),
+    "ultrafeedback": ("scored", {"instruction": ASK, "completions": [
+        {"response": GOOD, "overall_score": 5.0, "model": "m"},
+        {"response": BAD, "overall_score": 1.0, "model": "n"}]}, ASK_TEXT),
+    "distilabel": ("scored", {"instruction": ASK, "generations": [GOOD, BAD], "ratings": [5, 1]}, ASK_TEXT),
+    "scored question": ("scored", {"question": ASK, "completions": [GOOD, BAD], "scores": [5, 1]}, ASK_TEXT),
+    "sharegpt with a system text": ("sharegpt", {"system": KIND, "conversations": [said("human", ASK)],
+                                                 "chosen": said("gpt", GOOD), "rejected": said("gpt", BAD)}, KIND_PAIR),
+    "history beside prompt": ("conversation", {"system": "", "history": [["hi", "hello"]], "prompt": ASK, **SIDES},
+                              LATER_PAIR),
+    "problem": ("question", {"problem": ASK, **SIDES}, PAIR),
+    "context": ("messages", {"context": [*EARLIER, user(ASK)], **SIDES}, LATER_PAIR),
+    "history of turns": ("messages", {"history": [*EARLIER, user(ASK)], **SIDES}, LATER_PAIR),
     "alpaca": ("alpaca", {"instruction": "Where does", "input": "the river go?", **SIDES},
                PAIR | {"prompt": [user("Where does\nthe river go?")]}),
     "alpaca without input": ("alpaca", {"instruction": ASK, "input": "", "system": KIND, **SIDES}, KIND_PAIR),

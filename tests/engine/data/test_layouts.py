@@ -14,7 +14,20 @@ from engine.data import check_files, load_dataset_groups
 from engine.data.columns import COLUMNS
 from engine.data.foreign import FOREIGN
 from engine.errors import UserError
-from tests.engine.data.layout_rows import ASK, BAD, GOOD, KIND, KIND_PAIR, LAYOUTS, PAIR, SIDES, reply, said, user
+from tests.engine.data.layout_rows import (
+    ASK,
+    BAD,
+    GOOD,
+    KIND,
+    KIND_PAIR,
+    LAYOUTS,
+    PAIR,
+    SIDES,
+    TOKENS,
+    reply,
+    said,
+    user,
+)
 from tests.engine.data.test_tokenize import trl_ids
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "data.md"
@@ -58,12 +71,38 @@ def test_a_layout_gives_the_ids_of_trl_for_the_same_row_as_messages(load, tokeni
     assert ids(explicit) == expected
 
 
-def test_every_format_has_a_layout_in_the_table():
+@pytest.mark.parametrize("name", TOKENS)
+def test_ids_are_those_of_the_row(load, name):
+    layout, row = TOKENS[name]
+    dataset, report = load(row)
+    assert report.layout == layout
+    assert ids(dataset) == [([5, 6], [7, 2], [8, 9, 2])]
+
+
+def keys_of(value) -> set[str]:
+    """Names of columns and of fields inside them."""
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
+
+
+def test_every_line_of_the_table_and_every_column_in_it_has_a_row_that_a_test_reads():
+    table = DOCS.read_text(encoding="utf-8").partition("## Layouts")[2].partition("\n## ")[0]
+    lines = [
+        line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| `") and "known" not in line
+    ]
+    listed = {
+        name.strip(" `"): {
+            word for part in re.findall("`([^`]+)`", cell) for word in part.split(", ") if word.isidentifier()
+        }
+        for name, cell, _ in lines
+    }
     formats = {name for name in RowFormat.__args__ if name != "auto"}
-    assert formats == FOREIGN.keys() | COLUMNS.keys()
-    text = DOCS.read_text(encoding="utf-8")
-    assert {name for name in formats if f"| `{name}` |" not in text} == set()
-    assert FOREIGN.keys() - {layout for layout, _, _ in LAYOUTS.values()} == {"input_ids"}
+    assert listed.keys() == formats == FOREIGN.keys() | COLUMNS.keys()
+    read = {name: set() for name in formats}
+    for layout, row, *_ in (*LAYOUTS.values(), *TOKENS.values()):
+        read[layout] |= keys_of(row)
+    assert {name: columns - read[name] for name, columns in listed.items() if columns - read[name]} == {}
     assert get_type_hints(DataConfig)["format"] == RowFormat
 
 
