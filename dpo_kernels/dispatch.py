@@ -131,6 +131,7 @@ def implementation(
     stats: Sequence[str] = (),
     filtered: bool = False,
     losses: Sequence[str] = (),
+    device: torch.device | None = None,
 ) -> ModuleType:
-    """The module that runs ``op`` for a tensor like ``tensor``."""
-    return _load(op, choose(op, impl, tensor.device, tensor.dtype, stats, filtered, losses).impl)
+    """The module that runs ``op`` for a tensor like ``tensor``, or for one like it on another ``device``."""
+    return _load(op, choose(op, impl, device or tensor.device, tensor.dtype, stats, filtered, losses).impl)

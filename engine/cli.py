@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,8 @@ _COMMANDS = {
 
 _JOINT_COMMANDS = ("precompute", "train", "evaluate")
 """What several processes that torchrun starts do together."""
+
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
 
 _ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
 
@@ -200,6 +203,7 @@ def _add_options(commands: dict[str, _Parser]) -> None:
     init.add_argument(
         "--num-processes", metavar="N", type=_positive, help="processes of the other run, which multiply its batch"
     )
+    _add_plan_options(commands["plan"])
     precompute = commands["precompute"]
     precompute.add_argument(
         "--export",
@@ -227,6 +231,23 @@ def _add_options(commands: dict[str, _Parser]) -> None:
         nargs="*",
         help="passed to pytest, such as -k train; --publish writes to benchmarks/results, not to a scratch folder; or "
         "tune and its options, which `dpo bench tune --help` lists",
+    )
+
+
+def _add_plan_options(plan: _Parser) -> None:
+    plan.add_argument(
+        "--memory",
+        metavar="SIZE",
+        type=_size,
+        help="memory of a device, such as 80GiB: say the largest packing.tokens_per_pack that fits in it",
+    )
+    plan.add_argument(
+        "--processes", metavar="N", type=_positive, default=1, help="devices that share the run (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="what kind of device to forecast for; the default is cuda with --memory, else what is here",
     )
 
 
@@ -330,6 +351,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?) ?({'|'.join(_UNITS)})", text.strip())
+    if found is None or not (size := int(float(found[1]) * _UNITS[found[2]])):
+        raise argparse.ArgumentTypeError(f"must be a size such as 80GiB, got {text}")
+    return size
 
 
 def _sentence(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from .duration import Duration, forecast_duration
 from .memory import Memory, forecast_memory
+from .target import Target
 from .text import describe_forecast
 
-__all__ = ["Duration", "Memory", "describe_forecast", "forecast_duration", "forecast_memory"]
+__all__ = ["Duration", "Memory", "Target", "describe_forecast", "forecast_duration", "forecast_memory"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -14,43 +14,27 @@ from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset
 from ..memory_errors import remedies
 from ..packing import plan_first_epoch
+from .layout import find_layout
 from .memory import Memory, forecast_memory
 from .resident import resident_bytes
-
-GIB = 2**30
-_GAPS = 0.05
-"""Of what is allocated: room between blocks, which segments that grow leave few of."""
-_LIBRARIES, _NCCL = 0.7 * GIB, 0.8 * GIB
-"""CUDA context with its kernels and cuBLAS workspace; buffers of NCCL, with several processes."""
+from .target import GIB, Target
 
 log = logging.getLogger(__name__)
 
 
-def forecast_run(config: RunConfig, dataset: PreferenceDataset, device: torch.device) -> Memory | None:
+def forecast_run(config: RunConfig, dataset: PreferenceDataset, target: Target) -> Memory | None:
     """The forecast of ``dpo plan``; None for a model that does not run on shapes alone."""
     try:
         # One of several processes may be the only one that has run out of memory.
         with distributed.alone():
-            resident = resident_bytes(config, device) if device.type == "cpu" else 0
+            found = find_layout(config, target.device)
+            resident = resident_bytes(config, target.device) if target.kind == "cpu" else 0
+            config = replace(config, packing=found.packing)
             steps = plan_first_epoch(dataset, config)
-            return forecast_memory(config, dataset, steps, device=device, resident=resident)
+            return forecast_memory(config, dataset, steps, target=target, resident=resident, layout=found.layout)
     except Exception as error:
         log.debug("no forecast of memory: %s", error)
         return None
-
-
-def of_each_process(memory: Memory) -> int:
-    """Peak bytes of one of the processes of this run: what they share is divided."""
-    shared = memory.weights + memory.gradients + memory.optimizer
-    return memory.peak - shared + shared // distributed.size()
-
-
-def needed(memory: Memory, device: torch.device) -> int:
-    """Bytes that a process takes of its device, of which torch's allocator counts ``of_each_process``."""
-    peak = of_each_process(memory)
-    if device.type != "cuda":
-        return peak
-    return int(peak * (1 + _GAPS) + _LIBRARIES + (_NCCL if distributed.size() > 1 else 0))
 
 
 def capacity(device: torch.device) -> int:
@@ -64,7 +48,7 @@ def capacity(device: torch.device) -> int:
     return min(limits)
 
 
-def figures(memory: Memory, device: torch.device) -> str:
+def figures(memory: Memory, target: Target) -> str:
     """The forecast in words."""
     parts = (
         ("weights", memory.weights),
@@ -73,18 +57,17 @@ def figures(memory: Memory, device: torch.device) -> str:
         (f"activations of {memory.pack_tokens:,} tokens", memory.activations),
     )
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
-    each = f" in each of {distributed.size()} processes" if distributed.size() > 1 else ""
-    has = f"{'the device' if device.type == 'cuda' else 'this machine'} has {capacity(device) / GIB:.1f} GiB"
-    return f"forecast {needed(memory, device) / GIB:.1f} GiB{each} ({listed}), {has}"
+    each = f" in each of {target.processes} processes" if target.processes > 1 else ""
+    has = f"{'the device' if target.kind == 'cuda' else 'this machine'} has {capacity(target.device) / GIB:.1f} GiB"
+    return f"forecast {target.needed(memory.peak) / GIB:.1f} GiB{each} ({listed}), {has}"
 
 
-def advise(config: RunConfig, memory: Memory, device: torch.device) -> None:
+def advise(config: RunConfig, memory: Memory, target: Target) -> None:
     """Say before the first step what a run needs, and what to do where the device has less."""
-    short = needed(memory, device) > capacity(device)
-    if short:
-        log.info("memory: %s: it may not fit; %s", figures(memory, device), remedies(config))
+    if target.needed(memory.peak) > capacity(target.device):
+        log.info("memory: %s: it may not fit; %s", figures(memory, target), remedies(config))
     else:
-        log.info("memory: %s", figures(memory, device))
+        log.info("memory: %s", figures(memory, target))
 
 
 @dataclass
@@ -94,22 +77,22 @@ class KnownRun:
     config: RunConfig
     memory: Memory | None = None
     datasets: dict[str, PreferenceDataset] = field(default_factory=dict)
-    device: torch.device | None = None
+    target: Target | None = None
 
     def take(self, datasets: dict[str, PreferenceDataset], device: torch.device) -> None:
         """Note the data of the run; on a CUDA device, say what the run needs of it."""
-        self.datasets, self.device = datasets, device
+        self.datasets, self.target = datasets, Target.on(device)
         memory = self.forecast() if device.type == "cuda" else None
         if memory is not None:
-            advise(self.config, memory, device)
+            advise(self.config, memory, self.target)
 
     def forecast(self) -> Memory | None:
         """The forecast, once there is data to make it of."""
-        if self.memory is None and self.device is not None and "train" in self.datasets:
-            self.memory = forecast_run(self.config, self.datasets["train"], self.device)
+        if self.memory is None and self.target is not None and "train" in self.datasets:
+            self.memory = forecast_run(self.config, self.datasets["train"], self.target)
         return self.memory
 
     def told(self) -> str:
         """The figures of the forecast, once there is one."""
         memory = self.forecast()
-        return "" if memory is None or self.device is None else figures(memory, self.device)
+        return "" if memory is None or self.target is None else figures(memory, self.target)

@@ -18,7 +18,8 @@ Workspace = Callable[[Any, tuple[Any, ...]], int]
 
 
 class LiveStorage(TorchDispatchMode):
-    """``current`` and ``peak`` bytes of the storages that ops return, each counted once and until it is freed.
+    """``current`` and ``peak`` bytes of the storages that ops return, each counted once and until it is freed;
+    ``later_peak`` is the same since it was set to 0.
 
     Args:
         device: what lies elsewhere does not count.
@@ -32,7 +33,7 @@ class LiveStorage(TorchDispatchMode):
         self._blocks: dict[int, int | None] = {}
         self.device = device
         self.current = 0
-        self.peak = 0
+        self.peak = self.later_peak = 0
         self.largest_workspace = 0
         self._workspace = workspace
         self._given_up: set[int] = set()
@@ -46,8 +47,11 @@ class LiveStorage(TorchDispatchMode):
         before = self.current
         for tensor in tensors:
             self._see(tensor, mapped=mapped)
-        self.peak = max(self.peak, self.current)
+        self._note(self.current)
         return self.current - before
+
+    def _note(self, alive: int) -> None:
+        self.peak, self.later_peak = max(self.peak, alive), max(self.later_peak, alive)
 
     def _see(self, tensor: Tensor, *, mapped: bool = False) -> None:
         if tensor.device.type != self.device.type:
@@ -79,7 +83,7 @@ class LiveStorage(TorchDispatchMode):
             self._given_up.update(gradient.untyped_storage()._cdata for gradient in out[3:6])
         held = self._workspace(func, args)
         self.largest_workspace = max(self.largest_workspace, held)
-        self.peak = max(self.peak, self.current + held)
+        self._note(self.current + held)
         if held and self._heap is not None:
             self._heap.give(self._heap.take(held))
         return out

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset
 from ..data.row_numbers import NumberSummary
 from ..errors import UserError
-from ..model import resolve_device
-from ..packing import check_fits, describe_plan, plan_first_epoch, summarize_plan
+from ..model.policy import Layout
+from ..packing import PlanSummary, Step, check_fits, describe_plan, plan_first_epoch, summarize_plan
 from ..train.objective import Objective
-from .advice import needed
+from .budget import Budget, largest_budget
 from .duration import Duration, forecast_duration, reason_of
 from .layout import find_layout
 from .memory import Memory, forecast_memory
 from .resident import resident_bytes
 from .shallow import work_of
+from .target import Target
 
 Line = tuple[str, str, str]
 _FEW_TOKENS = 1000
 """What a step of fewer takes varies from one to the next."""
 
 
-def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
-    """Steps, padding and sharing from lengths alone, then peak memory and time on this machine.
+def describe_forecast(
+    dataset: PreferenceDataset, config: RunConfig, target: Target | None = None, *, room: int | None = None
+) -> str:
+    """Steps, padding and sharing from lengths alone, then peak memory, and time where the device is there.
+
+    Args:
+        target: what it is for; by default this machine's device, in one process.
+        room: bytes of memory of a device, for the most tokens of a pack that fit in it.
 
     Raises:
         UserError: no row, one that fits in no pack or that the loss does not take, or a model that cannot be trained
@@ -40,10 +46,12 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
         share_prompts=config.packing.share_prompts,
         in_rows=config.packing.layout == "rows",
     )
-    device = resolve_device()
-    found = find_layout(config, device)
+    target = target or Target.here()
+    target.backend(config)
+    # What is not there cannot try anything out; which layout is exact is a matter of the model's code.
+    found = find_layout(_for_here(config) if target.absent else config, target.device)
     # After the check, which a run makes, too: what it leaves of the heap is there for what follows.
-    resident = resident_bytes(config, device) if device.type == "cpu" else 0
+    resident = resident_bytes(config, target.device) if target.kind == "cpu" else 0
     config = replace(config, packing=found.packing)
     steps = plan_first_epoch(dataset, config)
     plan = summarize_plan(dataset, config, steps, mixers=found.layout.mixer_blocks)
@@ -51,21 +59,8 @@ def describe_forecast(dataset: PreferenceDataset, config: RunConfig) -> str:
     if words := NumberSummary(dataset).words():
         lines.append(("rows", "", words))
     lines[1:1] = _set_lines(dataset)
-    # Models with code of their own, and kernels, may do anything; the rest of the plan stands without them.
-    try:
-        memory = forecast_memory(config, dataset, steps, device=device, resident=resident, layout=found.layout)
-        lines += _memory_lines(memory, device)
-    except UserError:
-        raise
-    except Exception as error:
-        lines.append(("peak memory", "unknown", f"the model does not run on shapes alone: {reason_of(error)}"))
-    try:
-        flops, trained = work_of(config, device, found.layout)
-    except Exception as error:
-        lines.append(("time", "unknown", f"the model is not built without its weights: {reason_of(error)}"))
-    else:
-        options: dict[str, Any] = {"trained_weights": trained, "device": device, "layout": found.layout}
-        lines.append(_duration_line(forecast_duration(config, dataset, steps, plan, flops, **options)))
+    lines += _memory_lines(config, dataset, steps, target=target, resident=resident, layout=found.layout, room=room)
+    lines += _time_lines(config, dataset, steps, plan, target, found.layout)
     left, middle = (max(len(line[i]) for line in lines) for i in (0, 1))
     return "\n".join(f"{name:<{left}}  {value:>{middle}}  {note}".rstrip() for name, value, note in lines)
 
@@ -81,22 +76,79 @@ def _set_lines(dataset: PreferenceDataset) -> list[Line]:
     ]
 
 
-def _memory_lines(m: Memory, device: torch.device) -> list[Line]:
-    where = "of this process, as runs report it on the CPU" if device.type == "cpu" else f"allocated on {device}"
+def _memory_lines(
+    config: RunConfig, dataset: PreferenceDataset, steps: Sequence[Step], *, room: int | None, **options: Any
+) -> list[Line]:
+    # Models with code of their own, and kernels, may do anything; the rest of the plan stands without them.
+    try:
+        lines = _parts(forecast_memory(config, dataset, steps, **options), options["target"])
+        if room is not None:
+            lines.append(_budget_line(largest_budget(config, dataset, steps, room=room, **options), room))
+        return lines
+    except UserError:
+        raise
+    except Exception as error:
+        return [("peak memory", "unknown", f"the model does not run on shapes alone: {reason_of(error)}")]
+
+
+def _parts(m: Memory, target: Target) -> list[Line]:
+    if target.absent:
+        where = f"allocated on a CUDA device, forecast without one; attention by {m.backend}"
+    elif target.kind == "cuda":
+        where = f"allocated on {target.device}"
+    else:
+        where = "of this process, as runs report it on the CPU"
+    share = f", of which each of {target.processes} processes holds its share" if target.processes > 1 else ""
     lines = [
         ("peak memory", _size(m.peak), f"{where}; the lines below peak at different times"),
-        ("  weights", _size(m.weights), ""),
+        ("  weights", _size(m.weights), share[2:]),
         ("  gradients", _size(m.gradients), ""),
         ("  optimizer state", _size(m.optimizer), ""),
         ("  activations", _size(m.activations), f"of the largest pack, {m.pack_tokens:,} tokens"),
         ("  inside an op", _size(m.workspace), "of the head or of attention"),
     ]
-    if device.type == "cuda":
-        note = "with the CUDA context, libraries and gaps between blocks: an allowance"
-        lines.insert(1, ("  on the device", _size(needed(m, device)), note))
+    if m.gathered:
+        lines.append(("  gathered", _size(m.gathered), "weights and gradients of a block or the head, on their way"))
+    if target.kind == "cuda":
+        nccl = ", buffers of NCCL" if target.processes > 1 else ""
+        note = f"with the CUDA context, libraries{nccl} and gaps between blocks: an allowance"
+        lines.insert(1, ("  on the device", _size(target.needed(m.peak)), note))
     if m.process:
         lines.append(("  process", _size(m.process), "Python, libraries and data"))
     return lines
+
+
+def _budget_line(budget: Budget, room: int) -> Line:
+    name = f"fits {_size(room)}"
+    if not budget.tokens:
+        return (name, "nothing", f"not even a pack of the longest row, {budget.memory.pack_tokens:,} tokens")
+    note = "largest packing.tokens_per_pack"
+    return (name, f"{budget.tokens:,}", f"{note}: all pairs of a step in one pack" if budget.whole_step else note)
+
+
+def _for_here(config: RunConfig) -> RunConfig:
+    """With attention that this machine can run."""
+    return replace(config, model=replace(config.model, attention="auto"))
+
+
+def _time_lines(
+    config: RunConfig,
+    dataset: PreferenceDataset,
+    steps: Sequence[Step],
+    plan: PlanSummary,
+    target: Target,
+    layout: Layout,
+) -> list[Line]:
+    if target.absent or target.processes > 1:
+        what = "such a device" if target.absent else "several processes"
+        return [("time", "unknown", f"it is tried out, and there is no trial of {what} here")]
+    device = target.device
+    try:
+        flops, trained = work_of(config, device, layout)
+    except Exception as error:
+        return [("time", "unknown", f"the model is not built without its weights: {reason_of(error)}")]
+    options: dict[str, Any] = {"trained_weights": trained, "device": device, "layout": layout}
+    return [_duration_line(forecast_duration(config, dataset, steps, plan, flops, **options))]
 
 
 def _duration_line(d: Duration) -> Line:

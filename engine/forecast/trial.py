@@ -23,7 +23,8 @@ from ..packing import PackedBatch, Step, build_batch, group_sizes
 from ..train.objective import Objective
 from ..train.optimizer import build_optimizer
 from ..train.throughput import FlopModel, synchronize
-from .memory import step_of, with_rows
+from .counting import step_of
+from .memory import with_rows
 from .shallow import build_policy, check_room, num_parameters
 
 _SECONDS = 0.5

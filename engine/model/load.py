@@ -58,6 +58,7 @@ def load_policy(
     empty: bool = False,
     layers: int | None = None,
     weights_dtype: str = "float32",
+    backend: Backend | None = None,
 ) -> Policy:
     """Load a causal language model for training or scoring on packs.
 
@@ -71,12 +72,13 @@ def load_policy(
         empty: build the model from its config, and leave it where it is built: for shapes alone, or for speed.
         layers: how many of its layers an empty model has; all by default.
         weights_dtype: what the weights of a full model, and adapters, are held in: see ``optim.master_weights``.
+        backend: how attention is computed; by default what the configuration asks for.
 
     Raises:
         UserError: the model cannot be loaded or lacks what packs need.
     """
     check_quantization(model)
-    backend = choose_backend(model.attention, device, DTYPES[model.dtype])
+    backend = backend or choose_backend(model.attention, device, DTYPES[model.dtype])
     if not empty:
         distributed.announce("reads the model")
     with distributed.main_first(), shapes_alone():

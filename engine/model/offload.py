@@ -7,6 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..packing.rows import RowPlan
 
+_CPU = torch.device("cpu")
 SMALLEST = 1024
 """Elements below which a copy is not worth its launch."""
 
@@ -22,18 +23,22 @@ class OffloadedActivations(saved_tensors_hooks):
     Args:
         num_tokens: packed tokens of the forward pass.
         rows: what of it is computed in rows.
+        host: where copies lie; on the meta device nothing is copied, for forecasts of what is left.
     """
 
-    def __init__(self, num_tokens: int, rows: RowPlan | None = None):
+    def __init__(self, num_tokens: int, rows: RowPlan | None = None, host: torch.device = _CPU):
         self.num_tokens = num_tokens
+        self.host = host
         self.shapes = () if rows is None else rows.shapes
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, torch.Tensor]:
         if tensor.numel() < SMALLEST or not self._is_activation(tensor):
             return tensor
+        if self.host.type == "meta":
+            return tensor.device, torch.empty(tensor.shape, dtype=tensor.dtype, device=self.host)
         pinned = tensor.device.type == "cuda"
-        held = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        held = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.host, pin_memory=pinned)
         held.copy_(tensor, non_blocking=pinned)
         return tensor.device, held
 
@@ -49,4 +54,6 @@ class OffloadedActivations(saved_tensors_hooks):
         if isinstance(saved, torch.Tensor):
             return saved
         device, held = saved
+        if held.is_meta:
+            return torch.empty_like(held, device=device)
         return held.to(device, non_blocking=True)

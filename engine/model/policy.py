@@ -93,6 +93,8 @@ class Policy(nn.Module):
         """Name of the frozen adapter that is part of the reference; None when the reference has none."""
         self.activation_offload = False
         """Whether activations wait for the backward pass in host memory."""
+        self.offload_host = torch.device("cpu")
+        """Where they wait; on the meta device, which has no memory, they are only left out."""
         self.disabled_dropouts = 0
         """How many dropout probabilities of the model were set to 0."""
         self.recomputes = False
@@ -169,7 +171,8 @@ class Policy(nn.Module):
         if rows is None and (planned := self.rows_of(batch)) is not None:
             rows = planned.map_tensors(lambda tensor: to_device(tensor, self.device))
         wanted = router_arguments(self.config, router_logits)
-        with OffloadedActivations(batch.num_tokens, rows) if self.activation_offload else nullcontext():
+        offloaded = OffloadedActivations(batch.num_tokens, rows, self.offload_host)
+        with offloaded if self.activation_offload else nullcontext():
             if rows is not None and self.layout.in_rows:
                 return self._run_in_rows(batch, rows, wanted)
             return self._run_on_pack(batch, rows, wanted)

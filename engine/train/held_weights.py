@@ -20,7 +20,7 @@ from .bfloat16 import noise_key, round_at_random
 
 UPDATES = "updates"
 """In the groups of an optimizer: how many updates it has made. Groups are part of checkpoints."""
-_TOGETHER = 1 << 26
+TOGETHER = 1 << 26
 """Weights that are widened at a time, where single ones are not larger."""
 
 
@@ -110,14 +110,14 @@ def holding(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
 
 
 def _chunks(params: Mapping[Tensor, Any]) -> list[list[Tensor]]:
-    """The parameters in order, as many together as ``_TOGETHER`` allows."""
+    """The parameters in order, as many together as ``TOGETHER`` allows."""
     chunks: list[list[Tensor]] = []
     room = 0
     for p in params:
         size = distributed.local_tensor(p).numel()
         if not chunks or size > room:
             chunks.append([])
-            room = _TOGETHER
+            room = TOGETHER
         chunks[-1].append(p)
         room -= size
     return chunks

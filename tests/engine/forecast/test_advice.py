@@ -14,9 +14,8 @@ from engine.config.schema import LoraConfig
 from engine.data import load_dataset_groups
 from engine.errors import UserError
 from engine.evaluate import evaluate
-from engine.forecast import advice
+from engine.forecast import Target, advice
 from engine.forecast.advice import GIB, advise, forecast_run
-from engine.forecast.memory import Memory
 from engine.memory_errors import remedies
 from engine.packing import plan_first_epoch
 from engine.precompute import check_columns, fill_store
@@ -25,7 +24,7 @@ from engine.train.optimizer import GuardedUpdate
 from engine.train.setup import prepare
 from tests.engine.distributed.launch import launch
 
-CPU = torch.device("cpu")
+HERE = Target.on(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -110,26 +109,32 @@ distributed.leave(cli.main(["train", {str(run_file)!r}]))
 
 def test_what_will_not_fit_is_said_before_it_is_tried(config, tiny_tokenizer, monkeypatch, caplog):
     dataset = load_dataset_groups(config.data, tiny_tokenizer, split="train")[0]
-    memory = forecast_run(config, dataset, CPU)
+    memory = forecast_run(config, dataset, HERE)
     with caplog.at_level("INFO", logger="engine"):
-        advise(config, memory, CPU)
+        advise(config, memory, HERE)
         monkeypatch.setattr(advice, "capacity", lambda device: int(memory.peak * 0.99))
-        advise(config, memory, CPU)
+        advise(config, memory, HERE)
     fits, short = (record.message for record in caplog.records)
     assert fits.startswith(f"memory: forecast {memory.peak / GIB:.1f} GiB (weights ")
     assert "may not fit" not in fits
     assert short.endswith("it may not fit; " + remedies(config))
 
 
-def test_a_cuda_device_gives_more_than_tensors_take(monkeypatch):
-    memory = Memory(
-        weights=GIB, gradients=GIB, optimizer=2 * GIB, activations=0, workspace=0, step_peak=10 * GIB, process=0,
-        pack_tokens=1,
-    )  # fmt: skip
-    assert advice.needed(memory, CPU) == 10 * GIB
-    assert advice.needed(memory, torch.device("cuda")) == int((10 * 1.05 + 0.7) * GIB)
-    monkeypatch.setattr(advice.distributed, "size", lambda: 4)
-    assert advice.needed(memory, torch.device("cuda")) == int((7 * 1.05 + 0.7 + 0.8) * GIB)
+def test_a_run_in_rows_is_forecast_in_rows(config, tiny_tokenizer, monkeypatch):
+    """Padding is computed there: the same groups take more than in packs."""
+    dataset = load_dataset_groups(config.data, tiny_tokenizer, split="train")[0]
+    rows = replace(config, packing=replace(config.packing, layout="rows"))
+    seen = []
+    forecast = advice.forecast_memory
+
+    def observed(config, *arguments, layout, **options):
+        seen.append((layout.kind, config.packing.share_prompts))
+        return forecast(config, *arguments, layout=layout, **options)
+
+    monkeypatch.setattr(advice, "forecast_memory", observed)
+    found = [forecast_run(c, dataset, HERE) for c in (config, rows)]
+    assert seen == [("shared", True), ("rows", False)]
+    assert found[1].activations > found[0].activations
 
 
 def test_the_attention_backend_is_chosen_on_real_tensors(config, tiny_tokenizer, monkeypatch):
@@ -146,7 +151,7 @@ def test_the_attention_backend_is_chosen_on_real_tensors(config, tiny_tokenizer,
         return obstacle(*arguments)
 
     monkeypatch.setattr(choice, "_obstacle", spy)
-    memory.forecast_memory(config, dataset, plan_first_epoch(dataset, config), device=CPU, resident=0)
+    memory.forecast_memory(config, dataset, plan_first_epoch(dataset, config), target=HERE, resident=0)
     assert fake[0] is False
 
 

@@ -22,7 +22,7 @@ from dpo_kernels.losses import resolve_loss
 from dpo_kernels.pairs import LossOptions
 from engine.config import load_config
 from engine.data import load_dataset_groups
-from engine.forecast import forecast_memory, memory
+from engine.forecast import Target, counting, forecast_memory
 from engine.forecast.heap import Heap
 from engine.forecast.layout import find_layout
 from engine.forecast.live_storage import LiveStorage, is_op, storage_bytes
@@ -104,13 +104,13 @@ def forecast_of(config, tokenizer, monkeypatch):
     """The forecast, with blocks of a heap without holes, and those blocks."""
     planned = Blocks()
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "Heap", lambda: planned)
-        patch.setattr(memory.Heap, "available", lambda: True, raising=False)
+        patch.setattr(counting, "Heap", lambda: planned)
+        patch.setattr(counting.Heap, "available", lambda: True, raising=False)
         dataset = load_dataset_groups(config.data, tokenizer, split="train")[0]
         found = find_layout(config, CPU)
         config = replace(config, packing=found.packing)
         steps = plan_first_epoch(dataset, config)
-        return forecast_memory(config, dataset, steps, device=CPU, resident=0, layout=found.layout), planned
+        return forecast_memory(config, dataset, steps, target=Target.on(CPU), resident=0, layout=found.layout), planned
 
 
 def blocks_of_steps(config, monkeypatch):

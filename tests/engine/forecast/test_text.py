@@ -11,7 +11,7 @@ import torch
 from engine.config.schema import DataConfig, LoraConfig, LossConfig
 from engine.data import load_dataset_groups
 from engine.errors import UserError
-from engine.forecast import describe_forecast, text
+from engine.forecast import Target, describe_forecast, text
 from engine.model import load_policy
 from engine.train.checkpoint import save_weights
 from tests.engine.conftest import preference_rows
@@ -62,6 +62,35 @@ def test_peak_is_tensors_and_process(config, dataset, monkeypatch):
     found = {line[:24].strip(): line[24:].split()[0] for line in lines[-8:]}
     assert found["peak memory"] == f"{tensors[0] / gib + 0.5:.2f}"
     assert found["process"] == "0.50"
+
+
+def test_another_device_and_what_fits_in_it(config, dataset):
+    """Nothing is tried out for a CUDA device that is not there, and what computes attention is said."""
+    config = replace(config, model=replace(config.model, dtype="bfloat16"))
+    lines = describe_forecast(dataset, config, Target.of_kind("cuda", 4), room=2**34).splitlines()
+    found = {line[:24].strip(): line[24:].split(maxsplit=2) for line in lines[-10:]}
+    assert list(found) == [
+        "peak memory",
+        "on the device",
+        "weights",
+        "gradients",
+        "optimizer state",
+        "activations",
+        "inside an op",
+        "gathered",
+        "fits 16.00 GiB",
+        "time",
+    ]
+    assert "forecast without one; attention by varlen" in found["peak memory"][2]
+    assert "4 processes" in found["weights"][2]
+    assert "NCCL" in found["on the device"][2]
+    assert "all pairs of a step in one pack" in found["fits 16.00 GiB"][1] + found["fits 16.00 GiB"][-1]
+    assert found["time"][0] == "unknown"
+    (short,) = [
+        n for n in describe_forecast(dataset, config, Target.of_kind("cuda", 1), room=2**20).splitlines() if "fits" in n
+    ]
+    assert "nothing" in short
+    assert "not even a pack of the longest row" in short
 
 
 def test_a_model_that_does_not_run_without_data_leaves_the_rest(config, dataset, monkeypatch):

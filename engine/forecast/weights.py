@@ -1,0 +1,127 @@
+"""Policies without data, and what their weights and optimizer state take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from ..config.schema import OptimConfig, RunConfig
+from ..errors import UserError
+from ..model import Policy, load_policy
+from ..model.head import output_layer
+from ..model.load import DTYPES
+from ..train.held_weights import TOGETHER
+from ..train.optimizer import build_optimizer
+from .live_storage import LiveStorage, storage_bytes
+from .target import Target
+
+_PROBE_WIDTH = 128
+_SCALED_BLOCK, _SCALES_BLOCK = 64, 256
+"""Weights of 4 bits that share a scale of 8 bits, and such scales that share one of 32 bits."""
+_STATE_BLOCK, _LEAST_STATE = 256, 4096
+"""Numbers of 8 bits that share a scale of 32 bits, and weights of a tensor below which its state keeps 32 bits."""
+
+
+def without_memory(config: RunConfig, target: Target, layers: int | None = None) -> Policy:
+    """The policy as a run loads it, on the meta device, with so many of its layers.
+
+    Quantised weights stand there in the compute dtype, which is what they are computed in.
+
+    Raises:
+        UserError: it cannot be built, or not be spread over so many processes.
+    """
+    if config.model.quantization and target.processes > 1:
+        raise UserError(
+            f"model.quantization={config.model.quantization} runs in one process: quantised weights cannot be sharded; "
+            "leave --processes out, or set model.quantization to null"
+        )
+    with torch.device("meta"):
+        return load_policy(
+            replace(config.model, quantization=None),
+            device=target.device,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+            empty=True,
+            layers=layers,
+            weights_dtype=config.optim.weights_dtype,
+            backend=target.backend(config),
+        )
+
+
+def policy_without_data(config: RunConfig, target: Target, layers: int | None = None) -> Policy:
+    """The same of tensors that have all but data, in training mode."""
+    policy = without_memory(config, target, layers)
+    # Tied weights stay one tensor.
+    made: dict[int, Tensor] = {}
+    for module in policy.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in made:
+                empty = torch.empty_like(parameter, device=target.device)
+                made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+            if parameter is not None:
+                module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made.setdefault(id(buffer), torch.empty_like(buffer, device=target.device))
+    policy.activation_offload = config.train.activation_offload
+    if target.absent:
+        policy.offload_host = torch.device("meta")
+    return policy.train()
+
+
+def quantized_weights(policy: Policy) -> list[nn.Parameter]:
+    """What bitsandbytes holds in 4 bits: the frozen weights of linear layers but the head."""
+    head = output_layer(policy.causal_lm)
+    layers = (m for m in policy.causal_lm.modules() if isinstance(m, nn.Linear) and m is not head)
+    return [w for layer in layers if isinstance(w := layer.weight, nn.Parameter) and not w.requires_grad]
+
+
+def quantized_bytes(weight: nn.Parameter) -> int:
+    """Bytes of a weight in 4 bits whose scales are quantised, too."""
+    scales = -(-weight.numel() // _SCALED_BLOCK)
+    return -(-weight.numel() // 2) + scales + 4 * -(-scales // _SCALES_BLOCK)
+
+
+def state_bytes(config: OptimConfig, policy: Policy) -> tuple[list[int], int]:
+    """What the optimizer keeps on the device for each trained parameter, and the most that an update holds beside it.
+
+    Paged state is in host memory where the device is full, so it counts nothing.
+    """
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    plain = replace(config, optimizer="adamw") if "8bit" in config.optimizer or "paged" in config.optimizer else config
+    state, update = _measured_state(plain, trained)
+    if config.optimizer.startswith("paged"):
+        state = [0] * len(trained)
+    elif config.optimizer == "adamw_8bit":
+        embeddings = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)}
+        state = [_adamw_8bit(p, whole=id(p) in embeddings) for p in trained]
+    return state, update
+
+
+def _adamw_8bit(parameter: nn.Parameter, *, whole: bool) -> int:
+    if whole or parameter.numel() < _LEAST_STATE:
+        return 8 * parameter.numel()
+    return 2 * (parameter.numel() + 4 * -(-parameter.numel() // _STATE_BLOCK))
+
+
+def _measured_state(config: OptimConfig, trained: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Of one update of a small layer."""
+    with unset_fake_temporarily():
+        device = trained[0].device
+        layer = nn.Linear(_PROBE_WIDTH, _PROBE_WIDTH, bias=False, device=device, dtype=DTYPES[config.weights_dtype])
+        optimizer, _ = build_optimizer(layer, config)
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        count = LiveStorage(device, lambda func, args: 0)
+        with count:
+            optimizer.step()
+        tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.ndim]
+        state = storage_bytes(tensors)
+    numbers = [p.numel() for p in trained]
+    together = sum(numbers) if optimizer.defaults.get("foreach") else max(numbers)
+    if config.master_weights != "float32":
+        together = max(together, min(sum(numbers), TOGETHER))
+    unit = layer.weight.numel()
+    return [state * n // unit for n in numbers], max(0, count.peak - state) * together // unit
