@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from importlib import metadata
@@ -299,6 +300,8 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"dpo {options.command} runs in one process: start it without torchrun")
     # peft imports it where it is installed, and it warns of kernels for the CPU that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # deprecations inside other packages are nothing that a user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if options.command in ("train", "evaluate", "precompute", "demo", "merge"):
         _configure_logging()
     from . import commands as bodies
@@ -337,10 +340,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _configure_logging() -> None:
-    import warnings
-
-    # deprecations inside other packages are nothing that a user can act on
-    warnings.filterwarnings("ignore", category=FutureWarning)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     for ours in (__package__, "dpo_kernels"):
         logging.getLogger(ours).setLevel(logging.INFO if distributed.is_main() else logging.WARNING)

@@ -149,6 +149,9 @@ def test_missing_models_data_and_runs(refused, run_file, tmp_path):
     assert "absent.jsonl" in refused("plan", run_file, "--data.dataset_name", tmp_path / "absent.jsonl")
     assert "absent" in refused("report", tmp_path / "absent")
     assert "tokens_per_pack" in refused("plan", run_file, "--packing.tokens_per_pack", "4")
+    assert "must be a size such as 80GiB, got 80" in refused("plan", run_file, "--memory", "80")
+    assert "must be at least 1" in refused("plan", run_file, "--processes", "0")
+    assert "native runs on the CPU" in refused("plan", run_file, "--device", "cuda", "--model.attention", "native")
     assert "--export" in refused("precompute", run_file, "--export", tmp_path / "rows.csv")
     assert "no reference" in refused("precompute", run_file, "--loss.loss_type", "orpo")
     assert "there is nothing to compute" in refused("precompute", run_file, "--reference.sync_ref_model", "true")
@@ -263,6 +266,8 @@ def test_init_check_plan(run_file, tmp_path, capsys):
     assert "24" in capsys.readouterr().out
     assert cli.main(["plan", str(run_file), "--data.max_rows", "5"]) == 0
     assert "preference groups" in capsys.readouterr().out
+    assert cli.main(["plan", str(run_file), "--memory", "2 GB", "--processes", "2", "--data.max_rows", "5"]) == 0
+    assert "fits 1.86 GiB" in capsys.readouterr().out
 
 
 def test_a_file_that_would_lose_something_writes_nothing(tmp_path, refused):

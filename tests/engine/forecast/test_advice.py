@@ -19,7 +19,7 @@ from engine.forecast.advice import GIB, advise, forecast_run
 from engine.memory_errors import remedies
 from engine.packing import plan_first_epoch
 from engine.precompute import check_columns, fill_store
-from engine.train import loop, setup
+from engine.train import loop, run, training_data
 from engine.train.optimizer import GuardedUpdate
 from engine.train.setup import prepare
 from tests.engine.distributed.launch import launch
@@ -52,7 +52,7 @@ def fails(error):
     ],
     ids=["cuda", "cuda driver", "python", "cpu"],
 )
-@pytest.mark.parametrize(("owner", "name"), [(GuardedUpdate, "step"), (loop, "export_model")], ids=["step", "end"])
+@pytest.mark.parametrize(("owner", "name"), [(GuardedUpdate, "step"), (run, "export_model")], ids=["step", "end"])
 def test_a_training_run_says_what_was_forecast_and_what_to_lower(
     owner, name, error, memory, run_file, monkeypatch, capsys
 ):
@@ -164,13 +164,13 @@ def test_a_forecast_leaves_random_numbers_and_results_alone(config, tiny_tokeniz
         reference=replace(config.reference, store=str(tmp_path / "store")),
     )
     plain = prepare(config).policy.state_dict()
-    resolve = setup.load_dataset_groups
+    resolve = training_data.load_dataset_groups
 
     def forecasting(*arguments, **options):
         found = resolve(*arguments, **options)
         torch.rand(7)
         return found
 
-    monkeypatch.setattr(setup, "load_dataset_groups", forecasting)
+    monkeypatch.setattr(training_data, "load_dataset_groups", forecasting)
     again = prepare(config).policy.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in plain.items())
