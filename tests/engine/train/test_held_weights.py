@@ -72,7 +72,7 @@ def test_at_a_learning_rate_of_1e_6_weights_move(held):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_update_is_that_of_float32_weights_rounded_at_random(name, monkeypatch):
-    monkeypatch.setattr(held_weights, "_TOGETHER", 100)
+    monkeypatch.setattr(held_weights, "TOGETHER", 100)
     config = OptimConfig(optimizer=name, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5)
     ours = small_model()
     update = update_of(ours, replace(config, master_weights="stochastic"), seed=5)
