@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..model import Policy, load_policy
 from ..model.head import output_layer
 from ..model.load import DTYPES
+from ..train.bfloat16 import PIECE
 from ..train.held_weights import TOGETHER
 from ..train.optimizer import build_optimizer
 from .live_storage import LiveStorage, storage_bytes
@@ -24,6 +25,10 @@ _SCALED_BLOCK, _SCALES_BLOCK = 64, 256
 """Weights of 4 bits that share a scale of 8 bits, and such scales that share one of 32 bits."""
 _STATE_BLOCK, _LEAST_STATE = 256, 4096
 """Numbers of 8 bits that share a scale of 32 bits, and weights of a tensor below which its state keeps 32 bits."""
+
+_WIDENED_BYTES, _ROUNDED_BYTES = 8, 32
+"""Of weights in bfloat16 that are updated together: weight and gradient in float32; and of those that are rounded
+together, what that takes."""
 
 
 def without_memory(config: RunConfig, target: Target, layers: int | None = None) -> Policy:
@@ -120,8 +125,10 @@ def _measured_state(config: OptimConfig, trained: Sequence[Tensor]) -> tuple[lis
         tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.ndim]
         state = storage_bytes(tensors)
     numbers = [p.numel() for p in trained]
-    together = sum(numbers) if optimizer.defaults.get("foreach") else max(numbers)
-    if config.master_weights != "float32":
-        together = max(together, min(sum(numbers), TOGETHER))
     unit = layer.weight.numel()
-    return [state * n // unit for n in numbers], max(0, count.peak - state) * together // unit
+    kept = [state * n // unit for n in numbers]
+    if config.master_weights != "float32":
+        together = max(*numbers, min(sum(numbers), TOGETHER))
+        return kept, _WIDENED_BYTES * together + _ROUNDED_BYTES * min(together, PIECE)
+    together = sum(numbers) if optimizer.defaults.get("foreach") else max(numbers)
+    return kept, max(0, count.peak - state) * together // unit

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,8 @@ KEY_SCHEMA = 2
 _ATTENTION_PACKAGES = {"flash": "flash-attn", "flash3": "flash-attn-3"}
 """The other backends are part of torch or of this package."""
 _CHUNK_BYTES = 64 << 20
+_THREADS, _GATHERED = 8, 2
+"""That read weights; and tensors of several processes that wait for them, each whole."""
 # Facts about a config's origin or about generation; everything else may change what the model computes.
 _IGNORED_CONFIG = frozenset({
     "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id",
@@ -76,7 +79,7 @@ def model_digest(policy: Policy) -> str:
     return identify(policy).digest
 
 
-def identify(policy: Policy) -> ModelIdentity:
+def identify(policy: Policy, weights: str | None = None) -> ModelIdentity:
     """What ``policy`` is in reference mode.
 
     It covers the names, dtypes, shapes and bytes of the weights (tied ones are read once), the architecture's config,
@@ -84,13 +87,14 @@ def identify(policy: Policy) -> ModelIdentity:
     of the same weights, held in the same dtype, share their references.
 
     Weights are read in chunks of 64 MiB, several at a time, wherever they are; nothing else is copied. Sharded ones are
-    gathered, one at a time, on every rank.
+    gathered, one at a time, on every rank, and each rank reads its share of them.
 
     Args:
         policy: the model, before its first optimizer step. A frozen adapter that is part of its reference is covered,
             weights and config.
+        weights: its ``weights_digest``, where that is known: large models take minutes to read.
     """
-    return ModelIdentity(weights_digest(policy), _profile(policy))
+    return ModelIdentity(weights or weights_digest(policy), _profile(policy))
 
 
 def _profile(policy: Policy) -> dict[str, str]:
@@ -126,12 +130,31 @@ def weights_digest(policy: Policy) -> str:
     tensors = dict(sorted(_reference_tensors(policy, reference_adapter), key=lambda item: item[0]))
     storage = {name: _identity(tensor) for name, tensor in tensors.items()}
     unique = {storage[name]: tensor for name, tensor in tensors.items()}
-    # All ranks must gather the same sharded tensor at a time.
-    with ThreadPoolExecutor(1 if distributed.size() > 1 else min(8, os.cpu_count() or 1)) as pool:
-        digests = dict(zip(unique, pool.map(_tensor_digest, unique.values()), strict=True))
+    digests = dict(zip(unique, _digests(list(unique.values())), strict=True))
     for name, tensor in tensors.items():
         _feed(hasher, name, f"{tensor.dtype} {tuple(tensor.shape)} {digests[storage[name]]}")
     return hasher.hexdigest()
+
+
+def _digests(tensors: Sequence[torch.Tensor]) -> list[str]:
+    """Of each tensor, in threads; several processes share the work, and every one gets all."""
+    size, rank = distributed.size(), distributed.rank()
+    found: dict[int, str] = {}
+    running: deque[tuple[int, Future[str]]] = deque()
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for place, tensor in enumerate(tensors):
+            # All ranks must gather the same sharded tensor at a time.
+            full = distributed.full_tensor(tensor.detach())
+            if place % size == rank:
+                running.append((place, pool.submit(_tensor_digest, full)))
+            # What was gathered takes memory until it is read.
+            while len(running) > (_GATHERED if size > 1 else len(tensors)):
+                done, digest = running.popleft()
+                found[done] = digest.result()
+        found |= {done: digest.result() for done, digest in running}
+    for part in distributed.gather(found):
+        found |= part
+    return [found[place] for place in range(len(tensors))]
 
 
 def _identity(tensor: torch.Tensor) -> tuple:
@@ -194,7 +217,7 @@ def _reference_tensors(policy: Policy, reference_adapter: str | None) -> Iterato
 
 def _tensor_digest(tensor: torch.Tensor) -> str:
     hasher = blake2b(digest_size=16)
-    flat = distributed.full_tensor(tensor.detach()).reshape(-1)
+    flat = tensor.detach().reshape(-1)
     step = max(1, _CHUNK_BYTES // flat.element_size())
     for start in range(0, flat.numel(), step):
         hasher.update(flat[start : start + step].cpu().view(torch.uint8).numpy().data)

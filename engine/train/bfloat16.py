@@ -17,7 +17,7 @@ from torch import Tensor
 
 _UPPER, _LOWER = -(1 << 16), (1 << 16) - 1
 _32_BITS = (1 << 32) - 1
-_PIECE = 1 << 22
+PIECE = 1 << 22
 """Elements that are worked on at a time: what is held beside a tensor stays small."""
 _ROUNDS = ((16, 0x21F0AAAD), (15, 0x735A2D97))
 """Shifts and factors of a mixing of 32 bits (https://github.com/skeeto/hash-prospector). Factors below 2^31 keep the
@@ -66,5 +66,5 @@ def round_at_random(target: Tensor, values: Tensor, *, key: int, start: int) -> 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Where each piece begins, and the same piece of all the tensors, which are contiguous."""
     flat = [tensor.view(-1) for tensor in tensors]
-    for begin in range(0, flat[0].numel(), _PIECE):
-        yield begin, tuple(tensor[begin : begin + _PIECE] for tensor in flat)
+    for begin in range(0, flat[0].numel(), PIECE):
+        yield begin, tuple(tensor[begin : begin + PIECE] for tensor in flat)

@@ -104,12 +104,14 @@ def prepare_references(
     *,
     say: Callable[[str], None],
     progress: bool = True,
+    base: str | None = None,
 ) -> References:
     """Make the references of every dataset available, before the first step.
 
     Args:
         policy: as it is before step 1.
         datasets: by name.
+        base: ``weights_digest`` of the policy, where that is known.
         say: told what is computed and used.
 
     Raises:
@@ -131,7 +133,7 @@ def prepare_references(
     tables = {name: ReferenceTable(sums) for name, sums in columns.items() if sums is not None}
     own = config.reference.model_name_or_path is None
     reference = policy if own else load_reference(config, policy.device, list(datasets.values()))
-    weights = None if own else weights_digest(reference)
+    weights = base if own else weights_digest(reference)
     options: dict[str, Any] = {"beta": config.loss.beta, "share_prompts": config.packing.share_prompts}
     for name, dataset in datasets.items():
         if name in tables:
@@ -143,20 +145,22 @@ def prepare_references(
     if absent:
         store = ReferenceStore(config.reference.store or default_store_path())
         sources.append(f"store {store.path}")
-        tables |= _stored_tables(config, objective, reference, absent, store, say, progress)
-    return References("stored", ", ".join(sources), tables, weights=weights)
+        tables |= _stored_tables(config, objective, (reference, weights), absent, store, say, progress)
+    return References("stored", ", ".join(sources), tables, weights=None if own else weights)
 
 
 def _stored_tables(
     config: RunConfig,
     objective: Objective,
-    reference: Policy,
+    model: tuple[Policy, str | None],
     datasets: dict[str, PreferenceDataset],
     store: ReferenceStore,
     say: Callable[[str], None],
     progress: bool,
 ) -> dict[str, ReferenceTable]:
-    identity = identify(reference)
+    """Of a model, whose ``weights_digest`` may be known."""
+    reference, weights = model
+    identity = identify(reference, weights)
     options: dict[str, Any] = {"beta": config.loss.beta, "share_prompts": config.packing.share_prompts}
     tables = {}
     for name, dataset in datasets.items():

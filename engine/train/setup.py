@@ -134,7 +134,7 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
     base = weights_digest(policy)
     if start is not None:
         check_base(start, config, base)
-    references = prepare_references(config, policy, objective, datasets, say=log.info)
+    references = prepare_references(config, policy, objective, datasets, say=log.info, base=base)
     objective.live_reference = references.live
     if start is not None:
         check_reference(start, config, references.weights)

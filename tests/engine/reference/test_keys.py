@@ -134,6 +134,23 @@ def test_the_digest_survives_saving_loading_and_harmless_config(tmp_path):
     assert model_digest(Scored(loaded)) == base
 
 
+def test_processes_share_the_reading(monkeypatch):
+    tensors = [torch.full((3,), float(i)) for i in range(5)]
+    whole = keys._digests(tensors)
+    shares = []
+
+    def gather(found):
+        shares.append(sorted(found))
+        return [dict(enumerate(whole))]
+
+    monkeypatch.setattr(keys.distributed, "size", lambda: 2)
+    monkeypatch.setattr(keys.distributed, "gather", gather)
+    for rank in (0, 1):
+        monkeypatch.setattr(keys.distributed, "rank", lambda rank=rank: rank)
+        assert keys._digests(tensors) == whole
+    assert shares == [[0, 2, 4], [1, 3]]
+
+
 def test_tied_weights_are_read_once(monkeypatch):
     real, read = keys._tensor_digest, []
 
