@@ -85,13 +85,18 @@ def train(config: RunConfig, *, callbacks: Sequence[Callback] = (), resume: bool
     return _train(config, callbacks=callbacks, resume=resume)
 
 
-def evaluate(config: RunConfig, model_path: str | os.PathLike[str] | None = None) -> dict[str, float]:
+def evaluate(
+    config: RunConfig, model_path: str | os.PathLike[str] | None = None, *, samples: int = 0
+) -> dict[str, float]:
     """What ``dpo evaluate`` does: metrics of a model, by default the one before training, on the evaluation data.
+
+    Args:
+        samples: answers to draw to each of ``train.sample_prompts`` prompts, for the KL divergence from the reference.
 
     Raises:
         UserError: no evaluation data, or a model that cannot be loaded.
     """
-    return _evaluate(config, None if model_path is None else os.fspath(model_path))
+    return _evaluate(config, None if model_path is None else os.fspath(model_path), samples=samples)
 
 
 def precompute(config: RunConfig) -> None:

@@ -224,6 +224,14 @@ def _add_options(commands: dict[str, _Parser]) -> None:
     commands["evaluate"].add_argument(
         "--model", metavar="PATH", help="model or adapter to evaluate; the default is model.model_name_or_path"
     )
+    commands["evaluate"].add_argument(
+        "--samples",
+        metavar="N",
+        type=int,
+        default=0,
+        help="draw N answers of the model to each of train.sample_prompts prompts, and estimate from them how far it "
+        "is from the reference (KL divergence)",
+    )
     _add_model_options(commands["merge"], commands["push"])
     commands["report"].add_argument("run_dir", metavar="RUN", type=Path, help="output folder of a run")
     commands["bench"].add_argument(

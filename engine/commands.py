@@ -109,7 +109,8 @@ def evaluate(options: Namespace, overrides: Sequence[str]) -> int:
     config = _begin(options, overrides)
     from .evaluate import evaluate
 
-    evaluate(config, options.model, own_loss=any(word.startswith("--loss.") for word in overrides))
+    own_loss = any(word.startswith("--loss.") for word in overrides)
+    evaluate(config, options.model, own_loss=own_loss, samples=options.samples)
     return 0
 
 

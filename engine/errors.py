@@ -110,7 +110,7 @@ def out_of_memory(error: BaseException) -> str | None:
 class RowError(UserError):
     """A row of the data that cannot be used: training stops at it, ``dpo check`` counts it and reads on.
 
-    ``problem`` is its name in ``PROBLEMS`` of ``engine/data/lint.py``.
+    ``problem`` is its name in ``PROBLEMS`` of ``engine/data/problems.py``.
     """
 
     def __init__(self, problem: str, message: str):
@@ -138,3 +138,9 @@ def write_fault(error: OSError) -> DiskFault:
 def counted(number: int, noun: str) -> str:
     """``1 pack``, ``1,234 packs``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def shortened(text: str, length: int = 70) -> str:
+    """A text in one line, cut where it is longer."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= length else f"{flat[: length - 3]}..."

@@ -36,10 +36,11 @@ from .run_folder import (
     eval_prefixes,
     read_record,
 )
+from .train.divergence import sampled_divergence
 from .train.evaluation import evaluate_splits, format_evaluation, write_evaluation
 from .train.measures import format_details, with_text
 from .train.objective import Objective
-from .train.references import full_model, prepare_references
+from .train.references import full_model, load_reference, prepare_references
 from .train.training_data import warn_of_trained_rows
 
 _SAME_ROWS = 1e-2
@@ -50,7 +51,9 @@ log = logging.getLogger(__name__)
 
 
 @advised
-def evaluate(config: RunConfig, model_path: str | None = None, *, own_loss: bool = False) -> dict[str, float]:
+def evaluate(
+    config: RunConfig, model_path: str | None = None, *, own_loss: bool = False, samples: int = 0
+) -> dict[str, float]:
     """Evaluate a model on the evaluation split of ``config``.
 
     References come from where training takes them: they belong to the model that ``config`` names, not to the one that
@@ -61,6 +64,7 @@ def evaluate(config: RunConfig, model_path: str | None = None, *, own_loss: bool
     Args:
         model_path: a model or adapter folder, or a Hub id; by default the model before training.
         own_loss: take the ``loss`` section of ``config`` for a run, too.
+        samples: answers to draw of the model to each of ``train.sample_prompts`` prompts, for ``eval_kl``.
 
     Returns:
         ``eval_loss``, ``eval_rewards/*``, ``eval_logps/*``, ``eval_ranking_accuracy``,
@@ -98,6 +102,8 @@ def evaluate(config: RunConfig, model_path: str | None = None, *, own_loss: bool
     values = evaluate_splits(
         trained, datasets, objective, config, lookup=references.lookup, progress=True, details=details
     )
+    if samples:
+        values |= _divergences(config, trained, policy, datasets, tokenizer, samples)
     log.info(format_evaluation(values))
     with_text(details, datasets, tokenizer)
     if words := format_details(details):
@@ -106,6 +112,26 @@ def evaluate(config: RunConfig, model_path: str | None = None, *, own_loss: bool
         folder = Path(model_path)
         write_evaluation(folder, values | _as_trained(folder, values), elsewhere=_RERUN)
         write_atomically(folder / DETAILS_FILE, json.dumps(details, indent=1) + "\n", elsewhere=_RERUN)
+    return values
+
+
+def _divergences(
+    config: RunConfig,
+    trained: Policy,
+    before: Policy,
+    datasets: dict[str, PreferenceDataset],
+    tokenizer: Any,
+    samples: int,
+) -> dict[str, float]:
+    """``sampled_divergence`` from the reference, or from the model before training, for each evaluation set."""
+    if trained.sharded:
+        raise UserError("--samples needs the whole model in one process: evaluate without torchrun, or leave it out")
+    other = config.reference.model_name_or_path is not None
+    reference = load_reference(config, trained.device, list(datasets.values())) if other else before
+    values: dict[str, float] = {}
+    for split, dataset in datasets.items():
+        found = sampled_divergence(trained, reference, dataset, config, tokenizer, samples=samples)
+        values |= {f"{split}_{name}": value for name, value in found.items()}
     return values
 
 

@@ -21,6 +21,8 @@ METRICS_FILE = "metrics.jsonl"
 DATA_FILE = "data.json"
 """Lint, plan and token counts of the training data."""
 EVALUATION_FILE = "evaluation.json"
+SAMPLES_FILE = "samples.jsonl"
+"""Answers to held-out prompts: one JSON object each, with step, row, prompt and answers."""
 DETAILS_FILE = "evaluation_details.json"
 """What `dpo evaluate` finds that is more than a number: calibration, flipped rankings, the rows that lost most."""
 CARD_FILE = "README.md"
@@ -150,6 +152,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         elif number < len(lines) or line.endswith("\n"):
             raise UserError(f"{path} line {number} is damaged: repair or remove the line")
     return rows
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The records of ``samples.jsonl`` of a run; none where it drew none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / SAMPLES_FILE
+    return read_metrics(path) if path.exists() else []
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

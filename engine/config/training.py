@@ -42,6 +42,15 @@ class TrainConfig:
     """Log logits/chosen, logits/rejected, entropy and mean_token_accuracy as TRL does: no product beside the loss's."""
     eval_steps: float | None = None
     """Optimizer steps between evaluations; null evaluates once, after training."""
+    sample_steps: float | None = None
+    """Optimizer steps between answers that the model gives to held-out prompts, besides those before and after
+    training; null draws none. Below 1 a share of all steps."""
+    sample_prompts: int = 8
+    """How many prompts are answered, here and by dpo evaluate --samples: the first ones that differ."""
+    sample_max_new_tokens: int = 128
+    """Where their answers are cut, in tokens."""
+    sample_temperature: float = 1.0
+    """Of the second answer to each prompt; the first is the most likely one."""
     gradient_checkpointing: Recomputed = False
     """Recompute activations in the backward pass: true, all but each block's input, about a fifth slower; selective,
     all but what products and attention gave, at little cost."""
@@ -74,7 +83,7 @@ class TrainConfig:
             # one spelling for no tracker
             object.__setattr__(self, "report_to", ())
         _require("none" not in self.report_to, "train.report_to none stands alone: leave it or the others out")
-        for name in ("save_steps", "logging_steps", "eval_steps"):
+        for name in ("save_steps", "logging_steps", "eval_steps", "sample_steps"):
             steps = getattr(self, name)
             _require(
                 steps is None or 0 < steps < 1 or (steps >= 1 and float(steps).is_integer()),
@@ -92,6 +101,8 @@ class TrainConfig:
         _require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2**32), got {self.seed}")
         limit = self.save_total_limit
         _require(limit is None or limit > 0, f"train.save_total_limit must be positive or null, got {limit}")
+        for name in ("sample_prompts", "sample_max_new_tokens", "sample_temperature"):
+            _require(getattr(self, name) > 0, f"train.{name} must be positive, got {getattr(self, name)}")
         self._check_best()
 
     def _check_best(self) -> None:

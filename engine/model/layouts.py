@@ -52,11 +52,25 @@ def _implementation(policy: Policy) -> str:
 @contextmanager
 def eager_attention(policy: Policy) -> Iterator[None]:
     """The model's own eager attention for a while; of a model whose attention is not exchanged, its own as it is."""
+    with _attention(policy, "eager"):
+        yield
+
+
+@contextmanager
+def own_attention(policy: Policy) -> Iterator[None]:
+    """The attention that transformers takes for the model by itself, for a while."""
     model: Any = policy.causal_lm
+    with _attention(policy, model.get_correct_attn_implementation(None)):
+        yield
+
+
+@contextmanager
+def _attention(policy: Policy, name: str) -> Iterator[None]:
     if policy.obstacle is not None:
         yield
         return
-    _set_attention(model, "eager")
+    model: Any = policy.causal_lm
+    _set_attention(model, name)
     try:
         yield
     finally:

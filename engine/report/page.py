@@ -34,6 +34,7 @@ TEMPLATE = "page.html.jinja"
 SET_METRICS = ("num_pairs", "loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 """Columns of the tables of a mixture's sets."""
 _LENGTH_HEADS = (BY_LENGTH, PAIRS_BY_LENGTH)
+_STEPS_SHOWN = 3
 _ANSWER_TABLES = (
     (
         "nats by which the reference prefers the chosen response",
@@ -72,6 +73,7 @@ def render(run: RunRecords, pictures: Sequence[SavedPicture]) -> str:
         by_length=_by_length(run.evaluation),
         by_source=_by_source(run),
         answers=_answers(run.details),
+        samples=_samples(run.samples),
         lint=_lint(run.data.get("lint")),
         config=_config(run.config),
         set_metrics=[_bare(name) for name in SET_METRICS],
@@ -207,6 +209,18 @@ def _answers(details: Mapping[str, Any]) -> list[dict[str, Any]]:
         worst = [{**row, "change": f"{row['chosen']:+,.1f}"} for row in found.get("most_displaced", ())]
         sets.append({"name": split.removeprefix("eval").removeprefix("_"), "tables": tables, "worst": worst})
     return [found for found in sets if found["tables"] or found["worst"]]
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each prompt with its answers by step: of many steps the first, one in the middle and the last."""
+    steps = list(dict.fromkeys(sample["step"] for sample in samples))
+    shown = steps if len(steps) <= _STEPS_SHOWN else [steps[0], steps[len(steps) // 2], steps[-1]]
+    prompts: dict[int, dict[str, Any]] = {}
+    for sample in samples:
+        found = prompts.setdefault(sample["row"], {"row": sample["row"], "prompt": sample["prompt"], "answers": []})
+        if sample["step"] in shown:
+            found["answers"].append(sample)
+    return list(prompts.values())
 
 
 def _lint(lint: Any) -> list[dict[str, str]]:

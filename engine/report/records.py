@@ -22,6 +22,7 @@ from ..run_folder import (
     eval_prefixes,
     read_metrics,
     read_record,
+    read_samples,
     read_settings,
 )
 
@@ -60,6 +61,8 @@ class RunRecords:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     """What ``dpo evaluate`` left beside its numbers, by evaluation set."""
+    samples: Sequence[Mapping[str, Any]] = ()
+    """The lines of ``samples.jsonl``, by ascending step."""
     finished: bool = False
     """Whether the final model has been written, whole."""
 
@@ -111,6 +114,7 @@ def read_run(folder: Path) -> RunRecords:
         data=read_record(folder / DATA_FILE),
         evaluation=read_record(folder / EVALUATION_FILE),
         details=read_record(folder / DETAILS_FILE),
+        samples=read_samples(folder),
         finished=is_complete(folder),
     )
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.groups import PreferenceDataset
+from ..errors import shortened
 from ..run_folder import bin_words
 
 CALIBRATION_BINS = 10
@@ -23,7 +24,7 @@ REFERENCE_MARGINS = (-math.inf, -50.0, -20.0, -10.0, -5.0, 0.0, 5.0, 10.0, 20.0,
 """Edges of the bins of ``by_reference_margin``, in nats."""
 WORST = 10
 """Rows of ``most_displaced``; a terminal shows the first."""
-_SHOWN, _TEXT_SHOWN = 3, 70
+_SHOWN = 3
 
 
 class PairLogps(NamedTuple):
@@ -178,13 +179,8 @@ def format_details(details: Mapping[str, Mapping[str, Any]]) -> str:
         if worst := found.get("most_displaced"):
             lines += ["", f"chosen responses whose log-prob fell most{of}"]
             for r in worst[:_SHOWN]:
-                lines.append(f"row {r['row']}: {r['chosen']:+.1f} nats: {_short(r['chosen_response'])}")
+                lines.append(f"row {r['row']}: {r['chosen']:+.1f} nats: {shortened(r['chosen_response'])}")
     return "\n".join(lines)
-
-
-def _short(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= _TEXT_SHOWN else flat[: _TEXT_SHOWN - 3] + "..."
 
 
 def correlation(a_P: np.ndarray, b_P: np.ndarray) -> float:

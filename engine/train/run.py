@@ -31,6 +31,7 @@ from .optimizer import GuardedUpdate, build_optimizer, build_schedule, change_to
 from .progress import log_line, step_bar, terminal_width
 from .resume import Start, TrainResult, config_values, digests
 from .rounding import round_and_measure
+from .samples import add_samples, draw_samples, format_samples, keep_samples_until
 from .setup import Setup
 from .throughput import reset_peak_memory
 from .trackers import Callback, CallbackTracker, Tracker, keep_rows_until, open_trackers
@@ -56,6 +57,7 @@ class Run:
         self.last_row: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.evaluated_at = 0
+        self.sampled_at = -1
         self.stepped: Callable[[], object] = lambda: None
         """Called after each step."""
         self.best = Best(self.config)
@@ -127,6 +129,8 @@ class Run:
                 with step_bar(self.done, self.feed.total_steps) as self.stepped:
                     self._steps()
                 self._final_evaluation()
+                if self.sampled_at != self.done or self.chosen is not None:
+                    self._sample()
             except Stopped as end:
                 raise self._stopped(end) from None
             finally:
@@ -165,6 +169,7 @@ class Run:
             (self.output_dir / MANIFEST).unlink(missing_ok=True)
             write_atomically(self.output_dir / CONFIG_FILE, to_yaml(self.config))
             write_data_file(self.setup, self.output_dir)
+            keep_samples_until(self.output_dir, self.done)
             keep_rows_until(self.output_dir, self.done, evaluated_at=self.evaluated_at)
             self.trackers = open_trackers(self.output_dir, self.config.train, first_step=self.done + 1)
             self.trackers += [CallbackTracker(callback) for callback in self.callbacks]
@@ -183,6 +188,8 @@ class Run:
             self._evaluate()
             if self._saves_at(self.done):
                 self._save()
+        if not self.done:
+            self._sample()
         if self.best.ends_run:
             log.info("%s", self.best.words)
             return
@@ -211,6 +218,8 @@ class Run:
                 self._log(grad_norm, learning_rate)
             if evaluate_now:
                 self._evaluate()
+            if self._due("sample_steps", step.number):
+                self._sample()
             if self._saves_at(step.number):
                 self._save()
             self.stepped()
@@ -218,6 +227,18 @@ class Run:
                 log.info("%s", self.best.words)
                 break
         self.meter.watch.stop()
+
+    def _sample(self) -> None:
+        """Answers of the model as it is, where they are asked for."""
+        if self.config.train.sample_steps is None or not distributed.is_main():
+            return
+        self.meter.watch.stop()
+        dataset = self.setup.datasets[self.setup.held_out[0]]
+        self.sampled_at = self.done
+        samples = draw_samples(self.policy, self.setup.tokenizer, self.config, dataset, step=self.done)
+        add_samples(self.output_dir, samples)
+        log.info("%s", format_samples(samples))
+        self.meter.watch.start()
 
     def _move_reference(self) -> None:
         """Where ``reference.sync_ref_model`` asks for it after the step that is done."""

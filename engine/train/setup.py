@@ -84,9 +84,18 @@ def check_settings(config: RunConfig) -> None:
     if config.optim.lr_scheduler_type in METRIC_SCHEDULES and config.train.eval_steps is None:
         raise UserError(f"optim.lr_scheduler_type {config.optim.lr_scheduler_type} needs train.eval_steps")
     check_metric(config)
+    _check_samples(config)
     resolve_mode(config, Objective(config.loss))
     if (words := LossTerms(config.loss).caution) is not None:
         log.warning("%s", words)
+
+
+def _check_samples(config: RunConfig) -> None:
+    if config.train.sample_steps is not None and not config.data.has_evaluation:
+        raise UserError(
+            "train.sample_steps answers held-out prompts: set data.eval_dataset_name or data.eval_fraction, or set it "
+            "to null"
+        )
 
 
 def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | None = None) -> Setup:
@@ -124,6 +133,11 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
         train=config.train,
         weights_dtype=config.optim.weights_dtype,
     )
+    if policy.sharded and config.train.sample_steps is not None:
+        raise UserError(
+            "train.sample_steps needs the whole model in each process, and here it is sharded over them: set it to "
+            "null, and draw answers from the trained model with one process"
+        )
     balance = Balance.of(policy, config.loss.router_aux_loss_coef)
     if start is not None:
         check_balance(start, balance)

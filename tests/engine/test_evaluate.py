@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from dpo_kernels import preference_loss
 from engine.config import build_config
+from engine.config.schema import LoraConfig
 from engine.data import load_dataset_groups
 from engine.errors import UserError
 from engine.evaluate import evaluate
@@ -244,3 +245,15 @@ def test_a_run_is_evaluated_by_its_own_loss_and_rows_it_was_trained_on_are_named
     caplog.clear()
     assert evaluate(capped, str(tmp_path / "run")) == own
     assert "whether the evaluation rows were trained on is not known: data.dataset_name=/gone/pairs" in caplog.text
+
+
+def test_samples_of_an_adapter_are_compared_with_the_model_without_it(config, tmp_path):
+    lora = {"model": replace(config.model, lora=LoraConfig(r=4, alpha=64))}
+    config = replace(config, **lora, train=replace(config.train, sample_prompts=3, sample_max_new_tokens=8))
+    train(config)
+    values = evaluate(config, str(tmp_path / "run"), samples=4)
+    assert values["eval_num_samples"] == 12
+    assert values["eval_kl_k3"] > 0
+    assert values["eval_kl_k3_se"] > 0
+    assert evaluate(config, samples=2)["eval_kl"] == 0
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["eval_kl"] == values["eval_kl"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
-from engine.commands import plan
+from engine.cli import main
 from engine.config import load_config, to_yaml
 from engine.data import load_dataset_groups
 from engine.errors import UserError
@@ -153,7 +152,7 @@ def test_the_plan_names_the_sets(mixed, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(mixed()))
     assert load_config(path) == mixed()
-    plan(Namespace(config=str(path), command="plan"), [])
+    assert main(["plan", str(path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["preference", "groups", "14", "28", "responses"] in lines
     assert ["names", "6", "an", "epoch,", "of", "12:", "0.50", "times", "each"] in lines

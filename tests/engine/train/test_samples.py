@@ -1,0 +1,71 @@
+"""Answers before, while and after a run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from engine.errors import UserError
+from engine.report import write_report
+from engine.run_folder import read_samples
+from engine.train import run as run_module
+from engine.train.loop import train
+from engine.train.samples import distinct_prompts
+
+OPTIONS = {"sample_steps": 2, "sample_prompts": 2, "sample_max_new_tokens": 5, "save_steps": 3}
+
+
+def sampling(make_config, pairs_jsonl, folder, **options):
+    train = {"output_dir": str(folder), **OPTIONS, **options}
+    return make_config(data={"eval_dataset_name": str(pairs_jsonl)}, optim={"learning_rate": 0.05}, train=train)
+
+
+def test_a_run_draws_before_while_and_after(make_config, pairs_jsonl, tmp_path):
+    train(sampling(make_config, pairs_jsonl, tmp_path / "plain", sample_steps=None))
+    train(sampling(make_config, pairs_jsonl, tmp_path / "run"))
+    samples = read_samples(tmp_path / "run")
+    assert [sample["step"] for sample in samples] == [0, 0, 2, 2, 4, 4]
+    assert len({sample["row"] for sample in samples}) == 2
+    assert len({sample["prompt"] for sample in samples}) == 2
+    assert samples[0]["sampled"] != samples[-2]["sampled"] or samples[1]["sampled"] != samples[-1]["sampled"]
+    page = write_report(tmp_path / "run").read_text()
+    assert "Answers to held-out prompts" in page
+    assert page.count("step 2</p>") == 2
+    # What is learned does not depend on them.
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "run")]
+    assert weights[0] == weights[1]
+
+
+def test_a_resumed_run_has_the_samples_of_one_that_was_not_cut(make_config, pairs_jsonl, tmp_path, monkeypatch):
+    train(sampling(make_config, pairs_jsonl, tmp_path / "whole"))
+    cut, calls = sampling(make_config, pairs_jsonl, tmp_path / "cut"), []
+    draw = run_module.draw_samples
+
+    def die(*arguments, step, **options):
+        calls.append(step)
+        if step == 4:
+            raise RuntimeError("killed")
+        return draw(*arguments, step=step, **options)
+
+    monkeypatch.setattr(run_module, "draw_samples", die)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(cut)
+    monkeypatch.undo()
+    (tmp_path / "cut" / "samples.jsonl").open("a").write(json.dumps({"step": 4, "row": 0}) + "\n")
+    train(cut, resume=True)
+    assert read_samples(tmp_path / "cut") == read_samples(tmp_path / "whole")
+
+
+def test_samples_need_held_out_prompts(make_config, tmp_path):
+    with pytest.raises(UserError, match="answers held-out prompts: set data"):
+        train(make_config(train={"output_dir": str(tmp_path / "run"), **OPTIONS}))
+
+
+def test_prompts_are_the_first_that_differ(make_config, tiny_tokenizer, pairs_jsonl):
+    from engine.data import load_dataset_groups
+
+    dataset, _ = load_dataset_groups(make_config().data, tiny_tokenizer, split="train")
+    twice = [dataset[0], dataset[0], dataset[1], dataset[2]]
+    assert [group.row for group in distinct_prompts(twice, 2)] == [0, 1]
+    assert len(distinct_prompts(twice, 9)) == 3
