@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from .data.row_numbers import NumberSummary
 from .data.sets import DataSet, MixtureReport, sets_of, with_rows
 from .data.shown import format_example, is_marked, response_names
 from .data.tokenize import Encoder
+from .data.windows import NO_LENGTH
 from .errors import RowError, UserError
 from .inputs import check_inputs
 from .model.sources import num_embeddings
@@ -28,6 +29,7 @@ from .model.stops import OTHER_END, LearnedStops
 from .model.tokenizer import load_tokenizer
 from .packing.plan import group_sizes
 from .train.terms import LossTerms
+from .train.window_feed import window_size
 
 PERCENTILES = (0, 50, 90, 99, 100)
 LENGTH_BIAS = 0.8
@@ -73,8 +75,11 @@ def check(config: RunConfig) -> Checked:
     obstacles: list[str] = []
     held_out, stops = HeldOut(), LearnedStops(config.model, tokenizer, config.data.max_length)
     for split in ("train", *config.data.eval_splits):
-        copies = Copies()
-        looks = [_look(config, tokenizer, one, copies, Notes(held_out, stops)) for one in sets_of(config.data, split)]
+        copies, sets = Copies(), sets_of(config.data, split)
+        if split == "train" and config.data.streaming:
+            sets = [_first_window(one, config) for one in sets]
+            parts.append(f"a stream: of each set the first {window_size(config):,} rows are looked at")
+        looks = [_look(config, tokenizer, one, copies, Notes(held_out, stops)) for one in sets]
         if split != "train":
             held_out.report(MixtureReport({look.label: look.report for look in looks}))
         needed = with_rows([look.report for look in looks], config.data, split)
@@ -84,7 +89,9 @@ def check(config: RunConfig) -> Checked:
             head = f"{split.replace('_', ' ', 1)} data{f' of {look.label}' if look.label else ''}"
             parts.append(f"{head}\n{_text(look, config, tokenizer)}")
             obstacles += _obstacles(look, config) if look.report in needed else []
-        if config.data.datasets and split == "train":
+        if split == "train" and config.data.streaming:
+            obstacles += _unknown_length(config, sets[0], looks)
+        elif config.data.datasets and split == "train":
             parts.append(_epoch(config, looks))
     parts += [f"warning: {words}"] if (words := LossTerms(config.loss).caution) else []
     parts += [f"warning: {words}"] if (words := stops.words()) else []
@@ -143,6 +150,22 @@ def _look(config: RunConfig, tokenizer, one: DataSet, copies: Copies, notes: Not
 def _shows(group: PreferenceGroup) -> tuple[bool, bool]:
     """What there is to see in a row: more than two responses, tokens that count differently."""
     return len(group.response_ids) > 2, is_marked(group)
+
+
+def _first_window(one: DataSet, config: RunConfig) -> DataSet:
+    """A set that ends with the rows of one window of a stream."""
+    size = window_size(config)
+    rows = size if one.data.max_rows is None else min(size, one.data.max_rows)
+    return replace(one, data=replace(one.data, max_rows=rows))
+
+
+def _unknown_length(config: RunConfig, first: DataSet, looks: Sequence[_Look]) -> list[str]:
+    """Why the length of a run on a stream cannot be known, where it cannot."""
+    if config.train.max_steps > 0:
+        return []
+    whole = replace(first, data=config.data).open().count
+    known = len(looks) == 1 and (whole is not None or looks[0].groups < window_size(config))
+    return [] if known else [NO_LENGTH]
 
 
 def _text(look: _Look, config: RunConfig, tokenizer) -> str:

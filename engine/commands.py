@@ -63,12 +63,14 @@ def check(options: Namespace, overrides: Sequence[str]) -> int:
 def plan(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo plan``"""
     config = _begin(options, overrides)
-    from .data import load_dataset_groups
     from .inputs import check_inputs
     from .model import load_tokenizer
+    from .train.training_data import read_training_rows
 
     check_inputs(config, splits=("train",), tokenizer_only=True)
-    dataset, report = load_dataset_groups(config.data, load_tokenizer(config.model), split="train")
+    dataset, report = read_training_rows(config, load_tokenizer(config.model))
+    if config.data.streaming:
+        print(f"a stream: figures are of its first window, {len(dataset):,} rows\n")
     if report.dropped:
         print(f"{report.dropped:,} of {report.total:,} rows are dropped; `dpo check {options.config}` says why\n")
     # After the data: what is read counts as memory of the process.

@@ -68,6 +68,11 @@ def fill_store(config: RunConfig, export: Path | None = None) -> None:
     Raises:
         UserError: whatever the user can correct.
     """
+    if config.data.streaming:
+        raise UserError(
+            "data.streaming computes references while training, so there is nothing to compute before: set it to false "
+            "to fill a store from the whole set"
+        )
     tokenizer = load_tokenizer(config.model)
     config = with_template_date(config, tokenizer)
     datasets = _datasets(config, tokenizer, whole=export is not None)

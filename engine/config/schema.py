@@ -10,7 +10,7 @@ from typing import Literal
 
 from .datasets import COLUMN_PARTS, DatasetConfig, RowFormat
 from .losses import REFERENCE_FREE_LOSSES, LossConfig
-from .mixture import check_mixture, check_parts
+from .mixture import AMOUNTS, check_mixture, check_parts
 from .require import require as _require
 from .training import TrainConfig
 
@@ -149,6 +149,11 @@ class DataConfig:
     reference store, or, at the first, today."""
     max_rows: int | None = None
     """Use only the first rows; null is all."""
+    streaming: bool = False
+    """Read the training data in windows while training, so that it is never whole in memory or on disk: sets of the
+    Hub, local files, addresses such as https://. Needs train.max_steps; order is drawn within a window."""
+    stream_window: int = 10_000
+    """Rows of a window of a stream: what shuffling and packing see at once."""
     strict: bool = False
     """Stop at the first kind of problem that lint would otherwise only count."""
 
@@ -170,6 +175,7 @@ class DataConfig:
             "data.eval_fraction splits data.dataset_name, so leave data.eval_dataset_name out",
         )
         self._check_pattern()
+        self._check_stream()
         check_parts(self, COLUMN_PARTS, "data")
         self._check_evaluation()
         _require(self.min_score_gap >= 0, f"data.min_score_gap must not be negative, got {self.min_score_gap}")
@@ -182,6 +188,19 @@ class DataConfig:
             re.compile(self.mask_pattern)
         except re.error as error:
             _require(False, f"data.mask_pattern is no regular expression: {error}, got {self.mask_pattern!r}")
+
+    def _check_stream(self) -> None:
+        _require(self.stream_window > 0, f"data.stream_window must be positive, got {self.stream_window}")
+        _require(
+            not self.streaming or self.eval_fraction is None,
+            "data.eval_fraction needs the whole set, which data.streaming never holds: set data.eval_dataset_name",
+        )
+        amounts = sorted({"fraction", "rows"} & {a for one in self.datasets for a in AMOUNTS if getattr(one, a)})
+        _require(
+            not (self.streaming and amounts),
+            f"data.streaming draws sets by weight, since their sizes are not known; data.datasets has "
+            f"{' and '.join(amounts)}",
+        )
 
     def _check_evaluation(self) -> None:
         named, splits = self.eval_dataset_name, self.eval_dataset_split

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import RowError
-from .sources import Row, Turns
+from .split_rows import Row, Turns
 from .stored import without_none
 from .turns import Message, TurnForm, listed
 

@@ -66,6 +66,8 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
 
     def __init__(self, groups: Iterable[PreferenceGroup], mixture: Mixture | None = None):
         self.mixture = mixture
+        self.pass_rows: int | None = None
+        """Of a first window: the rows of the whole stream, where that is known."""
         tokens: array[int] = array("i")
         sizes: array[int] = array("q")
         first_part: array[int] = array("q", [0])
@@ -152,7 +154,7 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
     @property
     def per_epoch(self) -> int:
         """Groups of an epoch; in a mixture, one that comes twice counts twice."""
-        return len(self) if self.mixture is None else self.mixture.per_epoch
+        return self.mixture.per_epoch if self.mixture is not None else self.pass_rows or len(self)
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
         """int64 [per_epoch]: the groups of an epoch, before they are shuffled; a function of the arguments alone."""

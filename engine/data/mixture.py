@@ -69,14 +69,14 @@ def counts_of(sets: Sequence[DatasetConfig], sizes: Sequence[int]) -> tuple[int,
         sizes: groups of each set.
     """
     if sets[0].weight is not None:
-        return _shared_out(sum(sizes), [one.weight or 0.0 for one in sets])
+        return shared_out(sum(sizes), [one.weight or 0.0 for one in sets])
     return tuple(
         max(1, round(one.fraction * size)) if one.fraction is not None else one.rows or 1
         for one, size in zip(sets, sizes, strict=True)
     )
 
 
-def _shared_out(total: int, weights: Sequence[float]) -> tuple[int, ...]:
+def shared_out(total: int, weights: Sequence[float]) -> tuple[int, ...]:
     """Whole numbers in the proportions of weights that add up to ``total``, but none is 0."""
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [math.floor(share) for share in exact]

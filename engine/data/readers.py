@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -49,8 +50,8 @@ def data_extension(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in EXTENSIONS else None
 
 
-def read_file(path: Path, *, tolerant: bool = False) -> Iterator[FileRow]:
-    """Yield the rows of one file in order.
+def read_file(path: Path, *, tolerant: bool = False, skip: int = 0) -> Iterator[FileRow]:
+    """Yield the rows of one file in order, without the first ``skip``, which are passed over where that is quick.
 
     With ``tolerant``, a line or element that is no row is yielded with its fault, and reading goes on where the next
     row can be found: after the line, or after an element of an array that is whole.
@@ -58,7 +59,7 @@ def read_file(path: Path, *, tolerant: bool = False) -> Iterator[FileRow]:
     Raises UserError, with file and line, for a file that cannot be opened, is empty, is cut short, or holds something
     else than objects.
     """
-    readers: dict[str | None, Callable[[Path], Iterator[FileRow]]] = {
+    readers: dict[str | None, Callable[[Path, int], Iterator[FileRow]]] = {
         ".jsonl": _read_json_lines,
         ".json": _read_json,
         ".parquet": _read_parquet,
@@ -70,12 +71,12 @@ def read_file(path: Path, *, tolerant: bool = False) -> Iterator[FileRow]:
         known = ", ".join(EXTENSIONS)
         raise UserError(f"{path}: unknown kind of data file; expected {known}, each also with .gz")
     empty = True
-    for row in reader(path):
+    for row in reader(path, skip):
         empty = False
         if row.fault is not None and not tolerant:
             raise row.fault
         yield row
-    if empty:
+    if empty and not skip:
         raise UserError(f"{path} holds no rows")
 
 
@@ -110,11 +111,15 @@ def _object(value: Any, path: Path, line: int) -> FileRow:
     return FileRow(path, line, value)
 
 
-def _read_json_lines(path: Path, advice: str = "correct or remove the line") -> Iterator[FileRow]:
+def _read_json_lines(path: Path, skip: int, advice: str = "correct or remove the line") -> Iterator[FileRow]:
     with _opened(path) as stream:
         for line, raw in enumerate(stream, start=1):
+            encoding = "utf-8-sig" if line == 1 else "utf-8"
+            if skip:
+                skip -= bool(raw.decode(encoding, "replace").strip())
+                continue
             try:
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+                text = raw.decode(encoding).strip()
                 if text:
                     yield _object(json.loads(text), path, line)
             except UnicodeDecodeError:
@@ -125,7 +130,7 @@ def _read_json_lines(path: Path, advice: str = "correct or remove the line") -> 
                 yield _broken(path, line, _unreadable(error))
 
 
-def _read_json(path: Path) -> Iterator[FileRow]:
+def _read_json(path: Path, skip: int) -> Iterator[FileRow]:
     """A .json file holds one array of objects or, as many tools write it, one object a line."""
     with _opened(path) as stream:
         head = b""
@@ -133,8 +138,10 @@ def _read_json(path: Path) -> Iterator[FileRow]:
             head = block
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if first == b"[":
-        return _read_json_array(path)
-    return _read_json_lines(path, advice="correct it; a .json file holds one array of objects, or one object a line")
+        return islice(_read_json_array(path), skip, None)
+    return _read_json_lines(
+        path, skip, advice="correct it; a .json file holds one array of objects, or one object a line"
+    )
 
 
 class _ArrayScanner:
@@ -231,7 +238,11 @@ def _read_json_array(path: Path) -> Iterator[FileRow]:
             raise UserError(f"{path}, line {scanner.here()}: broken JSON: text after the end of the array; {_CORRECT}")
 
 
-def _read_csv(path: Path, separator: str = ",") -> Iterator[FileRow]:
+def _read_csv(path: Path, skip: int, separator: str = ",") -> Iterator[FileRow]:
+    return islice(_rows_of_csv(path, separator), skip, None)
+
+
+def _rows_of_csv(path: Path, separator: str) -> Iterator[FileRow]:
     """Rows of text below a row of column names; an empty cell of a column that has others is empty text."""
     csv.field_size_limit(2**31 - 1)
     with _opened(path) as stream:
@@ -252,7 +263,7 @@ def _read_csv(path: Path, separator: str = ",") -> Iterator[FileRow]:
             raise UserError(f"{path}, line {lines.line_num + 1}: not UTF-8 text; convert the file to UTF-8") from None
 
 
-def _read_parquet(path: Path) -> Iterator[FileRow]:
+def _read_parquet(path: Path, skip: int) -> Iterator[FileRow]:
     with _opened(path) as stream, tempfile.TemporaryFile() as scratch:
         source: IO[bytes] = stream
         if path.suffix.lower() == ".gz":
@@ -260,7 +271,12 @@ def _read_parquet(path: Path) -> Iterator[FileRow]:
             shutil.copyfileobj(stream, scratch)
             source = scratch
         try:
-            for batch in pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=PARQUET_ROWS):
+            file = pyarrow.parquet.ParquetFile(source)
+            groups = list(range(file.num_row_groups))
+            while groups and skip >= (size := file.metadata.row_group(groups[0]).num_rows):
+                groups, skip = groups[1:], skip - size
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=groups):
+                batch, skip = batch.slice(skip), max(skip - len(batch), 0)
                 columns = [cells(batch.column(i), field) for i, field in enumerate(batch.schema)]
                 for values in zip(*columns, strict=True):
                     yield FileRow(path, None, dict(zip(batch.schema.names, values, strict=True)))

@@ -56,6 +56,7 @@ class DataSet:
             tolerant=tolerant,
             option=self.option,
             files=self.files,
+            streaming=self.data.streaming,
         )
         if self.label:
             source.name = f"{self.label} ({source.name})"

@@ -8,60 +8,31 @@ Splits. A single file is one split, whatever known split is asked for, and so ar
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ..errors import RowError, UserError
+import pyarrow
+
+from ..errors import UserError
 from ..hub import unreachable
 from ..paths import expanded, is_pattern, names_a_path
-from .readers import EXTENSIONS, data_extension, read_file
+from .readers import EXTENSIONS, data_extension
+from .split_rows import FileRows, Place, Row, SplitRows, StoredRows, StreamedRows
 from .splits import files_of_split, matching_files
 
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+"""By extension, what ``datasets`` reads such files with."""
 _SLICED = re.compile(r"(?P<name>[^\[\]+]+)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
-
-
-class Turns(Protocol):
-    """How turns of conversations are written, and read (``turns.TurnForm``)."""
-
-    removes_none: bool
-
-    def turns(self, value: Any, row: Row, name: str) -> list[dict[str, Any]]:
-        """The messages of a column."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One source row."""
-
-    index: int
-    """0-based, over all files of the split and before slicing."""
-    data: dict[str, Any]
-    file: str
-    """The file, or the dataset's name where there is no file."""
-    line: int | None = None
-    fault: RowError | None = None
-    """Why there is no data, where the source was asked to read on after such rows."""
-    form: Turns | None = None
-    """How its turns are written; None is role/content or from/value."""
-    mapped: frozenset[str] = frozenset()
-    """The parts whose column ``data.columns`` names."""
-
-    @property
-    def where(self) -> str:
-        """For messages: file, row and, where there is one, line."""
-        return f"{self.file}, row {self.index}" + (f" (line {self.line})" if self.line is not None else "")
 
 
 class Source:
     """The rows of one split, in order; can be iterated again."""
 
-    def __init__(
-        self, name: str, rows: Callable[[], Iterator[Row]], start: str | None, stop: str | None, max_rows: int | None
-    ):
+    def __init__(self, name: str, rows: SplitRows, start: str | None, stop: str | None, max_rows: int | None):
         self.name = name
         self._rows = rows
         self._start = start
@@ -75,11 +46,44 @@ class Source:
         start, stop = self._start, self._stop
         if not start and not stop:
             return self._rows()
-        if any(bound and (bound.endswith("%") or bound.startswith("-")) for bound in (start, stop)):
+        if self._needs_count:
             count = sum(1 for _ in self._rows())
             first, last, _ = slice(_bound(start, count), _bound(stop, count)).indices(count)
             return islice(self._rows(), first, max(first, last))
         return islice(self._rows(), int(start or 0), int(stop) if stop else None)
+
+    @property
+    def _needs_count(self) -> bool:
+        return any(bound and (bound.endswith("%") or bound.startswith("-")) for bound in (self._start, self._stop))
+
+    @property
+    def place(self) -> Place:
+        """Where the row after the last one that ``read_on`` has given is."""
+        return self._rows.place
+
+    @property
+    def count(self) -> int | None:
+        """How many rows there are, where that is known before they are read."""
+        if self._rows.count is None or self._needs_count:
+            return None
+        first, last, _ = slice(int(self._start or 0), int(self._stop) if self._stop else None).indices(self._rows.count)
+        return min(max(last - first, 0), self._max_rows or last)
+
+    def read_on(self, place: Place | None = None) -> Iterator[Row]:
+        """The rows from a place on that was reached before; without one, all.
+
+        Raises:
+            UserError: a slice that the number of all rows is needed for.
+        """
+        if self._needs_count:
+            raise UserError(
+                f"{self.name}: data.streaming reads rows once, so their number is not known: write the slice with row "
+                "numbers, such as train[:100000]"
+            )
+        first, ends = int(self._start or 0), [int(self._stop)] if self._stop else []
+        end = min([*ends, *([first + self._max_rows] if self._max_rows is not None else [])], default=None)
+        begun = place[-1] if place else 0
+        return islice(self._rows(place), max(first - begun, 0), None if end is None else max(end - begun, 0))
 
 
 def _bound(text: str | None, count: int) -> int | None:
@@ -94,15 +98,24 @@ def has_no_splits(name: str | tuple[str, ...], files: tuple[str, ...] = ()) -> b
     Args:
         files: as ``open_source`` takes them.
     """
-    if isinstance(name, tuple):
+    if isinstance(name, tuple) or addresses_of(name):
         return True
     path = expanded(name)
     return path.is_file() or (not is_hub_name(name) and (bool(files) or (is_pattern(name) and not path.exists())))
 
 
+def addresses_of(name: str | tuple[str, ...]) -> list[str]:
+    """The addresses such as https://... that a dataset name is; empty for any other."""
+    names = (name,) if isinstance(name, str) else name
+    return list(names) if all(_ADDRESS.match(one) for one in names) else []
+
+
 def is_hub_name(name: str | tuple[str, ...]) -> bool:
-    """Whether a dataset name can only be one of the Hub: there is no such path, and it does not look like one."""
-    return isinstance(name, str) and not (names_a_path(name) or data_extension(expanded(name)))
+    """Whether a dataset name is not looked for on this machine: it is an address, or there is no such path and it does
+    not look like one."""
+    if isinstance(name, tuple) or addresses_of(name):
+        return bool(addresses_of(name))
+    return not (names_a_path(name) or data_extension(expanded(name)))
 
 
 def open_source(
@@ -114,6 +127,7 @@ def open_source(
     tolerant: bool = False,
     option: str = "data.dataset_name",
     files: tuple[str, ...] = (),
+    streaming: bool = False,
 ) -> Source:
     """Open one split of a dataset.
 
@@ -126,6 +140,7 @@ def open_source(
         tolerant: yield unreadable rows of a file with their fault, and read on, as ``read_file`` does.
         option: what the name is the value of, for messages.
         files: files or patterns below a folder, or in a Hub dataset, that are read instead of all of the split.
+        streaming: a Hub dataset is not downloaded, and addresses are read.
 
     Raises:
         UserError: nothing there, no such split, or an unknown kind of file. Faults inside a file are raised when its
@@ -134,11 +149,16 @@ def open_source(
     match = _SLICED.fullmatch(split)
     if match is None:
         raise UserError(f"{name}: split {split!r} is not understood; write a name or a slice such as train[:1000]")
-    if is_hub_name(name):
+    rows: SplitRows
+    if addresses := addresses_of(name):
+        if not streaming:
+            raise UserError(f"{option}={addresses[0]} is an address: set data.streaming to true, or download it")
+        rows = _address_rows(addresses, match["name"], config)
+    elif is_hub_name(name):
         assert isinstance(name, str)
-        rows = _hub_rows(name, match["name"], config, files)
+        rows = _hub_rows(name, match["name"], config, files, streaming=streaming)
     elif isinstance(name, tuple) or files or (is_pattern(name) and not expanded(name).exists()):
-        rows = _rows_of(_listed_files(name, files, match["name"], config, option), tolerant)
+        rows = FileRows(_listed_files(name, files, match["name"], config, option), tolerant=tolerant)
     else:
         rows = _local_rows(_existing(name, option), match["name"], config, tolerant)
     shown = name if isinstance(name, str) else f"{name[0]} and {len(name) - 1} more" if len(name) > 1 else name[0]
@@ -180,33 +200,13 @@ def _listed_files(
     return found
 
 
-def _local_rows(path: Path, split: str, config: str | None, tolerant: bool) -> Callable[[], Iterator[Row]]:
+def _local_rows(path: Path, split: str, config: str | None, tolerant: bool) -> SplitRows:
     if path.is_dir() and any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
         return _saved_rows(path, split)
-    return _rows_of(files_of_split(path, split, config), tolerant)
+    return FileRows(files_of_split(path, split, config), tolerant=tolerant)
 
 
-def _rows_of(files: list[Path], tolerant: bool) -> Callable[[], Iterator[Row]]:
-    for file in files:
-        if data_extension(file) is None:
-            known = ", ".join(EXTENSIONS)
-            raise UserError(f"{file}: unknown kind of data file; expected {known}, each also with .gz")
-
-    def rows() -> Iterator[Row]:
-        index = 0
-        for file in files:
-            for row in read_file(file, tolerant=tolerant):
-                yield Row(index, row.data, str(row.file), row.line, row.fault)
-                index += 1
-
-    return rows
-
-
-def _dataset_rows(dataset, name: str) -> Callable[[], Iterator[Row]]:
-    return lambda: (Row(index, data, name) for index, data in enumerate(dataset))
-
-
-def _saved_rows(path: Path, split: str) -> Callable[[], Iterator[Row]]:
+def _saved_rows(path: Path, split: str) -> SplitRows:
     """A folder written by ``datasets``' ``save_to_disk``."""
     from datasets import DatasetDict, load_from_disk
 
@@ -218,17 +218,21 @@ def _saved_rows(path: Path, split: str) -> Callable[[], Iterator[Row]]:
         if split not in dataset:
             raise UserError(f"{path} has no split {split!r}; it has {', '.join(sorted(dataset))}")
         dataset = dataset[split]
-    return _dataset_rows(dataset, str(path))
+    return StoredRows(dataset, str(path))
 
 
-def _hub_rows(name: str, split: str, config: str | None, files: tuple[str, ...] = ()) -> Callable[[], Iterator[Row]]:
+def _hub_rows(
+    name: str, split: str, config: str | None, files: tuple[str, ...] = (), *, streaming: bool = False
+) -> SplitRows:
     import datasets
 
     wanted = f"dataset {name}" + (f" ({config})" if config else "") + f", split {split}"
     away = None if datasets.config.HF_HUB_OFFLINE else unreachable(datasets.config.HF_ENDPOINT)
+    options: dict[str, Any] = {"data_files": list(files)} if files else {}
+    options |= {"streaming": True} if streaming else {}
     try:
         with _offline() if away else nullcontext():
-            dataset = datasets.load_dataset(name, config, split=split, **({"data_files": list(files)} if files else {}))
+            dataset = datasets.load_dataset(name, config, split=split, **options)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         if away:
             raise UserError(
@@ -240,9 +244,46 @@ def _hub_rows(name: str, split: str, config: str | None, files: tuple[str, ...] 
             f"{wanted}: there is no such path here, and the Hub or its cache gave: {_first_line(error)}; "
             "check the name, or download it once while online"
         ) from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except _load_errors() as error:
         raise UserError(f"{wanted} does not load: {_first_line(error)}") from error
-    return _dataset_rows(dataset, name)
+    if not streaming:
+        return StoredRows(dataset, name)
+    known = (dataset.info.splits or {}).get(split)
+    return StreamedRows(dataset, name, _first_line, _load_errors(), count=known and known.num_examples)
+
+
+def _address_rows(addresses: list[str], split: str, config: str | None) -> SplitRows:
+    """Files that fsspec reads: https://, s3://, hf:// and so on."""
+    import datasets
+
+    if split != "train" or config is not None:
+        raise UserError(f"{addresses[0]} is read whole, without splits and configurations; ask for train")
+    kinds = {_BUILDERS.get(data_extension(Path(address)) or "") for address in addresses}
+    kind = kinds.pop()
+    if kind is None or kinds:
+        raise UserError(f"{addresses[0]}: expected addresses of one kind of file: {', '.join(EXTENSIONS)}")
+    separator = {"sep": "\t"} if addresses[0].removesuffix(".gz").endswith(".tsv") else {}
+    errors: tuple[type[Exception], ...] = (*_load_errors(), ImportError)
+    try:
+        dataset = datasets.load_dataset(kind, data_files=addresses, split=split, streaming=True, **separator)
+    except errors as error:
+        raise UserError(f"{addresses[0]} cannot be read: {_first_line(error)}") from error
+    return StreamedRows(dataset, addresses[0], _first_line, _load_errors())
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """What ``datasets`` raises on data that it cannot load or read on."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (
+        OSError,
+        ValueError,
+        RuntimeError,
+        pyarrow.ArrowException,
+        datasets.exceptions.DatasetsError,
+        HfHubHTTPError,
+    )
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def describe_forecast(
     config = replace(config, packing=found.packing)
     steps = plan_first_epoch(dataset, config)
     plan = summarize_plan(dataset, config, steps, mixers=found.layout.mixer_blocks)
-    lines = [*describe_plan(plan, config.packing), ("layout", found.name, found.source)]
+    part = "window" if config.data.streaming else "epoch"
+    lines = [*describe_plan(plan, config.packing, part=part), ("layout", found.name, found.source)]
     if words := NumberSummary(dataset).words():
         lines.append(("rows", "", words))
     lines[1:1] = _set_lines(dataset)

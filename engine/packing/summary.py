@@ -118,7 +118,8 @@ def summarize_plan(
     if dataset.mixture is not None:
         lengths = lengths.take(dataset.epoch(train.seed, 0))
     packs = sum(len(step) for step in steps)
-    total = train.max_steps if train.max_steps > 0 else math.ceil(len(steps) * train.num_train_epochs)
+    per_epoch = math.ceil(dataset.per_epoch / packing.pairs_per_step)
+    total = train.max_steps if train.max_steps > 0 else math.ceil(per_epoch * train.num_train_epochs)
     in_rows = packing.layout == "rows"
     packed = int(group_sizes(lengths, share_prompts=packing.share_prompts and not in_rows).sum())
     unshared = int(group_sizes(lengths, share_prompts=False).sum())
@@ -144,8 +145,12 @@ def mixer_padding_words(s: PlanSummary) -> str:
     return f"of the {s.mixer_cells:,} tokens an epoch that mixers compute in rows"
 
 
-def describe_plan(s: PlanSummary, packing: PackingConfig) -> list[tuple[str, str, str]]:
-    """What ``dpo plan`` says of lengths: name, figure and note of each line."""
+def describe_plan(s: PlanSummary, packing: PackingConfig, *, part: str = "epoch") -> list[tuple[str, str, str]]:
+    """What ``dpo plan`` says of lengths: name, figure and note of each line.
+
+    Args:
+        part: what is planned at once.
+    """
     in_rows = packing.layout == "rows"
     basis = f"a prompt counts once {'a row' if packing.share_prompts and not in_rows else 'a response'}"
     used = f"packs fill {s.fill:.1%} of tokens_per_pack; the rest is never computed"
@@ -154,10 +159,10 @@ def describe_plan(s: PlanSummary, packing: PackingConfig) -> list[tuple[str, str
         (
             "optimizer steps",
             f"{s.total_steps:,}",
-            f"{s.steps_per_epoch:,} per epoch, {packing.pairs_per_step} groups each",
+            f"{s.steps_per_epoch:,} per {part}, {packing.pairs_per_step} groups each",
         ),
-        ("packs per epoch", f"{s.packs:,}", f"{s.packs / s.steps_per_epoch:.2f} per step"),
-        ("tokens per epoch", f"{s.packed_tokens:,}", f"{s.completion_tokens:,} of them reach the head; {basis}"),
+        (f"packs per {part}", f"{s.packs:,}", f"{s.packs / s.steps_per_epoch:.2f} per step"),
+        (f"tokens per {part}", f"{s.packed_tokens:,}", f"{s.completion_tokens:,} of them reach the head; {basis}"),
         ("padding", f"{s.padding:.1%}", used),
         *([("mixer padding", f"{s.mixer_padding:.1%}", mixer_padding_words(s))] if s.mixer_cells else []),
         ("saved by sharing prompts", f"{s.saved_by_sharing:.1%}", f"of {s.unshared_tokens:,} tokens without sharing"),

@@ -55,13 +55,13 @@ def describe_run(setup: Setup) -> str:
         *_number_rows(setup),
         (
             "packing",
-            f"{counted(plan.packs, 'pack')} per epoch, {plan.fill:.1%} full; {plan.packed_tokens:,} tokens, "
+            f"{counted(plan.packs, 'pack')} per {_round(config)}, {plan.fill:.1%} full; {plan.packed_tokens:,} tokens, "
             f"{plan.saved_by_sharing:.1%} saved by sharing prompts",
         ),
         (
             "steps",
             f"{setup.feed.total_steps:,} of {config.packing.pairs_per_step} {_step_unit(setup)}, "
-            f"{plan.steps_per_epoch:,} per epoch",
+            f"{plan.steps_per_epoch:,} per {_round(config)}",
         ),
         ("reference", setup.references.source),
         *_weights_rows(config),
@@ -71,6 +71,11 @@ def describe_run(setup: Setup) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _round(config: RunConfig) -> str:
+    """What is planned at once."""
+    return "window" if config.data.streaming else "epoch"
 
 
 def _number_rows(setup: Setup) -> list[tuple[str, str]]:
@@ -152,6 +157,8 @@ def _data_words(setup: Setup, name: str) -> str:
     tokens = int(dataset.lengths.sizes_P.sum())
     dropped = f", {lint.dropped:,} dropped (`dpo check` says why)" if lint.dropped else ""
     words = f"{len(dataset):,} of {lint.total:,} rows{dropped}; {tokens:,} tokens"
+    if name == "train" and setup.config.data.streaming:
+        words = f"a stream, whose first window has {words}"
     if (fraction := setup.config.data.eval_fraction) is not None:
         part = "without the share" if name == "train" else "the share"
         words += f"; {part} of {fraction:g} of the prompts that is held out (data.eval_fraction)"

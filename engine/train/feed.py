@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ import torch
 from .. import distributed, stop
 from ..config.schema import PackingConfig, RunConfig, TrainConfig
 from ..data.groups import PreferenceDataset
+from ..errors import UserError
 from ..packing import Pack, PackedBatch, Step, build_batch, plan_epoch
 from ..packing.rows import RowPlan
 from ..packing.transfer import gather, send
@@ -59,6 +61,8 @@ class TrainingStep:
     """``work.pairs`` of the other processes."""
     sources: np.ndarray | None = None
     """int64 [P]: the set of a mixture that each pair or ranking is of, in the order of the packs."""
+    data: str = ""
+    """Digest of the rows that the steps around it are of, the same on all processes."""
 
     @property
     def num_terms(self) -> int:
@@ -98,13 +102,16 @@ def drawn_groups(config: RunConfig, dataset: PreferenceDataset) -> PreferenceDat
     return dataset if len(used) == len(dataset) else dataset.only(used)
 
 
-class TrainingFeed:
-    """The steps of a run, built in the background while those before run.
+class FeedError(UserError):
+    """What ends a run while it reads its data. The steps before it are done."""
+
+
+class StepBuilder:
+    """Builds steps of the groups of one dataset, on the host.
 
     Args:
-        dataset: what is trained on.
-        lookup: reference log-probs (float32 [S]) of the responses of some groups, in order; None without references.
         packing: with the layout that the policy has.
+        lookup: reference log-probs (float32 [S]) of the responses of some groups, in order; None without references.
         flops: what ``perf/mfu`` counts.
         rows_of: the rows that the layout asks for.
     """
@@ -113,7 +120,6 @@ class TrainingFeed:
         self,
         dataset: PreferenceDataset,
         packing: PackingConfig,
-        train: TrainConfig,
         *,
         lookup: Callable[[Pack], np.ndarray] | None,
         flops: FlopModel,
@@ -122,70 +128,33 @@ class TrainingFeed:
     ):
         self.dataset = dataset
         self.packing = packing
-        self.seed = train.seed
         self.lookup = lookup
         self.flops = flops
         self.device = device
         self.rows_of = rows_of
-        self.waited = 0.0
-        """Seconds that ``steps`` waited for a step to be built. The first one has nothing to hide behind."""
-        self.steps_per_epoch = math.ceil(dataset.per_epoch / packing.pairs_per_step)
-        self.total_steps = count_steps(
-            dataset.per_epoch,
-            pairs_per_step=packing.pairs_per_step,
-            max_steps=train.max_steps,
-            epochs=train.num_train_epochs,
-        )
         self.lengths = dataset.lengths
         self._terms_G = dataset.terms
         self._packed_G = self.lengths.packed(share_prompts=packing.share_prompts)
         self._completions_G = dataset.counted.completions
         self._visible_G = self.lengths.visible_pairs(share_prompts=packing.share_prompts)
-        # Two epochs: the last step of one is built while the first of the next is.
-        self._plan = lru_cache(maxsize=2)(self._plan_epoch)
         self._in_rows = packing.layout == "rows"
         self._shortest = int(self._packed_G.argmin())
 
-    def _plan_epoch(self, epoch: int) -> list[Step]:
+    def plan(self, seed: int, epoch: int) -> list[Step]:
+        """This process's packs in the steps of an epoch."""
         places = {"ranks": distributed.size(), "rank": distributed.rank()}
-        members = self.dataset.epoch(self.seed, epoch)
-        return plan_epoch(self.lengths, self.packing, seed=self.seed, epoch=epoch, members=members, **places)
+        members = self.dataset.epoch(seed, epoch)
+        return plan_epoch(self.lengths, self.packing, seed=seed, epoch=epoch, members=members, **places)
 
-    def steps(self, done: int) -> Iterator[TrainingStep]:
-        """The steps after the first ``done``, on the device.
-
-        Raises:
-            Stopped: before a step, on all ranks, when any process was asked to end.
-        """
-        if done >= self.total_steps:
-            return
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
-        try:
-            soon = range(done + 1, min(done + STEPS_AHEAD, self.total_steps) + 1)
-            ahead: deque[Future[TrainingStep]] = deque(pool.submit(self.build, number) for number in soon)
-            for number in range(done + 1, self.total_steps + 1):
-                asked = time.perf_counter()
-                step = ahead.popleft().result()
-                self.waited += time.perf_counter() - asked
-                if number + STEPS_AHEAD <= self.total_steps:
-                    ahead.append(pool.submit(self.build, number + STEPS_AHEAD))
-                told = distributed.gather((step.work.pairs, stop.requested()))
-                stop.heed(request for _, request in told)
-                elsewhere = sum(pairs for pairs, _ in told) - step.work.pairs
-                yield replace(step, packs=tuple(p.to(self.device) for p in step.packs), elsewhere=elsewhere)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def build(self, number: int) -> TrainingStep:
-        """This process's part of step ``number`` (1-based), on the host."""
-        epoch, place = divmod(number - 1, self.steps_per_epoch)
-        members = self._plan(epoch)[place]
+    def build(self, members: Step, number: int, epoch: float) -> TrainingStep:
+        """This process's part of step ``number``."""
         packs = tuple(self._build_pack(pack) for pack in members)
         sources = None
         if self.dataset.source_names:
             groups = [i for pack in members for i in pack]
             sources = self.dataset.sources[groups].repeat(self._terms_G[groups])
-        return TrainingStep(number, number / self.steps_per_epoch, packs, self._work(members, packs), sources=sources)
+        work = self._work(members, packs)
+        return TrainingStep(number, epoch, packs, work, sources=sources, data=self.dataset.digest)
 
     def _build_pack(self, pack: Pack) -> TrainingPack:
         if not pack:
@@ -212,3 +181,84 @@ class TrainingFeed:
     def _cells(self, batch: PackedBatch) -> int:
         """Rows that go through the model, padding included."""
         return batch.rows_plan.num_cells if self._in_rows and batch.rows_plan is not None else batch.num_tokens
+
+
+class TrainingFeed:
+    """The steps of a run, built in the background while those before run.
+
+    Args:
+        dataset: what is trained on.
+        packing: with the layout that the policy has.
+        options: further ones of ``StepBuilder``.
+    """
+
+    def __init__(self, dataset: PreferenceDataset, packing: PackingConfig, train: TrainConfig, **options: Any):
+        self.builder = StepBuilder(dataset, packing, **options)
+        self.device = self.builder.device
+        self.seed = train.seed
+        self.waited = 0.0
+        """Seconds that ``steps`` waited for a step to be built. The first one has nothing to hide behind."""
+        self.steps_per_epoch = math.ceil(dataset.per_epoch / packing.pairs_per_step)
+        self.total_steps = count_steps(
+            dataset.per_epoch,
+            pairs_per_step=packing.pairs_per_step,
+            max_steps=train.max_steps,
+            epochs=train.num_train_epochs,
+        )
+        # Two epochs: the last step of one is built while the first of the next is.
+        self._plan = lru_cache(maxsize=2)(partial(self.builder.plan, self.seed))
+
+    def steps(self, done: int) -> Iterator[TrainingStep]:
+        """The steps after the first ``done``, on the device.
+
+        Raises:
+            Stopped: before a step, on all ranks, when any process was asked to end.
+            FeedError: on all ranks, before a step whose data cannot be read.
+        """
+        if done >= self.total_steps:
+            return
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+        try:
+            soon = range(done + 1, min(done + STEPS_AHEAD, self.total_steps) + 1)
+            ahead: deque[Future[TrainingStep]] = deque(pool.submit(self.build, number) for number in soon)
+            for number in range(done + 1, self.total_steps + 1):
+                asked = time.perf_counter()
+                step, fault = self._built(ahead.popleft())
+                self.waited += time.perf_counter() - asked
+                if number + STEPS_AHEAD <= self.total_steps:
+                    ahead.append(pool.submit(self.build, number + STEPS_AHEAD))
+                pairs, data = (0, "") if step is None else (step.work.pairs, step.data)
+                told = distributed.gather((pairs, stop.requested(), fault, data))
+                stop.heed(request for _, request, _, _ in told)
+                if faults := [fault for _, _, fault, _ in told if fault]:
+                    raise FeedError(faults[0])
+                if len({data for *_, data in told}) > 1:
+                    raise FeedError("processes have read different rows: give all of them the same data")
+                assert step is not None
+                elsewhere = sum(n for n, *_ in told) - pairs
+                yield replace(step, packs=tuple(p.to(self.device) for p in step.packs), elsewhere=elsewhere)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self.close()
+
+    def _built(self, future: Future[TrainingStep]) -> tuple[TrainingStep | None, str]:
+        """A step, or why there is none."""
+        try:
+            return future.result(), ""
+        except UserError as error:
+            return None, str(error)
+
+    def build(self, number: int) -> TrainingStep:
+        """This process's part of step ``number`` (1-based), on the host."""
+        epoch, place = divmod(number - 1, self.steps_per_epoch)
+        return self.builder.build(self._plan(epoch)[place], number, number / self.steps_per_epoch)
+
+    def close(self) -> None:
+        """Called once no further step is wanted."""
+
+    def place(self, done: int) -> dict[str, Any] | None:
+        """JSON values for ``go_on`` after so many steps; None where their number is all that is needed."""
+        return None
+
+    def go_on(self, place: dict[str, Any] | None) -> None:
+        """Be ready for the steps after those that ``place`` was asked for."""

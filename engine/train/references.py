@@ -30,6 +30,7 @@ from ..reference import (
     verify_rows,
     weights_digest,
 )
+from ..reference.columns import PAIR_COLUMNS
 from ..reference.provenance import why_absent
 from ..reference.verify import reward_bound
 from .objective import Objective
@@ -79,6 +80,18 @@ class References:
     def lookup(self, name: str) -> Callable[[Pack], np.ndarray] | None:
         return self.tables[name].lookup if name in self.tables else None
 
+    def of_window(self, dataset: PreferenceDataset) -> Callable[[Pack], np.ndarray] | None:
+        """As ``lookup`` of ``train``, for a later window of a stream."""
+        if "train" not in self.tables:
+            return None
+        sums = import_columns(dataset)
+        if sums is None:
+            raise UserError(
+                f"row {dataset[0].label} and those after it have no {' and '.join(PAIR_COLUMNS)}, while earlier rows "
+                "of the stream have: fill the columns in every row, or leave them out with data.columns"
+            )
+        return ReferenceTable(sums).lookup
+
 
 def resolve_mode(config: RunConfig, objective: Objective) -> Mode:
     """The mode that ``auto`` stands for, once it is clear that mode and loss fit.
@@ -90,7 +103,9 @@ def resolve_mode(config: RunConfig, objective: Objective) -> Mode:
     if objective.needs_reference:
         if mode == "none":
             raise UserError(f"reference.mode none does not fit loss.loss_type {loss}, which compares with a reference")
-        return "live" if mode == "live" or config.reference.sync_ref_model else "stored"
+        # Rows of a stream are read once, so nothing can be computed for them before training.
+        live = mode == "live" or config.reference.sync_ref_model or (mode == "auto" and config.data.streaming)
+        return "live" if live else "stored"
     if mode in ("stored", "live"):
         raise UserError(f"loss.loss_type {loss} has no reference: set reference.mode to none or auto, not {mode}")
     return "none"
@@ -120,7 +135,14 @@ def prepare_references(
     mode = resolve_mode(config, objective)
     if mode == "none":
         return References("none", "none: the loss has no reference", {})
-    if mode == "live":
+    streams = config.data.streaming and "train" in datasets
+    has_columns = streams and import_columns(datasets["train"]) is not None
+    if mode == "stored" and streams and not has_columns:
+        raise UserError(
+            "reference.mode stored: rows of data.streaming are in no store before they are read: set reference.mode to "
+            "auto or live, or give the rows columns ref_chosen_logps and ref_rejected_logps"
+        )
+    if mode == "live" and not (has_columns and config.reference.mode == "auto" and not config.reference.sync_ref_model):
         return _live_references(config, objective, policy, datasets, say)
     columns = {name: import_columns(dataset) for name, dataset in datasets.items()}
     for name, sums in columns.items():

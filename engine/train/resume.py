@@ -54,6 +54,7 @@ _DATA_KEYS = frozenset(
         *("data.truncation_mode", "data.scored_pairs", "data.min_score_gap", "data.chat_template", "data.max_rows"),
         *("data.columns", "data.turn_fields", "data.roles", "data.system", "data.remove_none_values", "data.lost_text"),
         *("data.template_date", "data.eval_fraction", "data.mask_pattern"),
+        *("data.streaming", "data.stream_window"),
         "model.tokenizer_name_or_path",
     )
 )

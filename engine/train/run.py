@@ -26,6 +26,7 @@ from .describe import write_data_file
 from .evaluation import evaluate_splits, evaluation_lines, format_evaluation, scalar_metrics, write_evaluation
 from .evidence import Evidence
 from .export import Origin, export_model, package_versions
+from .feed import FeedError
 from .metrics import IntervalMeter
 from .optimizer import GuardedUpdate, build_optimizer, build_schedule, change_total
 from .progress import log_line, step_bar, terminal_width
@@ -87,6 +88,7 @@ class Run:
         if (reference := self.setup.references.moving) is not None:
             checkpoints.load_reference(path, state, reference)
         self._restore_schedule(start)
+        self.feed.go_on(state.get("stream"))
         self.meter.load(state["meter"])
         self.by_source.load(state.get("by_source", []))
         self.done = self.saved = self.resumed_from = state["step"]
@@ -133,6 +135,8 @@ class Run:
                     self._sample()
             except Stopped as end:
                 raise self._stopped(end) from None
+            except FeedError as end:
+                raise self._broken(end) from None
             finally:
                 for tracker in self.trackers:
                     tracker.close()
@@ -153,11 +157,19 @@ class Run:
 
     def _stopped(self, end: Stopped) -> Stopped:
         """Make durable what is done, and say how to go on. An evaluation that was left is made again."""
+        return Stopped(end.number, self._saved(), GO_ON)
+
+    def _broken(self, end: FeedError) -> UserError:
+        """Make durable what is done before data that cannot be read."""
+        where = self._saved()
+        return UserError(f"{end}; the run ended{where}: correct this, then {GO_ON}")
+
+    def _saved(self) -> str:
+        """Save what is done, and say where that is."""
         if self.done > self.saved:
             self._require_finite()
             self._save(stopped=True)
-        where = f" after step {self.done} of {self.feed.total_steps}" if self.done else " before step 1"
-        return Stopped(end.number, where, GO_ON)
+        return f" after step {self.done} of {self.feed.total_steps}" if self.done else " before step 1"
 
     def _open(self) -> None:
         """Write what a run folder starts with, and set the random generators."""
@@ -349,6 +361,7 @@ class Run:
             tracker.flush()
         state = {
             "epoch": self.epoch,
+            "stream": self.feed.place(self.done),
             "config": config_values(self.config),
             **digests(self.setup.datasets),
             "base": self.setup.base,

@@ -14,6 +14,7 @@ from ..config import format_diff
 from ..config.schema import RunConfig
 from ..data import Report
 from ..data.groups import PreferenceDataset
+from ..data.windows import Window
 from ..errors import UserError
 from ..model import Policy, load_tokenizer, ready_policy, resolve_device
 from ..model.balance import Balance
@@ -33,7 +34,8 @@ from .storage import check_disk
 from .terms import LossTerms
 from .throughput import FlopModel, measure_matmul_rate
 from .trackers import check_trackers
-from .training_data import load_data
+from .training_data import Loaded, check_window, load_data
+from .window_feed import Lookup, WindowFeed
 
 OnData = Callable[[dict[str, PreferenceDataset], torch.device], None]
 """Told of a run's data and device before anything is loaded on it."""
@@ -116,7 +118,8 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
     take_template(tokenizer, config.data)
     saved = start.state["config"].get("data.template_date") if start is not None else None
     config = with_template_date(config, tokenizer, saved)
-    datasets, lint = load_data(config, tokenizer, objective)
+    data = load_data(config, tokenizer, objective)
+    datasets = data.datasets
     total = total_steps(config, datasets["train"].per_epoch)
     check_schedule(config.optim, total_steps=total)
     warn_of_long_warmup(config.optim, total_steps=total)
@@ -155,20 +158,33 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
     # After the digest, which knows the model as it was.
     describe_trained(policy.causal_lm, tokenizer)
     peak_flops = sum(distributed.gather(measure_matmul_rate(device, policy.compute_dtype)))
-    feed = TrainingFeed(
-        datasets["train"],
-        packing,
-        config.train,
-        lookup=references.lookup("train"),
-        flops=FlopModel.of(policy),
-        device=device,
-        rows_of=policy.rows_of,
-    )
-    plan = summarize_plan(datasets["train"], replace(config, packing=packing), mixers=policy.layout.mixer_blocks)
+    laid_out = replace(config, packing=packing)
+    feed = _feed(laid_out, tokenizer, data, policy, objective, references)
+    plan = summarize_plan(datasets["train"], laid_out, mixers=policy.layout.mixer_blocks)
     first_loss = _first_loss(config, policy, references, objective, datasets["train"])
     return Setup(
-        config, tokenizer, policy, objective, references, datasets, lint, plan, feed, peak_flops, base, first_loss
+        config, tokenizer, policy, objective, references, datasets, data.lint, plan, feed, peak_flops, base, first_loss
     )
+
+
+def _feed(
+    config: RunConfig, tokenizer: Any, data: Loaded, policy: Policy, objective: Objective, references: References
+) -> TrainingFeed:
+    """The steps of the run of ``config``, whose packing has the layout of the policy."""
+    options: dict[str, Any] = {
+        "lookup": references.lookup("train"),
+        "flops": FlopModel.of(policy),
+        "device": policy.device,
+        "rows_of": policy.rows_of,
+    }
+    if data.stream is None or data.first is None:
+        return TrainingFeed(data.datasets["train"], config.packing, config.train, **options)
+
+    def ready(window: Window) -> Lookup:
+        check_window(config, tokenizer, policy, objective, window)
+        return references.of_window(window.dataset)
+
+    return WindowFeed(data.stream, data.first, config.packing, config.train, ready=ready, **options)
 
 
 def _first_loss(

@@ -4,40 +4,107 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config.schema import RunConfig
 from ..data import Report, load_dataset_groups
 from ..data.groups import PreferenceDataset
 from ..data.held_out import HeldOut
+from ..data.windows import NO_LENGTH, Window, WindowStream
+from ..errors import UserError
+from ..model import Policy
+from ..model.readable import check_dataset
 from ..model.stops import LearnedStops
 from ..packing import check_fits
 from .feed import drawn_groups
 from .objective import Objective
+from .window_feed import window_size
 
 log = logging.getLogger(__name__)
 
 
-def load_data(
-    config: RunConfig, tokenizer: Any, objective: Objective
-) -> tuple[dict[str, PreferenceDataset], dict[str, Report]]:
+class Loaded(NamedTuple):
+    """The data of a run."""
+
+    datasets: dict[str, PreferenceDataset]
+    """``train``, of a stream its first window, and those of evaluation, by ``DataConfig.eval_splits``."""
+    lint: dict[str, Report]
+    stream: WindowStream | None = None
+    first: Window | None = None
+
+
+def load_data(config: RunConfig, tokenizer: Any, objective: Objective) -> Loaded:
+    """Read the data of a run.
+
+    Raises:
+        UserError: it cannot be read or trained on, or ``data.strict`` and lint found something.
+    """
     datasets: dict[str, PreferenceDataset] = {}
     lint: dict[str, Report] = {}
+    stream = first = None
     for split in ("train", *config.data.eval_splits):
-        datasets[split], lint[split] = load_dataset_groups(config.data, tokenizer, split=split)
+        if split == "train" and config.data.streaming:
+            stream, first = open_stream(config, tokenizer)
+            datasets[split], lint[split] = first.dataset, first.report
+        else:
+            datasets[split], lint[split] = load_dataset_groups(config.data, tokenizer, split=split)
         if split == "train":
             _note_stops(config, tokenizer, datasets[split], lint[split])
             datasets[split] = drawn_groups(config, datasets[split])
-        objective.check_dataset(datasets[split])
-        check_fits(
-            datasets[split],
-            tokens_per_pack=config.packing.tokens_per_pack,
-            share_prompts=config.packing.share_prompts,
-            in_rows=config.packing.layout == "rows",
-        )
+        check_rows(config, objective, datasets[split])
     if config.data.has_evaluation:
         warn_of_trained_rows(datasets, lint, config.data.strict)
-    return datasets, lint
+    return Loaded(datasets, lint, stream, first)
+
+
+def open_stream(config: RunConfig, tokenizer: Any) -> tuple[WindowStream, Window]:
+    """The training data as a stream, and its first window.
+
+    Raises:
+        UserError: it cannot be read, or how long the run is cannot be known.
+    """
+    stream = WindowStream(config.data, tokenizer, size=window_size(config))
+    first = stream.next()
+    first.dataset.pass_rows = stream.rows
+    if stream.rows is None and config.train.max_steps <= 0:
+        raise UserError(NO_LENGTH)
+    return stream, first
+
+
+def read_training_rows(config: RunConfig, tokenizer: Any) -> tuple[PreferenceDataset, Report]:
+    """The training data, of a stream its first window, and what lint found.
+
+    Raises:
+        UserError: as ``load_dataset_groups`` and ``open_stream``.
+    """
+    if not config.data.streaming:
+        return load_dataset_groups(config.data, tokenizer, split="train")
+    _, first = open_stream(config, tokenizer)
+    return first.dataset, first.report
+
+
+def check_rows(config: RunConfig, objective: Objective, dataset: PreferenceDataset) -> None:
+    """Raise a ``UserError`` for rows that the loss, or a pack, does not take."""
+    objective.check_dataset(dataset)
+    check_fits(
+        dataset,
+        tokens_per_pack=config.packing.tokens_per_pack,
+        share_prompts=config.packing.share_prompts,
+        in_rows=config.packing.layout == "rows",
+    )
+
+
+def check_window(config: RunConfig, tokenizer: Any, policy: Policy, objective: Objective, window: Window) -> None:
+    """For a later window of a stream, all that is asked of a first one.
+
+    Raises:
+        UserError: its rows cannot be trained on, or ``data.strict`` and lint found something.
+    """
+    check_rows(config, objective, window.dataset)
+    check_dataset(policy, window.dataset)
+    if config.data.strict:
+        LearnedStops(config.model, tokenizer, config.data.max_length).look_at(window.dataset, window.report)
+        window.report.raise_if_strict(True)
 
 
 def _note_stops(config: RunConfig, tokenizer: Any, dataset: PreferenceDataset, report: Report) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from engine.config.schema import DataConfig
 from engine.data.lint import LintReport
+from engine.data.make_groups import make_groups
 from engine.data.problems import LOST
-from engine.data.read import make_groups
 from engine.data.rows import RowReader
 from engine.data.sources import Row
 from engine.data.tokenize import Encoder

@@ -16,7 +16,7 @@ from engine.data.examples import Example
 from engine.data.formats import reader_for
 from engine.data.groups import PreferenceDataset
 from engine.data.lint import LintReport
-from engine.data.read import make_groups
+from engine.data.make_groups import make_groups
 from engine.data.sources import Row
 from engine.data.tokenize import Encoder, common_prefix_length
 from engine.errors import UserError
@@ -178,7 +178,7 @@ def test_common_prefix_length():
 def test_many_rows_pass_through_calls_of_bounded_size(monkeypatch, plain_tokenizer):
     rows = [{"prompt": f"row {i}", "chosen": " a" * (i % 5 + 1), "rejected": " b"} for i in range(25)]
     whole, _ = groups_of(rows, plain_tokenizer)
-    monkeypatch.setattr("engine.data.read.ROWS_PER_CALL", 4)
+    monkeypatch.setattr("engine.data.make_groups.ROWS_PER_CALL", 4)
     parts, _ = groups_of(rows, plain_tokenizer)
     for one, other in zip(whole, parts, strict=True):
         assert one.row == other.row

@@ -62,6 +62,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "reference": {"mode": "live", "sync_ref_model": True, "ref_model_sync_steps": 2},
         "optim": {"optimizer": "rmsprop", "learning_rate": 1e-4},
     },
+    "stream": {"data": {"streaming": True, "stream_window": 6}, "train": {"max_steps": 3}},
     "best": {
         # The first evaluation is the best, since a larger loss is better here.
         "train": {"eval_steps": 1, "save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True}
@@ -69,7 +70,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "rounded": {"train": {"save_dtype": "bfloat16", "save_rounding": "stochastic"}, "optim": {"learning_rate": 1e-5}},
 }
-SHORT = {"tied head", "copies", "continued", "aot", "sft mix", "rankings", "live", "rounded", "best"}
+SHORT = {"tied head", "copies", "continued", "aot", "sft mix", "rankings", "live", "rounded", "best", "stream"}
 EVALUATED = ("untied", "tied", "lora", "rounded", "best")
 RESUMED = ("untied", "lora")
 RESUMPTIONS = [

@@ -81,7 +81,7 @@ def test_what_mixers_compute_of_an_epoch_is_what_its_plan_says(blocks):
     run = feed(data, rows_of=lambda batch: plan_rows(batch.plan.segments, blocks))
     work = [step.work for step in run.steps(0)]
     model, rows = ModelConfig(model_name_or_path="m"), DataConfig(dataset_name="d")
-    plan = summarize_plan(data, RunConfig(model=model, data=rows, packing=run.packing), mixers=blocks)
+    plan = summarize_plan(data, RunConfig(model=model, data=rows, packing=run.builder.packing), mixers=blocks)
     assert sum(w.mixer_tokens for w in work) == plan.mixer_tokens == plan.unshared_tokens
     assert sum(w.mixer_cells for w in work) == plan.mixer_cells
     assert (plan.mixer_padding > 0) == (blocks == "alike")
@@ -113,15 +113,15 @@ def test_work_counts_tokens_as_they_are(share):
 
 
 def test_digest_follows_tokens_rows_and_boundaries():
-    base = feed(dataset()).dataset.digest
-    assert feed(dataset(), num_train_epochs=2).dataset.digest == base
-    assert feed(dataset(seed=1)).dataset.digest != base
-    assert feed(dataset(count=9)).dataset.digest != base
+    base = feed(dataset()).builder.dataset.digest
+    assert feed(dataset(), num_train_epochs=2).builder.dataset.digest == base
+    assert feed(dataset(seed=1)).builder.dataset.digest != base
+    assert feed(dataset(count=9)).builder.dataset.digest != base
     moved = [
         PreferenceGroup(g.row, g.prompt_ids[:-1], tuple(np.r_[g.prompt_ids[-1:], r] for r in g.response_ids))
         for g in dataset()
     ]
-    assert feed(PreferenceDataset(moved)).dataset.digest != base
+    assert feed(PreferenceDataset(moved)).builder.dataset.digest != base
 
 
 def test_an_error_in_the_background_reaches_the_caller():
