@@ -16,6 +16,7 @@ from .errors import UserError
 from .inputs import check_inputs
 from .memory_errors import advised
 from .model import Policy, load_tokenizer, ready_policy, resolve_device
+from .model.kernels.choice import kernels_words
 from .model.layouts import attention_words, describe_layout
 from .model.quantization import check_quantization
 from .reference import (
@@ -135,6 +136,7 @@ def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset])
             config.model, device, rows, packing=config.packing, weights_dtype=config.optim.weights_dtype
         )
     distributed.say(f"attention: {attention_words(policy)}")
+    distributed.say(f"kernels: {kernels_words(policy)}")
     distributed.say(f"layout: {describe_layout(policy)}")
     return policy
 

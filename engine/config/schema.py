@@ -20,6 +20,7 @@ SchedulerType = Literal[
 ]  # fmt: skip
 Quantization = Literal["nf4", "fp4"]
 LayoutName = Literal["auto", "shared", "rows"]
+KernelName = Literal["auto", "compile", "none"]
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(?<!aux)")
 
 
@@ -74,6 +75,9 @@ class ModelConfig:
     attention: Literal["auto", "flash3", "flash", "varlen", "native", "sdpa"] = "auto"
     """Attention backend: flash3 (FlashAttention 3, Hopper), flash (the flash-attn package), varlen (torch, CUDA),
     native (C++ of this package, CPU), sdpa (torch, anywhere)."""
+    kernels: KernelName = "auto"
+    """What fuses the small operations of a block: compile (torch.compile, once for all lengths), none; auto is compile
+    on CUDA where it can be used, and none on a CPU."""
     lora: LoraConfig | None = None
     """Low-rank adapters; null trains all parameters."""
     adapter_name_or_path: str | None = None

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..packing.layout import PackedBatch
 from ..packing.rows import RowPlan, Segment, plan_rows
 from .mixers import InRows, boundary_arguments, class_name
 from .policy import Policy
+from .side_by_side import results
 
 _ALLOWED = {torch.float32: 1e-2, torch.bfloat16: 0.2}
 """Largest difference of an output or gradient that is rounding, in tensor cores too, relative to its largest element.
@@ -75,27 +75,4 @@ class _Comparison:
         return output
 
     def _run(self, plan: RowPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-        """What the module gives; and its outputs, and the gradients of inputs and weights, by name."""
-        leaves, form = tree_flatten((args, kwargs))
-        with torch.enable_grad():
-            inputs = [leaf.detach().requires_grad_() if _is_number(leaf) else leaf for leaf in leaves]
-            output = self.in_rows.compute(plan, *tree_unflatten(inputs, form))
-            outputs = [leaf for leaf in tree_leaves(output) if _is_number(leaf) and leaf.requires_grad]
-            names = [(f"gradient of input {i}", leaf) for i, leaf in enumerate(inputs) if _is_number(leaf)]
-            weights = self.in_rows.module.named_parameters()
-            names += [(f"gradient of {name}", weight) for name, weight in weights if weight.requires_grad]
-            upstream = [_upstream(leaf) for leaf in outputs]
-            grads = torch.autograd.grad(outputs, [leaf for _, leaf in names], upstream, allow_unused=True)
-        found = {f"output {i}": leaf.detach().float() for i, leaf in enumerate(outputs)}
-        found |= {name: grad.float() for (name, _), grad in zip(names, grads, strict=True) if grad is not None}
-        return output, found
-
-
-def _is_number(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-
-
-def _upstream(like: torch.Tensor) -> torch.Tensor:
-    """Numbers that are the same whenever they are drawn."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(like.shape, generator=generator).to(like)
+        return results(self.in_rows.module, lambda *a, **k: self.in_rows.compute(plan, a, k), args, kwargs)

@@ -101,6 +101,12 @@ def grouped_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     return grouped_mm_experts_forward(cast, hidden_states.to(dtype), top_k_index, top_k_weights)
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds the stacked weights of several experts."""
+    stacked = any(weight.ndim == 3 for weight in module.parameters(recurse=False))
+    return stacked and not isinstance(module, nn.modules.conv._ConvNd)
+
+
 def register_experts() -> None:
     """Make it known to transformers. Idempotent."""
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS, grouped_experts)

@@ -85,6 +85,7 @@ class InRows:
     def __init__(self, module: nn.Module):
         self.module = module
 
+    @torch.compiler.disable(reason="rows are laid out by the pack")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         rows = _ROWS.get()
         return self.plain(*args, **kwargs) if rows is None else self.compute(rows, args, kwargs)

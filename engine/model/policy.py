@@ -18,6 +18,7 @@ from ..packing.rows import Blocks, RowPlan, plan_rows
 from .attention import PLAN_ARGUMENT, Backend
 from .before_head import HeadUse, taken_before_head
 from .head import adapted_head, read_head
+from .kernels.exchange import Exchange, Kernels
 from .mixers import RowsOfPack
 from .offload import OffloadedActivations
 from .routers import RouterSums, router_arguments, sum_routers
@@ -107,6 +108,10 @@ class Policy(nn.Module):
         """In rows, where factors before the head are part of what it is given: known after the first forward pass."""
         self.own_balance: OwnBalance | None = None
         """What its routers return, once that was looked at: see ``engine/model/balance.py``."""
+        self.kernels = Kernels()
+        """What computes the blocks, and why: see ``engine/model/kernels``."""
+        self.exchange = Exchange()
+        """What of the model was exchanged for them."""
         self.obstacle: str | None = None
         """Why attention of this model cannot run on packs at all: it is none that transformers lets us exchange."""
 

@@ -13,6 +13,8 @@ from ..config.training import Recomputed
 from ..data.groups import PreferenceDataset
 from .checks import check_packing
 from .fresh import check_fresh, score_fresh
+from .kernels.choice import fuse_blocks, use_kernels
+from .kernels.exchange import Kernels
 from .layouts import use_layout
 from .load import load_policy
 from .policy import Layout, Policy
@@ -27,6 +29,7 @@ def load_sharded(
     gradient_checkpointing: Recomputed = False,
     activation_offload: bool = False,
     layout: Layout | None = None,
+    kernels: Kernels | None = None,
     change: Callable[[Policy], None] | None = None,
     weights_dtype: str = "float32",
 ) -> Policy:
@@ -34,6 +37,7 @@ def load_sharded(
 
     Args:
         layout: how it computes packs, where that is known.
+        kernels: what computes its blocks, where that is known.
         change: is given the policy before its layers are sharded.
         weights_dtype: as in ``load_policy``.
 
@@ -49,6 +53,8 @@ def load_sharded(
     policy.activation_offload = activation_offload
     if layout is not None:
         use_layout(policy, layout)
+    if kernels is not None:
+        use_kernels(policy, kernels)
     return policy
 
 
@@ -90,6 +96,7 @@ def ready_policy(
         }
     policy = load_sharded(model, device, change=change, weights_dtype=weights_dtype, **memory)
     check_packing(policy, share_prompts=packing.share_prompts, requested=packing.layout)
+    fuse_blocks(policy, model.kernels, share_prompts=packing.share_prompts)
     for dataset in datasets:
         check_dataset(policy, dataset)
     check_fresh(policy, fresh)

@@ -28,6 +28,11 @@ def checkpointing_options(how: bool | str) -> dict[str, Any]:
     return {"use_reentrant": False, "context_fn": contexts}
 
 
+def is_selective(checkpoint: Any) -> bool:
+    """Whether a checkpointing function that transformers made of such arguments is the selective one."""
+    return getattr(checkpoint, "keywords", {}).get("context_fn") is _selective_contexts
+
+
 def is_kept(operator: Any) -> bool:
     """Whether selective checkpointing keeps what an operator gives: that of a product or of attention."""
     name = operator._schema.name

@@ -21,6 +21,7 @@ from ..durable import write_atomically
 from ..errors import counted
 from ..model.balance import Balance
 from ..model.head import head_words
+from ..model.kernels.choice import kernels_words
 from ..model.layouts import attention_words, describe_layout
 from ..model.quantization import num_weights
 from ..packing import mixer_padding_words
@@ -46,6 +47,7 @@ def describe_run(setup: Setup) -> str:
         *([("head", head_words(policy.causal_lm))] if policy.has_adapter else []),
         *([("processes", _process_words(setup))] if distributed.size() > 1 else []),
         ("attention", attention_words(policy)),
+        ("kernels", kernels_words(policy)),
         ("layout", describe_layout(policy)),
         *([("mixer padding", f"{plan.mixer_padding:.1%} {mixer_padding_words(plan)}")] if plan.mixer_cells else []),
         ("loss", f"{config.loss.loss_name}, {_loss_op(setup)}"),

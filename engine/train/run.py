@@ -113,6 +113,7 @@ class Run:
                 activation_offload=self.config.train.activation_offload,
                 layout=self.policy.layout,
                 weights_dtype=self.config.optim.weights_dtype,
+                kernels=self.policy.kernels,
             )
             self._build_update()
 

@@ -223,6 +223,7 @@ def register_backends() -> None:
     for count in range(1, len(NAMES) + 1):
         for names in combinations(NAMES, count):
 
+            @torch.compiler.disable(reason="it reads the plan of the pack")
             def attention(module, query, key, value, attention_mask=None, _names=names, **kwargs):
                 kwargs.setdefault(PLAN_ARGUMENT, None)
                 return packed_attention(_names, module, query, key, value, attention_mask=attention_mask, **kwargs)
