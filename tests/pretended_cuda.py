@@ -27,6 +27,8 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.pretended_streams import Streams, is_empty
+
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
 
@@ -138,6 +140,8 @@ class PretendedCuda(TorchDispatchMode):
         """Called with every operation of the device and its arguments."""
         self.may_wait = False
         self.waits = 0
+        self.streams: Streams | None = None
+        """Once code has asked for one beside the stream that all runs on."""
         self._pinned: dict[int, torch.UntypedStorage] = {}
         self._reading: list[tuple[Tensor, Tensor]] = []
         self._filling: dict[int, Tensor] = {}
@@ -172,6 +176,8 @@ class PretendedCuda(TorchDispatchMode):
     def finish(self) -> None:
         """Wait for the device, as a log interval does. Copies from page-locked memory arrive only now."""
         self._filling.clear()
+        if self.streams is not None:
+            self.streams.finish()
         reading, self._reading = self._reading, []
         for source, before in reading:
             if not torch.equal(source, before):
@@ -242,6 +248,26 @@ class PretendedCuda(TorchDispatchMode):
             if type(leaf) is Tensor and leaf.untyped_storage()._cdata in self._filling:
                 raise UnsafeCopyError(f"{short} reads memory that a copy from the GPU may still be filling")
 
+    def _use_streams(self, func: Any, short: str, args: Any, kwargs: Any, out: Any) -> None:
+        assert self.streams is not None
+        schema = func._schema.arguments
+        writes = [a for a, s in zip(args, schema, strict=False) if _is_written(s)]
+        writes += [kwargs[s.name] for s in schema if _is_written(s) and s.name in kwargs]
+        written = self._of_device(writes)
+        read = [t for t in self._of_device((args, kwargs)) if not any(t is w for w in written)]
+        if any(r.alias_info is not None for r in func._schema.returns) and not written:
+            # A view uses nothing.
+            return
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)] if not written else []
+        for tensor in made:
+            self.streams.make_room(tensor)
+        self.streams.run(short, read, [*written, *([] if is_empty(short) else made)])
+
+    def _of_device(self, values: Any) -> list[Tensor]:
+        """Data on the device and in page-locked memory."""
+        leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        return [on_host(t) for t in leaves if isinstance(t, OnDevice) or t.untyped_storage()._cdata in self._pinned]
+
     def _run(self, func: Any, short: str, args: Any, kwargs: Any) -> Any:
         target = kwargs.get("device")
         if target is not None:
@@ -255,11 +281,18 @@ class PretendedCuda(TorchDispatchMode):
                 self.watch(func, args, kwargs)
         run, host_args, host_kwargs = _for_the_cpu(func, short, tree_map(on_host, args), tree_map(on_host, kwargs))
         out = run(*host_args, **host_kwargs)
+        if self.streams is not None and on_device | (short in _COPIES):
+            self._use_streams(func, short, args, kwargs, out)
         written = [a for a, s in zip(args, func._schema.arguments, strict=False) if _is_written(s)]
         written += [kwargs[s.name] for s in func._schema.arguments if _is_written(s) and s.name in kwargs]
         if written and func._schema.returns and not isinstance(written[0], list):
             return written[0] if len(func._schema.returns) == 1 else tuple(written)
         return tree_map(lambda t: OnDevice(t) if isinstance(t, Tensor) and on_device else t, out)
+
+
+def _beside(device: PretendedCuda) -> Streams:
+    device.streams = device.streams or Streams()
+    return device.streams
 
 
 def _is_written(argument: Any) -> bool:
@@ -366,6 +399,9 @@ def pretended_cuda() -> Iterator[PretendedCuda]:
         mock.patch("torch.cuda.set_rng_state", side_effect=lambda state, device: torch.set_rng_state(state)),
         mock.patch("torch.cuda.synchronize", side_effect=lambda device=None: device_mode.finish()),
         mock.patch("torch.cuda.device", return_value=nullcontext()),
+        mock.patch("torch.cuda.Stream", side_effect=lambda device=None: _beside(device_mode).make()),
+        mock.patch("torch.cuda.current_stream", side_effect=lambda device=None: _beside(device_mode).current),
+        mock.patch("torch.cuda.stream", side_effect=lambda stream: _beside(device_mode).on(stream)),
         mock.patch("torch.cuda.tunable.is_enabled", return_value=False),
         mock.patch("torch.cuda.max_memory_allocated", return_value=0),
         mock.patch("torch.cuda.reset_peak_memory_stats"),
