@@ -221,25 +221,41 @@ def _add_options(commands: dict[str, _Parser]) -> None:
     commands["train"].add_argument(
         "--resume", action="store_true", help="go on from the newest complete checkpoint in train.output_dir"
     )
-    commands["evaluate"].add_argument(
-        "--model", metavar="PATH", help="model or adapter to evaluate; the default is model.model_name_or_path"
-    )
-    commands["evaluate"].add_argument(
-        "--samples",
-        metavar="N",
-        type=int,
-        default=0,
-        help="draw N answers of the model to each of train.sample_prompts prompts, and estimate from them how far it "
-        "is from the reference (KL divergence)",
-    )
+    _add_result_options(commands["evaluate"], commands["report"])
     _add_model_options(commands["merge"], commands["push"])
-    commands["report"].add_argument("run_dir", metavar="RUN", type=Path, help="output folder of a run")
     commands["bench"].add_argument(
         "pytest_args",
         metavar="ARG",
         nargs="*",
         help="passed to pytest, such as -k train; --publish writes to benchmarks/results, not to a scratch folder; or "
         "tune and its options, which `dpo bench tune --help` lists",
+    )
+
+
+def _add_result_options(evaluate: _Parser, report: _Parser) -> None:
+    evaluate.add_argument(
+        "--model", metavar="PATH", help="model or adapter to evaluate; the default is model.model_name_or_path"
+    )
+    evaluate.add_argument(
+        "--samples",
+        metavar="N",
+        type=_positive,
+        default=0,
+        help="draw N answers of the model to each of train.sample_prompts prompts, and estimate from them how far it "
+        "is from the reference (KL divergence)",
+    )
+    report.add_argument(
+        "run_dirs",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="output folder of a run; of several, one page compares them",
+    )
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="page of several runs, by default comparison.html beside the first",
     )
 
 

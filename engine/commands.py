@@ -140,9 +140,14 @@ def push(options: Namespace, overrides: Sequence[str]) -> int:
 
 def report(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo report``"""
-    from .report import write_report
+    from .report import write_comparison, write_report
 
-    print(write_report(options.run_dir))
+    if len(options.run_dirs) > 1:
+        print(write_comparison(options.run_dirs, options.output))
+    elif options.output is not None:
+        raise UserError("--output is the page of several runs: one run has its own in its folder, report/index.html")
+    else:
+        print(write_report(*options.run_dirs))
     return 0
 
 

@@ -59,25 +59,33 @@ class SavedPicture:
 
 def render(run: RunRecords, pictures: Sequence[SavedPicture]) -> str:
     """The whole page as HTML."""
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=run.folder.resolve().name,
+            state="finished" if run.finished else "in progress or stopped",
+            subtitle=_subtitle(run),
+            cards=_cards(run),
+            pictures=pictures,
+            evaluation=_evaluation(run),
+            by_length=_by_length(run.evaluation),
+            by_source=_by_source(run),
+            answers=_answers(run.details),
+            samples=_samples(run.samples),
+            lint=_lint(run.data.get("lint")),
+            config=_config(run.config),
+            set_metrics=[_bare(name) for name in SET_METRICS],
+        )
+    )
+
+
+def environment() -> Any:
+    """Of the templates beside this file; what they are given is escaped."""
     from jinja2 import Environment, FileSystemLoader
 
     loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
-    return environment.get_template(TEMPLATE).render(
-        title=run.folder.resolve().name,
-        state="finished" if run.finished else "in progress or stopped",
-        subtitle=_subtitle(run),
-        cards=_cards(run),
-        pictures=pictures,
-        evaluation=_evaluation(run),
-        by_length=_by_length(run.evaluation),
-        by_source=_by_source(run),
-        answers=_answers(run.details),
-        samples=_samples(run.samples),
-        lint=_lint(run.data.get("lint")),
-        config=_config(run.config),
-        set_metrics=[_bare(name) for name in SET_METRICS],
-    )
+    return Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
 
 
 def _subtitle(run: RunRecords) -> str:
@@ -153,10 +161,7 @@ def _evaluation(run: RunRecords) -> dict[str, Any]:
         whole = {name: value for name, value in run.evaluation.items() if tokens_of(name) is None}
         columns[EVALUATION_FILE] = {f"eval_{_bare(name)}": value for name, value in whole.items()}
     names = list(dict.fromkeys(_bare(k) for c in columns.values() for k in c if k.startswith("eval_")))
-    rows = [
-        {"name": name, "values": [_number(_counted(name, c.get(f"eval_{name}"))) for c in columns.values()]}
-        for name in names
-    ]
+    rows = [{"name": name, "values": [shown(name, c.get(f"eval_{name}")) for c in columns.values()]} for name in names]
     return {"columns": list(columns), "rows": rows}
 
 
@@ -171,7 +176,7 @@ def _by_source(run: RunRecords) -> dict[str, list[dict[str, Any]]]:
         row: Mapping[str, Any] = next((row for row in reversed(run.rows) if of_sources(prefix, row)), {})
         if sets := of_sources(prefix, row):
             tables[title] = [
-                {"name": label, "values": [_number(_counted(name, metrics.get(name))) for name in SET_METRICS]}
+                {"name": label, "values": [shown(name, metrics.get(name)) for name in SET_METRICS]}
                 for label, metrics in sets.items()
             ]
     return tables
@@ -190,7 +195,7 @@ def _by_length(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
             {
                 "tokens": f"{name} {tokens}".strip(),
                 "accuracy": _number(own.get(BY_LENGTH + tokens)),
-                "pairs": _number(_counted("num_pairs", own.get(PAIRS_BY_LENGTH + tokens))),
+                "pairs": shown("num_pairs", own.get(PAIRS_BY_LENGTH + tokens)),
             }
             for tokens in found
         ]
@@ -203,7 +208,7 @@ def _answers(details: Mapping[str, Any]) -> list[dict[str, Any]]:
     for split, found in details.items():
         tables = {}
         for title, key, columns in _ANSWER_TABLES:
-            rows = [[bin_words(r), *(_number(_counted("num_", r.get(c))) for c in columns)] for r in found.get(key, ())]
+            rows = [[bin_words(r), *(shown("num_", r.get(c)) for c in columns)] for r in found.get(key, ())]
             if rows:
                 tables[title] = {"columns": [c.replace("_", " ") for c in columns], "rows": rows}
         worst = [{**row, "change": f"{row['chosen']:+,.1f}"} for row in found.get("most_displaced", ())]
@@ -271,12 +276,11 @@ def _config(config: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Every key of the resolved configuration, and whether it differs from the default."""
     defaults = _defaults()
     table = []
-    for section, values in config.items():
-        for name, value in _flat(values, section):
-            default = defaults.get(name)
-            changed = name not in defaults or _plain(value) != _plain(default)
-            row = {"name": name, "value": _text(value), "changed": changed}
-            table.append(row | {"default": _text(default) if name in defaults else ""})
+    for name, value in flat_config(config).items():
+        default = defaults.get(name)
+        changed = name not in defaults or _plain(value) != _plain(default)
+        row = {"name": name, "value": shown_setting(value), "changed": changed}
+        table.append(row | {"default": shown_setting(default) if name in defaults else ""})
     return table
 
 
@@ -311,7 +315,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _text(value: Any) -> str:
+def flat_config(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Every key of a configuration, dotted, and its value."""
+    return {name: value for section, values in config.items() for name, value in _flat(values, section)}
+
+
+def shown_setting(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -319,15 +328,15 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(_text(item) for item in value) or "none"
+        return ", ".join(shown_setting(item) for item in value) or "none"
     if isinstance(value, dict):
-        return " ".join(f"{key}={_text(item)}" for key, item in value.items())
+        return " ".join(f"{key}={shown_setting(item)}" for key, item in value.items())
     return str(value)
 
 
-def _counted(name: str, value: Any) -> Any:
-    """Counts are logged as floats; here they become whole again."""
-    return int(value) if "num_" in name and isinstance(value, float) and value.is_integer() else value
+def shown(name: str, value: Any) -> str:
+    """The value of a metric. Counts are logged as floats; here they become whole again."""
+    return _number(int(value) if "num_" in name and isinstance(value, float) and value.is_integer() else value)
 
 
 def _number(value: Any) -> str:

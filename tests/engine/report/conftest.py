@@ -53,9 +53,15 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes a run folder; every piece but the metrics can be left out."""
 
     def write(
-        rows: list[dict[str, Any]], *, config: str = "", data: Any = None, evaluation: Any = None, details: Any = None
+        rows: list[dict[str, Any]],
+        *,
+        config: str = "",
+        data: Any = None,
+        evaluation: Any = None,
+        details: Any = None,
+        name: str = "run",
     ) -> Path:
-        run = tmp_path / "run"
+        run = tmp_path / name
         run.mkdir()
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if config:

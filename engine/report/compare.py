@@ -1,0 +1,175 @@
+"""Several runs on one page: curves over each other, what differs in their configurations, reward against divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..run_folder import tokens_of
+from .page import SavedPicture, environment, flat_config, shown, shown_setting
+from .style import draw_evaluation, draw_series, finish_steps, legend, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .records import RunRecords
+
+TEMPLATE = "compare.html.jinja"
+CURVES = (
+    ("loss", "Training loss", "nats per pair; of different losses, not to be compared"),
+    ("rewards/margins", "Reward margin in training", "chosen reward minus rejected reward, mean over pairs"),
+    ("rewards/accuracies", "Reward accuracy in training", "share of pairs whose chosen response has the higher reward"),
+    ("eval_loss", "Held-out loss", "nats per pair; of different losses, not to be compared"),
+    ("eval_rewards/accuracies", "Held-out reward accuracy", "share of pairs"),
+    ("eval_ranking_accuracy", "Held-out ranking accuracy", "share of pairs whose chosen response is the likelier one"),
+)
+"""Metric, title and subtitle of each picture."""
+WHERE = ("train.output_dir", "train.run_name")
+"""Keys that differ between any two runs."""
+
+
+def names_of(runs: Sequence[RunRecords]) -> list[str]:
+    """What to call each run: the last parts of its path, as many as tell them apart."""
+    parts = [run.folder.resolve().parts for run in runs]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-count:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({place})" for place, name in enumerate(names, start=1)]
+
+
+def pictures(runs: Sequence[RunRecords], names: Sequence[str]) -> list[tuple[str, Figure]]:
+    """Captions and figures; of what no run has logged there is none."""
+    found = []
+    for metric, title, subtitle in CURVES:
+        if (figure := _overlay(runs, names, metric, title, subtitle)) is not None:
+            found.append((f"{title}: {subtitle}.", figure))
+    if (scatter := _frontier(runs, names)) is not None:
+        found.append(scatter)
+    return found
+
+
+def render(runs: Sequence[RunRecords], names: Sequence[str], pictures: Sequence[SavedPicture]) -> str:
+    """The whole page as HTML."""
+    heads = [
+        {"name": name, "state": "finished" if run.finished else "in progress or stopped", "step": f"{run.last_step:,}"}
+        for run, name in zip(runs, names, strict=True)
+    ]
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            runs=heads,
+            metrics=_metrics(runs),
+            differences=_differences(runs),
+            pictures=pictures,
+            samples=_samples(runs, names),
+        )
+    )
+
+
+def _colours(count: int) -> list[str]:
+    import matplotlib
+
+    palette = cycle(matplotlib.colormaps["tab10"].colors)  # type: ignore[attr-defined]
+    return [matplotlib.colors.to_hex(next(palette)) for _ in range(count)]
+
+
+def _overlay(runs: Sequence[RunRecords], names: Sequence[str], metric: str, title: str, subtitle: str) -> Figure | None:
+    drawn = [
+        (name, series, colour)
+        for run, name, colour in zip(runs, names, _colours(len(runs)), strict=True)
+        if (series := run.series(metric)) is not None and len(series.finite)
+    ]
+    if not drawn:
+        return None
+    figure, (axes,) = new_figure(title, subtitle)
+    draw = draw_evaluation if metric.startswith("eval_") else draw_series
+    for name, series, colour in drawn:
+        draw(axes, series, name, colour)
+    finish_steps(axes, min(run.first_step for run in runs), max(run.last_step for run in runs))
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(metric)
+    legend(axes)
+    return figure
+
+
+def _frontier(runs: Sequence[RunRecords], names: Sequence[str]) -> tuple[str, Figure] | None:
+    """Held-out accuracy against the distance from the reference: one point for each evaluation that has both.
+
+    The distance is the KL divergence where every run was evaluated with samples, and else how far the log-probs of
+    held-out chosen responses fell.
+    """
+    samples = all("eval_kl" in run.evaluation for run in runs)
+    metric = "eval_kl" if samples else "eval_logps_change/chosen"
+    points = [
+        [
+            (row[metric] if samples else -row[metric], row["eval_rewards/accuracies"])
+            for row in ([run.evaluation] if samples else run.rows)
+            if _is_finite(row.get(metric)) and _is_finite(row.get("eval_rewards/accuracies"))
+        ]
+        for run in runs
+    ]
+    if not any(points):
+        return None
+    words = "KL(policy || reference), nats" if samples else "fall of the log-prob of chosen responses, nats"
+    title = "Reward against divergence"
+    figure, (axes,) = new_figure(title, "held-out pairs, one point for each evaluation")
+    for of_run, name, colour in zip(points, names, _colours(len(runs)), strict=True):
+        if of_run:
+            axes.plot(*zip(*of_run, strict=True), marker="o", linewidth=1.0, color=colour, label=name)
+    axes.set_xlabel(words)
+    axes.set_ylabel("held-out reward accuracy")
+    axes.margins(0.1)
+    legend(axes)
+    return f"{title}: held-out reward accuracy over {words}.", figure
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _metrics(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
+    """Those of the last evaluation of each run, or of its last row of one."""
+    columns = []
+    for run in runs:
+        rows = [row for row in run.rows if any(name.startswith("eval_") for name in row)]
+        found = run.evaluation or (rows[-1] if rows else {})
+        columns.append({name: v for name, v in found.items() if name.startswith("eval") and tokens_of(name) is None})
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [{"name": name, "values": [shown(name, column.get(name)) for column in columns]} for name in names]
+
+
+def _differences(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
+    configs = [flat_config(run.config) for run in runs]
+    names = dict.fromkeys(name for config in configs for name in config if name not in WHERE)
+    table = []
+    for name in names:
+        values = [shown_setting(config[name]) if name in config else "" for config in configs]
+        if len(set(values)) > 1:
+            table.append({"name": name, "values": values})
+    return table
+
+
+def _samples(runs: Sequence[RunRecords], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The most likely answer of each run at its last step, by prompt."""
+    prompts: dict[str, dict[str, Any]] = {}
+    for run, name in zip(runs, names, strict=True):
+        for sample in _last(run.samples):
+            found = prompts.setdefault(
+                sample["prompt"], {"row": sample["row"], "prompt": sample["prompt"], "answers": []}
+            )
+            found["answers"].append({"run": name, "text": sample["greedy"]})
+    return list(prompts.values())
+
+
+def _last(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+
+
+def default_path(folders: Sequence[Path]) -> Path:
+    """Beside the first run."""
+    return folders[0].resolve().parent / "comparison.html"

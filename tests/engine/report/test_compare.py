@@ -1,0 +1,90 @@
+"""One page about several runs."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from engine.cli import main
+from engine.errors import UserError
+from engine.report import write_comparison
+from engine.report.compare import names_of, pictures
+from engine.report.records import read_run
+
+CONFIG = "loss: {loss_type: %s, beta: %s}\ntrain: {output_dir: %s, seed: 42}\n"
+
+
+@pytest.fixture
+def runs(make_run, rows):
+    """Two runs whose loss, beta and folder differ, with evaluations."""
+    found = []
+    for name, loss, beta in (("first", "sigmoid", 0.1), ("second", "ipo", 0.5)):
+        metrics = rows(20, every=5, eval_every=10)
+        for row in metrics:
+            if "eval_loss" in row:
+                row["eval_logps_change/chosen"] = -row["step"] * beta
+        evaluation = {"eval_loss": beta, "eval_rewards/accuracies": 0.75, "eval_num_pairs": 8.0}
+        found.append(make_run(metrics, config=CONFIG % (loss, beta, name), evaluation=evaluation, name=name))
+    return found
+
+
+def test_differences_metrics_and_pictures(runs):
+    page = write_comparison(runs)
+    text = page.read_text()
+    assert page == runs[0].parent / "comparison.html"
+    assert re.search(r"<code>loss.beta</code></td><td>0.1</td><td>0.5</td>", text)
+    assert re.search(r"<code>loss.loss_type</code></td><td>sigmoid</td><td>ipo</td>", text)
+    assert "train.seed" not in text
+    assert "train.output_dir" not in text
+    assert re.search(
+        r"<code>eval_loss</code></td><td class=\"number\">0.1000</td><td class=\"number\">0.5000</td>", text
+    )
+    captions = re.findall(r'alt="([^"]*)"', text)
+    assert len(captions) == text.count("<img") == 6
+    assert all(captions)
+    assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_the_frontier_has_a_point_for_each_evaluation(runs):
+    found = [read_run(folder) for folder in runs]
+    caption, figure = pictures(found, names_of(found))[-1]
+    assert caption.startswith("Reward against divergence: held-out reward accuracy over fall of the log-prob")
+    lines = figure.axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["first", "second"]
+    assert [list(line.get_xdata()) for line in lines] == [[1.0, 2.0], [5.0, 10.0]]
+    for folder in runs:
+        (folder / "evaluation.json").write_text(json.dumps({"eval_kl": 3.0, "eval_rewards/accuracies": 0.75}))
+    found = [read_run(folder) for folder in runs]
+    caption, figure = pictures(found, names_of(found))[-1]
+    assert "KL(policy || reference)" in caption
+    assert [list(line.get_xdata()) for line in figure.axes[0].get_lines()] == [[3.0], [3.0]]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(make_run, rows, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    folders = [make_run(rows(2), name=f"{name}/run") for name in ("a", "b")]
+    assert names_of([read_run(folder) for folder in folders]) == ["a/run", "b/run"]
+
+
+def test_answers_stand_beside_each_other(runs):
+    for folder, answer in zip(runs, ("<yes>", "no"), strict=True):
+        samples = [{"step": s, "row": 3, "prompt": "Why?", "greedy": f"{answer} {s}", "sampled": ""} for s in (0, 20)]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    text = write_comparison(runs).read_text()
+    assert text.count("Why?") == 1
+    assert "&lt;yes&gt; 20" in text
+    assert "no 20" in text
+    assert "no 0" not in text
+
+
+def test_what_cannot_be_compared(runs, tmp_path, capsys):
+    with pytest.raises(UserError, match="the same run is named twice"):
+        write_comparison([runs[0], runs[0]])
+    with pytest.raises(UserError, match="no run folder at"):
+        write_comparison([runs[0], tmp_path / "nowhere"])
+    assert main(["report", str(runs[0]), "--output", str(tmp_path / "page.html")]) == 2
+    assert main(["report", *map(str, runs), "--output", str(tmp_path / "new" / "page.html")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "new" / "page.html")
