@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .endings import Ear, end_of_run
 from .endings import PeerFailure as PeerFailure
@@ -190,10 +190,23 @@ def _join() -> None:
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=number, world_size=count)
 
 
-def barrier() -> None:
-    """Wait until every process is here."""
+def barrier(group: Any = None) -> None:
+    """Wait until every process is here.
+
+    Args:
+        group: of ``new_group``, for a thread that must not speak in between what others say.
+    """
     if size() > 1:
-        gather(None)
+        gather(None, group)
+
+
+def new_group() -> Any:
+    """All processes, on further connections for the CPU; None for one process. Every rank must call it."""
+    if size() == 1:
+        return None
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=_group.minutes))
 
 
 def set_timeout(minutes: float) -> None:
@@ -234,14 +247,14 @@ def broadcast_bytes(tensor: Tensor) -> None:
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)
 
 
-def gather(value: T) -> list[T]:
+def gather(value: T, group: Any = None) -> list[T]:
     """What every rank passes, in the order of the ranks; pickled."""
     import torch.distributed as dist
 
     if size() == 1:
         return [value]
     values: list = [None] * size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -31,6 +31,9 @@ class TrainConfig:
     is a share of all steps, here and in the next two."""
     save_total_limit: int | None = None
     """Keep only the newest checkpoints; null keeps all."""
+    async_save: bool | None = None
+    """Write checkpoints beside the steps that follow, from a copy of the state in host memory; null does so on a GPU
+    where the copy fits."""
     save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the final model is stored in: auto is what was trained (float32, or bfloat16 by optim.master_weights), and
     loses nothing; bfloat16 halves the files and rounds small updates away, and what that costs is measured."""

@@ -82,7 +82,8 @@ def _memory_lines(
 ) -> list[Line]:
     # Models with code of their own, and kernels, may do anything; the rest of the plan stands without them.
     try:
-        lines = _parts(forecast_memory(config, dataset, steps, **options), options["target"])
+        memory = forecast_memory(config, dataset, steps, **options)
+        lines = [*_parts(memory, options["target"]), *_copy_lines(memory, config, options["target"])]
         if room is not None:
             lines.append(_budget_line(largest_budget(config, dataset, steps, room=room, **options), room))
         return lines
@@ -150,6 +151,27 @@ def _time_lines(
         return [("time", "unknown", f"the model is not built without its weights: {reason_of(error)}")]
     options: dict[str, Any] = {"trained_weights": trained, "device": device, "layout": layout}
     return [_duration_line(forecast_duration(config, dataset, steps, plan, flops, **options))]
+
+
+def _copy_lines(m: Memory, config: RunConfig, target: Target) -> list[Line]:
+    """What checkpoints are written from where they are written beside the steps."""
+    beside = target.kind == "cuda" if config.train.async_save is None else config.train.async_save
+    if not beside or config.train.save_steps is None:
+        return []
+    each = " for each process" if target.processes > 1 else ""
+    return [
+        (
+            "copy for checkpoints",
+            _size(copied_bytes(m, config)),
+            f"of host memory{each}, beside the peak (train.async_save)",
+        )
+    ]
+
+
+def copied_bytes(m: Memory, config: RunConfig) -> int:
+    """Bytes of the state that a checkpoint holds: what is trained, its optimizer's state, a reference that moves."""
+    models = 2 if config.reference.sync_ref_model else 1
+    return models * m.gradients + m.optimizer
 
 
 def _duration_line(d: Duration) -> Line:

@@ -41,6 +41,7 @@ from ..model.sources import MODEL_CONFIG, STATE_FILE
 from ..run_folder import CONFIG_FILE, METRICS_FILE
 from . import sharded
 from .optimizer_state import page_state, slots_of, state_tensors
+from .sharded import MODEL, OPTIMIZER, REFERENCE
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 REFERENCE_FILE = "reference.safetensors"
@@ -137,38 +138,65 @@ class Saved(NamedTuple):
     """A reference model that training moves."""
 
 
-def save_checkpoint(output_dir: Path, saved: Saved, *, step: int, state: dict[str, Any], stopped: bool = False) -> Path:
+class Content(NamedTuple):
+    """The state that a checkpoint is written from: what later steps change."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    """Under ``MODEL``, ``OPTIMIZER`` and ``REFERENCE``; of several processes the shards of this one."""
+    random: dict[str, Tensor]
+    record: str
+    """``trainer_state.json``."""
+
+
+def collect(saved: Saved, *, step: int, state: dict[str, Any]) -> Content:
+    """What ``save_checkpoint`` writes, as it is now. Every rank must call it.
+
+    Tensors are those of the run, but for random generators: they hold until the next step.
+
+    Args:
+        state: JSON values that come back from ``read_state``.
+    """
+    optimizer, groups = _optimizer_tensors(saved.optimizer, saved.names)
+    random_tensors, python_random = _random_state()
+    ranks, python_states = distributed.size(), distributed.gather(python_random)
+    record = {"format": FORMAT, "step": step, "ranks": ranks, **state, "param_groups": groups}
+    record["python_random"] = python_random if ranks == 1 else python_states
+    tensors = {MODEL: _own_state(saved.policy), OPTIMIZER: optimizer}
+    if saved.reference is not None:
+        tensors[REFERENCE] = _parameters(saved.reference)
+    return Content(tensors, random_tensors, json.dumps(record, indent=1) + "\n")
+
+
+def save_checkpoint(
+    output_dir: Path, saved: Saved, content: Content, *, step: int, stopped: bool = False, group: Any = None
+) -> Path:
     """Write ``checkpoint-<step>``; it is durable and complete when this returns. Every rank must call it.
 
     Args:
+        content: of ``collect``, or a copy of it in host memory.
         stopped: whether it is one that goes when a later one is there.
-        state: JSON values that come back from ``load_state``.
+        group: of processes, in place of all: one that no other thread uses.
 
     Raises:
         UserError: the disk is full or not writable; older checkpoints are untouched.
     """
-    tensors, groups = _optimizer_tensors(saved.optimizer, saved.names)
-    random_tensors, python_random = _random_state()
     ranks = distributed.size()
-    python_states = distributed.gather(python_random)
 
     def fill(folder: Path) -> None:
         """The own part of this process."""
         if ranks > 1:
-            distributed.barrier()
-            save_file(random_tensors, folder / RANK_RANDOM_FILE.format(rank=distributed.rank()))
-            sharded.save(folder, saved.policy, tensors, saved.reference)
+            distributed.barrier(group)
+            save_file(content.random, folder / RANK_RANDOM_FILE.format(rank=distributed.rank()))
+            sharded.save(folder, content.tensors, group)
         else:
-            save_weights(saved.policy, folder)
+            save_weights(saved.policy, folder, content.tensors[MODEL])
             saved.tokenizer.save_pretrained(folder)
-            save_file(tensors, folder / OPTIMIZER_FILE)
-            if saved.reference is not None:
-                save_file(_parameters(saved.reference), folder / REFERENCE_FILE)
-            save_file(random_tensors, folder / RANDOM_FILE)
+            save_file(content.tensors[OPTIMIZER], folder / OPTIMIZER_FILE)
+            if REFERENCE in content.tensors:
+                save_file(content.tensors[REFERENCE], folder / REFERENCE_FILE)
+            save_file(content.random, folder / RANDOM_FILE)
         if distributed.is_main():
-            record = {"format": FORMAT, "step": step, "ranks": ranks, **state, "param_groups": groups}
-            record["python_random"] = python_random if ranks == 1 else python_states
-            (folder / STATE_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (folder / STATE_FILE).write_text(content.record, encoding="utf-8")
 
     path = checkpoint_path(output_dir, step, stopped=stopped)
     distributed.announce("flushes checkpoints to the disk and adds checksums")
@@ -177,8 +205,16 @@ def save_checkpoint(output_dir: Path, saved: Saved, *, step: int, state: dict[st
     else:
         with disk_errors(path), _removed_by_first(temporary_path(path)):
             fill(temporary_path(path))
-    distributed.barrier()
+    distributed.barrier(group)
     return path
+
+
+def _own_state(policy: Policy) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: all of it, or what is trained of its adapter; of a sharded one parameters."""
+    if distributed.size() > 1:
+        return sharded.model_tensors(policy)
+    named = policy.model.state_dict(keep_vars=True).items()
+    return {name: tensor.detach() for name, tensor in named if tensor.requires_grad or not policy.has_adapter}
 
 
 def _parameters(policy: Policy) -> dict[str, Tensor]:
@@ -262,7 +298,7 @@ def load_adapter(policy: Policy, path: Path) -> None:
 def load_reference(path: Path, state: Mapping[str, Any], reference: Policy) -> None:
     """Restore a reference model that training moves, bit for bit."""
     if is_sharded(state):
-        sharded.load(path, reference, prefix=sharded.REFERENCE)
+        sharded.load(path, reference, part=REFERENCE)
         return
     stored = load_file(path / REFERENCE_FILE)
     for name, parameter in _parameters(reference).items():

@@ -33,7 +33,9 @@ from .progress import log_line, step_bar, terminal_width
 from .resume import Start, TrainResult, config_values, digests
 from .rounding import round_and_measure
 from .samples import add_samples, draw_samples, format_samples, keep_samples_until
+from .saver import Saver
 from .setup import Setup
+from .storage import saves_beside
 from .throughput import reset_peak_memory
 from .trackers import Callback, CallbackTracker, Tracker, keep_rows_until, open_trackers
 
@@ -73,6 +75,12 @@ class Run:
         self.trackers: list[Tracker] = []
         self._random: tuple[Path, Mapping[str, Any]] | None = None
         self._build_update()
+        self.saver = Saver(
+            output_dir,
+            self.config.train.save_total_limit,
+            beside=saves_beside(self.policy, self.config, total=self.feed.total_steps),
+            device=setup.device,
+        )
 
     def _build_update(self) -> None:
         optim = self.config.optim
@@ -131,6 +139,7 @@ class Run:
             try:
                 with step_bar(self.done, self.feed.total_steps) as self.stepped:
                     self._steps()
+                self.saver.finish()
                 self._final_evaluation()
                 if self.sampled_at != self.done or self.chosen is not None:
                     self._sample()
@@ -139,6 +148,7 @@ class Run:
             except FeedError as end:
                 raise self._broken(end) from None
             finally:
+                self.saver.close()
                 for tracker in self.trackers:
                     tracker.close()
             metrics = {**self.last_row, **scalar_metrics(self.evaluation)}
@@ -167,6 +177,7 @@ class Run:
 
     def _saved(self) -> str:
         """Save what is done, and say where that is."""
+        self.saver.finish()
         if self.done > self.saved:
             self._require_finite()
             self._save(stopped=True)
@@ -177,7 +188,7 @@ class Run:
         if distributed.is_main():
             remove_leftovers(self.output_dir)
             # A run that was killed may have left one too many, and no later checkpoint may be due.
-            self._prune()
+            self.saver.prune(self._best_checkpoint())
             # A finished run that goes on is no longer finished.
             (self.output_dir / MANIFEST).unlink(missing_ok=True)
             write_atomically(self.output_dir / CONFIG_FILE, to_yaml(self.config))
@@ -215,6 +226,7 @@ class Run:
             aux_loss = routing.aux_loss()
             means = routing.add_to(scored.step_means(step.num_terms), aux_loss)
             learning_rate = self.update.learning_rate
+            self.saver.before_update()
             grad_norm = self.update.step(means[0])
             self.meter.add(means, step.work, aux_loss=aux_loss, expert_tokens=routing.expert_tokens)
             self.by_source.add(scored, step.sources)
@@ -248,6 +260,8 @@ class Run:
         self.meter.watch.stop()
         dataset = self.setup.datasets[self.setup.held_out[0]]
         self.sampled_at = self.done
+        # Tokenizer and configuration are in use there, too.
+        self.saver.finish()
         samples = draw_samples(self.policy, self.setup.tokenizer, self.config, dataset, step=self.done)
         add_samples(self.output_dir, samples)
         log.info("%s", format_samples(samples))
@@ -376,20 +390,17 @@ class Run:
             "best": self.best.state(),
             "versions": package_versions(),
         }
-        path = checkpoints.save_checkpoint(
-            self.output_dir,
+        self.saver.save(
             Saved(self.policy, self.setup.tokenizer, self.optimizer, self.names, self.setup.references.moving),
             step=self.done,
             state=state,
+            best=self._best_checkpoint(),
             stopped=stopped,
         )
         self.saved = self.done
-        if distributed.is_main():
-            self._prune()
-        log.info("checkpoint written to %s", path)
         self.meter.watch.start()
 
-    def _prune(self) -> None:
+    def _best_checkpoint(self) -> Path | None:
+        """The checkpoint that a run may go back to."""
         best = self.best.kept
-        kept = None if best is None else checkpoints.checkpoint_path(self.output_dir, best.step)
-        checkpoints.prune_checkpoints(self.output_dir, self.config.train.save_total_limit, best=kept)
+        return None if best is None else checkpoints.checkpoint_path(self.output_dir, best.step)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,34 +23,30 @@ from .. import distributed
 from ..model import Policy
 from ..model.sources import SHARDS
 
-_MODEL, _OPTIMIZER = "model/", "optimizer/"
-REFERENCE = "reference/"
+MODEL, OPTIMIZER, REFERENCE = "model", "optimizer", "reference"
+"""Parts of the state: what the names of its tensors begin with."""
 
 
-def save(
-    folder: Path, policy: Policy, optimizer_tensors: Mapping[str, Tensor], reference: Policy | None = None
-) -> None:
+def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], group: Any = None) -> None:
     """Write the shards of this process below ``folder``; when it returns on rank 0, those of all processes are there.
 
     Args:
-        optimizer_tensors: by ``<slot>/<parameter>``.
-        reference: one that training moves.
+        tensors: by the part of the state and their names in it, which are ``<slot>/<parameter>`` in the optimizer's.
+        group: the processes; all by default.
     """
-    state = _model_tensors(policy) | {_OPTIMIZER + name: tensor for name, tensor in optimizer_tensors.items()}
-    if reference is not None:
-        state |= _model_tensors(reference, REFERENCE)
+    state = {f"{part}/{name}": tensor for part, named in tensors.items() for name, tensor in named.items()}
     writer = dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
     with _own_errors():
-        dcp.save(state, storage_writer=writer)
+        dcp.save(state, storage_writer=writer, process_group=group)
 
 
-def load(path: Path, policy: Policy, *, prefix: str = _MODEL) -> None:
+def load(path: Path, policy: Policy, *, part: str = MODEL) -> None:
     """Load the weights of a checkpoint into ``policy``, bit for bit.
 
     Args:
-        prefix: ``REFERENCE`` for those of the reference.
+        part: ``REFERENCE`` for those of the reference.
     """
-    _load(path, _model_tensors(policy, prefix))
+    _load(path, {f"{part}/{name}": tensor for name, tensor in model_tensors(policy).items()})
 
 
 def load_optimizer(path: Path, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,18 +57,19 @@ def load_optimizer(path: Path, params: Mapping[str, Tensor]) -> dict[str, Tensor
     """
     state: dict[str, Tensor] = {}
     for key, entry in _reader(path).read_metadata().state_dict_metadata.items():
-        if key.startswith(_OPTIMIZER):
+        if key.startswith(f"{OPTIMIZER}/"):
             assert isinstance(entry, TensorStorageMetadata)
             param, dtype = params[key.split("/", 2)[2]].detach(), entry.properties.dtype
             same = entry.size == param.shape
             state[key] = torch.empty_like(param, dtype=dtype) if same else torch.empty(entry.size, dtype=dtype)
     _load(path, state)
-    return {key.removeprefix(_OPTIMIZER): tensor for key, tensor in state.items()}
+    return {key.removeprefix(f"{OPTIMIZER}/"): tensor for key, tensor in state.items()}
 
 
-def _model_tensors(policy: Policy, prefix: str = _MODEL) -> dict[str, Tensor]:
+def model_tensors(policy: Policy) -> dict[str, Tensor]:
+    """The parameters that a checkpoint holds: with adapters those that are trained."""
     named = policy.model.named_parameters()
-    return {prefix + name: p.detach() for name, p in named if p.requires_grad or not policy.has_adapter}
+    return {name: p.detach() for name, p in named if p.requires_grad or not policy.has_adapter}
 
 
 def _load(path: Path, state: dict[str, Tensor]) -> None:

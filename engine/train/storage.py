@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from .. import distributed
@@ -110,6 +113,39 @@ def check_disk(policy: Policy, config: RunConfig, *, done: int, total: int) -> N
         log.warning("disk space: this run writes up to %s: the disk fills on the way; %s", words, ", or ".join(advice))
         return
     raise UserError(f"this run writes at least {_size(need.once)}, up to {words}: {', or '.join(advice)}")
+
+
+def saves_beside(policy: Policy, config: RunConfig, *, total: int) -> bool:
+    """Whether checkpoints are written beside the steps that follow them. All ranks must call it.
+
+    Raises:
+        UserError: ``train.async_save`` asks for it, and the copy of the state does not fit into host memory.
+    """
+    wanted = config.train.async_save
+    on_gpu = policy.device.type == "cuda"
+    if config.train.save_steps is None or not (on_gpu if wanted is None else wanted):
+        return False
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.size()))
+    copy = disk_need(policy, config, done=0, total=total).checkpoint * here // max(distributed.size(), here)
+    free = min(distributed.gather(free_memory()))
+    words = f"a copy of the state takes {_size(copy)} of host memory, and {_size(free)} are free"
+    if copy <= free:
+        log.info("checkpoints are written beside the steps (train.async_save): %s", words)
+        return True
+    if wanted:
+        raise UserError(f"train.async_save: {words}: free memory, or set train.async_save to false")
+    log.info("checkpoints are written while training waits (train.async_save): %s", words)
+    return False
+
+
+def free_memory() -> int:
+    """Bytes of host memory that this process may still take."""
+    free = [psutil.virtual_memory().available]
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):
+        # The limit may be a word.
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(min(free), 0)
 
 
 def _passing(folder: Path, config: RunConfig) -> int:

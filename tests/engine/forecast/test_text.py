@@ -13,7 +13,9 @@ from engine.data import load_dataset_groups
 from engine.errors import UserError
 from engine.forecast import Target, describe_forecast, text
 from engine.model import load_policy
+from engine.packing import plan_first_epoch
 from engine.train.checkpoint import save_weights
+from engine.train.storage import disk_need
 from tests.engine.conftest import preference_rows
 
 
@@ -43,6 +45,23 @@ def test_memory_by_part_and_time(config, dataset, monkeypatch):
     assert "of them reach the head; a prompt counts once a row" in lines[3]
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=4)])
+@pytest.mark.parametrize("moves", [False, True])
+def test_what_checkpoints_are_copied_to_is_what_they_hold(lora, moves, config, dataset):
+    if lora and moves:
+        pytest.skip("an adapter has no reference that moves")
+    target, train = Target.on(torch.device("cpu")), replace(config.train, async_save=True)
+    config = replace(config, model=replace(config.model, lora=lora), train=train)
+    config = replace(config, reference=replace(config.reference, sync_ref_model=moves))
+    memory = text.forecast_memory(config, dataset, plan_first_epoch(dataset, config), target=target, resident=0)
+    need = disk_need(load_policy(config.model, device=target.device), config, done=0, total=6)
+    assert text.copied_bytes(memory, config) == need.checkpoint
+    ((name, *_),) = text._copy_lines(memory, config, target)
+    assert name == "copy for checkpoints"
+    assert text._copy_lines(memory, replace(config, train=replace(train, async_save=None)), target) == []
+    assert text._copy_lines(memory, replace(config, train=replace(train, save_steps=None)), target) == []
+
+
 def test_peak_is_tensors_and_process(config, dataset, monkeypatch):
     """``step_peak`` and what ``resident_bytes`` finds; the other parts are alive at other times."""
     gib = 2**30
@@ -68,7 +87,7 @@ def test_another_device_and_what_fits_in_it(config, dataset):
     """Nothing is tried out for a CUDA device that is not there, and what computes attention is said."""
     config = replace(config, model=replace(config.model, dtype="bfloat16"))
     lines = describe_forecast(dataset, config, Target.of_kind("cuda", 4), room=2**34).splitlines()
-    found = {line[:24].strip(): line[24:].split(maxsplit=2) for line in lines[-10:]}
+    found = {line[:24].strip(): line[24:].split(maxsplit=2) for line in lines[-11:]}
     assert list(found) == [
         "peak memory",
         "on the device",
@@ -78,12 +97,14 @@ def test_another_device_and_what_fits_in_it(config, dataset):
         "activations",
         "inside an op",
         "gathered",
+        "copy for checkpoints",
         "fits 16.00 GiB",
         "time",
     ]
     assert "forecast without one; attention by varlen" in found["peak memory"][2]
     assert "4 processes" in found["weights"][2]
     assert "NCCL" in found["on the device"][2]
+    assert "of host memory for each process" in found["copy for checkpoints"][2]
     assert "all pairs of a step in one pack" in found["fits 16.00 GiB"][1] + found["fits 16.00 GiB"][-1]
     assert found["time"][0] == "unknown"
     (short,) = [

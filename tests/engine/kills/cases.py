@@ -29,6 +29,8 @@ class Case:
     """Whether every run starts with an empty reference store."""
     evaluates: bool = False
     model: str = MODEL
+    slow_seconds: float = 0.0
+    """How long a change of the file system takes that is made beside the steps."""
 
 
 CASES = {
@@ -66,6 +68,21 @@ CASES = {
         },
         own_store=True,
     ),
+    # A checkpoint takes several steps; the next one waits for it.
+    "beside": Case(
+        "train",
+        {"train": {"save_steps": 2, "save_total_limit": 1, "eval_steps": 3, "async_save": True}},
+        evaluates=True,
+        slow_seconds=0.01,
+    ),
+    "beside lora": Case(
+        "train",
+        {
+            "model": {"lora": {"r": 4, "dropout": 0.3}},
+            "train": {"save_steps": 1, "save_total_limit": 2, "async_save": True},
+        },
+        slow_seconds=0.01,
+    ),
     "references": Case("train", {"packing": {"tokens_per_pack": 220}, "train": {"save_steps": 4}}, own_store=True),
     "precompute": Case("precompute", {"packing": {"tokens_per_pack": 220}}, own_store=True),
     "sharded": Case(
@@ -77,6 +94,13 @@ CASES = {
         },
         ranks=2,
         own_store=True,
+    ),
+    "sharded beside": Case(
+        "train",
+        {"packing": {"tokens_per_pack": 220}, "train": {"save_steps": 2, "save_total_limit": 1, "async_save": True}},
+        ranks=2,
+        own_store=True,
+        slow_seconds=0.005,
     ),
     "sharded lora": Case(
         "train",

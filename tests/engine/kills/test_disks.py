@@ -60,6 +60,7 @@ def assert_resumes(harness: Harness, name: str, place: Path) -> None:
         ("full", "open", 0.0),
         ("full", "checkpoint", 0.0),
         ("full", "checkpoint", 0.6),
+        ("beside", "checkpoint", 0.6),
         ("full", "export", 0.5),
         ("evaluated", "evaluation", 0.0),
     ],

@@ -17,6 +17,7 @@ from tests.engine.kills.evidence import FaultError
 from tests.engine.kills.victim import Job, Trap
 
 if TYPE_CHECKING:
+    from tests.engine.kills.cases import Case
     from tests.engine.kills.harness import Attempt, Harness
 
 RUN_SECONDS, SURVIVOR_SECONDS = 300.0, 60.0
@@ -51,7 +52,7 @@ class Strike:
 class Team:
     """The processes of one run."""
 
-    def __init__(self, harness: Harness, place: Path, arguments: list[str], ranks: int, strike: Strike | None):
+    def __init__(self, harness: Harness, place: Path, arguments: list[str], case: Case, strike: Strike | None):
         self.harness = harness
         self.place = place
         self.strike = strike
@@ -59,8 +60,8 @@ class Team:
         self.pids: list[int] = []
         self.awaited = False
         """Whether a process that had not yet met the others was ended from outside, as the agent of torchrun does."""
-        environment = self._meeting_point(ranks, agent=strike is not None and strike.agent)
-        for rank in range(ranks):
+        environment = self._meeting_point(case.ranks, agent=strike is not None and strike.agent)
+        for rank in range(case.ranks):
             journal, output = (str(path(place, rank)) for path in (journal_path, output_path))
             trap = strike.moment if strike is not None and rank == strike.rank else None
             job = Job(
@@ -68,6 +69,7 @@ class Team:
                 journal,
                 output,
                 trap=trap if isinstance(trap, Trap) else None,
+                slow_seconds=case.slow_seconds,
                 environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 leader=self.pids[0] if self.pids else 0,
             )

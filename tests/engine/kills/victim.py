@@ -24,6 +24,8 @@ import resource
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -34,6 +36,8 @@ from typing import Any, NoReturn
 START, STEPS = "start", "steps"
 DISK_PHASES = ("shard", "open", "checkpoint", "prune", "evaluation", "export")
 """Phases in which files that must survive are written, renamed or deleted."""
+WRITER = "checkpoint"
+"""Name of the thread that writes checkpoints beside the steps."""
 _NO_CAPABILITIES = (0x20080522, (0,) * 6)
 """The version and the sets of ``capset``."""
 
@@ -67,6 +71,8 @@ class Job:
     """No file may become larger: the system refuses the write."""
     disk_bytes: int | None = None
     """The run folder is a disk of its own, of this size; what it held at the end is in the folder afterwards."""
+    slow_seconds: float = 0.0
+    """How long every change of the file system takes that is made beside the steps."""
     environment: dict[str, str] | None = None
     """Of one of several processes of a run: what torchrun would set."""
     leader: int = 0
@@ -96,25 +102,38 @@ class Journal:
 class Observer:
     """Follows the phases of a child, counts its changes of the file system, and springs the trap."""
 
-    def __init__(self, journal: Journal, trap: Trap | None):
+    def __init__(self, journal: Journal, trap: Trap | None, slow_seconds: float):
         self.journal = journal
         self.trap = trap
-        self.phases = [START]
+        self._slow_seconds = slow_seconds
+        self._steps = [START]
+        self._beside: list[str] = []
+        """Phases of the thread that writes beside the steps."""
         self.counts: Counter[str] = Counter()
         self.full = False
 
+    @property
+    def phases(self) -> list[str]:
+        """Of this thread; threads that flush and add checksums have those of the thread that they help."""
+        if threading.current_thread() is threading.main_thread():
+            return self._steps
+        return self._beside if threading.current_thread().name == WRITER else self._beside or self._steps
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self.phases.append(name)
+        phases = self.phases
+        phases.append(name)
         self.journal.note(phase=name)
         try:
             yield
         finally:
-            self.phases.pop()
-            self.journal.note(phase=self.phases[-1], left=name, changes=self.counts[name])
+            phases.pop()
+            self.journal.note(phase=(phases or self._steps)[-1], left=name, changes=self.counts[name])
 
     def change(self, call: Callable, *arguments: Any, half: Callable | None = None, **options: Any) -> Any:
-        phase = self.phases[-1]
+        phase = (self.phases or self._steps)[-1]
+        if self.phases is self._beside:
+            time.sleep(self._slow_seconds)
         number = self.counts[phase]
         self.counts[phase] += 1
         here = self.trap is not None and (self.trap.phase, self.trap.nth) == (phase, number)
@@ -135,6 +154,7 @@ class Observer:
         return result
 
     def die(self) -> None:
+        self.journal.note(phase=(self.phases or self._steps)[-1])
         self.strike(signal.SIGKILL)
 
     def strike(self, number: int) -> None:
@@ -256,7 +276,7 @@ class Observer:
 def run(job: Job) -> int:
     """Run a command as it would run in a process of its own."""
     journal = Journal(job.journal)
-    observer = Observer(journal, job.trap)
+    observer = Observer(journal, job.trap, job.slow_seconds)
     descriptor = os.open(job.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -382,9 +382,9 @@ def test_old_checkpoints_go_only_when_the_next_one_is_there(make_config, tmp_pat
 
     save, seen = checkpoint.save_checkpoint, []
 
-    def spy(output_dir, saved, **arguments):
+    def spy(output_dir, *arguments, **options):
         seen.append([step for step, _ in complete_checkpoints(output_dir)])
-        return save(output_dir, saved, **arguments)
+        return save(output_dir, *arguments, **options)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", spy)
     train(config)

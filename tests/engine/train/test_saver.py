@@ -1,0 +1,222 @@
+"""Checkpoints that are written beside the steps are those that are written while training waits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributed.checkpoint import staging
+
+from engine import cli
+from engine.config import build_config, to_yaml
+from engine.durable import check_content
+from engine.errors import UserError
+from engine.train import checkpoint, saver, storage
+from engine.train import run as run_module
+from engine.train.checkpoint import complete_checkpoints
+from engine.train.loop import train
+from engine.train.optimizer import GuardedUpdate
+from engine.train.saver import Saver
+from tests.engine.kills.evidence import compare, leavings
+from tests.engine.train.conftest import read_rows
+
+LORA = {"r": 4, "dropout": 0.3, "target_modules": ["v_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}
+MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.4}
+CASES = {
+    "whole model": {},
+    "adapter with copies": {"model": {"lora": LORA}},
+    "moving reference": {"reference": MOVING},
+    "best": {"train": {"eval_steps": 1, "load_best_model_at_end": True, "early_stopping_patience": 9}},
+}
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """Checkpoints are written beside the steps, whatever the configuration says."""
+    monkeypatch.setattr(run_module, "saves_beside", lambda *arguments, **options: True)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """A write begins when the step after its own has changed the weights, or nothing is left but to wait for it."""
+    due = threading.Event()
+    save, step, finish = checkpoint.save_checkpoint, GuardedUpdate.step, Saver.finish
+    main = threading.current_thread()
+
+    def saved(*arguments, **options):
+        assert threading.current_thread() is main or due.wait(60)
+        due.clear()
+        return save(*arguments, **options)
+
+    def stepped(*arguments):
+        try:
+            return step(*arguments)
+        finally:
+            due.set()
+
+    def finished(writer):
+        due.set()
+        finish(writer)
+        due.clear()
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", saved)
+    monkeypatch.setattr(GuardedUpdate, "step", stepped)
+    monkeypatch.setattr(Saver, "finish", finished)
+
+
+def config_of(make_config, sections: dict, place: Path, pairs: Path):
+    options = {"save_steps": 1, "save_total_limit": 2, "output_dir": str(place / "run"), **sections.get("train", {})}
+    data = {"eval_dataset_name": str(pairs), "eval_dataset_split": "train"} if "eval_steps" in options else {}
+    return make_config(**{**sections, "train": options, "data": data})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_that_a_run_leaves_is_the_same(case, make_config, pairs_jsonl, tmp_path, request):
+    train(config_of(make_config, CASES[case], tmp_path / "waits", pairs_jsonl))
+    request.getfixturevalue("beside")
+    request.getfixturevalue("late")
+    train(config_of(make_config, CASES[case], tmp_path / "beside", pairs_jsonl))
+    compare(leavings(tmp_path / "beside"), leavings(tmp_path / "waits"))
+
+
+def test_weights_wait_for_a_copy_that_is_made_by_a_thread(make_config, pairs_jsonl, tmp_path, monkeypatch, request):
+    """As on a GPU: nothing is copied before the next update waits for it."""
+    train(config_of(make_config, {}, tmp_path / "waits", pairs_jsonl))
+    request.getfixturevalue("beside")
+    due = threading.Event()
+    options, copy, wait = staging.StagingOptions, staging.StateDictStager.stage, saver._Stager.wait
+
+    def copied(*arguments, **keywords):
+        assert due.wait(60)
+        due.clear()
+        return copy(*arguments, **keywords)
+
+    def waited(stager):
+        if stager._copying is not None:
+            due.set()
+        wait(stager)
+
+    finish = Saver.finish
+
+    def finished(writer):
+        if writer._stager is not None and writer._stager._copying is not None:
+            due.set()
+        finish(writer)
+
+    in_a_thread = options(False, False, True, False)
+    monkeypatch.setattr(staging, "StagingOptions", lambda **_: in_a_thread)
+    monkeypatch.setattr(staging.StateDictStager, "stage", copied)
+    monkeypatch.setattr(saver._Stager, "wait", waited)
+    monkeypatch.setattr(Saver, "finish", finished)
+    train(config_of(make_config, {}, tmp_path / "beside", pairs_jsonl))
+    compare(leavings(tmp_path / "beside"), leavings(tmp_path / "waits"))
+
+
+@pytest.mark.usefixtures("beside")
+def test_a_write_that_fails_ends_the_run_at_the_next_step(make_config, tmp_path, monkeypatch):
+    config = make_config(train={"save_steps": 1, "num_train_epochs": 2})
+    save, step, calls, failed = checkpoint.save_file, GuardedUpdate.step, [], threading.Event()
+
+    def full(tensors, path):
+        calls.append(path)
+        if "checkpoint-2" in str(path):
+            failed.set()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(tensors, path)
+
+    def after_failure(update, loss):
+        if failed.is_set():
+            [thread.join() for thread in threading.enumerate() if thread.name == "checkpoint"]
+        return step(update, loss)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(GuardedUpdate, "step", after_failure)
+    with pytest.raises(UserError, match=r"cannot write .*checkpoint-2: no space left on the disk; free space"):
+        train(config)
+    run = tmp_path / "run"
+    assert [step for step, _ in complete_checkpoints(run)] == [1]
+    assert not list(run.glob(".*incomplete"))
+    assert read_rows(run)[-1]["step"] <= 3
+    monkeypatch.undo()
+    monkeypatch.setattr("engine.train.setup.measure_matmul_rate", lambda device, dtype: 1e12)
+    assert train(config, resume=True).resumed_from == 1
+
+
+@pytest.mark.usefixtures("beside", "late", "ctrl_c_is_heard")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_request_to_end_waits_for_the_write(number, code, make_config, tmp_path, monkeypatch):
+    config = make_config(train={"save_steps": 2})
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    save = Saver.save
+
+    def asked(*arguments, **options):
+        save(*arguments, **options)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Saver, "save", asked)
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == code
+    ((step, path),) = complete_checkpoints(tmp_path / "run")
+    assert (step, path.name) == (2, "checkpoint-2")
+    check_content(path, remedy="")
+
+
+@pytest.mark.usefixtures("beside", "late")
+def test_an_error_of_a_step_waits_for_the_write(make_config, tmp_path):
+    def stop(step, row):
+        if step == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(make_config(train={"save_steps": 1}), callbacks=[stop])
+    assert [step for step, _ in complete_checkpoints(tmp_path / "run")] == [1]
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "fits", "found"),
+    [
+        (None, "cpu", True, False),
+        (None, "cuda", True, True),
+        (None, "cuda", False, False),
+        (True, "cpu", True, True),
+        (False, "cuda", True, False),
+    ],
+)
+def test_where_checkpoints_are_written_beside_the_steps(wanted, device, fits, found, monkeypatch):
+    policy = SimpleNamespace(device=torch.device(device))
+    config = build_config(
+        {
+            "model": {"model_name_or_path": "m"},
+            "data": {"dataset_name": "d"},
+            "train": {"async_save": wanted},
+        },
+        "test",
+    )
+    need = storage.DiskNeed(model=1, checkpoint=1000, due=1, kept=1)
+    monkeypatch.setattr(storage, "disk_need", lambda *arguments, **options: need)
+    monkeypatch.setattr(storage, "free_memory", lambda: 1000 if fits else 999)
+    assert storage.saves_beside(policy, config, total=8) is found
+    if wanted:
+        monkeypatch.setattr(storage, "free_memory", lambda: 999)
+        with pytest.raises(UserError, match=r"train\.async_save: a copy .*: free memory, or set .* to false"):
+            storage.saves_beside(policy, config, total=8)
+
+
+@pytest.mark.usefixtures("beside")
+def test_no_other_thread_uses_the_tokenizer(make_config, tmp_path, monkeypatch, tiny_tokenizer):
+    """Rows may be tokenised while a checkpoint is written, and a tokenizer that two threads use raises."""
+    main, save = threading.current_thread(), type(tiny_tokenizer).save_pretrained
+
+    def by_main(*arguments, **options):
+        assert threading.current_thread() is main
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(type(tiny_tokenizer), "save_pretrained", by_main)
+    train(make_config(train={"save_steps": 1, "max_steps": 2}))
+    assert [step for step, _ in complete_checkpoints(tmp_path / "run")] == [1, 2]
