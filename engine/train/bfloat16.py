@@ -15,7 +15,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-_UPPER, _LOWER = -(1 << 16), (1 << 16) - 1
+_UPPER, _LOWER, _HALF = -(1 << 16), (1 << 16) - 1, 1 << 15
 _32_BITS = (1 << 32) - 1
 PIECE = 1 << 22
 """Elements that are worked on at a time: what is held beside a tensor stays small."""
@@ -61,6 +61,29 @@ def round_at_random(target: Tensor, values: Tensor, *, key: int, start: int) -> 
     """
     for begin, (into, part) in _pieces(target, values):
         into.copy_(carried(part, counted_noise(key, start + begin, part.numel(), part.device)))
+
+
+def split(target: Tensor, remainder: Tensor, values: Tensor) -> None:
+    """Write float32 ``values`` to ``target``, bfloat16, rounded to nearest, and what that leaves to ``remainder``.
+
+    Args:
+        remainder: int16: the difference in units of the last place of float32, so that ``joined`` gives ``values`` back
+            to the bit. A bfloat16 compensation, as Kahan's summation has it, takes as much and holds 8 bits of it.
+    """
+    for _, (into, rest, part) in _pieces(target, remainder, values):
+        bits = part.view(torch.int32)
+        # Halves go up in magnitude, so that the difference fits into 16 bits.
+        upper = (bits + _HALF) >> 16
+        into.view(torch.int16).copy_(upper)
+        rest.copy_(bits - (upper << 16))
+
+
+def joined(target: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 values that ``split`` was given."""
+    values = torch.empty_like(target, dtype=torch.float32)
+    for _, (into, part, rest) in _pieces(values, target, remainder):
+        into.view(torch.int32).copy_((part.view(torch.int16).int() << 16) + rest)
+    return values
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

@@ -120,7 +120,9 @@ def rounding_words(config: RunConfig) -> str:
 
 
 def _weights_rows(config: RunConfig) -> list[tuple[str, str]]:
-    how = {"stochastic": "rounded up or down at random"}.get(config.optim.master_weights)
+    how = {"stochastic": "rounded up or down at random", "kahan": "rounded to nearest; what that leaves is kept"}.get(
+        config.optim.master_weights
+    )
     return [] if how is None else [("weights", f"bfloat16; updates are made in float32 and {how}")]
 
 

@@ -2,8 +2,9 @@
 
 An update is made in float32. A few weights at a time are widened, the optimizer updates the float32 copies with
 gradients and moments in float32, and the result is rounded back: up or down at random (``optim.master_weights:
-stochastic``). So a formula of an optimizer is never written twice, and what it computes is what it computes on float32
-weights. No float32 copy outlives the update of its weights.
+stochastic``), or to nearest, with what that leaves kept in 16 bits more and added before the next update (``kahan``).
+So a formula of an optimizer is never written twice, and what it computes is what it computes on float32 weights. No
+float32 copy outlives the update of its weights.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from .bfloat16 import noise_key, round_at_random
+from .bfloat16 import joined, noise_key, round_at_random, split
 
 UPDATES = "updates"
 """In the groups of an optimizer: how many updates it has made. Groups are part of checkpoints."""
+_REMAINDER = "remainder"
+"""Among the state of a parameter: what rounding its float32 value left."""
 TOGETHER = 1 << 26
 """Weights that are widened at a time, where single ones are not larger."""
 
@@ -27,15 +30,18 @@ TOGETHER = 1 << 26
 class HeldWeights(torch.optim.Optimizer):
     """Mixed into an optimizer: see ``holding``."""
 
-    def hold(self, names: Sequence[str], seed: int) -> None:
+    def hold(self, names: Sequence[str], seed: int, *, compensated: bool) -> None:
         """Called once, after the optimizer is made.
 
         Args:
             names: of its parameters, in its order.
             seed: of the noise of rounding.
+            compensated: keep what rounding to nearest leaves, instead of rounding at random.
         """
         self.names = dict(zip(self._parameters(), names, strict=True))
         self.seed = seed
+        held = [p for p in self.names if compensated and p.dtype != torch.float32]
+        self.remainders = {p: torch.zeros_like(p, dtype=torch.int16, requires_grad=False) for p in held}
         self.divisor: Tensor | None = None
         """Of gradients, to clip them, where the optimizer does not divide by itself."""
         for group in self.param_groups:
@@ -67,6 +73,9 @@ class HeldWeights(torch.optim.Optimizer):
     def _widened(self, p: Tensor, grad: Tensor) -> Tensor:
         """A float32 copy of a parameter with its gradient; of one that is float32 already, an alias."""
         wide = p.detach().float()
+        if (remainder := self.remainders.get(p)) is not None:
+            local = distributed.local_tensor
+            local(wide).copy_(joined(local(p.detach()), local(remainder)))
         wide.grad = grad.float()
         if self.divisor is not None:
             wide.grad /= self.divisor
@@ -75,9 +84,12 @@ class HeldWeights(torch.optim.Optimizer):
     def _take_back(self, p: Tensor, updated: Tensor) -> None:
         if p.dtype == torch.float32:
             return
+        target, values = distributed.local_tensor(p.detach()), distributed.local_tensor(updated)
+        if p in self.remainders:
+            split(target, distributed.local_tensor(self.remainders[p]), values)
+            return
         key = noise_key(self.seed, self.param_groups[0][UPDATES], self.names[p])
-        values = distributed.local_tensor(updated)
-        round_at_random(distributed.local_tensor(p.detach()), values, key=key, start=distributed.flat_offset(p))
+        round_at_random(target, values, key=key, start=distributed.flat_offset(p))
 
     @contextmanager
     def _standing_in(self, stand_ins: Mapping[Tensor, Tensor]) -> Iterator[None]:
@@ -95,13 +107,26 @@ class HeldWeights(torch.optim.Optimizer):
             if p in self.state:
                 self.state[other] = self.state.pop(p)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As the optimizer's own, with the remainders of rounding in the state of each parameter."""
+        found = super().state_dict()
+        state = {index: dict(slots) for index, slots in found["state"].items()}
+        for index, p in enumerate(self.names):
+            if p in self.remainders:
+                state.setdefault(index, {})[_REMAINDER] = self.remainders[p]
+        return {**found, "state": state}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the optimizer's own, whose moments stay float32 beside weights that are not."""
+        state = {index: dict(slots) for index, slots in state_dict["state"].items()}
+        for index, p in enumerate(self.names):
+            if p in self.remainders:
+                self.remainders[p].copy_(state[index].pop(_REMAINDER))
         stand_ins = {
             p: torch.zeros((), device=p.device).expand(p.shape) for p in self._parameters() if p.dtype != torch.float32
         }
         with self._standing_in(stand_ins):
-            super().load_state_dict(state_dict)
+            super().load_state_dict({**state_dict, "state": state})
 
 
 def holding(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:

@@ -86,7 +86,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, seed: int = 0) -> 
     if config.optimizer in _BITSANDBYTES:
         _keep_embeddings(model, optimizer)
     if isinstance(optimizer, HeldWeights):
-        optimizer.hold(names, seed)
+        optimizer.hold(names, seed, compensated=config.master_weights == "kahan")
     return optimizer, names
 
 

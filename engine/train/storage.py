@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from .. import distributed
-from ..config.schema import RunConfig
+from ..config.schema import OptimConfig, RunConfig
 from ..errors import UserError, counted
 from ..model import Policy
 from ..model.load import DTYPES
@@ -48,6 +48,11 @@ class DiskNeed(NamedTuple):
         return max(self.model + min(self.due, self.kept) * self.checkpoint, self.once)
 
 
+def _state_bytes(optim: OptimConfig) -> int:
+    """Of a trained weight, what rounding leaves of it included."""
+    return _STATE_BYTES[optim.optimizer] + (2 if optim.master_weights == "kahan" else 0)
+
+
 def save_points(every: int | None, *, done: int, total: int) -> range | list[int]:
     """The steps after ``done`` that end with a checkpoint: each multiple of ``every``, and the last."""
     if every is None or done >= total:
@@ -70,7 +75,7 @@ def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> Di
         seen.add(id(tensor))
         model += tensor.numel() * dtypes.get(name, tensor.dtype).itemsize
         weights += tensor.numel() * tensor.dtype.itemsize
-        state += tensor.numel() * _STATE_BYTES[config.optim.optimizer] if tensor.requires_grad else 0
+        state += tensor.numel() * _state_bytes(config.optim) if tensor.requires_grad else 0
     if config.reference.sync_ref_model:
         weights *= 2
     due = len(save_points(config.train.every("save_steps", total), done=done, total=total))

@@ -17,6 +17,7 @@ from engine.train.optimizer_state import state_tensors
 
 CASES: dict[str, dict[str, Any]] = {
     "stochastic": {"master_weights": "stochastic"},
+    "kahan": {"master_weights": "kahan"},
     "stochastic rmsprop": {"master_weights": "stochastic", "optimizer": "rmsprop"},
 }
 STEPS = 3

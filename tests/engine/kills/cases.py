@@ -83,6 +83,16 @@ CASES = {
         },
         slow_seconds=0.01,
     ),
+    "sharded kahan": Case(
+        "train",
+        {
+            "model": {"dtype": "bfloat16"},
+            "optim": {"master_weights": "kahan"},
+            "train": {"save_steps": 2, "save_total_limit": 1},
+        },
+        ranks=2,
+        own_store=True,
+    ),
     "references": Case("train", {"packing": {"tokens_per_pack": 220}, "train": {"save_steps": 4}}, own_store=True),
     "precompute": Case("precompute", {"packing": {"tokens_per_pack": 220}}, own_store=True),
     "sharded": Case(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.train.bfloat16 import carried, counted_noise, noise_key, round_at_random
+from engine.train.bfloat16 import carried, counted_noise, joined, noise_key, round_at_random, split
 
 CPU = torch.device("cpu")
 
@@ -46,6 +46,21 @@ def test_rounding_goes_to_a_neighbour_and_keeps_the_expectation():
     assert torch.equal(got[:, :2], exact[:2].expand(len(got), 2))
     # Five standard errors of a mean of 20,000 values that are up to half a gap away.
     assert ((got.double().mean(0) - exact).abs() <= 5 * gap / 2 / 20_000**0.5).all()
+
+
+def test_what_is_split_is_joined_to_the_bit():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(1 << 31), 1 << 31, (1 << 20,), generator=generator, dtype=torch.int64).int()
+    values = bits.view(torch.float32)
+    # Halves, in both directions and of both signs.
+    halves = torch.tensor([0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001], dtype=torch.int32).view(torch.float32)
+    values = torch.cat([values[values.isfinite()], halves, -halves, torch.tensor([0.0, -0.0, 1e-45])])
+    target, remainder = torch.empty_like(values, dtype=torch.bfloat16), torch.empty_like(values, dtype=torch.int16)
+    split(target, remainder, values)
+    assert torch.equal(joined(target, remainder).view(torch.int32), values.view(torch.int32))
+    nearest = values.bfloat16()
+    tie = (values.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(target[~tie], nearest[~tie])
 
 
 def test_what_is_not_finite_stays_so():

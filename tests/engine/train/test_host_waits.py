@@ -94,6 +94,7 @@ CASES |= {
     "live model": {"reference": {"mode": "live"}},
     "no clipping": {"optim": {"max_grad_norm": 0.0}},
     "stochastic": {**BF16, "optim": {"master_weights": "stochastic"}},
+    "kahan": {**BF16, "optim": {"master_weights": "kahan"}},
     "checkpointing": {**BF16, "train": {"gradient_checkpointing": True}},
     "offload": {**BF16, "train": {"activation_offload": True}},
     "one prompt a response": {"packing": {"share_prompts": False}},
