@@ -42,8 +42,8 @@ class HeldWeights(torch.optim.Optimizer):
         self.seed = seed
         held = [p for p in self.names if compensated and p.dtype != torch.float32]
         self.remainders = {p: torch.zeros_like(p, dtype=torch.int16, requires_grad=False) for p in held}
-        self.divisor: Tensor | None = None
-        """Of gradients, to clip them, where the optimizer does not divide by itself."""
+        self.clip: Tensor | None = None
+        """Factor of gradients, where the optimizer does not scale them by itself."""
         for group in self.param_groups:
             group[UPDATES] = 0
         if (manager := getattr(self, "mng", None)) is not None:
@@ -77,8 +77,8 @@ class HeldWeights(torch.optim.Optimizer):
             local = distributed.local_tensor
             local(wide).copy_(joined(local(p.detach()), local(remainder)))
         wide.grad = grad.float()
-        if self.divisor is not None:
-            wide.grad /= self.divisor
+        if self.clip is not None:
+            wide.grad *= self.clip
         return wide
 
     def _take_back(self, p: Tensor, updated: Tensor) -> None:

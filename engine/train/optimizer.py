@@ -315,7 +315,8 @@ class GuardedUpdate:
             self.optimizer.found_inf = self.failed if self.deferred else None  # type: ignore[attr-defined]
             self.optimizer.grad_scale = self._inverse_clip(norm)  # type: ignore[attr-defined]
         elif isinstance(self.optimizer, HeldWeights):
-            self.optimizer.divisor = self._inverse_clip(norm)
+            # In float32, as torch does it; gradients may be bfloat16.
+            self.optimizer.clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_grad_norm else None
         elif self.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.max_grad_norm, norm)
         self.optimizer.step()
