@@ -180,8 +180,7 @@ class PretendedCuda(TorchDispatchMode):
             self.streams.finish()
         reading, self._reading = self._reading, []
         for source, before in reading:
-            if not torch.equal(source, before):
-                raise UnsafeCopyError(f"{source.nbytes} bytes were written to before their copy to the GPU was done")
+            _check_unwritten(source, before)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -238,7 +237,13 @@ class PretendedCuda(TorchDispatchMode):
             # Memory that is given back waits for the copy in torch's allocator; memory that is kept must not change.
             self._reading.append((held, held.clone()))
         else:
-            self._filling[held.untyped_storage()._cdata] = held
+            place = held.untyped_storage()._cdata
+            # In the order of a single stream, copies from this memory are done before it is filled.
+            done = [e for e in self._reading if e[0].untyped_storage()._cdata == place and self.streams is None]
+            self._reading = [entry for entry in self._reading if not any(entry is one for one in done)]
+            for source, before in done:
+                _check_unwritten(source, before)
+            self._filling[place] = held
 
     def _check_host_reads(self, short: str, args: Any) -> None:
         """What the device has yet to fill may only be sent back to it, in the order of its stream."""
@@ -293,6 +298,11 @@ class PretendedCuda(TorchDispatchMode):
 def _beside(device: PretendedCuda) -> Streams:
     device.streams = device.streams or Streams()
     return device.streams
+
+
+def _check_unwritten(source: Tensor, before: Tensor) -> None:
+    if not torch.equal(source, before):
+        raise UnsafeCopyError(f"{source.nbytes} bytes were written to before their copy to the GPU was done")
 
 
 def _is_written(argument: Any) -> bool:

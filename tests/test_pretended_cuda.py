@@ -96,6 +96,20 @@ def test_a_page_locked_buffer_that_is_written_after_a_wait(cuda):
     buffer.fill_(1)
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_page_locked_memory_that_goes_to_the_device_and_comes_back(written, cuda):
+    held = torch.ones(4).pin_memory()
+    there = held.to(CUDA, non_blocking=True)
+    if written:
+        held.fill_(3)
+        with pytest.raises(UnsafeCopyError, match="written to before their copy"):
+            held.copy_(there + 1, non_blocking=True)
+        return
+    held.copy_(there + 1, non_blocking=True)
+    torch.cuda.synchronize()
+    assert held.tolist() == [2, 2, 2, 2]
+
+
 def test_page_locked_memory_that_is_read_before_it_is_filled(cuda):
     held = torch.empty(4, pin_memory=True).copy_(torch.ones(4, device=CUDA), non_blocking=True)
     with pytest.raises(UnsafeCopyError, match="may still be filling"):

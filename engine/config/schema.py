@@ -279,6 +279,8 @@ class OptimConfig:
     master_weights: Literal["float32", "stochastic", "kahan"] = "float32"
     """What trained weights are kept in: float32; or bfloat16, half of it, whose updates are made in float32 and rounded
     back: up or down at random from train.seed (stochastic), or with the 16 bits that rounding leaves kept (kahan)."""
+    offload: bool = False
+    """Keep the optimizer's state in host memory between updates; it takes time, and changes no number."""
     learning_rate: float = 1.0e-6
     """Peak learning rate."""
     lr_scheduler_type: SchedulerType = "linear"
@@ -309,6 +311,11 @@ class OptimConfig:
         )
         if float(self.warmup_steps).is_integer():
             object.__setattr__(self, "warmup_steps", int(self.warmup_steps))
+        _require(
+            not (self.offload and self.optimizer.startswith("paged")),
+            f"optim.offload keeps state in host memory, and {self.optimizer} puts it there where the device is full: "
+            f"set optim.offload to false, or optim.optimizer to {self.optimizer.removeprefix('paged_')}",
+        )
         _require(self.max_grad_norm >= 0, f"optim.max_grad_norm must not be negative, got {self.max_grad_norm}")
         _require(self.weight_decay >= 0, f"optim.weight_decay must not be negative, got {self.weight_decay}")
         _require(self.adam_epsilon > 0, f"optim.adam_epsilon must be positive, got {self.adam_epsilon}")

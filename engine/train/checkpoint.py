@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ from ..model.composites import put_in_whole
 from ..model.sources import MODEL_CONFIG, STATE_FILE
 from ..run_folder import CONFIG_FILE, METRICS_FILE
 from . import sharded
+from .held_weights import HeldWeights
 from .optimizer_state import page_state, slots_of, state_tensors
 from .sharded import MODEL, OPTIMIZER, REFERENCE
 
@@ -308,11 +309,12 @@ def load_reference(path: Path, state: Mapping[str, Any], reference: Policy) -> N
 def load_optimizer(path: Path, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, names: list[str]) -> None:
     """Restore the optimizer of ``save_checkpoint``, bit for bit."""
     params = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    empty = optimizer.empty_state if isinstance(optimizer, HeldWeights) else _empty_like
     if is_sharded(state):
-        tensors = sharded.load_optimizer(path, params)
+        tensors = sharded.load_optimizer(path, params, empty)
     else:
         saved_tensors = load_file(path / OPTIMIZER_FILE)
-        tensors = {key: _placed(tensor, params[key.split("/", 1)[1]]) for key, tensor in saved_tensors.items()}
+        tensors = {key: _placed(tensor, params[key.split("/", 1)[1]], empty) for key, tensor in saved_tensors.items()}
     slots = slots_of(tensors, names)
     groups = optimizer.state_dict()["param_groups"]
     merged = [{**saved, "params": group["params"]} for saved, group in zip(state["param_groups"], groups, strict=True)]
@@ -347,11 +349,15 @@ def restore_random_state(path: Path, state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
 
 
-def _placed(tensor: Tensor, param: Tensor) -> Tensor:
+def _empty_like(param: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(param, dtype=dtype)
+
+
+def _placed(tensor: Tensor, param: Tensor, empty: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
     """A tensor of optimizer state, sharded as its parameter where it has the same shape."""
     if tensor.shape != param.shape or not hasattr(param, "device_mesh"):
         return tensor
-    placed = torch.empty_like(param, dtype=tensor.dtype)
+    placed = empty(param, tensor.dtype)
     distributed.copy_full(placed, tensor)
     return placed
 

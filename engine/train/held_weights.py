@@ -5,6 +5,9 @@ gradients and moments in float32, and the result is rounded back: up or down at 
 stochastic``), or to nearest, with what that leaves kept in 16 bits more and added before the next update (``kahan``).
 So a formula of an optimizer is never written twice, and what it computes is what it computes on float32 weights. No
 float32 copy outlives the update of its weights.
+
+With ``optim.offload`` what an optimizer keeps of each weight waits in host memory between updates, and goes to the
+device and back a few weights at a time: the same update, to the bit.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from .. import distributed
 from .bfloat16 import joined, noise_key, round_at_random, split
+from .host_memory import SMALLEST, empty_on_host, to_device, to_host
 
 UPDATES = "updates"
 """In the groups of an optimizer: how many updates it has made. Groups are part of checkpoints."""
@@ -30,18 +34,22 @@ TOGETHER = 1 << 26
 class HeldWeights(torch.optim.Optimizer):
     """Mixed into an optimizer: see ``holding``."""
 
-    def hold(self, names: Sequence[str], seed: int, *, compensated: bool) -> None:
+    def hold(self, names: Sequence[str], seed: int, *, compensated: bool, offload: bool) -> None:
         """Called once, after the optimizer is made.
 
         Args:
             names: of its parameters, in its order.
             seed: of the noise of rounding.
             compensated: keep what rounding to nearest leaves, instead of rounding at random.
+            offload: keep moments and remainders in host memory.
         """
+        self.offload = offload
+        self._on_host: dict[Tensor, dict[str, Tensor]] = {p: {} for p in self._parameters()}
+        """Memory of each slot of each parameter."""
         self.names = dict(zip(self._parameters(), names, strict=True))
         self.seed = seed
         held = [p for p in self.names if compensated and p.dtype != torch.float32]
-        self.remainders = {p: torch.zeros_like(p, dtype=torch.int16, requires_grad=False) for p in held}
+        self.remainders = {p: self.empty_state(p, torch.int16).zero_() for p in held}
         self.clip: Tensor | None = None
         """Factor of gradients, where the optimizer does not scale them by itself."""
         for group in self.param_groups:
@@ -51,6 +59,12 @@ class HeldWeights(torch.optim.Optimizer):
             self.check_overrides()  # type: ignore[attr-defined]
             self.initialized = True
             manager.pid2config.clear()
+
+    def empty_state(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        """Room for a slot of the shape of a parameter, where it is kept between updates."""
+        if self.offload and p.numel() >= SMALLEST:
+            return empty_on_host(p, dtype)
+        return torch.empty_like(p, dtype=dtype, requires_grad=False)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -64,11 +78,38 @@ class HeldWeights(torch.optim.Optimizer):
         for p in grads:
             p.grad = None
         for weights in _chunks(grads):
+            if self.offload:
+                self._fetch(weights)
             stand_ins = {p: self._widened(p, grads.pop(p)) for p in weights}
             with self._standing_in(stand_ins):
                 super().step()
             for p, updated in stand_ins.items():
                 self._take_back(p, updated)
+            if self.offload:
+                self._put_away(weights)
+
+    def _fetch(self, weights: Sequence[Tensor]) -> None:
+        """Bring what is kept of some weights to their device."""
+        for p in weights:
+            mesh = getattr(p, "device_mesh", None)
+            slots = self.state.get(p, {})
+            for slot in self._on_host[p].keys() & slots.keys():
+                slots[slot] = to_device(slots[slot], p.device, mesh)
+            if p in self.remainders and p.numel() >= SMALLEST:
+                self._on_host[p][_REMAINDER] = self.remainders[p]
+                self.remainders[p] = to_device(self.remainders[p], p.device, mesh)
+
+    def _put_away(self, weights: Sequence[Tensor]) -> None:
+        """Leave what is kept of some weights on the host."""
+        for p in weights:
+            held = self._on_host[p]
+            slots = self.state[p]
+            for slot, value in slots.items():
+                # Counters stay, and tables that all weights share.
+                if isinstance(value, Tensor) and value.numel() >= SMALLEST:
+                    slots[slot] = held[slot] = to_host(value, held.get(slot))
+            if _REMAINDER in held:
+                self.remainders[p] = to_host(self.remainders[p], held[_REMAINDER])
 
     def _widened(self, p: Tensor, grad: Tensor) -> Tensor:
         """A float32 copy of a parameter with its gradient; of one that is float32 already, an alias."""
@@ -109,6 +150,9 @@ class HeldWeights(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As the optimizer's own, with the remainders of rounding in the state of each parameter."""
+        if self.offload and self._parameters()[0].is_cuda:
+            # Copies to the host may be under way.
+            torch.cuda.synchronize()
         found = super().state_dict()
         state = {index: dict(slots) for index, slots in found["state"].items()}
         for index, p in enumerate(self.names):
@@ -123,10 +167,20 @@ class HeldWeights(torch.optim.Optimizer):
             if p in self.remainders:
                 self.remainders[p].copy_(state[index].pop(_REMAINDER))
         stand_ins = {
-            p: torch.zeros((), device=p.device).expand(p.shape) for p in self._parameters() if p.dtype != torch.float32
+            p: torch.zeros((), device="cpu" if self.offload else p.device).expand(p.shape)
+            for p in self._parameters()
+            if self.offload or p.dtype != torch.float32
         }
         with self._standing_in(stand_ins):
             super().load_state_dict({**state_dict, "state": state})
+        for group in self.param_groups:
+            # Absent from what an optimizer wrote that held float32 weights on the device.
+            group.setdefault(UPDATES, 0)
+        if self.offload:
+            for p, slots in self.state.items():
+                small = {s: v for s, v in slots.items() if isinstance(v, Tensor) and v.numel() < SMALLEST}
+                slots |= {slot: value.to(p.device) for slot, value in small.items()}
+                self._on_host[p] = {s: v for s, v in slots.items() if isinstance(v, Tensor) and s not in small}
 
 
 def holding(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:

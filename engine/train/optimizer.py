@@ -80,13 +80,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, seed: int = 0) -> 
     if not names:
         raise UserError("the model has no trainable parameter: check model.lora.target_modules")
     kind, options = _optimizer_kind(config, next(p for group in groups for p in group["params"]).device)
-    if config.master_weights != "float32":
+    if config.master_weights != "float32" or config.offload:
         kind = holding(kind)
     optimizer = kind(groups, lr=config.learning_rate, **options)
     if config.optimizer in _BITSANDBYTES:
         _keep_embeddings(model, optimizer)
     if isinstance(optimizer, HeldWeights):
-        optimizer.hold(names, seed, compensated=config.master_weights == "kahan")
+        compensated = config.master_weights == "kahan"
+        optimizer.hold(names, seed, compensated=compensated, offload=config.offload)
     return optimizer, names
 
 

@@ -32,6 +32,7 @@ _FREE_KEYS = frozenset(
         *("data.strict", "data.eval_dataset_name", "data.eval_dataset_split", "reference.store", "reference.mode"),
         *("train.output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.eval_steps"),
         *("train.gradient_checkpointing", "train.activation_offload", "train.timeout_minutes", "train.report_to"),
+        "optim.offload",
         *("train.save_dtype", "train.save_rounding", "train.async_save", "train.token_metrics"),
         *("train.run_name", "train.project"),
         *("train.load_best_model_at_end", "train.early_stopping_patience", "train.early_stopping_threshold"),

@@ -8,7 +8,7 @@ what is trained is stored; the base has not changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,14 @@ def load(path: Path, policy: Policy, *, part: str = MODEL) -> None:
     _load(path, {f"{part}/{name}": tensor for name, tensor in model_tensors(policy).items()})
 
 
-def load_optimizer(path: Path, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_optimizer(
+    path: Path, params: Mapping[str, Tensor], empty: Callable[[Tensor, torch.dtype], Tensor]
+) -> dict[str, Tensor]:
     """The optimizer's tensors by ``<slot>/<parameter>``, sharded as the parameters are.
 
     Args:
         params: by name.
+        empty: makes room for a slot of a parameter's shape.
     """
     state: dict[str, Tensor] = {}
     for key, entry in _reader(path).read_metadata().state_dict_metadata.items():
@@ -61,7 +64,7 @@ def load_optimizer(path: Path, params: Mapping[str, Tensor]) -> dict[str, Tensor
             assert isinstance(entry, TensorStorageMetadata)
             param, dtype = params[key.split("/", 2)[2]].detach(), entry.properties.dtype
             same = entry.size == param.shape
-            state[key] = torch.empty_like(param, dtype=dtype) if same else torch.empty(entry.size, dtype=dtype)
+            state[key] = empty(param, dtype) if same else torch.empty(entry.size, dtype=dtype)
     _load(path, state)
     return {key.removeprefix(f"{OPTIMIZER}/"): tensor for key, tensor in state.items()}
 

@@ -19,6 +19,7 @@ from engine.train.bfloat16 import carried, counted_noise, joined, noise_key
 from engine.train.loop import train
 from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
 from tests.engine.train.test_resume import assert_resumes_exactly
+from tests.pretended_cuda import CUDA, OnDevice, pretended_cuda
 
 HELD = ["stochastic", "kahan"]
 BITSANDBYTES = ("adamw_8bit", "paged_adamw")
@@ -198,6 +199,7 @@ def test_a_run_learns_what_one_with_float32_weights_learns(held, lora, make_conf
     ("sections", "message"),
     [
         ({"model": {"dtype": "float32"}}, r"stochastic holds weights in bfloat16, and model\.dtype is float32"),
+        ({"optim": {"optimizer": "paged_adamw", "offload": True}}, r"optim\.offload to false, or.* to adamw"),
         ({"reference": {"sync_ref_model": True}}, r"would move a reference by less.*sync_ref_model to false"),
     ],
 )
@@ -207,3 +209,47 @@ def test_settings_that_do_not_fit_are_refused(sections, message):
     merged = {name: {**values.get(name, {}), **sections.get(name, {})} for name in {**values, **sections}}
     with pytest.raises(UserError, match=message):
         build_config(merged, "test")
+
+
+@pytest.mark.parametrize("case", ["float32", "kahan", "8 bits"])
+def test_state_on_the_host_changes_no_bit_and_loads_where_it_was_not(case, make_config, tmp_path, monkeypatch):
+    if case == "8 bits":
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(held_weights, "_TOGETHER", 3000)
+    weights, optimizer = ("float32", "adamw_8bit") if case == "8 bits" else (case, "adamw")
+    optim = {"optimizer": optimizer, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
+
+    def run(name: str, offload: bool, steps: int, **options) -> None:
+        train_ = {"output_dir": str(tmp_path / name), "save_steps": 2, "max_steps": steps}
+        train(held_config(make_config, weights, optim={**optim, "offload": offload}, train=train_), **options)
+
+    run("device", False, 4)
+    run("host", True, 4)
+    for name, first in (("left", True), ("came", False)):
+        run(name, first, 2)
+        run(name, not first, 4, resume=True)
+    for file in ("model.safetensors", "checkpoint-4/optimizer.safetensors"):
+        want = load_file(tmp_path / "device" / file)
+        for name in ("host", "left", "came"):
+            found = load_file(tmp_path / name / file)
+            assert found.keys() == want.keys()
+            assert all(torch.equal(found[key], tensor) for key, tensor in want.items())
+
+
+def test_state_waits_on_the_host(monkeypatch):
+    """Seen by what is copied: between updates no moment and no remainder is on the device."""
+    monkeypatch.setattr(held_weights, "_TOGETHER", 5000)
+    model = small_model()
+    with pretended_cuda() as cuda:
+        cuda.take(model)
+        update = update_of(model, OptimConfig(master_weights="kahan", offload=True))
+        for step in range(2):
+            gradients(model, step)
+            for p in model.parameters():
+                p.grad = OnDevice(p.grad)
+            cuda.copies.clear()
+            update.step(torch.zeros((), device=CUDA))
+        large = model[0].weight
+        assert {type(v) for v in update.optimizer.state[large].values() if v.ndim} == {torch.Tensor}
+        assert type(update.optimizer.remainders[large]) is torch.Tensor
+        assert sorted(cuda.copies) == [2 * large.numel(), 4 * large.numel(), 4 * large.numel()]

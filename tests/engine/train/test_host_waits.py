@@ -94,6 +94,8 @@ CASES |= {
     "live model": {"reference": {"mode": "live"}},
     "no clipping": {"optim": {"max_grad_norm": 0.0}},
     "stochastic": {**BF16, "optim": {"master_weights": "stochastic"}},
+    "offloaded state": {"optim": {"offload": True}},
+    "kahan offloaded": {**BF16, "optim": {"master_weights": "kahan", "offload": True}},
     "kahan": {**BF16, "optim": {"master_weights": "kahan"}},
     "checkpointing": {**BF16, "train": {"gradient_checkpointing": True}},
     "offload": {**BF16, "train": {"activation_offload": True}},

@@ -1,0 +1,56 @@
+"""Tensors that wait in the memory of the host, page-locked where the device is a GPU.
+
+Copies run on the stream of the computation, from and to page-locked memory, so nobody waits for them, and no value and
+no order of operations changes. On the CPU they are made all the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+
+SMALLEST = 1024
+"""Elements below which a copy is not worth its launch."""
+
+
+def empty_on_host(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on the host of the shape of ``like``, sharded as that is."""
+    local = distributed.local_tensor(like)
+    pinned = local.device.type == "cuda"
+    held = torch.empty(local.shape, dtype=dtype or local.dtype, device="cpu", pin_memory=pinned)
+    return _sharded_as(like, held, _mesh_on_host(like.device_mesh)) if hasattr(like, "device_mesh") else held
+
+
+def to_host(tensor: Tensor, held: Tensor | None) -> Tensor:
+    """A copy of ``tensor`` on the host: in ``held``, where that is given."""
+    held = empty_on_host(tensor) if held is None else held
+    distributed.local_tensor(held).copy_(distributed.local_tensor(tensor), non_blocking=True)
+    return held
+
+
+def to_device(held: Tensor, device: torch.device, mesh: Any) -> Tensor:
+    """A copy of ``held`` on a device; of one that is sharded, on the devices of ``mesh``."""
+    local = distributed.local_tensor(held)
+    copy = torch.empty(local.shape, dtype=local.dtype, device=device)
+    copy.copy_(local, non_blocking=True)
+    return copy if mesh is None else _sharded_as(held, copy, mesh)
+
+
+def _sharded_as(tensor: Any, local: Tensor, mesh: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    shape, stride = tensor.shape, tensor.stride()
+    return DTensor.from_local(local, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+
+@functools.lru_cache
+def _mesh_on_host(mesh: Any) -> Any:
+    """The same processes, for tensors on their hosts. Every rank must ask at the same time, the first time."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return mesh if mesh.device_type == "cpu" else DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
