@@ -130,7 +130,7 @@ class Shapes:
         heap = Heap() if target.kind == "cpu" and Heap.available() else None
         count = LiveStorage(device, held, heap)
         trained = [p for p in policy.parameters() if p.requires_grad]
-        whole_state, update = state_bytes(config.optim, policy)
+        whole_state, update = state_bytes(config.optim, policy, kind=target.kind)
         counted = count.watch([*policy.parameters(), *policy.buffers()], mapped=True)
         step = _step(self.batch, objective, lambda pack: pack.map_tensors(partial(_moved, device=device)))
         activations = _Activations(policy, count)

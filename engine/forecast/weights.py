@@ -18,7 +18,7 @@ from ..train.bfloat16 import PIECE
 from ..train.held_weights import TOGETHER
 from ..train.optimizer import build_optimizer
 from .live_storage import LiveStorage, storage_bytes
-from .target import Target
+from .target import DeviceKind, Target
 
 _PROBE_WIDTH = 128
 _SCALED_BLOCK, _SCALES_BLOCK = 64, 256
@@ -90,10 +90,11 @@ def quantized_bytes(weight: nn.Parameter) -> int:
     return -(-weight.numel() // 2) + scales + 4 * -(-scales // _SCALES_BLOCK)
 
 
-def state_bytes(config: OptimConfig, policy: Policy) -> tuple[list[int], int]:
+def state_bytes(config: OptimConfig, policy: Policy, *, kind: DeviceKind) -> tuple[list[int], int]:
     """What the optimizer keeps on the device for each trained parameter, and the most that an update holds beside it.
 
-    Paged state is in host memory where the device is full, so it counts nothing.
+    Paged state is in host memory where the device is full, so it counts nothing. Offloaded state is there, too, where
+    the host is not the device; what is updated together is on the device meanwhile.
     """
     trained = [p for p in policy.parameters() if p.requires_grad]
     plain = replace(config, optimizer="adamw") if "8bit" in config.optimizer or "paged" in config.optimizer else config
@@ -103,6 +104,11 @@ def state_bytes(config: OptimConfig, policy: Policy) -> tuple[list[int], int]:
     elif config.optimizer == "adamw_8bit":
         embeddings = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)}
         state = [_adamw_8bit(p, whole=id(p) in embeddings) for p in trained]
+    if config.master_weights == "kahan":
+        state = [size + 2 * p.numel() for size, p in zip(state, trained, strict=True)]
+    if config.offload and kind == "cuda":
+        fetched = max(*state, min(sum(state), TOGETHER * max(state) // max(p.numel() for p in trained)))
+        return [0] * len(trained), update + fetched
     return state, update
 
 
