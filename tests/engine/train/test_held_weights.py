@@ -215,7 +215,7 @@ def test_settings_that_do_not_fit_are_refused(sections, message):
 def test_state_on_the_host_changes_no_bit_and_loads_where_it_was_not(case, make_config, tmp_path, monkeypatch):
     if case == "8 bits":
         pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(held_weights, "_TOGETHER", 3000)
+    monkeypatch.setattr(held_weights, "TOGETHER", 3000)
     weights, optimizer = ("float32", "adamw_8bit") if case == "8 bits" else (case, "adamw")
     optim = {"optimizer": optimizer, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
 
@@ -238,7 +238,7 @@ def test_state_on_the_host_changes_no_bit_and_loads_where_it_was_not(case, make_
 
 def test_state_waits_on_the_host(monkeypatch):
     """Seen by what is copied: between updates no moment and no remainder is on the device."""
-    monkeypatch.setattr(held_weights, "_TOGETHER", 5000)
+    monkeypatch.setattr(held_weights, "TOGETHER", 5000)
     model = small_model()
     with pretended_cuda() as cuda:
         cuda.take(model)
