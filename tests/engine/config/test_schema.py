@@ -23,12 +23,8 @@ from engine.config.losses import (
     LossConfig,
     LossType,
 )
-from engine.config.schema import (
-    OptimConfig,
-    RunConfig,
-    SchedulerType,
-    TrainConfig,
-)
+from engine.config.optim import OptimConfig, SchedulerType
+from engine.config.schema import RunConfig, TrainConfig
 from engine.errors import UserError
 
 PAIR_LOSSES = tuple(name for name in typing.get_args(LossType) if name not in ("plackett_luce", *LOSS_ALIASES))
