@@ -10,6 +10,13 @@ from .trl_conversion import Conversion, Note
 from .trl_file import TrlFile
 from .trl_keys import COMPARED
 
+_OWN = ("model_revision", "dtype", "attn_implementation", "trust_remote_code", "router_aux_loss_coef")
+"""Arguments of ``from_pretrained`` that are keys of TRL's, too."""
+_LOADING = (
+    *("device_map", "use_cache", "low_cpu_mem_usage", "token", "cache_dir", "max_memory", "local_files_only"),
+    *("output_router_logits", "use_safetensors", "tp_plan", "force_download", "offload_folder", "use_kernels"),
+    *("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "quant_method"),
+)
 _ATTENTION = {"flash_attention_2": "flash", "sdpa": "sdpa"}
 
 
@@ -58,12 +65,21 @@ class ModelKeys(Keys):
         for old, new in (("revision", "model_revision"), ("torch_dtype", "dtype")):
             if old in kwargs:
                 kwargs[new] = kwargs.pop(old)
-        for key in ("model_revision", "dtype", "attn_implementation", "trust_remote_code"):
+        kwargs |= kwargs.pop("quantization_config", None) or {}
+        if "bnb_4bit_use_double_quant" in kwargs:
+            kwargs["use_bnb_nested_quant"] = kwargs.pop("bnb_4bit_use_double_quant")
+        for key in (*_OWN, *(f"load_in_{bits}bit" for bits in (4, 8)), "bnb_4bit_quant_type", "use_bnb_nested_quant"):
             if key in kwargs and key not in self.trl.keys:
                 self.trl.keys[key] = kwargs.pop(key)
                 self.trl.names[key] = f"model_init_kwargs.{key}"
-        for key in kwargs:
-            self._same(f"model_init_kwargs.{key}", "how the model is loaded is decided here")
+        for key, value in kwargs.items():
+            if key in _LOADING:
+                self._same(f"model_init_kwargs.{key}", "how the model is loaded is decided here")
+            elif value is not None:
+                text = f"{key} changes the model, which is trained as it is"
+                self.stops.append(
+                    UserError(f"{self.trl.where('model_init_kwargs')}: {text}; remove it to convert without")
+                )
         self._copy("model", "model_name_or_path", "tokenizer_name_or_path", "trust_remote_code")
         revision = self.trl.take("model_revision", "main")
         if revision != "main":

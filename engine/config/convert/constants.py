@@ -18,6 +18,9 @@ _CASTS = {"str": str, "int": int, "float": float, "list": list, "bool": bool, "P
 _YES = ("is_bfloat16_supported", "is_bf16_supported", "is_torch_bf16_gpu_available")
 """Questions about the device that are answered with yes: on every GPU since 2020."""
 _LARGEST = 2**63
+_CHANGEABLE = (ast.List, ast.Dict, ast.Call, ast.Set, ast.ListComp, ast.DictComp)
+_CHANGING = ("append", "clear", "extend", "insert", "pop", "remove", "setdefault", "update")
+"""Methods of lists and mappings after which they are not what was assigned."""
 
 
 class UnknownValueError(Exception):
@@ -40,6 +43,19 @@ class _Assignment:
     """The line of the condition or loop that it stands under."""
 
 
+@dataclass(frozen=True)
+class Attribute:
+    """An assignment such as ``args.beta = 0.2``, or ``setattr(args, "beta", 0.2)``."""
+
+    of: str
+    """What stands before the last point."""
+    name: str
+    value: ast.expr
+    line: int
+    condition: int | None
+    """The line of the condition or loop that it stands under."""
+
+
 class Script:
     """The syntax tree of a script, with the assignments of every name."""
 
@@ -47,8 +63,9 @@ class Script:
         self.tree = tree
         self._assigned: dict[str, list[_Assignment]] = {}
         self._scopes: dict[ast.AST, str] = {}
-        self.attributes: list[tuple[str, str, ast.expr, int]] = []
-        """Assignments such as ``args.beta = 0.2``: name, attribute, value, line."""
+        self.attributes: list[Attribute] = []
+        self._changed: dict[str, int] = {}
+        """Lines in which a list or a mapping is changed, by its name."""
         self._defaults = dict(_option_defaults(tree))
         self._walk(tree.body, "", None)
 
@@ -76,6 +93,19 @@ class Script:
                 self._bind(target, statement.value, scope, condition)
         elif isinstance(statement, ast.AugAssign | ast.For):
             self._bind(statement.target, None, scope, condition)
+        elif isinstance(statement, ast.Expr) and isinstance(call := statement.value, ast.Call):
+            self._call(call, condition)
+
+    def _call(self, call: ast.Call, condition: int | None) -> None:
+        """What a call that stands alone changes."""
+        function = call.func
+        if called(call) == "setattr" and len(call.args) == 3 and isinstance(call.args[1], ast.Constant):
+            of, name, value = ast.unparse(call.args[0]), str(call.args[1].value), call.args[2]
+            self.attributes.append(Attribute(of, name, value, call.lineno, condition))
+        elif (
+            isinstance(function, ast.Attribute) and function.attr in _CHANGING and isinstance(function.value, ast.Name)
+        ):
+            self._changed.setdefault(function.value.id, call.lineno)
 
     def _bind(self, target: ast.expr, value: ast.expr | None, scope: str, condition: int | None) -> None:
         if isinstance(target, ast.Name):
@@ -87,8 +117,11 @@ class Script:
                 # the first of a tuple that a call gives, such as model, tokenizer = load(...)
                 part = value.elts[place] if matched else value if place == 0 else None  # type: ignore[union-attr]
                 self._bind(one, part, scope, condition)
-        elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and value is not None:
-            self.attributes.append((target.value.id, target.attr, value, target.lineno))
+        elif isinstance(target, ast.Attribute) and value is not None:
+            found = Attribute(ast.unparse(target.value), target.attr, value, target.lineno, condition)
+            self.attributes.append(found)
+        elif isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name):
+            self._changed.setdefault(target.value.id, target.lineno)
 
     def _note(self, name: str, assignment: _Assignment) -> None:
         self._assigned.setdefault(name, []).append(assignment)
@@ -123,6 +156,8 @@ class Script:
                 raise UnknownValueError(
                     f"{name.id} is set in line {last.line}, under the condition of line {last.condition}", name.lineno
                 )
+            if (line := self._changed.get(name.id)) and isinstance(last.value, _CHANGEABLE):
+                raise UnknownValueError(f"{name.id} is changed in line {line}", name.lineno)
             if last.value is not None:
                 return last.value
             raise UnknownValueError(f"{name.id} is not a constant", name.lineno)

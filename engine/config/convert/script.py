@@ -13,38 +13,22 @@ from ..trl_conversion import Effect, Note
 from ..trl_keys import SAME_RESULT
 from .constants import Script, UnknownValueError, called, unknown
 from .script_data import evaluation_of, rows_of
+from .script_keys import (
+    CHANGES,
+    CONFIG_LEFT,
+    LORA,
+    LORA_DEFAULTS,
+    LORA_LEFT,
+    MODEL,
+    MODEL_LEFT,
+    NAMES,
+    PLAIN_ARGUMENTS,
+    QUANTIZED,
+)
 
 _TRAINERS = ("DPOTrainer", "UnslothDPOTrainer")
 _CONFIGS = ("DPOConfig", "TrainingArguments")
 _POSITIONAL = ("model", "ref_model", "args")
-_PLAIN_ARGUMENTS = {  # transformers' defaults, where the script has its TrainingArguments and not TRL's DPOConfig
-    "learning_rate": 5e-5, "gradient_checkpointing": False, "bf16": False, "logging_steps": 500,
-}  # fmt: skip
-_LORA = {
-    "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "target_modules": "lora_target_modules",
-    "modules_to_save": "lora_modules_to_save", "use_rslora": "use_rslora", "use_dora": "use_dora",
-    "target_parameters": "lora_target_parameters",
-}  # fmt: skip
-_LORA_DEFAULTS = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
-_LORA_LEFT: dict[str, tuple[Any, ...] | None] = {
-    "task_type": None, "random_state": None, "max_seq_length": None, "use_gradient_checkpointing": None,
-    "bias": ("none",), "inference_mode": (False,), "loftq_config": (None, {}), "layers_to_transform": (None,),
-    "init_lora_weights": (True,), "fan_in_fan_out": (False,),
-}  # fmt: skip
-"""Further arguments of adapters, and the values at which they change nothing; None is any."""
-_MODEL = {"torch_dtype": "dtype", "dtype": "dtype", "attn_implementation": "attn_implementation",
-          "revision": "model_revision", "trust_remote_code": "trust_remote_code", "load_in_4bit": "load_in_4bit",
-          "load_in_8bit": "load_in_8bit"}  # fmt: skip
-_MODEL_LEFT = ("device_map", "use_cache", "low_cpu_mem_usage", "token", "use_auth_token", "cache_dir", "max_memory",
-               "local_files_only", "max_seq_length", "full_finetuning")  # fmt: skip
-_NAMES = ("run_name", "project")
-"""What a run is called, which teaches nothing."""
-_QUANTIZED = {
-    "load_in_4bit": "load_in_4bit",
-    "load_in_8bit": "load_in_8bit",
-    "bnb_4bit_quant_type": "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
-}
 
 
 @dataclass
@@ -110,6 +94,7 @@ class _Reader:
         self._tokenizer([given.pop(name, None) for name in ("processing_class", "tokenizer")])
         for call in self.script.calls("add_callback"):
             self._callbacks(call.args)
+        self._changes_of_the_model()
         for name, node in given.items():
             self._argument(name, node)
         for cls in (n for n in ast.walk(self.script.tree) if isinstance(n, ast.ClassDef)):
@@ -140,7 +125,7 @@ class _Reader:
     def _set(self, key: str, node: ast.expr) -> None:
         """Set a TRL key to the value of an expression."""
         self.found.lines[key] = node.lineno
-        if key in SAME_RESULT or key in _NAMES:
+        if key in SAME_RESULT or key in NAMES:
             try:
                 self.found.keys[key] = self.script.value(node)
             except UnknownValueError:
@@ -172,11 +157,16 @@ class _Reader:
         for key, value in arguments:
             self._set(key, value)
         names = {node.id} if isinstance(node, ast.Name) else set()
-        for name, attribute, value, _ in self.script.attributes:
-            if name in names:
-                self._set(attribute, value)
+        for one in self.script.attributes:
+            if one.of not in names and not one.of.endswith(".args"):
+                continue
+            if one.condition is not None:
+                text = f"{one.of}.{one.name} is set under the condition of line {one.condition}"
+                self.errors.append(UserError(f"{self.source}, line {one.line}: {text}; set it without one"))
+            else:
+                self._set(one.name, one.value)
         if called(call) == "TrainingArguments":
-            for key, default in _PLAIN_ARGUMENTS.items():
+            for key, default in PLAIN_ARGUMENTS.items():
                 if key not in self.found.lines:
                     self.found.keys[key] = default
                     self._say(key, "told", f"not given: the default of TrainingArguments, {default}", call.lineno)
@@ -221,14 +211,26 @@ class _Reader:
                 self._set("model_name_or_path", value)
             elif key == "quantization_config":
                 self._quantized(value)
-            elif key in _MODEL:
+            elif key in MODEL:
                 is_none = isinstance(value, ast.Constant) and value.value is None
                 if not is_none:
-                    self._set(_MODEL[key], value)
-            elif key in _MODEL_LEFT:
+                    self._set(MODEL[key], value)
+            elif key in MODEL_LEFT:
                 self._say(key, "told", "how the model is loaded is decided here", value.lineno)
             else:
                 self._say(key, "new", f"{ast.unparse(value)[:60]} changes the model; not supported", value.lineno)
+
+    def _changes_of_the_model(self) -> None:
+        """What a script does to a model and its tokenizer beside loading them."""
+        for one in self.script.attributes:
+            if one.name == "router_aux_loss_coef" and one.of.endswith(".config"):
+                self._set(one.name, one.value)
+            elif one.of.endswith(".config") and one.name not in CONFIG_LEFT:
+                self._say(f"{one.of}.{one.name}", "new", "changes the model; not supported", one.line)
+            elif one.name == "requires_grad":
+                self._say("requires_grad", "new", f"{one.of}: parts of a model are not frozen alone", one.line)
+        for call in self.script.calls(*CHANGES):
+            self._say(called(call), "new", "is not run; save a model and a tokenizer with what it does", call.lineno)
 
     def _call(self, node: ast.expr, name: str) -> ast.Call | None:
         """The call of a class that an expression stands for; None where it is None.
@@ -246,8 +248,8 @@ class _Reader:
     def _quantized(self, node: ast.expr) -> None:
         call = self._call(node, "BitsAndBytesConfig")
         for key, value in self.script.keywords(call) if call is not None else ():
-            if key in _QUANTIZED:
-                self._set(_QUANTIZED[key], value)
+            if key in QUANTIZED:
+                self._set(QUANTIZED[key], value)
             else:
                 self._say(key, "told", "4-bit weights compute in model.dtype", value.lineno)
 
@@ -277,14 +279,14 @@ class _Reader:
     def _adapter(self, arguments: Any) -> None:
         self.found.keys["use_peft"] = True
         for key, value in arguments:
-            if key in _LORA:
-                self._set(_LORA[key], value)
-            elif key not in _LORA_LEFT or (
-                (harmless := _LORA_LEFT[key]) is not None and self.script.value(value) not in harmless
+            if key in LORA:
+                self._set(LORA[key], value)
+            elif key not in LORA_LEFT or (
+                (harmless := LORA_LEFT[key]) is not None and self.script.value(value) not in harmless
             ):
                 text = f"{key}={ast.unparse(value)} is not supported; remove it to convert without it"
                 self.errors.append(UserError(f"{self.source}, line {value.lineno}: LoraConfig: {text}"))
-        for key, default in _LORA_DEFAULTS.items():
+        for key, default in LORA_DEFAULTS.items():
             self.found.keys.setdefault(key, default)
 
     def _data(self, given: dict[str, ast.expr]) -> None:
@@ -340,10 +342,10 @@ class _Reader:
                 self._say("processing_class", "told", "taken to be the model's own tokenizer", node.lineno)
             elif name != self.found.keys.get("model_name_or_path"):
                 self.found.keys["tokenizer_name_or_path"] = name
-        for _, attribute, value, line in self.script.attributes:
-            if attribute == "chat_template":
+        for one in self.script.attributes:
+            if one.name == "chat_template":
                 text = "is not read; write the template to a file for data.chat_template"
-                self._say("chat_template", "new", f"{ast.unparse(value)[:40]} {text}", line)
+                self._say("chat_template", "new", f"{ast.unparse(one.value)[:40]} {text}", one.line)
 
     def _argument(self, name: str, node: ast.expr) -> None:
         """Further arguments of the trainer; until TRL 0.12 keys of DPOConfig were among them."""

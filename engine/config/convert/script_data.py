@@ -118,6 +118,8 @@ def _loaded(script: Script, node: ast.Call) -> Rows:
     files = script.value(given.pop("data_files")) if "data_files" in given else None
     told = ("num_proc", "cache_dir", "token", "use_auth_token", "trust_remote_code", "streaming", "verification_mode")
     lost = [key for key in given if key not in told]
+    if "data_dir" in lost:
+        raise UnknownValueError("data_dir is not read; name the folder or its files", node.lineno)
     changes = tuple((given[key].lineno, f"{key} is not read") for key in lost)
     if isinstance(split, list):
         raise UnknownValueError("several splits are asked for at once", node.lineno)

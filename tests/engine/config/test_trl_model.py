@@ -34,6 +34,18 @@ def test_model_init_kwargs_are_read(load):
     assert (config.model.revision, config.model.attention, config.model.trust_remote_code) == ("abc", "sdpa", True)
 
 
+def test_model_init_kwargs_lose_neither_quantisation_nor_the_balance_of_experts(load):
+    four = "quantization_config: {load_in_4bit: true, bnb_4bit_quant_type: fp4, bnb_4bit_use_double_quant: true}"
+    config = load(TRL + f"use_peft: true\nmodel_init_kwargs: {{router_aux_loss_coef: 0.02, {four}}}\n")
+    assert (config.model.quantization, config.loss.router_aux_loss_coef) == ("fp4", 0.02)
+
+
+@pytest.mark.parametrize("kwarg", ["rope_scaling: {factor: 2}", "subfolder: x", "num_labels: 1"])
+def test_model_init_kwargs_that_change_the_model_stop(convert, kwarg):
+    with pytest.raises(UserError, match=r"model_init_kwargs: \w+ changes the model, which is trained as it is"):
+        convert(TRL + f"model_init_kwargs: {{device_map: auto, {kwarg}}}\n")
+
+
 def test_adapters_on_single_parameters_stop(convert):
     with pytest.raises(UserError, match="lora_target_parameters: adapters sit on modules"):
         convert(TRL + "use_peft: true\nlora_target_parameters: [w]\n")

@@ -67,6 +67,12 @@ def script(config: str = "", trainer: str = "", before: str = "", rows: str = "r
         (script("eval_strategy='steps', eval_steps=5", trainer="eval_dataset=load_dataset('d', split='test')")
          + "trainer.add_callback(EarlyStoppingCallback(2, 0.01))\n",
          {"train.early_stopping_patience": 2, "train.early_stopping_threshold": 0.01}),
+        (script(before="more = 7") + "setattr(args, 'max_length', 4096)\ntrainer.args.seed = more\nargs.beta = 0.4\n",
+         {"data.max_length": 4096, "train.seed": 7, "loss.beta": 0.4}),
+        (script(model="moe", before="moe = AutoModelForCausalLM.from_pretrained('m', output_router_logits=True)\n"
+                "moe.config.router_aux_loss_coef = 0.02"), {"loss.router_aux_loss_coef": 0.02}),
+        (script(model="moe", before="moe = AutoModelForCausalLM.from_pretrained('m', router_aux_loss_coef=0.03)"),
+         {"loss.router_aux_loss_coef": 0.03}),
         (script(trainer="ref_model='m0'"), {"reference.model_name_or_path": "m0"}),
         (script(model="model", before="model = AutoModelForCausalLM.from_pretrained('m', dtype=torch.float32)\n"
                 "model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules='all-linear'))"),
@@ -165,6 +171,14 @@ def test_plain_training_arguments_have_other_defaults(run):
          "d has the configuration c, and training data has another"),
         (script("eval_strategy='epoch'", before="parts = rows.train_test_split(test_size=0.1)", rows="parts['train']",
                 trainer="eval_dataset={'a': parts['test'], 'b': rows}"), "one of several sets is split off"),
+        (script("**given", before="given = {'beta': 0.2}\ngiven['max_length'] = 64"),
+         "given is changed in line 11"),
+        (script("**given", before="given = dict(seed=2)\ngiven.update(seed=6)"), "given is changed in line 11"),
+        (script(trainer="peft_config=LoraConfig(r=4, target_modules=names)", before="names = ['q']\nnames.append('v')"),
+         "lora_target_modules: names is changed in line 11"),
+        (script() + "if torch:\n    args.beta = 0.4\n", "args.beta is set under the condition of line 14"),
+        (script(before="rows = load_dataset('d', data_dir='x', split='train')"),
+         "data_dir is not read; name the folder"),
         (script(trainer="peft_config=lora_of(x)"), "peft_config: lora_of(x) is not a constant"),
         (script(model="load()"), "model: load() is not a constant"),
         (script() + "DPOTrainer(model='m2')\n", "DPOTrainer is called in lines 12, 14; leave one of them"),
@@ -196,6 +210,16 @@ def test_several_evaluation_sets_need_the_metric_of_one(converted):
     assert "a_loss decides here" in changed["metric_for_best_model"]
     assert "model_init_kwargs.dtype" in changed
     assert notes(found, "told")["run_name"] == "line 11: stamp() is not a constant; set train.run_name"
+
+
+def test_what_a_script_does_to_its_model_is_loud(converted):
+    before = (
+        "model = AutoModelForCausalLM.from_pretrained('m')\nmodel.resize_token_embeddings(9)\n"
+        "model.config.use_cache = False\nmodel.config.rope_theta = 9\nfor p in model.layers:\n    p.requires_grad = 0\n"
+    )
+    changed = notes(converted(script(before=before, model="model")), "new")
+    assert changed.keys() >= {"resize_token_embeddings", "model.config.rope_theta", "requires_grad"}
+    assert "model.config.use_cache" not in changed
 
 
 def test_what_is_not_run_is_loud(converted):
