@@ -114,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """What the shell runs: ``main``, and the end of the process."""
+    from . import commands
+
+    commands.is_whole_process = True
     distributed.leave(main())
 
 

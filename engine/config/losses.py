@@ -23,6 +23,8 @@ SMOOTHED_LOSSES = frozenset(
 """Losses that read label_smoothing."""
 LIKELIHOOD_LOSSES = frozenset({"sft", "nll", "orpo", "cpo"})
 """Losses with a term that is the likelihood of the chosen response."""
+COUPLED_LOSSES = frozenset({"aot", "aot_unpaired"})
+"""Losses of a step's pairs together: quantiles of it."""
 DIVERGENCE_LOSSES = frozenset(
     {"sigmoid", "hinge", "ipo", "ipo_sum", "exo_pair", "robust", "discopop", "sft", "nll", "sigmoid_norm"}
 )
@@ -116,7 +118,7 @@ class LossConfig:
                 f"loss.{name} is for pairs; it has no meaning for loss_type plackett_luce",
             )
         _require(
-            not self.use_weighting or not {"aot", "aot_unpaired"} & set(self.loss_types),
+            not self.use_weighting or not COUPLED_LOSSES & set(self.loss_types),
             "loss.use_weighting has no meaning for aot and aot_unpaired, whose losses are quantiles and not pairs",
         )
         _require(

@@ -11,7 +11,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
@@ -99,7 +98,7 @@ def check_form(peft: Any, source: str, what: str) -> None:
             "(init_lora_weights: corda): save it as a plain adapter, with path_initial_model_for_weight_conversion of "
             "peft's save_pretrained"
         )
-    if config.init_lora_weights == "loftq" and not torch.cuda.is_available():
+    if config.init_lora_weights == "loftq" and not _has_gpu():
         raise UserError(f"{what} starts from a quantised base (init_lora_weights: loftq), which peft makes on a GPU")
     # peft takes the names as ends of names
     copies = [f"{name}." for name in config.modules_to_save or ()]
@@ -110,6 +109,12 @@ def check_form(peft: Any, source: str, what: str) -> None:
             f"{what} stores {named} beside its layers, as after tokens were added, which is not supported: resize "
             f"the embeddings of its base, then {_MERGE}"
         )
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _listed(value: Any) -> str:
@@ -142,6 +147,8 @@ def stored_names(source: str) -> set[str] | None:
     if not folder.is_dir():
         return None
     if (folder / _PICKLED_FILE).exists() and not (folder / ADAPTER_FILE).exists():
+        import torch
+
         return set(torch.load(folder / _PICKLED_FILE, map_location="cpu", weights_only=True))
     with safe_open(folder / ADAPTER_FILE, "pt") as file:
         return set(file.keys())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from pathlib import Path
 
 from .. import distributed
@@ -11,6 +13,27 @@ from ..errors import UserError
 from ..paths import expanded
 from .adapter_forms import base_of_adapter, is_adapter
 from .sources import check_folder, first_line, hub_options, needs_own_code, not_found
+
+
+def leave_torch_out() -> None:
+    """Have transformers take torch for absent, in a process that does nothing but read data: most of what reading
+    costs is the import of torch. Nothing changes where either of the two is imported already.
+    """
+    if {"torch", "transformers"} & sys.modules.keys():
+        return
+    advice = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    given = os.environ.get(advice)
+    os.environ[advice] = "1"
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        # It asks once and keeps the answer; what needs torch by itself finds it afterwards.
+        importlib.import_module("transformers.tokenization_utils_base")
+    finally:
+        del sys.modules["torch"]
+        if given is None:
+            del os.environ[advice]
+        else:
+            os.environ[advice] = given
 
 
 def leave_activations_out() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dpo_kernels.losses import resolve_loss
+from functools import cached_property
+from typing import TYPE_CHECKING
 
+from ..config.losses import COUPLED_LOSSES
 from ..config.schema import LossConfig
 from ..data.groups import PreferenceDataset
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from dpo_kernels.losses import LossMix
 
 RANKING_LOSS = "plackett_luce"
 LOW_SIMPO_BETA = 0.5
@@ -18,9 +23,18 @@ class LossTerms:
     def __init__(self, config: LossConfig):
         self.config = config
         self.ranks = RANKING_LOSS in config.loss_types
-        terms = config.terms
-        self.mix = None if self.ranks else resolve_loss(tuple(terms), tuple(terms.values()))
         self.ld_alpha = None if config.ld_alpha == 1 else config.ld_alpha
+
+    @cached_property
+    def mix(self) -> LossMix | None:
+        """The losses as the table has them; None for a ranking."""
+        if self.ranks:
+            return None
+        # The table brings torch, and most questions are answered without it.
+        from dpo_kernels.losses import resolve_loss
+
+        terms = self.config.terms
+        return resolve_loss(tuple(terms), tuple(terms.values()))
 
     @property
     def needs_reference(self) -> bool:
@@ -38,7 +52,7 @@ class LossTerms:
 
     @property
     def couples_pairs(self) -> bool:
-        return self.mix is not None and self.mix.couples_pairs
+        return not COUPLED_LOSSES.isdisjoint(self.config.loss_types)
 
     @property
     def needs_token_logps(self) -> bool:

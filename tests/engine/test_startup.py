@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from engine import cli
+from tests.engine.conftest import preference_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = (
@@ -27,7 +31,8 @@ def test_the_first_line_comes_before_what_takes_seconds(command, tmp_path):
     run.write_text("model: {model_name_or_path: m}\ndata: {dataset_name: d}\n")
     code = "import sys; sys.modules['torch'] = None; from engine import cli; cli.main(sys.argv[1:])"
     first, *_ = python(code, command, run).stderr.splitlines()
-    assert first == f"dpo {command} {run}: loading torch and transformers"
+    loaded = "transformers" if command == "check" else "torch and transformers"
+    assert first == f"dpo {command} {run}: loading {loaded}"
 
 
 def test_data_is_read_without_what_models_need():
@@ -43,6 +48,42 @@ def test_a_whole_check_needs_no_more(tiny_model_dir, pairs_jsonl, tmp_path):
     heavy = [name for name in HEAVY if name != "transformers.generation"]
     last = python(f"{code} print([name for name in {heavy} if name in sys.modules])", run).stdout.splitlines()[-1]
     assert last == "[]"
+
+
+CHECK_ALONE = """
+import sys
+from engine import cli, distributed
+distributed.leave = lambda code: print(code, "torch" in sys.modules, file=sys.stderr)
+sys.argv[:1] = ["dpo", "check"]
+cli.command()
+"""
+
+
+@pytest.mark.parametrize("case", ["text", "date", "margin"])
+def test_the_command_alone_checks_without_torch_and_says_the_same(case, tiny_model_dir, tmp_path, monkeypatch, capsys):
+    """What needs it by itself, such as the store's date or a question to the table of losses, finds it."""
+    rows = preference_rows(3)
+    options = {"data.template_date": "2026-01-02"} if case == "date" else {}
+    if case == "date":
+        rows = [{side: [{"role": "user", "content": "ask"}, {"role": "assistant", "content": side}]
+                 for side in ("chosen", "rejected")}]  # fmt: skip
+        template = (
+            "{{ strftime_now('%d %B') }}{% for m in messages %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}"
+        )
+        (tmp_path / "dated.jinja").write_text(template)
+        options["data.chat_template"] = str(tmp_path / "dated.jinja")
+    if case == "margin":
+        rows = [row | {"margin": 0.5} for row in rows]
+        options["loss.loss_type"] = "apo_zero"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run.yaml"
+    run.write_text(f"model: {{model_name_or_path: {tiny_model_dir}}}\ndata: {{dataset_name: {tmp_path}/rows.jsonl}}\n")
+    overrides = [word for key, value in options.items() for word in (f"--{key}", value)]
+    alone = python(CHECK_ALONE, run, *overrides)
+    code = cli.main(["check", str(run), *overrides])
+    assert alone.stdout == capsys.readouterr().out
+    assert alone.stderr.splitlines()[-1] == f"{code} {case != 'text'}"
+    assert code == (2 if case == "margin" else 0)
 
 
 def test_every_name_of_the_models_is_where_it_is_said_to_be():

@@ -15,6 +15,7 @@ from engine.config import build_config
 from engine.config.fields import dataclass_in, iter_keys, type_hints
 from engine.config.help import config_help, field_docs
 from engine.config.losses import (
+    COUPLED_LOSSES,
     DIVERGENCE_LOSSES,
     LIKELIHOOD_LOSSES,
     LOSS_ALIASES,
@@ -38,6 +39,7 @@ def test_what_losses_take_is_what_the_table_says():
     assert dict(ALIASES) == LOSS_ALIASES
     assert {name for name, t in LOSS_TYPES.items() if t.takes_divergence} == DIVERGENCE_LOSSES
     assert {name for name, t in LOSS_TYPES.items() if t.likelihood} == LIKELIHOOD_LOSSES
+    assert {name for name, t in LOSS_TYPES.items() if t.couples_pairs} == COUPLED_LOSSES
 
 
 def test_names_of_others_are_one_loss():
