@@ -19,7 +19,7 @@ _COMMANDS = (
     ("LLaMA-Factory", r"(^|/)llamafactory-cli train$|(^|/)lmf train$|(^|/)src/train(_bash)?\.py$"),
     ("Axolotl", r"(^|/)axolotl train$|axolotl\.cli\.train$"),
     ("open-instruct", r"open_instruct/(dpo|dpo_tune|dpo_tune_cache|dpo_tune_cache1)\.py$"),
-    ("TRL", r"(^|/)trl dpo$|trl/scripts/dpo\.py$|examples/scripts/dpo\.py$"),
+    ("TRL", r"(^|/)trl dpo$|trl\.scripts\.dpo$|trl/scripts/dpo\.py$|examples/scripts/dpo\.py$"),
     ("alignment-handbook", r"(^|/)scripts/(run_)?dpo\.py$"),
     ("TRL", r"(^|/)(dpo|run_dpo)\.py$"),
 )

@@ -50,10 +50,11 @@ trl dpo --learning-rate $LR \\
     assert (command.lines["learning_rate"], command.lines["use_peft"], command.lines["beta"]) == (4, 5, 6)
 
 
-def test_a_configuration_beside_the_command(tmp_path):
+@pytest.mark.parametrize("how", ["accelerate launch scripts/dpo.py", "accelerate launch -m trl.scripts.dpo", "trl dpo"])
+def test_a_configuration_beside_the_command(tmp_path, how):
     (tmp_path / "recipe.yaml").write_text("beta: 0.1\nseed: 3\n")
     script = tmp_path / "x.sh"
-    command = read_shell(str(script), "accelerate launch scripts/dpo.py --config recipe.yaml --beta 0.5\n")
+    command = read_shell(str(script), f"{how} --config recipe.yaml --beta 0.5\n")
     assert command.keys == {"beta": 0.5, "seed": 3}
 
 
