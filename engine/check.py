@@ -21,7 +21,7 @@ from .data.row_numbers import NumberSummary
 from .data.sets import DataSet, MixtureReport, sets_of, with_rows
 from .data.shown import format_example, is_marked, response_names
 from .data.tokenize import Encoder
-from .data.windows import NO_LENGTH
+from .data.windows import NO_LENGTH, window_size
 from .errors import RowError, UserError
 from .inputs import check_inputs
 from .model.sources import num_embeddings
@@ -29,7 +29,6 @@ from .model.stops import OTHER_END, LearnedStops
 from .model.tokenizer import load_tokenizer
 from .packing.plan import group_sizes
 from .train.terms import LossTerms
-from .train.window_feed import window_size
 
 PERCENTILES = (0, 50, 90, 99, 100)
 LENGTH_BIAS = 0.8

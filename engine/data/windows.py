@@ -13,7 +13,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
-from ..config.schema import DataConfig
+from ..config.schema import DataConfig, RunConfig
 from ..errors import UserError, raise_all
 from .copies import Copies
 from .groups import PreferenceDataset, PreferenceGroup
@@ -31,6 +31,12 @@ NO_LENGTH = (
     "train.max_steps is missing: rows of data.streaming are not counted before they are read, so the length of the run "
     "must be said in steps"
 )
+
+
+def window_size(config: RunConfig) -> int:
+    """Rows of a window: ``data.stream_window``, in whole optimizer steps."""
+    step = config.packing.pairs_per_step
+    return max(config.data.stream_window // step, 1) * step
 
 
 class Window(NamedTuple):

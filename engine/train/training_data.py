@@ -10,7 +10,7 @@ from ..config.schema import RunConfig
 from ..data import Report, load_dataset_groups
 from ..data.groups import PreferenceDataset
 from ..data.held_out import HeldOut
-from ..data.windows import NO_LENGTH, Window, WindowStream
+from ..data.windows import NO_LENGTH, Window, WindowStream, window_size
 from ..errors import UserError
 from ..model import Policy
 from ..model.readable import check_dataset
@@ -18,7 +18,6 @@ from ..model.stops import LearnedStops
 from ..packing import check_fits
 from .feed import drawn_groups
 from .objective import Objective
-from .window_feed import window_size
 
 log = logging.getLogger(__name__)
 

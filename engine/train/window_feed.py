@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config.schema import PackingConfig, RunConfig, TrainConfig
+from ..config.schema import PackingConfig, TrainConfig
 from ..data.windows import Window, WindowStream
 from ..packing import Pack, Step
 from .feed import STEPS_AHEAD, StepBuilder, TrainingFeed, TrainingStep
@@ -26,12 +26,6 @@ class _Planned(NamedTuple):
     window: Window
     builder: StepBuilder
     plan: list[Step]
-
-
-def window_size(config: RunConfig) -> int:
-    """Rows of a window: ``data.stream_window``, in whole optimizer steps."""
-    step = config.packing.pairs_per_step
-    return max(config.data.stream_window // step, 1) * step
 
 
 class WindowFeed(TrainingFeed):
