@@ -166,6 +166,9 @@ def _put_in(policy: Policy, folder: Path) -> Tensor:
     load_adapter(policy, folder)
     before = _probe(policy)
     policy.model = causal_lm = policy.model.merge_and_unload()  # type: ignore[operator]
+    if hasattr(causal_lm, "peft_config"):
+        # peft 0.18 leaves it there, and a model that has it counts as an adapted one.
+        del causal_lm.peft_config
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     if tied and torch.equal(embedding.weight, head.weight):
         head.weight = embedding.weight

@@ -8,6 +8,7 @@ from datetime import date
 from typing import Literal
 
 from .datasets import COLUMN_PARTS, DatasetConfig, RowFormat
+from .lora import LoraConfig
 from .losses import REFERENCE_FREE_LOSSES, LossConfig
 from .mixture import AMOUNTS, check_mixture, check_parts
 from .optim import OptimConfig
@@ -25,33 +26,6 @@ def _is_day(text: str) -> bool:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank adapters, in the terms of peft. Off unless a key of model.lora is set."""
-
-    r: int = 16
-    """Rank of the update."""
-    alpha: int = 32
-    """The update is scaled by alpha / r."""
-    dropout: float = 0.0
-    """Dropout on the input of the adapters, while training."""
-    target_modules: str | tuple[str, ...] | None = "all-linear"
-    """Module names, lm_head among them or not, a pattern, or all-linear (every linear layer but the head); null is
-    peft's choice for the model."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules that are trained whole beside the adapters and stored with them, such as lm_head and embed_tokens."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(r) instead (rsLoRA)."""
-    use_dora: bool = False
-    """Train the magnitude of every adapted weight apart from its direction (DoRA); slower."""
-
-    def __post_init__(self) -> None:
-        _require(self.r > 0, f"model.lora.r must be positive, got {self.r}")
-        _require(self.alpha > 0, f"model.lora.alpha must be positive, got {self.alpha}")
-        _require(0 <= self.dropout < 1, f"model.lora.dropout must be in [0, 1), got {self.dropout}")
-        _require(self.target_modules != (), "model.lora.target_modules must not be empty")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,6 @@ NEW_RESULT: dict[str, tuple[tuple[Any, ...], str]] = {
 
 STOPS: dict[str, tuple[tuple[Any, ...], str]] = {
     "data_files": ((None, []), "TRL itself takes files of a set in datasets alone; name the file in dataset_name"),
-    "lora_target_parameters": ((None, []), "adapters sit on modules, not on single parameters"),
 }
 """Keys without which something else would be trained: nothing is converted unless they have a harmless value."""
 
@@ -117,7 +116,8 @@ def _words(text: str) -> frozenset[str]:
 
 PRECIOUS = _words(
     "model_name_or_path model_revision dtype torch_dtype load_in_4bit use_peft lora_r lora_alpha lora_target_modules "
-    "lora_modules_to_save use_rslora use_dora datasets dataset_name dataset_config dataset_train_split max_length "
+    "lora_modules_to_save lora_target_parameters use_rslora use_dora datasets dataset_name dataset_config "
+    "dataset_train_split max_length "
     "router_aux_loss_coef"
 )
 """Keys that a misspelt key near them stops for: model, dtype, adapters, data, length, balance of experts."""
@@ -170,7 +170,7 @@ _converted(
 )
 _converted("loss_type loss_weights label_smoothing precompute_ref_log_probs")
 _converted(" ".join(LOSS_OPTIONS))
-_converted("lora_modules_to_save sync_ref_model ref_model_mixup_alpha ref_model_sync_steps")
+_converted("lora_modules_to_save lora_target_parameters sync_ref_model ref_model_mixup_alpha ref_model_sync_steps")
 _converted(
     "optim learning_rate lr_scheduler_type lr_scheduler_kwargs weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm warmup_steps warmup_ratio"

@@ -124,6 +124,9 @@ class ModelKeys(Keys):
         if copies := self.trl.take("lora_modules_to_save"):
             given.append("modules_to_save")
             values["modules_to_save"] = [copies] if isinstance(copies, str) else copies
+        if parameters := self.trl.take("lora_target_parameters"):
+            given.append("target_parameters")
+            values["target_parameters"] = [parameters] if isinstance(parameters, str) else parameters
         if not self.trl.flag("use_peft"):
             for key in (*(f"lora_{name}" for name in given), *(name for name, used in variants.items() if used)):
                 self._same(key, "no effect without use_peft")

@@ -59,6 +59,10 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
     if isinstance(targets, tuple):
         _check_names(causal_lm, targets, "target_modules")
     _check_names(causal_lm, lora.modules_to_save, "modules_to_save")
+    own: dict[str, Any] = {}
+    if lora.target_parameters:
+        _check_parameters(peft, causal_lm, lora.target_parameters)
+        own["target_parameters"] = list(lora.target_parameters)
     special = _more_than_products(causal_lm)
     try:
         adapted = peft.get_peft_model(
@@ -73,6 +77,7 @@ def add_lora(causal_lm: nn.Module, lora: LoraConfig) -> nn.Module:
                 use_rslora=lora.use_rslora,
                 use_dora=lora.use_dora,
                 modules_to_save=list(lora.modules_to_save) or None,
+                **own,
             ),
         )
     except ValueError as error:
@@ -141,6 +146,28 @@ def _check_names(causal_lm: nn.Module, targets: tuple[str, ...], field: str) -> 
     )
 
 
+def _check_parameters(peft: Any, causal_lm: nn.Module, targets: tuple[str, ...]) -> None:
+    """Raise a ``UserError`` for a name that no parameter ends with, or that has a layer of its own to adapt."""
+    option = "model.lora.target_parameters"
+    if "target_parameters" not in peft.LoraConfig.__dataclass_fields__:
+        raise UserError(f"{option} needs a newer peft than {peft.__version__}: pip install -U 'peft>=0.18'")
+    found = {name: p for name, p in text_model(causal_lm).named_parameters() if p.ndim in (2, 3)}
+    ends = {t: [name for name in found if name == t or name.endswith(f".{t}")] for t in targets}
+    if missing := [t for t, names in ends.items() if not names]:
+        stacked = sorted({".".join(name.rsplit(".", 3)[-3:]) for name, p in found.items() if p.ndim == 3})
+        close = nearest(missing[0], stacked)
+        known = f"its stacked experts are {', '.join(stacked)}" if stacked else "it has no stacked experts"
+        raise UserError(
+            f"{option}: no parameter of {type(causal_lm).__name__} is called {', '.join(missing)}; "
+            + (f"did you mean {close}?" if close else known)
+        )
+    layers = {id(m.weight): name for name, m in causal_lm.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    for names in ends.values():
+        for name in names:
+            if (layer := layers.get(id(found[name]))) is not None:
+                raise UserError(f"{option}: {name} is the weight of a layer: name {layer} in model.lora.target_modules")
+
+
 def continue_adapter(causal_lm: nn.Module, source: str, *, empty: bool = False) -> nn.Module:
     """Wrap a model with a trained adapter, which is trained further, and its frozen copy, which is the reference.
 
@@ -183,7 +210,15 @@ def _add_frozen_copy(peft: Any, model: Any, *, filled: bool) -> None:
     config.lora_dropout, config.inference_mode = 0.0, True
     # A start such as PiSSA's would take its part out of the base a second time.
     config.init_lora_weights = False
-    model.add_adapter(FROZEN, config)
+    try:
+        model.add_adapter(FROZEN, config)
+    except ValueError as error:
+        if not getattr(config, "target_parameters", None):
+            raise
+        raise UserError(
+            f"model.adapter_name_or_path: peft {peft.__version__} holds one adapter on single parameters, and the "
+            "frozen copy is a second: pip install -U peft, or merge the adapter into its base with `dpo merge`"
+        ) from error
     _in_float32(model)
     if filled:
         weights = peft.get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)

@@ -92,6 +92,20 @@ def test_log_probs_are_those_of_the_adapter(base, form, bases, ids, tmp_path):
     assert is_complete(merged.folder)
 
 
+def test_what_older_versions_of_peft_leave_on_the_model_is_removed(bases, ids, tmp_path, monkeypatch):
+    adapter = write_adapter(bases["untied"], tmp_path / "adapter", FORMS["plain"])
+    unload = peft.tuners.lora.LoraModel.merge_and_unload
+
+    def leaving(model, *args, **options):
+        config, merged = model.peft_config, unload(model, *args, **options)
+        merged.peft_config = config
+        return merged
+
+    monkeypatch.setattr(peft.tuners.lora.LoraModel, "merge_and_unload", leaving)
+    found = logps(AutoModelForCausalLM.from_pretrained(merge(str(adapter)).folder), ids)
+    torch.testing.assert_close(found, on_its_base(bases["untied"], adapter, ids), rtol=1e-4, atol=1e-4)
+
+
 def test_a_configuration_beside_the_folder_does_not_name_its_base(bases, ids, tmp_path):
     adapter = write_adapter(bases["untied"], tmp_path / "adapter", FORMS["plain"])
     beside = f"model: {{model_name_or_path: {bases['tied']}}}\ndata: {{dataset_name: d}}\n"

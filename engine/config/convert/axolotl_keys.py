@@ -46,7 +46,6 @@ RULES: dict[str, Rule] = {
         "peft_init_lora_weights peft_trainable_token_indices lora_fan_in_fan_out loraplus_lr_ratio peft",
         Left("stop", "adapters have one rank, on whole modules, and start as peft's do", (False, True)),
     ),
-    "lora_target_parameters": Left("stop", "adapters sit on modules, not on single parameters", ([],)),
     **each("unfrozen_parameters", Left("stop", "parts of a model cannot be trained alone", ([],))),
     **each("relora lisa_n_layers use_pose", Left("stop", "adapters or layers that change are not supported", (False,))),
     **each("tokens added_tokens_overrides reinit_weights", Left("stop", "weights stay as they are", ([], {}, False))),
@@ -112,7 +111,8 @@ MARKS = words("base_model sequence_len rl dataset_prepared_path lora_target_line
 SAME_NAMES = words(
     "deepspeed fsdp fsdp_config attn_implementation trust_remote_code gradient_accumulation_steps max_steps "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_steps warmup_ratio lr_scheduler_kwargs "
-    "logging_steps save_total_limit seed output_dir precompute_ref_log_probs lora_dropout lora_modules_to_save "
+    "logging_steps save_total_limit seed output_dir precompute_ref_log_probs lora_dropout "
+    "lora_modules_to_save lora_target_parameters "
     "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_drop_last "
     "load_best_model_at_end metric_for_best_model greater_is_better router_aux_loss_coef"
 )

@@ -13,6 +13,7 @@ RULES: dict[str, Rule] = {
     "model_id_or_path": To("model_name_or_path"),
     "lora_rank": To("lora_r"),
     "modules_to_save": To("lora_modules_to_save"),
+    "target_parameters": To("lora_target_parameters"),
     "attn_impl": To("attn_implementation", {"flash_attn": "flash_attention_2"}),
     "moe_aux_loss_coeff": To("router_aux_loss_coef"),
     "lr_warmup_fraction": To("warmup_ratio"),
@@ -49,7 +50,7 @@ RULES: dict[str, Rule] = {
     **each("swanlab_project swanlab_exp_name", Read("`train.project`, `train.run_name`")),
     **each("ref_model", Read("`reference.model_name_or_path`")),
     **each(
-        "lora_bias lorap_lr_ratio lora_ga_batch_size target_parameters layers_to_transform lora_dtype use_swift_lora",
+        "lora_bias lorap_lr_ratio lora_ga_batch_size layers_to_transform lora_dtype use_swift_lora",
         Left("stop", "adapters have one rank, on whole modules, and start as peft's do", ("none", False)),
     ),
     **each(

@@ -277,6 +277,8 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "model.quantization": st.none(),
         "model.lora.dropout": st.floats(0, 0.99),
         "model.lora.target_modules": st.none() | st.text(min_size=1) | st.lists(st.text(), min_size=1),
+        # They go with neither dropout nor DoRA.
+        "model.lora.target_parameters": st.just([]),
         "model.lora.modules_to_save": st.lists(st.text(min_size=1)),
         "data.max_length": st.none() | st.integers(2, 10**9),
         "loss.loss_type": st.sampled_from(["sigmoid", "simpo", "cpo", ["sigmoid", "sft"]]),

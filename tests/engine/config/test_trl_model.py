@@ -46,9 +46,14 @@ def test_model_init_kwargs_that_change_the_model_stop(convert, kwarg):
         convert(TRL + f"model_init_kwargs: {{device_map: auto, {kwarg}}}\n")
 
 
-def test_adapters_on_single_parameters_stop(convert):
-    with pytest.raises(UserError, match="lora_target_parameters: adapters sit on modules"):
-        convert(TRL + "use_peft: true\nlora_target_parameters: [w]\n")
+def test_adapters_on_stacked_experts(convert, load):
+    text = TRL + "use_peft: true\nlora_target_parameters: [mlp.experts.down_proj]\n"
+    assert load(text + "lora_dropout: 0\n").model.lora.target_parameters == ("mlp.experts.down_proj",)
+    # TRL's default dropout, which peft refuses there, too.
+    with pytest.raises(UserError, match=r"model\.lora\.dropout does not work on model\.lora\.target_parameters"):
+        load(text)
+    unused = notes(convert(text.replace("use_peft: true\n", "")), "same", "told")
+    assert "no effect without use_peft" in unused["lora_target_parameters"]
 
 
 def test_quantization_and_kinds_of_lora(convert, load):

@@ -88,6 +88,12 @@ def test_an_interrupted_run_resumes_to_the_same_bits(sections, make_config, tmp_
     assert_resumes_exactly(make_config, tmp_path, monkeypatch, **sections)
 
 
+def test_adapters_on_stacked_experts_resume_to_the_same_bits(make_config, tmp_path, monkeypatch, tiny_mixture_dir):
+    lora = {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    model = {"model_name_or_path": str(tiny_mixture_dir), "lora": lora}
+    assert_resumes_exactly(make_config, tmp_path, monkeypatch, model=model)
+
+
 def test_a_run_stopped_before_its_first_checkpoint_starts_anew(make_config, tmp_path, monkeypatch):
     train(make_config(train={"output_dir": str(tmp_path / "whole")}))
     config = make_config(train={"output_dir": str(tmp_path / "stopped")})

@@ -102,6 +102,8 @@ def test_adapters(run, converted):
     found = run(LORA)
     assert {key: found[key] for key in expected} == expected
     assert found["model.lora.target_modules"] == "all-linear"
+    experts = run(LORA + "lora_target_parameters: [mlp.experts.down_proj]\n")
+    assert experts["model.lora.target_parameters"] == ("mlp.experts.down_proj",)
     qlora = run(LORA.replace("adapter: lora", "adapter: qlora\nload_in_4bit: true") + "peft_use_dora: true\n")
     assert (qlora["model.quantization"], qlora["model.lora.use_dora"]) == ("nf4", True)
     trained = run(LORA + "lora_model_dir: out/adapter\n")
@@ -117,7 +119,6 @@ def test_adapters(run, converted):
         (MINIMAL.replace("rl: dpo\n", "micro_batch_size: 1\n"), "no rl: its data are no preference pairs"),
         (MINIMAL + "adapter: llama-adapter\n", "adapter: the string 'llama-adapter' is not supported"),
         (LORA + "peft_layers_to_transform: [0, 1]\n", "peft_layers_to_transform: adapters have one rank"),
-        (LORA + "lora_target_parameters: [w]\n", "adapters sit on modules"),
         (LORA.replace("lora_r: 8\n", ""), "lora_r: missing"),
         (MINIMAL + "unfrozen_parameters: [lm_head]\n", "parts of a model cannot be trained alone"),
         (MINIMAL + "sequence_length: 4096\n", "line 6: sequence_length: not a key of Axolotl that is known here; did "

@@ -43,7 +43,6 @@ def test_keys_are_converted(run, text, expected):
         (MINIMAL + "chat_template: '{% for m in messages %}'\n", "chat_template: a template is read from a file"),
         (MINIMAL.replace("{d: 1.0}", "[d]"), "dataset_mixer: expected a mapping"),
         ("dataset_mixture: {seed: 1}\n", "dataset_mixture: expected a list of datasets, each with an id"),
-        (MINIMAL + "lora_target_parameters: [w]\nuse_peft: true\n", "adapters sit on modules"),
         (MINIMAL + "max_lengthh: 5\n", "did you mean max_length?"),
     ],
 )

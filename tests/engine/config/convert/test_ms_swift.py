@@ -58,6 +58,8 @@ def test_options_in_yaml(tmp_path):
         ("--columns '{\"ask\": \"query\", \"worse\": \"rejected_response\"}'",
          {"data.columns": {"prompt": "ask", "rejected": "worse"}}),
         ("--per_device_train_batch_size 4", {"packing.pairs_per_step": 16}),
+        ("--target_parameters experts.gate_up_proj experts.down_proj --lora_dropout 0",
+         {"model.lora.target_parameters": ("experts.gate_up_proj", "experts.down_proj")}),
         ("--target_modules q_proj v_proj --modules_to_save lm_head",
          {"model.lora.target_modules": ("q_proj", "v_proj"), "model.lora.modules_to_save": ("lm_head",)}),
         ("--quant_method bnb --quant_bits 4", {"model.quantization": "nf4"}),
