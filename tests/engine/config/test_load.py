@@ -287,6 +287,8 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "loss.ld_alpha": st.none() | st.floats(0, 1),
         "loss.shift_lambda": st.floats(0, 1, exclude_min=True),
         "loss.label_smoothing": st.floats(0, 0.49),
+        # The other one goes with a dtype of the model.
+        "optim.master_weights": st.just("float32"),
         "optim.warmup_steps": st.floats(0, 0.999) | st.integers(0, 10**6),
         "optim.lr_scheduler_kwargs": st.none()
         | st.dictionaries(st.text(), st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)),
