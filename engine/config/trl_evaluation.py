@@ -115,8 +115,11 @@ class EvaluationKeys(ModelKeys):
     def _name_a_set(self, metric: dict[str, Any]) -> None:
         """Of several evaluation sets one decides, which has to be named."""
         sets = self.result.values["data"].get("eval_dataset_name")
-        if isinstance(sets, dict) and metric.get("metric_for_best_model", "loss") in ("loss", "eval_loss"):
-            metric["metric_for_best_model"] = chosen = f"{next(iter(sets))}_loss"
+        if not isinstance(sets, dict):
+            return
+        name = str(metric.get("metric_for_best_model", "loss")).removeprefix("eval_")
+        if not name.startswith(tuple(f"{label}_" for label in sets)):
+            metric["metric_for_best_model"] = chosen = f"{next(iter(sets))}_{name}"
             self._new("metric_for_best_model", f"several sets are evaluated, and none is named: {chosen} decides here")
 
     def _save_what_is_compared(self) -> None:

@@ -206,6 +206,9 @@ def test_several_evaluation_sets_need_the_metric_of_one(converted):
     )
     found = converted(text)
     assert found.values["train"]["metric_for_best_model"] == "a_loss"
+    for given, chosen in (("eval_rewards/margins", "a_rewards/margins"), ("eval_b_loss", "eval_b_loss")):
+        other = converted(text.replace("run_name=stamp()", f"metric_for_best_model='{given}'"))
+        assert other.values["train"]["metric_for_best_model"] == chosen
     changed = notes(found, "new")
     assert "a_loss decides here" in changed["metric_for_best_model"]
     assert "model_init_kwargs.dtype" in changed
