@@ -307,6 +307,22 @@ def local_main_first(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def machine_first(work: str) -> Iterator[None]:
+    """Let one process of each machine go first, whose ``work`` the others find done; when it fails, they do not start.
+
+    Every rank must call it.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if size() > 1:
+        announce(work)
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+@contextmanager
 def main_first() -> Iterator[None]:
     """Let rank 0 go first; when it fails, the others do not start."""
     if not is_main():

@@ -122,6 +122,7 @@ def _choices() -> Rows:
 def _places() -> Rows:
     from dpo_kernels.kernels.tile_config import tile_table
 
+    from .data.row_cache import default_row_folder
     from .errors import UserError
     from .reference import default_store_path
 
@@ -131,10 +132,11 @@ def _places() -> Rows:
     switches = [os.environ.get(name, "").lower() for name in ENVIRONMENT if "OFFLINE" in name]
     offline = any(value in ("1", "true", "yes", "on") for value in switches)
     yield "offline", "yes: only local folders and cached Hub files are read" if offline else "no"
-    try:
-        yield "reference store", _describe_folder(default_store_path())
-    except UserError as error:
-        yield "reference store", str(error)
+    for name, folder in (("reference store", default_store_path), ("tokenised rows", default_row_folder)):
+        try:
+            yield name, _describe_folder(folder())
+        except UserError as error:
+            yield name, str(error)
     yield "tile shapes", tile_table()
 
 

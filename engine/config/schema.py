@@ -128,6 +128,9 @@ class DataConfig:
     Hub, local files, addresses such as https://. Needs train.max_steps; order is drawn within a window."""
     stream_window: int = 10_000
     """Rows of a window of a stream: what shuffling and packing see at once."""
+    cache: str = "auto"
+    """Where tokenised rows are kept for the next start: auto (those of large files, in the user's cache folder), none,
+    or a folder."""
     strict: bool = False
     """Stop at the first kind of problem that lint would otherwise only count."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -54,6 +54,13 @@ class PreferenceGroup:
         return f"{self.row} of {self.source}" if self.source else self.row
 
 
+_ARRAYS = {
+    **{name: f"_{name}" for name in ("tokens", "offsets", "first_part", "rows", "pairs", "first_pair", "weights")},
+    **{name: name for name in ("sources", "weights_G", "margins_G")},
+}
+"""The arrays of a dataset, and the attributes that hold them."""
+
+
 class PreferenceDataset(Sequence[PreferenceGroup]):
     """Groups in source order, backed by flat arrays.
 
@@ -76,7 +83,8 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         first_pair: array[int] = array("q", [0])
         places: dict[str, int] = {}
         sources: array[int] = array("h")
-        self._ref_logps: list[tuple[float, ...] | None] = []
+        self.ref_logps: list[tuple[float, ...] | None] = []
+        """``PreferenceGroup.ref_logps`` of each."""
         numbers: array[float] = array("d")
         weights: array[float] | None = None
         for group in groups:
@@ -93,7 +101,7 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
             first_part.append(len(sizes))
             rows.append(group.row)
             sources.append(places.setdefault(group.source, len(places)))
-            self._ref_logps.append(group.ref_logps)
+            self.ref_logps.append(group.ref_logps)
             pairs.extend(place for pair in group.pairs or () for place in pair)
             first_pair.append(len(pairs) // 2)
         self._tokens = np.asarray(tokens, dtype=np.int32)
@@ -110,6 +118,23 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         self.weights_G, self.margins_G = np.asarray(numbers, dtype=np.float64).reshape(-1, 2).T
         """float64 [G] each: ``PreferenceGroup.weight`` and ``margin``."""
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All numbers of the groups but reference log-probs, by name, for ``of_arrays``."""
+        found = {name: getattr(self, place) for name, place in _ARRAYS.items()}
+        return {name: values for name, values in found.items() if values is not None}
+
+    @classmethod
+    def of_arrays(
+        cls, arrays: Mapping[str, np.ndarray], ref_logps: list[tuple[float, ...] | None], source_names: tuple[str, ...]
+    ) -> PreferenceDataset:
+        """The dataset that ``arrays`` are of, without its mixture; it keeps them and copies nothing."""
+        dataset = cls(())
+        for name, place in _ARRAYS.items():
+            setattr(dataset, place, arrays.get(name))
+        dataset._pairs = dataset._pairs.reshape(-1, 2)
+        dataset.ref_logps, dataset.source_names = ref_logps, source_names
+        return dataset
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -125,7 +150,7 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
             row=int(self._rows[index]),
             prompt_ids=parts[0],
             response_ids=tuple(parts[1:]),
-            ref_logps=self._ref_logps[index],
+            ref_logps=self.ref_logps[index],
             pairs=self._pairs_of(index),
             weight=float(self.weights_G[index]),
             margin=float(self.margins_G[index]),

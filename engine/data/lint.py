@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -144,6 +146,24 @@ class LintReport:
             if name in self._messages:
                 lines.append(f"{indent}the first: {self._messages[name]}")
         return "\n".join(lines)
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that ``restored`` takes. Not of a tolerant report."""
+        return {
+            **{name: getattr(self, name) for name in ("source", "layout", "total", "dropped")},
+            "left_out": self._left_out,
+            "rows": {name: rows.tolist() for name, rows in self._rows.items()},
+            "messages": self._messages,
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], *, counted: frozenset[str] = frozenset()) -> LintReport:
+        """The report that ``state`` is of."""
+        report = cls(state["source"], counted=counted)
+        report.layout, report.total, report.dropped = state["layout"], state["total"], state["dropped"]
+        report._left_out, report._messages = state["left_out"], dict(state["messages"])
+        report._rows = {name: array("q", rows) for name, rows in state["rows"].items()}
+        return report
 
     def to_dict(self) -> dict[str, object]:
         """For ``data.json``: totals, counts by problem, and the first rows of each."""

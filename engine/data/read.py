@@ -19,6 +19,7 @@ from .lint import LintReport
 from .make_groups import make_groups, read_examples
 from .mixture import Mixture, counts_of
 from .problems import LOST
+from .row_cache import rows_of
 from .rows import RowReader
 from .sets import DataSet, MixtureReport, Report, Split, sets_of, with_rows
 from .sources import Row, Source
@@ -47,15 +48,8 @@ def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[P
     if data.streaming and split == "train":
         window = WindowStream(data, tokenizer, size=data.stream_window).next()
         return window.dataset, window.report
-    sets, copies = sets_of(data, split), Copies()
-    reports: dict[str, LintReport] = {}
-
-    def groups() -> Iterator[PreferenceGroup]:
-        for one in sets:
-            of_set, reports[one.label] = stream_set(one, tokenizer, copies)
-            yield from of_set
-
-    dataset = PreferenceDataset(groups())
+    sets = sets_of(data, split)
+    dataset, reports = rows_of(sets, data, tokenizer, partial(_make_rows, sets, tokenizer))
     report = reports[""] if "" in reports else MixtureReport(reports)
     report.raise_if_strict(data.strict)
     for part in with_rows(list(reports.values()), data, split):
@@ -65,6 +59,18 @@ def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[P
         sizes = tuple(np.bincount(dataset.sources, minlength=len(sets)).tolist())
         dataset.mixture = Mixture(sizes, counts_of(data.datasets, sizes))
     return dataset, report
+
+
+def _make_rows(sets: Sequence[DataSet], tokenizer) -> tuple[PreferenceDataset, dict[str, LintReport]]:
+    copies = Copies()
+    reports: dict[str, LintReport] = {}
+
+    def groups() -> Iterator[PreferenceGroup]:
+        for one in sets:
+            of_set, reports[one.label] = stream_set(one, tokenizer, copies)
+            yield from of_set
+
+    return PreferenceDataset(groups()), reports
 
 
 def stream_set(

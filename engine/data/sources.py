@@ -8,7 +8,7 @@ Splits. A single file is one split, whatever known split is asked for, and so ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -38,6 +38,11 @@ class Source:
         self._start = start
         self._stop = stop
         self._max_rows = max_rows
+
+    @property
+    def files(self) -> Sequence[Path] | None:
+        """The files whose content the rows are; None where that is not known."""
+        return self._rows.files
 
     def __iter__(self) -> Iterator[Row]:
         return islice(self._slice(), self._max_rows)

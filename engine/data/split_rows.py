@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +57,10 @@ class SplitRows(Protocol):
     def count(self) -> int | None:
         """How many there are, where that is known before they are read."""
 
+    @property
+    def files(self) -> Sequence[Path] | None:
+        """The files whose content the rows are; None where that is not known."""
+
     def __call__(self, place: Place | None = None) -> Iterator[Row]: ...
 
 
@@ -72,13 +76,13 @@ class FileRows:
             if data_extension(file) is None:
                 known = ", ".join(EXTENSIONS)
                 raise UserError(f"{file}: unknown kind of data file; expected {known}, each also with .gz")
-        self._files, self._tolerant = files, tolerant
+        self.files, self._tolerant = files, tolerant
         self.place: Place = [0, 0, 0]
         self.count = None
 
     def __call__(self, place: Place | None = None) -> Iterator[Row]:
         first, inside, index = place or (0, 0, 0)
-        for number, file in enumerate(self._files[first:], start=first):
+        for number, file in enumerate(self.files[first:], start=first):
             for row in read_file(file, tolerant=self._tolerant, skip=inside):
                 inside += 1
                 self.place = [number, inside, index + 1]
@@ -92,6 +96,7 @@ class StoredRows:
 
     def __init__(self, dataset: Any, name: str):
         self._dataset, self._name = dataset, name
+        self.files = [Path(entry["filename"]) for entry in dataset.cache_files] or None
         self.place: Place = [0]
         self.count = len(dataset)
 
@@ -120,6 +125,7 @@ class StreamedRows:
         count: int | None = None,
     ):
         self._dataset, self._name, self.count = dataset, name, count
+        self.files = None
         self._explain, self._errors = explain, errors
         self._start = dataset.state_dict()
         self._index = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from ..data.groups import PreferenceDataset
 from ..errors import UserError
-from ..paths import expanded
+from ..paths import cache_folder
 from .keys import dataset_keys
 from .store import ReferenceStore
 
@@ -19,21 +18,12 @@ GROUPS_AT_ONCE = 65_536
 
 
 def default_store_path() -> Path:
-    """``$DPO_CACHE/reference``, or ``dpo-kernels/reference`` below ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """``reference`` in the cache folder.
 
     Raises:
-        UserError: none of the first two is set, and the user has no home.
+        UserError: there is none, since the user has no home.
     """
-    if own := os.environ.get("DPO_CACHE"):
-        return expanded(own) / "reference"
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    except RuntimeError as error:
-        raise UserError(
-            "reference.store is not set, and this user has no home folder for its default: set reference.store, or "
-            "the environment variable DPO_CACHE"
-        ) from error
-    return cache / "dpo-kernels" / "reference"
+    return cache_folder("reference", "reference.store")
 
 
 def load_ref_logps(dataset: PreferenceDataset, store: ReferenceStore, digest: str) -> list[tuple[np.ndarray, ...]]:

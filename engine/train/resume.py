@@ -33,7 +33,7 @@ _FREE_KEYS = frozenset(
         *("train.output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.eval_steps"),
         *("train.gradient_checkpointing", "train.activation_offload", "train.timeout_minutes", "train.report_to"),
         "optim.offload",
-        *("train.save_dtype", "train.save_rounding", "train.async_save", "train.token_metrics"),
+        *("train.save_dtype", "train.save_rounding", "train.async_save", "train.token_metrics", "data.cache"),
         *("train.run_name", "train.project"),
         *("train.load_best_model_at_end", "train.early_stopping_patience", "train.early_stopping_threshold"),
     )

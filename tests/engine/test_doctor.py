@@ -117,3 +117,4 @@ def test_offline_and_cache_folder(monkeypatch, tmp_path):
     (tmp_path / "cache" / "reference").mkdir(parents=True)
     (tmp_path / "cache" / "reference" / "shard").write_bytes(b"x" * 2**20)
     assert "(1.0 MiB" in doctor.diagnose()[0]
+    assert f"{tmp_path / 'cache' / 'rows'} (not there yet" in text

@@ -405,3 +405,14 @@ def test_the_written_configuration_is_the_one_that_ran(make_config, tmp_path):
     other = replace(config, train=replace(config.train, output_dir=str(tmp_path / "run" / "metrics.jsonl")))
     with pytest.raises(UserError, match="is a file: give a folder"):
         train(other)
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_rows_of_an_earlier_start_train_to_the_same_bits(make_config, tmp_path):
+    found = []
+    for cache in ("none", str(tmp_path / "cache"), str(tmp_path / "cache")):
+        place = str(tmp_path / str(len(found)))
+        train(make_config(data={"cache": cache}, train={"output_dir": place, "max_steps": 2}))
+        found.append(run_files(Path(place)))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert found[0] == found[1] == found[2]
