@@ -20,7 +20,11 @@ _same(
     "packs hold no padding",
     "padding_free pad_to_multiple_of pad_token padding_value label_pad_token_id group_by_length length_column_name",
 )
-_same("tokenisation is one streaming pass", "dataset_num_proc dataset_streaming streaming")
+_same("tokenisation is one streaming pass", "dataset_num_proc")
+_same(
+    "the set is read whole; data.streaming reads one that is larger than the disk",
+    "dataset_streaming streaming",
+)
 _same("columns that are not needed are ignored", "remove_unused_columns label_names columns")
 _same(
     "packs are built in the background of each step",

@@ -78,9 +78,10 @@ RULES: dict[str, Rule] = {
         "tensor_parallel_size sequence_parallel_degree heads_k_stride ring_attn_func local_rank world_size",
         Left("told", "several processes are started with torchrun, and share the weights out by FSDP2"),
     ),
+    "streaming": Left("told", "the set is read whole; data.streaming reads one that is larger than the disk"),
     **each(
         "dataset_prepared_path dataset_processes dataset_num_proc dataset_keep_in_memory skip_prepare_dataset "
-        "push_dataset_to_hub hf_use_auth_token num_dataset_shards_to_save is_preprocess streaming",
+        "push_dataset_to_hub hf_use_auth_token num_dataset_shards_to_save is_preprocess",
         Left("told", "tokenisation is one streaming pass"),
     ),
     **each(

@@ -69,10 +69,11 @@ RULES: dict[str, Rule] = {
         "max_pixels model_kwargs enable_dft_loss",
         Left("new", "not supported; dropped", (False, 0, True, [])),
     ),
+    "streaming": Left("told", "the set is read whole; data.streaming reads one that is larger than the disk"),
     "acc_strategy": Left("told", "a metric alone"),
     **each("padding_free packing group_by_length padding_side packing_length", Left("told", "packs hold no padding")),
     **each(
-        "dataset_num_proc load_from_cache_file streaming lazy_tokenize shuffle_buffer_size download_mode "
+        "dataset_num_proc load_from_cache_file lazy_tokenize shuffle_buffer_size download_mode "
         "packing_num_proc remove_unused_columns strict val_dataset_shuffle max_completion_length "
         "model_type model_name model_author "
         "add_version create_checkpoint_symlink task_type device_map max_memory safe_serialization max_shard_size "
