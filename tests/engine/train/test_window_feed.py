@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from argparse import Namespace
 
 import datasets
 import pytest
 
+from engine import cli
 from engine.check import check
-from engine.commands import plan
 from engine.config import to_yaml
 from engine.data import windows
 from engine.data.groups import PreferenceDataset
@@ -194,7 +193,7 @@ def test_the_commands_say_that_they_look_at_the_first_window(streamed, on_hub, t
     assert [reason for reason in unknown.obstacles if "train.max_steps is missing" in reason]
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config))
-    plan(Namespace(config=str(path), command="plan"), [])
+    assert cli.main(["plan", str(path)]) == 0
     said = capsys.readouterr().out
     assert "a stream: figures are of its first window, 12 rows" in said
     assert "2 per window, 6 groups each" in said
