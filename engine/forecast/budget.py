@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset, PreferenceGroup
 from ..model.policy import Layout
 from ..packing import Step, group_sizes
+from .counting import layers_that_repeat
 from .memory import Memory, forecast_pack
 from .target import Target
 
@@ -50,10 +51,13 @@ def largest_budget(
     sizes = group_sizes(dataset.lengths, share_prompts=config.packing.share_prompts, in_rows=layout.in_rows)
     step = max((sum(packs, ()) for packs in steps), key=lambda step: int(sizes[list(step)].sum()))
 
+    options: dict[str, Any] = {"target": target, "resident": resident, "layout": layout}
+    options["repeats"] = layers_that_repeat(config, target)
+
     def of(tokens: int) -> Memory:
         groups = _filled(dataset, step, sizes, tokens)
         several = len(groups) < len(step)
-        return forecast_pack(config, groups, several=several, target=target, resident=resident, layout=layout)
+        return forecast_pack(config, groups, several=several, **options)
 
     least, most = (-(-int(size) // UNIT) * UNIT for size in (sizes.max(), sizes[list(step)].sum()))
     return _search(of, least, max(least, most), room, target)

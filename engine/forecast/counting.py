@@ -82,33 +82,19 @@ class Shapes:
     layout: Layout
     several: bool
     """Whether gradients of earlier packs of the step are there."""
+    repeats: tuple[int, int] | None = None
+    """``layers_that_repeat``, where that is known."""
 
     def count_all(self) -> Counts:
         """Of the whole model; where its layers repeat, of a few of them, and what each adds.
 
         The heap of the CPU depends on the order of all blocks, so there all layers are run.
         """
-        turn, depth = self._repeats()
+        turn, depth = self.repeats or layers_that_repeat(self.config, self.target)
         if self.target.kind == "cpu" or depth <= _SAMPLES[-1] * turn:
             return self.count(None)
         fewer, more = (self.count(turns * turn) for turns in _SAMPLES)
         return more.beyond(fewer, depth // turn - _SAMPLES[-1])
-
-    def _repeats(self) -> tuple[int, int]:
-        """After how many layers a model repeats, but for its first turn, and how many it has; the same where it does
-        not."""
-        policy = without_memory(self.config, self.target)
-        blocks = transformer_blocks(policy.causal_lm)[::-1]
-        text = policy.config.get_text_config()
-        depth = text.num_hidden_layers
-        if len(blocks) != depth:
-            return depth, depth
-        kinds = getattr(text, "layer_types", None) or [""] * depth
-        layers = [(kind, type(block), _shapes(block)) for kind, block in zip(kinds, blocks, strict=True)]
-        for turn in _TURNS:
-            if depth % turn == 0 and all(layers[i] == layers[i - turn] for i in range(2 * turn, depth)):
-                return turn, depth
-        return depth, depth
 
     def count(self, layers: int | None) -> Counts:
         """Of so many layers, or of all."""
@@ -171,6 +157,22 @@ class Shapes:
             first=(moments.first or count.peak) - counted if heap is None else heap.peak,
             last=max(0, moments.last - counted) if heap is None else 0,
         )
+
+
+def layers_that_repeat(config: RunConfig, target: Target) -> tuple[int, int]:
+    """After how many layers a model repeats, but for its first turn, and how many it has; equal where it does not."""
+    policy = without_memory(config, target)
+    blocks = transformer_blocks(policy.causal_lm)[::-1]
+    text = policy.config.get_text_config()
+    depth = text.num_hidden_layers
+    if len(blocks) != depth:
+        return depth, depth
+    kinds = getattr(text, "layer_types", None) or [""] * depth
+    layers = [(kind, type(block), _shapes(block)) for kind, block in zip(kinds, blocks, strict=True)]
+    for turn in _TURNS:
+        if depth % turn == 0 and all(layers[i] == layers[i - turn] for i in range(2 * turn, depth)):
+            return turn, depth
+    return depth, depth
 
 
 def _shapes(block: nn.Module) -> list[tuple[str, torch.Size, torch.dtype, bool]]:

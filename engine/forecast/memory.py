@@ -89,17 +89,19 @@ def forecast_pack(
     target: Target,
     resident: int = 0,
     layout: Layout | None = None,
+    repeats: tuple[int, int] | None = None,
 ) -> Memory:
     """As ``forecast_memory``, of a run whose largest pack holds these groups.
 
     Args:
         several: whether steps have several packs, so that there are gradients of earlier ones.
+        repeats: ``layers_that_repeat`` of the model, where that is known.
     """
     layout = layout or Layout()
     batch = with_rows(build_batch(groups, share_prompts=config.packing.share_prompts), layout)
     # Chosen here for good: a kernel that is tried on tensors without data always works.
     backend = target.backend(config)
-    counts = Shapes(config, batch, target, layout, several).count_all()
+    counts = Shapes(config, batch, target, layout, several, repeats).count_all()
     reference = counts.weights if _live_second_model(config) else 0
     return Memory(
         weights=counts.weights + reference,

@@ -9,19 +9,16 @@ Legend: T tokens, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
-from dpo_kernels.hf_config import EXPERT_CHOICES
-
 from ..errors import UserError
 from .checks import probe_groups
 from .layouts import eager_attention
 from .policy import OwnBalance, Policy
-from .routers import balance_loss, router_arguments, sum_routers
+from .routers import balance_loss, experts_per_token, router_arguments, sum_routers
 
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3}
 _HALF_ROUNDING = 0.05
@@ -54,7 +51,7 @@ class Balance:
         coefficient = getattr(text, "router_aux_loss_coef", None) if wanted is None else wanted
         if not coefficient:
             return None
-        top_k = _experts_per_token(text)
+        top_k = experts_per_token(text)
         if policy.own_balance is None:
             policy.own_balance = _own_balance(policy, top_k)
         own = policy.own_balance
@@ -71,12 +68,6 @@ class Balance:
                 "of one router over all experts, which alone is supported; set it to 0"
             )
         return cls(float(coefficient), top_k)
-
-
-def _experts_per_token(text: Any) -> int | None:
-    """How many experts a token goes to, by the config of the text model or one inside it."""
-    parts = [text, *(getattr(text, name, None) for name in text.sub_configs)]
-    return next((int(k) for part in parts for name in EXPERT_CHOICES if (k := getattr(part, name, None))), None)
 
 
 def _own_balance(policy: Policy, top_k: int | None) -> OwnBalance:

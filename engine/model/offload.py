@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -190,18 +191,19 @@ class _Transfers:
 class OffloadedActivations(saved_tensors_hooks):
     """While it is entered, what autograd saves of the packed tokens is kept in host memory.
 
-    A tensor counts as an activation when one of its dimensions is the number of packed tokens, or when it begins with
-    the rows of a block and is as large; weights and their copies in the compute dtype stay where they are. Host memory
-    is page-locked on CUDA; no value and no order of operations changes. On the CPU the copies are made all the same.
+    A tensor counts as an activation when one of its dimensions is a number of rows, such as that of packed tokens, or
+    when it begins with the rows of a block and is as large; weights and their copies in the compute dtype stay where
+    they are. Host memory is page-locked on CUDA; no value and no order of operations changes. On the CPU the copies are
+    made all the same.
 
     Args:
-        num_tokens: packed tokens of the forward pass.
+        row_counts: how many rows activations of the forward pass have.
         rows: what of it is computed in rows.
         host: where copies lie; on the meta device nothing is copied, for forecasts of what is left.
     """
 
-    def __init__(self, num_tokens: int, rows: RowPlan | None = None, host: torch.device = _CPU):
-        self.num_tokens = num_tokens
+    def __init__(self, row_counts: Sequence[int], rows: RowPlan | None = None, host: torch.device = _CPU):
+        self.row_counts = frozenset(row_counts)
         self.shapes = () if rows is None else rows.shapes
         self._transfers = _Transfers(host)
         super().__init__(self._pack, self._unpack)
@@ -225,7 +227,7 @@ class OffloadedActivations(saved_tensors_hooks):
         return _Saved(copy, shape, stride, offset) if whole else _Saved(copy, shape, copy.held.stride(), 0)
 
     def _is_activation(self, tensor: Tensor) -> bool:
-        if self.num_tokens in tensor.shape:
+        if not self.row_counts.isdisjoint(tensor.shape):
             return True
         # a module that is in rows may put its length anywhere, or cut it into chunks
         return any(

@@ -21,7 +21,7 @@ from .head import adapted_head, read_head
 from .kernels.exchange import Exchange, Kernels
 from .mixers import RowsOfPack
 from .offload import OffloadedActivations
-from .routers import RouterSums, router_arguments, sum_routers
+from .routers import RouterSums, experts_per_token, router_arguments, sum_routers
 
 R = TypeVar("R")
 
@@ -176,11 +176,18 @@ class Policy(nn.Module):
         if rows is None and (planned := self.rows_of(batch)) is not None:
             rows = planned.map_tensors(lambda tensor: to_device(tensor, self.device))
         wanted = router_arguments(self.config, router_logits)
-        offloaded = OffloadedActivations(batch.num_tokens, rows, self.offload_host)
+        offloaded = OffloadedActivations(self._row_counts(batch), rows, self.offload_host)
         with offloaded if self.activation_offload else nullcontext():
             if rows is not None and self.layout.in_rows:
                 return self._run_in_rows(batch, rows, wanted)
             return self._run_on_pack(batch, rows, wanted)
+
+    def _row_counts(self, batch: PackedBatch) -> tuple[int, ...]:
+        """How many rows activations have: packed tokens, keys that are gathered of them, and a row for each expert that
+        a token goes to."""
+        keys = () if batch.plan.key_rows is None else (len(batch.plan.key_rows),)
+        experts = experts_per_token(self.config.get_text_config())
+        return (batch.num_tokens, *keys, *(() if experts is None else (experts * batch.num_tokens,)))
 
     def _run_on_pack(self, batch: PackedBatch, rows: RowPlan | None, wanted: dict[str, bool]):
         with RowsOfPack(rows):

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_kernels.hf_config import EXPERT_CHOICES
+
 from ..errors import UserError
 
 _FLAG = "output_router_logits"
@@ -83,3 +85,9 @@ def sum_routers(logits: Sequence[Tensor] | None, repeats_T: Tensor, top_k: int) 
             probs_LE.append((probs_TE * weights_T1).sum(0))
         tokens = repeats_T.sum().to(probs_LE[0].dtype) * len(logits)
         return RouterSums(torch.stack(chosen_LE), torch.stack(probs_LE).sum(0), tokens)
+
+
+def experts_per_token(text: Any) -> int | None:
+    """How many experts a token goes to, by the config of the text model or one inside it."""
+    parts = [text, *(getattr(text, name, None) for name in text.sub_configs)]
+    return next((int(k) for part in parts for name in EXPERT_CHOICES if (k := getattr(part, name, None))), None)

@@ -26,6 +26,7 @@ def search(request, tmp_path, monkeypatch):
         return Memory(*[0] * 5, step_peak=CASES[request.param](tokens), process=0, pack_tokens=tokens)
 
     monkeypatch.setattr(budget, "forecast_pack", forecast)
+    monkeypatch.setattr(budget, "layers_that_repeat", lambda config, target: (1, 8))
     config, dataset = run_config(tmp_path), pairs(300, prompt=128, response=64)
     steps = plan_first_epoch(dataset, config)
     options = {"target": ABSENT, "resident": 0, "layout": Layout()}

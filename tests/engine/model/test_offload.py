@@ -53,10 +53,37 @@ def test_gradients_are_those_of_activations_that_stay(dtype, checkpointing, lora
     assert len(results[0]) == len(results[1]) > 1
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert not any(tensor.data_ptr() in weights for tensor in moved)
-    assert all(batch.num_tokens in tensor.shape for tensor in moved)
+    rows = {batch.num_tokens, len(batch.plan.key_rows)}
+    assert all(rows & set(tensor.shape) for tensor in moved)
     if checkpointing:
         # Only what goes from layer to layer, not what is inside of one.
         assert len(moved) <= 4 * policy.config.num_hidden_layers + 6
+
+
+def test_rows_of_experts_are_moved(tiny_mixture_dir, monkeypatch):
+    """Each token goes through several experts, which see a row for each."""
+    policy = load_policy(ModelConfig(model_name_or_path=str(tiny_mixture_dir), dtype="float32"), device=CPU).train()
+    rows = pack().num_tokens * policy.config.num_experts_per_tok
+    kept = []
+    pack_one = OffloadedActivations._pack
+
+    def record(self, tensor):
+        packed = pack_one(self, tensor)
+        if rows in tensor.shape and tensor.numel() >= offload.SMALLEST:
+            kept.append(packed is tensor)
+        return packed
+
+    monkeypatch.setattr(OffloadedActivations, "_pack", record)
+    batch = pack()
+    results = []
+    for offloaded in (False, True):
+        policy.activation_offload = offloaded
+        policy.zero_grad()
+        policy.logps(batch).sum().backward()
+        results.append([p.grad.clone() for p in policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept
+    assert not any(kept)
 
 
 def test_nothing_is_saved_without_gradients(tiny_model_dir):
@@ -86,7 +113,7 @@ def gradients(device, *, offloaded):
     if device == CUDA:
         values = [v.pin_memory().to(device, non_blocking=True) for v in values]
     x, *weights = map(torch.nn.Parameter, values)
-    hooks = OffloadedActivations(ROWS)
+    hooks = OffloadedActivations([ROWS])
     if offloaded:
         with hooks:
             out = work(x, weights)
@@ -107,7 +134,7 @@ def bounded(monkeypatch):
 def test_each_storage_is_copied_once():
     """Whatever views of it are saved, and how often; a small part of a large one is copied alone."""
     x, weight = torch.randn(ROWS, 256, requires_grad=True), torch.randn(256, 320)
-    hooks = OffloadedActivations(ROWS)
+    hooks = OffloadedActivations([ROWS])
     with hooks:
         y = x.sin()
         whole = y @ weight.requires_grad_()
