@@ -8,7 +8,7 @@ from benchmarks import forecast_tables
 from benchmarks.forecast_tables import FITS, MODELS, OPTIONS, configs, fits_table, layer_of, run_config, written
 
 MIB, GIB = 2**20, 2**30
-FAST = ("8B | `gradient_checkpointing: selective`", "8B | `activation_offload: true`", "8x7B | none", "0.5B | `lora`")
+FAST = ("8B | `gradient_checkpointing: selective`", "8B | `activation_offload: true`", "8x7B | none")
 
 
 @pytest.fixture(scope="module")
