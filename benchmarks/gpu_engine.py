@@ -106,7 +106,7 @@ def step_checks(context: Context) -> Iterator[Check]:
         yield Check(name, partial(_train_steps, context, way))
 
 
-def build_policy(context: Context, config: dict[str, Any], dtype: str, *, checkpointing: bool = False, **model: Any):
+def build_policy(context: Context, config: dict[str, Any], dtype: str, *, checkpointing: Any = False, **model: Any):
     """A policy of random weights on the device, the same for the same config.
 
     Raises:
@@ -201,7 +201,7 @@ def _distance(scores: Scores, exact: Scores) -> tuple[float, float]:
 def _train_steps(context: Context, way: Way) -> dict[str, Any]:
     """Loss and gradient against float32 with segments one by one, bits of two passes, and steps that never wait."""
     from engine.config.schema import LossConfig, OptimConfig
-    from engine.forecast.memory import step_of
+    from engine.forecast.counting import step_of
     from engine.packing import build_batch
     from engine.train.objective import Objective
     from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule

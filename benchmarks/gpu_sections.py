@@ -28,5 +28,6 @@ SECTIONS = {
     "profile": Section("Where the head's time goes", _from("gpu_numbers:profile_checks"), 4, 25),
     "sizes": Section("Sizes past 2^31", _from("gpu_limits:size_checks"), 5, 35),
     "shapes": Section("The head at other shapes", _from("gpu_numbers:shape_checks"), 6, 40),
+    "blocks": Section("Fused blocks and checkpointing, on and off", _from("gpu_blocks:block_checks"), 7, 160),
 }
 """In order of importance; the seconds add up to one command on a lent machine."""

@@ -46,7 +46,7 @@ def training_checks(context: Context) -> Iterator[Check]:
     ways |= {f"full, {name}": {"attention": name} for name in backends()}
     ways["gradient checkpointing, auto"] = {"checkpointing": True}
     for name, options in ways.items():
-        yield Check(f"steps: {name}", partial(_measure_steps, context, options), seconds=60)
+        yield Check(f"steps: {name}", partial(measure_steps, context, options), seconds=60)
     yield Check("profile of a step", partial(_profile_step, context), seconds=60)
     yield Check("dpo train", partial(_train_command, context), seconds=120)
     if not context.quick:
@@ -57,16 +57,17 @@ def training_checks(context: Context) -> Iterator[Check]:
 class _Steps:
     """A policy at these shapes, one full pack, and what a step of it needs."""
 
-    def __init__(self, context: Context, options: dict[str, Any]):
+    def __init__(self, context: Context, options: dict[str, Any], layers: dict[str, Any] | None = None):
         from engine.config.schema import LossConfig, OptimConfig
-        from engine.forecast.memory import step_of
+        from engine.forecast.counting import step_of
         from engine.packing import build_batch
         from engine.train.objective import Objective
         from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
 
-        layers = DRY_LAYERS if context.dry_run else LAYERS
+        layers = DRY_LAYERS if context.dry_run else layers or LAYERS
         prompt, response, count = (5, 4, 2) if context.dry_run else (384, 320, 16)
         self.policy = build_policy(context, layers, "bfloat16", **options)
+        fuse(self.policy, options.get("kernels", "none"))
         self.objective = Objective(LossConfig())
         sizes: dict[str, Any] = {"prompt": (prompt, prompt + 1), "response": (response, response + 1)}
         self.batch = build_batch(random_groups(count, **sizes, responses=2, vocab=layers["vocab_size"]))
@@ -81,13 +82,28 @@ class _Steps:
         self.update.step(self.objective.backward(self.policy, self.step).losses.mean())
 
 
-def _measure_steps(context: Context, options: dict[str, Any]) -> dict[str, Any]:
+def fuse(policy: Any, kernels: Any) -> None:
+    """Kernels for the blocks of a policy.
+
+    Raises:
+        SkippedError: they cannot be used here, with the engine's own reason.
+    """
+    from engine.errors import UserError
+    from engine.model.kernels.choice import fuse_blocks
+
+    try:
+        fuse_blocks(policy, kernels)
+    except UserError as reason:
+        raise SkippedError(str(reason)) from reason
+
+
+def measure_steps(context: Context, options: dict[str, Any], layers: dict[str, Any] | None = None) -> dict[str, Any]:
     """Tokens per second, the share of the peak rate of products, memory; and whether a step waits for the device."""
     from engine.train.throughput import FlopModel, measure_matmul_rate, peak_memory_gib, reset_peak_memory
 
     peak = measure_matmul_rate(context.device, context.dtype)
     reset_peak_memory(context.device)
-    steps = _Steps(context, options)
+    steps = _Steps(context, options, layers)
     for _ in range(2):
         steps.run()
     times = []
@@ -104,6 +120,7 @@ def _measure_steps(context: Context, options: dict[str, Any]) -> dict[str, Any]:
         "ms": 1e3 * seconds,
         "tokens per second": tokens / seconds,
         "mfu": flop / seconds / peak,
+        "flop per second": flop / seconds,
         "floor, ms": 1e3 * flop / peak,
         "peak GiB": peak_memory_gib(context.device),
         "backend": steps.policy.backend.name,

@@ -17,7 +17,7 @@ from .training import TrainConfig
 
 Quantization = Literal["nf4", "fp4"]
 LayoutName = Literal["auto", "shared", "rows"]
-KernelName = Literal["auto", "compile", "none"]
+KernelName = Literal["auto", "liger", "compile", "none"]
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(?<!aux)")
 
 
@@ -46,8 +46,8 @@ class ModelConfig:
     """Attention backend: flash3 (FlashAttention 3, Hopper), flash (the flash-attn package), varlen (torch, CUDA),
     native (C++ of this package, CPU), sdpa (torch, anywhere)."""
     kernels: KernelName = "auto"
-    """What fuses the small operations of a block: compile (torch.compile, once for all lengths), none; auto is compile
-    on CUDA where it can be used, and none on a CPU."""
+    """What fuses small operations of a block: liger (Liger-Kernel's layers, never its loss), compile (torch.compile,
+    once for all lengths), none; auto is the first that can be used on CUDA, and none on a CPU."""
     lora: LoraConfig | None = None
     """Low-rank adapters; null trains all parameters."""
     adapter_name_or_path: str | None = None

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+FUSED = (
+    "the loss and its product are fused here, never by Liger; model.kernels gives blocks Liger's layers or compiles "
+    "them, and is auto, either of them on CUDA"
+)
+"""Of keys that choose kernels."""
 SAME_RESULT: dict[str, str] = {}
 """Dropped keys that do not change what is learned."""
 
@@ -41,14 +46,17 @@ _same("evaluations come every train.eval_steps", "eval_on_start eval_delay do_ev
 _same("`dpo train` trains", "do_train")
 _same(
     "the output layer and the loss are always fused, so the logits never exist",
-    "use_liger_kernel liger_kernel_config use_logits_to_keep use_num_logits_to_keep",
+    "use_logits_to_keep use_num_logits_to_keep",
 )
 _same(
     "a cost in time or memory, not in the result; set packing.tokens_per_pack to fit the memory",
     "auto_find_batch_size torch_empty_cache_steps activation_checkpointing "
     "activation_checkpointing_kwargs gradient_checkpointing_kwargs use_cache skip_memory_metrics tf32",
 )
-_same("nothing is compiled", "torch_compile torch_compile_backend torch_compile_mode")
+_same(
+    FUSED,
+    "use_liger_kernel liger_kernel_config torch_compile torch_compile_backend torch_compile_mode",
+)
 _same("runs are deterministic as they are", "full_determinism")
 _same("the device is found when the run starts", "use_cpu no_cuda use_mps_device")
 _same(

@@ -48,9 +48,10 @@ class AttentionPlan:
         return replace(self, **_changed(self, change))
 
     def gather_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys or values [keys, ...] of the query segments, one after another, from packed rows [T, ...]."""
+        """Keys or values [keys, ...] of the query segments, one after another, from packed rows [T, ...]; these
+        themselves where no prompt has a second response."""
         if self.key_rows is None or self.key_order is None:
-            return x.contiguous()
+            return x
         return gather_rows(x, self.key_rows, self.key_order, self.key_counts)
 
 

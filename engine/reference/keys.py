@@ -2,8 +2,9 @@
 
 Nothing else is in the key. What computes a log-prob is dtype, kind of device, precision of products, attention backend,
 implementation of the head, and torch and transformers up to their minor versions: these change numbers, by a model's
-code or by more than packs do. Learning rate, beta, loss, output folder, packing and prompt sharing change no log-prob,
-so they never cause a second pass.
+code or by more than packs do. Kernels of blocks change them by no more than another packing does, and are not in it.
+Learning rate, beta, loss, output folder, packing and prompt sharing change no log-prob, so they never cause a second
+pass.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..trl_keys import FUSED
 from .rules import Left, Read, Rule, To, each, words
 
 TRACKERS = ("wandb", "tensorboard", "mlflow", "comet", "trackio")
@@ -95,13 +96,16 @@ RULES: dict[str, Rule] = {
         Left("told", "no part in what is learned"),
     ),
     **each(
+        "torch_compile torch_compile_backend torch_compile_mode dpo_use_liger_kernel liger_rope liger_rms_norm "
+        "liger_glu_activation liger_layer_norm liger_fused_linear_cross_entropy",
+        Left("told", FUSED),
+    ),
+    **each(
         "xformers_attention flex_attention sage_attention flash_attn_cross_entropy flash_attn_rms_norm "
         "flash_attn_fuse_mlp flash_attn_fuse_qkv s2_attention lora_mlp_kernel lora_qkv_kernel lora_o_kernel "
-        "lora_embedding_kernel chunked_cross_entropy torch_compile torch_compile_backend torch_compile_mode "
-        "use_kernels use_scattermoe use_sonicmoe tiled_mlp dpo_use_liger_kernel liger_rope liger_rms_norm "
-        "liger_glu_activation liger_layer_norm liger_fused_linear_cross_entropy unsloth_lora_mlp unsloth_lora_qkv "
-        "unsloth_lora_o gradient_checkpointing_kwargs selective_checkpointing layer_offloading sdpa_varlen "
-        "experts_implementation precompute_ref_log_probs_batch",
+        "lora_embedding_kernel chunked_cross_entropy use_kernels use_scattermoe use_sonicmoe tiled_mlp "
+        "unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o gradient_checkpointing_kwargs selective_checkpointing "
+        "layer_offloading sdpa_varlen experts_implementation precompute_ref_log_probs_batch",
         Left("told", "how it is computed, which this project decides"),
     ),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..trl_keys import FUSED
 from .rules import Left, Read, Rule, To, each, words
 from .transformers_keys import TRANSFORMERS_KEYS
 
@@ -57,8 +58,9 @@ RULES: dict[str, Rule] = {
         "preprocessing_num_workers preprocessing_batch_size overwrite_cache buffer_size data_shared_file_system",
         Left("told", "tokenisation is one streaming pass"),
     ),
+    **each("enable_liger_kernel", Left("told", FUSED)),
     **each(
-        "use_unsloth use_unsloth_gc enable_liger_kernel use_reentrant_gc upcast_layernorm upcast_lmhead_output "
+        "use_unsloth use_unsloth_gc use_reentrant_gc upcast_layernorm upcast_lmhead_output "
         "use_v1_kernels low_cpu_mem_usage use_fast_tokenizer split_special_tokens use_kv_cache infer_backend "
         "infer_dtype offload_folder use_kt quantization_device_map",
         Left("told", "how it is computed, which this project decides"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...errors import UserError
 from ..fields import show
+from ..trl_keys import FUSED
 from .entries import Entry, name_run, put_data
 from .reading import Reading, Trainer, as_list
 from .rules import Left, Read, Rule, To, each, words
@@ -57,10 +58,11 @@ RULES: dict[str, Rule] = {
         "target_columns cache_logprobs_only use_slow_tokenizer tokenizer_revision data_loader_seed",
         Left("told", "rows are tokenised in one pass, and reference log-probs are stored by row"),
     ),
+    **each("compile_model use_liger_kernel", Left("told", FUSED)),
     **each(
         "zero_stage offload_optimizer offload_param zero_hpz_partition_size sync_each_batch timeout profiling "
         "fsdp_shard_degree fsdp_num_replicas tensor_parallel_degree context_parallel_degree cp_degree cp_strategy "
-        "compile_model fused_optimizer low_cpu_mem_usage use_flash_attn use_liger_kernel rope_scaling_beta_fast "
+        "fused_optimizer low_cpu_mem_usage use_flash_attn rope_scaling_beta_fast "
         "rope_scaling_beta_slow activation_checkpointing_mode activation_checkpointing_modules",
         Left("told", "how it is computed, which this project decides"),
     ),

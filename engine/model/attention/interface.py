@@ -181,7 +181,8 @@ def _varlen_call(
 ) -> Callable[[], torch.Tensor]:
     """The call of a variable-length kernel: its inputs are ready; [1, T, H, D], padded."""
     query_THD, key_TKD, value_TKD = (x[0].transpose(0, 1) for x in _equal_widths(query, key, value))
-    inputs = (query_THD.contiguous(), plan.gather_keys(key_TKD), plan.gather_keys(value_TKD))
+    key_TKD, value_TKD = plan.gather_keys(key_TKD), plan.gather_keys(value_TKD)
+    inputs = (_readable(query_THD), _readable(key_TKD), _readable(value_TKD))
     kernel = KERNELS[name]
     options: dict[str, Any] = {"scaling": scores.scaling, "window": scores.window}
 
@@ -191,6 +192,12 @@ def _varlen_call(
         return kernel.attend(*inputs, plan, **options, softcap=scores.softcap)[None]
 
     return attend
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """A tensor as kernels read it, 16 bytes at a time from rows that lie anywhere; a copy where it does not lie so."""
+    starts = (*x.stride()[:-1], int(x.storage_offset()))
+    return x if x.stride(-1) == 1 and not any(start % _ALIGNMENT for start in starts) else x.contiguous()
 
 
 def _check_unused(module: torch.nn.Module, arguments: dict[str, Any]) -> None:

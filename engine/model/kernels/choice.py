@@ -14,8 +14,9 @@ from ..sources import first_line
 from .comparison import difference
 from .compiled import compile_changes
 from .exchange import Change, Exchange, Kernels
+from .liger import liger_changes
 
-CHANGES: dict[str, Callable[[Policy], list[Change]]] = {"compile": compile_changes}
+CHANGES: dict[str, Callable[[Policy], list[Change]]] = {"liger": liger_changes, "compile": compile_changes}
 """What each kind changes in a model, in order of preference."""
 DEVICES = ("cuda",)
 """Where ``auto`` takes any."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.errors import BackendError, UserError
 from engine.model.attention import Backend, choice, choose_backend, interface, packed_attention, register_backends
@@ -125,6 +127,48 @@ def test_gradients_are_the_same_in_every_run(kernels, name, family):
         results.append([p.grad.clone() for p in policy.parameters()])
         assert not torch.are_deterministic_algorithms_enabled()
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*results, strict=True))
+
+
+class Copies(TorchDispatchMode):
+    """How often rows were gathered, and tensors copied to make them contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("family", "copies"), [("llama", 0), ("phi3", 0), ("youtu", None)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_keys_and_values_are_gathered_once_a_layer_and_not_without_a_second_response(
+    kernels, monkeypatch, family, copies, shared
+):
+    model = model_of(tiny_config(family))
+    policy = policy_on(Backend("varlen", "test"), model)
+    made = interface._varlen_call
+    counted = Copies()
+
+    def call(*args):
+        with counted:
+            return made(*args)
+
+    monkeypatch.setattr(interface, "_varlen_call", call)
+    policy.logps(build_batch(random_groups(), share_prompts=shared))
+    layers = model.config.num_hidden_layers
+    assert counted.counts["index_select"] == (2 * layers if shared else 0)
+    if copies is not None:
+        assert counted.counts["clone"] + counted.counts["copy_"] == copies
+
+
+def test_a_tensor_that_kernels_cannot_read_where_it_lies_is_copied():
+    x = torch.zeros(5, 4, 24)
+    assert interface._readable(x[..., :16]).data_ptr() == x.data_ptr()
+    assert interface._readable(x[..., 8:]).data_ptr() == x[..., 8:].data_ptr()
+    for unread in (x[..., 4:20], torch.zeros(5, 4, 20)[..., :16], x.transpose(1, 2)):
+        assert interface._readable(unread).is_contiguous()
 
 
 @pytest.mark.parametrize("family", ["mistral", "youtu"])

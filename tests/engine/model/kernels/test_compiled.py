@@ -8,18 +8,16 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from engine.config.schema import LoraConfig, ModelConfig
+from engine.config.schema import LoraConfig
 from engine.errors import UserError
-from engine.model import check_packing, load_policy
+from engine.model import check_packing
 from engine.model.kernels import choice, compiled
 from engine.model.kernels.choice import fuse_blocks, kernels_words, use_kernels
 from engine.model.kernels.exchange import ABSENT, Change, Kernels
-from engine.packing import build_batch
 from engine.reference import model_digest
 from tests.conformance.families import tiny_config, tiny_model
-from tests.engine.model.test_attention import make_policy, random_groups
-
-CPU = torch.device("cpu")
+from tests.engine.model.kernels.policies import assert_close, gradients, packs, policy_of
+from tests.engine.model.test_attention import make_policy
 
 
 @pytest.fixture(autouse=True)
@@ -32,32 +30,6 @@ def fresh_compiler(monkeypatch):
     yield
     torch._dynamo.reset()
     compiled._compile.cache_clear()
-
-
-def policy_of(folder, *, how=False, **options):
-    torch.manual_seed(0)
-    return load_policy(
-        ModelConfig(model_name_or_path=str(folder), **options), device=CPU, gradient_checkpointing=how
-    ).train()
-
-
-def gradients(policy, batch) -> list[torch.Tensor]:
-    """Log-probs, and the gradient of their sum."""
-    policy.zero_grad()
-    logps = policy.logps(batch)
-    logps.sum().backward()
-    return [logps.detach(), *(p.grad.clone() for p in policy.parameters() if p.grad is not None)]
-
-
-def assert_close(got, want, bound=1e-5) -> None:
-    assert len(got) == len(want) > 1
-    for a, b in zip(got, want, strict=True):
-        assert (a - b).norm() <= bound * b.norm() + 1e-7
-
-
-def packs(*counts: int):
-    """Packs of so many groups each, of different lengths and numbers of responses."""
-    return [build_batch(random_groups(seed)[:count]) for seed, count in enumerate(counts)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""Liger's own kernels, interpreted, in tiny models: the log-probs and gradients of transformers' layers."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from engine.config.schema import LoraConfig
+from engine.errors import UserError
+from engine.model.kernels import choice, liger
+from engine.model.kernels.choice import fuse_blocks, use_kernels
+from engine.model.kernels.exchange import Kernels
+from engine.reference import model_digest
+from tests.conformance.families import tiny_config, tiny_model
+from tests.engine.model.kernels.policies import assert_close, gradients, packs, policy_of
+from tests.engine.model.test_attention import make_policy
+
+pytest.importorskip("liger_kernel")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Whatever the device, and everything as it was afterwards."""
+    monkeypatch.setattr(liger, "DEVICES", ("cpu",))
+    convert = interpreter._implicit_cvt
+
+    def with_scalars(arg):
+        # as a compiled kernel is given them; the interpreter leaves a Python float as it is
+        if isinstance(arg, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([arg], dtype=np.float32), tl.float32), tl.float32)
+        return convert(arg)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", with_scalars)
+    # of the device's library, which the interpreter does not have
+    monkeypatch.setattr("liger_kernel.ops.rms_norm.rsqrt", lambda x: 1 / tl.sqrt(x))
+    monkeypatch.setattr("liger_kernel.ops.geglu.tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
+    yield
+    for (module, name), function in liger._functions.items():
+        setattr(sys.modules[module], name, function)
+
+
+def names_of(policy) -> set[str]:
+    return {getattr(change.fused, "__qualname__", change.name) for change in policy.exchange.changes}
+
+
+@pytest.mark.parametrize(("how", "lora"), [(True, LoraConfig(r=4)), ("selective", None)])
+def test_gradients_are_those_of_plain_layers(how, lora, tiny_model_dir):
+    policy = policy_of(tiny_model_dir, how=how, dtype="float32", lora=lora)
+    (batch,) = packs(1)
+    plain = gradients(policy, batch)
+    before = model_digest(policy), set(policy.state_dict()), policy.config.to_dict()
+    use_kernels(policy, Kernels("liger"))
+    assert {"LigerRMSNorm.forward", "LigerSwiGLUMLP.forward"} <= names_of(policy)
+    assert any("_rotary" in name for name in names_of(policy))
+    assert_close(gradients(policy, batch), plain)
+    assert (model_digest(policy), set(policy.state_dict()), policy.config.to_dict()) == before
+    policy.exchange.off()
+    assert_close(gradients(policy, batch), plain, 0.0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_families_have_layers_of_their_own(family):
+    policy = make_policy(tiny_model(tiny_config(family))).train()
+    (batch,) = packs(1)
+    plain = gradients(policy, batch)
+    use_kernels(policy, Kernels("liger"))
+    assert "LigerRMSNorm.forward" in names_of(policy)
+    assert "LigerExperts.forward" not in names_of(policy)
+    assert_close(gradients(policy, batch), plain, 1e-4)
+
+
+def test_a_second_model_of_the_family_is_plain_until_it_is_asked_to_be_fused(tiny_model_dir):
+    """Also one that is loaded while another is fused: none of its classes is Liger's, and its check compares all."""
+    first = policy_of(tiny_model_dir, dtype="float32")
+    fuse_blocks(first, "liger")
+    assert first.kernels == Kernels("liger", "requested")
+    second = policy_of(tiny_model_dir, dtype="float32")
+    assert not any(type(module).__module__.startswith("liger_kernel") for module in second.modules())
+    use_kernels(second, Kernels("liger"))
+    assert names_of(second) == names_of(first)
+
+
+def test_an_activation_that_liger_does_not_have_is_found_out(monkeypatch):
+    config = tiny_config("llama")
+    config.hidden_act = "gelu"
+    policy = make_policy(tiny_model(config))
+    with pytest.raises(UserError, match=r"^model\.kernels=liger cannot be used here: it gives other log-probs"):
+        fuse_blocks(policy, "liger")
+    monkeypatch.setattr(choice, "DEVICES", ("cpu",))
+    monkeypatch.setattr(choice, "CHANGES", {"liger": liger.liger_changes})
+    fuse_blocks(policy, "auto")
+    assert policy.kernels.name == "none"
+    assert torch.isfinite(policy.logps(packs(1)[0])).all()
