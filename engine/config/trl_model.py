@@ -107,7 +107,8 @@ class ModelKeys(Keys):
                 "dtype",
                 f"{self.name} trains the weights in {held}, which rounds small updates away; here trained weights are "
                 f"float32, which takes more memory, and compute in model.dtype {computed}; they are stored as float32, "
-                "too, unless train.save_dtype is bfloat16",
+                "too, unless train.save_dtype is bfloat16; optim.master_weights stochastic holds them in bfloat16 and "
+                "rounds updates at random, so that they add up",
             )
         elif held == "float16":
             self._new("dtype", f"float16 -> model.dtype {computed}, which the frozen base is held in, too")

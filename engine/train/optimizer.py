@@ -111,7 +111,7 @@ def check_optimizer(name: str) -> None:
     if distributed.size() > 1:
         raise UserError(
             f"optim.optimizer={name} runs in one process: its state cannot be sharded; set adamw, whose state is "
-            "spread over the processes"
+            "spread over the processes, and with optim.offload waits in host memory"
         )
     try:
         import bitsandbytes  # noqa: F401
