@@ -29,6 +29,7 @@ _COMMANDS = {
     "plan": "count packs, steps, padding and what sharing prompts saves; forecast memory and time",
     "precompute": "compute and store the reference log-probs that are not stored yet",
     "train": "train a model on preference pairs",
+    "sweep": "train every combination of lists of values, and compare the runs on a page",
     "evaluate": "compute loss, rewards and accuracy on the evaluation split",
     "merge": "put an adapter into the weights of its base, as a model that stands alone",
     "push": "upload the model of a run, or a merged one, to the Hub",
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        takes_requests = arguments[:1] and arguments[0] in _JOINT_COMMANDS
+        takes_requests = arguments[:1] and arguments[0] in (*_JOINT_COMMANDS, "sweep")
         with stop.listening() if takes_requests else nullcontext(), distributed.process_group():
             code = run(arguments)
         sys.stdout.flush()
@@ -168,7 +169,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, _Parser]]:
     subparsers = parser.add_subparsers(dest="command", help=argparse.SUPPRESS, parser_class=_Parser)
     commands = {}
     for name, text in _COMMANDS.items():
-        takes_config = name in ("check", "plan", "precompute", "train", "evaluate")
+        takes_config = name in ("check", "plan", "precompute", "train", "sweep", "evaluate")
         usage = f"dpo {name} CONFIG [options] [--section.key value ...]" if takes_config else None
         commands[name] = subparsers.add_parser(
             name, prog=f"dpo {name}", description=_sentence(text), usage=usage, takes_config=takes_config
@@ -329,7 +330,7 @@ def run(arguments: Sequence[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # deprecations inside other packages are nothing that a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if options.command in ("train", "evaluate", "precompute", "demo", "merge"):
+    if options.command in ("train", "sweep", "evaluate", "precompute", "demo", "merge"):
         _configure_logging()
     from . import commands as bodies
 

@@ -113,6 +113,18 @@ def train(options: Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def sweep(options: Namespace, overrides: Sequence[str]) -> int:
+    """``dpo sweep``"""
+    from .config.sweep import load_sweep
+
+    runs = load_sweep(options.config, overrides)
+    print(f"dpo sweep {options.config}: {len(runs)} runs; loading torch and transformers", file=sys.stderr, flush=True)
+    from .sweep import sweep
+
+    print(sweep(runs))
+    return 0
+
+
 def evaluate(options: Namespace, overrides: Sequence[str]) -> int:
     """``dpo evaluate``"""
     config = _begin(options, overrides)

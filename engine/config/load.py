@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: the file cannot be read, is not YAML, or does not fit the schema. The message names file, line, key.
     """
     values, lines = read_yaml(path)
-    overridden = parse_overrides(overrides)
-    for key, value in overridden.items():
+    if "sweep" in values:
+        raise UserError(f"{path} describes a sweep of several runs: `dpo sweep {path}` trains them")
+    return build_from(str(path), values, lines, parse_overrides(overrides))
+
+
+def build_from(path: str, values: dict[str, Any], lines: dict[str, int], settings: Mapping[str, Any]) -> RunConfig:
+    """The validated configuration of what a file holds, with ``settings`` by dotted key in place of its own.
+
+    Args:
+        values, lines: as ``read_yaml`` gives them; ``values`` is changed.
+
+    Raises:
+        UserError: as ``load_config``.
+    """
+    for key, value in settings.items():
         _set(values, key, value)
-    return _Builder(str(path), lines, set(overridden)).build(values)
+    return _Builder(path, lines, set(settings)).build(values)
 
 
 def build_config(values: dict[str, Any], source: str) -> RunConfig:

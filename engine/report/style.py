@@ -28,6 +28,8 @@ REJECTED = "#b8475a"
 DPI = 150
 _WIDTH = 6.4
 """Inches, which the page shows as about 560 pixels: text of 10 points is then as large as that of its captions."""
+_LEGEND_CHARACTERS = 80
+"""Of the labels in one line above a panel."""
 SMOOTH_FROM = 40
 """Series with at least this many points are drawn raw and smoothed."""
 
@@ -178,7 +180,7 @@ def legend(axes: Axes) -> None:
             labels,
             loc="lower right",
             bbox_to_anchor=(1.0, 1.0),
-            ncols=4,
+            ncols=max(1, min(4, _LEGEND_CHARACTERS // max(map(len, labels)))),
             borderaxespad=0.2,
             columnspacing=1.4,
             handlelength=1.6,
