@@ -79,7 +79,9 @@ def check(config: RunConfig) -> Checked:
             sets = [_first_window(one, config) for one in sets]
             parts.append(f"a stream: of each set the first {window_size(config):,} rows are looked at")
         looks = [_look(config, tokenizer, one, copies, Notes(held_out, stops)) for one in sets]
-        if split != "train":
+        if split == "train":
+            labels = [sum(len(look.lengths.get(name, ())) for look in looks) for name in ("desirable", "undesirable")]
+        else:
             held_out.report(MixtureReport({look.label: look.report for look in looks}))
         needed = with_rows([look.report for look in looks], config.data, split)
         for look in looks:
@@ -94,6 +96,7 @@ def check(config: RunConfig) -> Checked:
             parts.append(_epoch(config, looks))
     parts += [f"warning: {words}"] if (words := LossTerms(config.loss).caution) else []
     parts += [f"warning: {words}"] if (words := stops.words()) else []
+    parts += [f"warning: {words}"] if (words := LossTerms(config.loss).uneven(*labels)) else []
     parts += [f"training would stop: {reason}" for reason in obstacles]
     return Checked("\n\n".join(parts), reports, tuple(obstacles))
 
@@ -173,6 +176,8 @@ def _text(look: _Look, config: RunConfig, tokenizer) -> str:
         parts.append(layouts())
     if look.shown is not None:
         parts += [_format_lengths(look.lengths, config.data.max_length)]
+        if config.loss.unpaired and look.shown.desirable is None:
+            parts += ["each pair becomes two rows: the chosen response is desirable, the rejected one is not"]
         parts += [f"rows: {words}"] if (words := look.numbers.words()) else []
         parts += [format_example(look.shown, tokenizer)]
     return "\n\n".join(parts)
@@ -183,7 +188,8 @@ def _obstacles(look: _Look, config: RunConfig) -> list[str]:
     terms, numbers = LossTerms(config.loss), look.numbers
     if look.several_pairs and (reason := terms.against_several_pairs):
         reasons.append(f"{look.report.source}: {reason}")
-    if reason := terms.against_numbers(weights=numbers.has("weight"), margins=numbers.has("margin")):
+    given = {"weights": numbers.has("weight"), "margins": numbers.has("margin"), "tokens": numbers.weighs_tokens}
+    if reason := terms.against_numbers(**given):
         reasons.append(f"{look.report.source}: {reason}")
     return reasons
 
@@ -198,7 +204,10 @@ def _epoch(config: RunConfig, looks: Sequence[_Look]) -> str:
 
 def _run_faults(group: PreferenceGroup, config: RunConfig) -> Iterator[str]:
     """Problems that a row has with the rest of the configuration."""
-    if len(group.response_ids) != 2 and group.pairs is None and "plackett_luce" not in config.loss.loss_types:
+    if group.desirable is not None:
+        if not config.loss.unpaired:
+            yield "unpaired"
+    elif len(group.response_ids) != 2 and group.pairs is None and "plackett_luce" not in config.loss.loss_types:
         yield "not_a_pair"
     sizes = np.array([len(group.prompt_ids), *map(len, group.response_ids)])
     if group_sizes([sizes], share_prompts=config.packing.share_prompts)[0] > config.packing.tokens_per_pack:

@@ -82,10 +82,11 @@ def plan(options: Namespace, overrides: Sequence[str]) -> int:
         print(f"{report.dropped:,} of {report.total:,} rows are dropped; `dpo check {options.config}` says why\n")
     # After the data: what is read counts as memory of the process.
     from .forecast import Target, describe_forecast
-    from .train.feed import drawn_groups
+    from .train.mismatched import loss_groups
 
     target = Target.of_kind(options.device or ("cuda" if options.memory else None), options.processes)
-    print(describe_forecast(drawn_groups(config, dataset), config, target, room=options.memory))
+    groups = loss_groups(config, dataset, split="train")
+    print(describe_forecast(groups, config, target, room=options.memory))
     return 0
 
 

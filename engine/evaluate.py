@@ -39,6 +39,7 @@ from .run_folder import (
 from .train.divergence import sampled_divergence
 from .train.evaluation import evaluate_splits, format_evaluation, write_evaluation
 from .train.measures import format_details, with_text
+from .train.mismatched import loss_groups
 from .train.objective import Objective
 from .train.references import full_model, load_reference, prepare_references
 from .train.training_data import warn_of_trained_rows
@@ -85,7 +86,7 @@ def evaluate(
     config = with_template_date(config, tokenizer, None if run is None else run.data.template_date)
     datasets, lint = _load_data(config, tokenizer)
     if run is not None:
-        _compare(run, tokenizer, datasets, lint)
+        _compare(run, tokenizer, datasets, lint, unpair=config.loss.unpaired)
     packing = config.packing
     fits = partial(check_fits, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts)
     for dataset in datasets.values():
@@ -166,15 +167,19 @@ def _load_data(config: RunConfig, tokenizer: Any) -> tuple[dict[str, PreferenceD
     datasets: dict[str, PreferenceDataset] = {}
     lint: dict[str, Report] = {}
     for split in config.data.eval_splits or ("eval",):
-        datasets[split], lint[split] = load_dataset_groups(config.data, tokenizer, split=split)
+        dataset, lint[split] = load_dataset_groups(config.data, tokenizer, split=split, unpair=config.loss.unpaired)
+        datasets[split] = loss_groups(config, dataset, split=split)
     return datasets, lint
 
 
-def _compare(run: RunConfig, tokenizer: Any, datasets: dict[str, PreferenceDataset], lint: dict[str, Report]) -> None:
+def _compare(
+    run: RunConfig, tokenizer: Any, datasets: dict[str, PreferenceDataset], lint: dict[str, Report], *, unpair: bool
+) -> None:
     """Warn of rows that the run was trained on, as training does, where its data is still there."""
     try:
         check_files(run.data, splits=("train",), first_rows=False)
-        trained = load_dataset_groups(replace(run.data, strict=False), tokenizer, split="train")[0]
+        data = replace(run.data, strict=False)
+        trained = load_dataset_groups(data, tokenizer, split="train", unpair=unpair)[0]
     except UserError as error:
         log.warning("whether the evaluation rows were trained on is not known: %s", error)
         return
@@ -246,7 +251,7 @@ def _as_trained(run_dir: Path, values: dict[str, float]) -> dict[str, float]:
         log.warning("it is written anew: %s", error)
         return {}
     names = ("num_pairs", "logps/chosen", "logps/rejected", "loss")
-    same = [prefix + name for prefix in eval_prefixes(values) for name in names]
+    same = [name for prefix in eval_prefixes(values) for part in names if (name := prefix + part) in values]
     if not all(math.isclose(before.get(name, math.nan), values[name], rel_tol=_SAME_ROWS) for name in same):
         return {}
     return {name: value for name, value in before.items() if name.startswith(AS_TRAINED)}

@@ -32,7 +32,7 @@ from .reference import (
 from .reference.columns import check_export_path, check_export_row
 from .reference.keys import ModelIdentity
 from .reference.template_date import with_template_date
-from .train.feed import drawn_groups
+from .train.mismatched import loss_groups
 from .train.references import load_reference, reference_model
 
 VERIFIED_ROWS = 256
@@ -51,6 +51,11 @@ def check_settings(config: RunConfig, export: Path | None) -> None:
     if export is not None and config.loss.ld_alpha not in (None, 1):
         raise UserError(
             "--export writes sums over responses, and loss.ld_alpha weighs single tokens: set it to null for an export"
+        )
+    if export is not None and config.loss.unpaired:
+        raise UserError(
+            f"--export writes columns of pairs and rankings, and loss.loss_type {config.loss.loss_name} takes rows: "
+            "share the folder of reference.store instead"
         )
     if export is not None and distributed.is_main():
         for one, path in _exported(config, export):
@@ -115,11 +120,12 @@ def check_columns(config: RunConfig) -> None:
 
 
 def _datasets(config: RunConfig, tokenizer: Any, *, whole: bool = False) -> dict[str, PreferenceDataset]:
-    train = load_dataset_groups(config.data, tokenizer, split="train")[0]
-    # What an epoch takes of an exported set is to stay what it is.
-    train = train if whole else drawn_groups(config, train)
-    held_out = {split: load_dataset_groups(config.data, tokenizer, split=split)[0] for split in config.data.eval_splits}
-    return {"train": train, **held_out}
+    datasets = {}
+    for split in ("train", *config.data.eval_splits):
+        dataset, _ = load_dataset_groups(config.data, tokenizer, split=split, unpair=config.loss.unpaired)
+        # What an epoch takes of an exported set is to stay what it is.
+        datasets[split] = dataset if whole and split == "train" else loss_groups(config, dataset, split=split)
+    return datasets
 
 
 def _reference_policy(config: RunConfig, datasets: dict[str, PreferenceDataset]) -> Policy:

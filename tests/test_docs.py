@@ -158,7 +158,12 @@ def test_every_option_of_the_loss_is_held_by_a_test_that_names_it():
 def test_every_loss_is_held_by_a_test_that_names_it():
     """To TRL where it has the loss, else to its formula."""
     folder = ROOT / "tests"
-    files = ("parity/test_trl_variants.py", "dpo_kernels/test_losses.py", "dpo_kernels/test_preference.py")
+    files = (
+        "parity/test_trl_variants.py",
+        "parity/test_trl_kto.py",
+        "dpo_kernels/test_losses.py",
+        "dpo_kernels/test_preference.py",
+    )
     text = "".join((folder / file).read_text(encoding="utf-8") for file in files)
     assert [name for name in get_args(LossType) if not re.search(rf"\b{name}\b", text)] == []
 

@@ -8,15 +8,16 @@ from typing import Literal
 from .mixture import check_parts, check_set
 
 RowFormat = Literal[
-    "auto", "preference", "conversation", "hh", "sharegpt", "kwise", "scored", "tokenized", "alpaca", "question",
-    "messages", "chosen_response", "llama_factory", "ms_swift", "openai", "nemo_rl", "torchtune", "stack_exchange",
-    "nectar", "shp", "pku_saferlhf", "helpsteer2", "helpsteer3", "step_dpo", "arena", "input_ids",
+    "auto", "preference", "conversation", "hh", "sharegpt", "kwise", "scored", "tokenized", "unpaired", "alpaca",
+    "question", "messages", "chosen_response", "llama_factory", "ms_swift", "openai", "nemo_rl", "torchtune",
+    "stack_exchange", "nectar", "shp", "pku_saferlhf", "helpsteer2", "helpsteer3", "step_dpo", "arena", "input_ids",
+    "labelled", "kto_tag",
 ]  # fmt: skip
 COLUMN_PARTS = (
-    "prompt", "chosen", "rejected", "system", "input", "history", "tools", "messages", "responses", "ranking", "scores",
-    "label", "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps", "ref_logps",
-    "chat_template_kwargs", "weight", "margin", "mask", "weights", "chosen_mask", "rejected_mask", "chosen_weights",
-    "rejected_weights",
+    "prompt", "chosen", "rejected", "system", "input", "history", "tools", "messages", "responses", "ranking",
+    "scores", "completion", "label", "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps",
+    "ref_rejected_logps", "ref_logps", "chat_template_kwargs", "weight", "margin", "mask", "weights", "chosen_mask",
+    "rejected_mask", "chosen_weights", "rejected_weights",
 )  # fmt: skip
 """Parts of a row that ``data.columns`` may name a column for."""
 

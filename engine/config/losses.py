@@ -11,12 +11,14 @@ from .require import require as _require
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "ipo_sum", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "nll", "sigmoid_norm", "dpop", "dpo_shift", "simpo",
-    "orpo", "cpo", "plackett_luce", "dpo", "dpo_norm",
+    "orpo", "cpo", "plackett_luce", "kto", "apo_zero_unpaired", "dpo", "dpo_norm",
 ]  # fmt: skip
 LOSS_ALIASES = {"dpo": "sigmoid", "dpo_norm": "sigmoid_norm"}
 """Names that others give losses."""
 REFERENCE_FREE_LOSSES = frozenset({"sft", "nll", "simpo", "orpo", "cpo"})
 """Losses whose value does not depend on reference log-probs."""
+UNPAIRED_LOSSES = frozenset({"kto", "apo_zero_unpaired"})
+"""Losses of single responses that are each desirable or not."""
 SMOOTHED_LOSSES = frozenset(
     {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "dpop", "dpo_shift", "simpo", "cpo"}
 )
@@ -31,13 +33,17 @@ DIVERGENCE_LOSSES = frozenset(
 """Losses that take another f_divergence_type than reverse_kl."""
 
 
+ALONE = UNPAIRED_LOSSES | {"plackett_luce"}
+"""Losses that do not add to others, and have none of the options of pairs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """The preference loss. Names as in TRL; see ``dpo_kernels.losses`` for every type and its source."""
 
     loss_type: LossType | tuple[LossType, ...] = "sigmoid"
-    """sigmoid, or dpo, is DPO; plackett_luce ranks two or more responses; simpo, orpo and cpo need no reference.
-    Several losses in a list are added."""
+    """sigmoid, or dpo, is DPO; plackett_luce ranks two or more responses; simpo, orpo and cpo need no reference;
+    kto and apo_zero_unpaired take rows that are each desirable or not. Several losses in a list are added."""
     loss_weights: tuple[float, ...] | None = None
     """Factor of each loss in a list; null is 1 for each."""
     beta: float = 0.1
@@ -54,6 +60,10 @@ class LossConfig:
     """How much dpop counts a chosen log-prob that falls below the reference."""
     shift_lambda: float = 0.95
     """What dpo_shift multiplies the rejected reward by, in (0, 1]."""
+    desirable_weight: float = 1.0
+    """What kto and apo_zero_unpaired multiply the loss of desirable rows by."""
+    undesirable_weight: float = 1.0
+    """The same of undesirable rows."""
     rpo_alpha: float | None = None
     """Add so much of the mean token loss of each chosen response (the loss nll); null adds nothing."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
@@ -82,10 +92,8 @@ class LossConfig:
             f"loss.label_smoothing has no meaning for loss_type {self.loss_name}; set it to 0",
         )
         _require(len(self.loss_types) > 0, "loss.loss_type must name at least one loss")
-        _require(
-            len(self.loss_types) == 1 or "plackett_luce" not in self.loss_types,
-            "loss.loss_type plackett_luce does not add to others; name it alone",
-        )
+        for name in ALONE & set(self.loss_types) if len(self.loss_types) > 1 else ():
+            _require(False, f"loss.loss_type {name} does not add to others; name it alone")
         weights = 1 if self.loss_weights is None else len(self.loss_weights)
         _require(
             self.loss_weights is None or weights == len(self.loss_types),
@@ -114,9 +122,10 @@ class LossConfig:
         )
         for name in ("rpo_alpha", "ld_alpha", "use_weighting"):
             _require(
-                (given := getattr(self, name)) is None or given is False or "plackett_luce" not in self.loss_types,
-                f"loss.{name} is for pairs; it has no meaning for loss_type plackett_luce",
+                (given := getattr(self, name)) is None or given is False or ALONE.isdisjoint(self.loss_types),
+                f"loss.{name} is for pairs; it has no meaning for loss_type {self.loss_name}",
             )
+        self._check_sides()
         _require(
             not self.use_weighting or not COUPLED_LOSSES & set(self.loss_types),
             "loss.use_weighting has no meaning for aot and aot_unpaired, whose losses are quantiles and not pairs",
@@ -132,6 +141,22 @@ class LossConfig:
                 _require(
                     not isinstance(number, float) or math.isfinite(number), f"loss.{name} must be finite, got {number}"
                 )
+
+    def _check_sides(self) -> None:
+        weights = {name: getattr(self, name) for name in ("desirable_weight", "undesirable_weight")}
+        for name, weight in weights.items():
+            _require(weight >= 0, f"loss.{name} must not be negative, got {weight}")
+            _require(
+                self.unpaired or weight == 1,
+                f"loss.{name} is for loss_type {' and '.join(sorted(UNPAIRED_LOSSES, reverse=True))}; it has no "
+                f"meaning for loss_type {self.loss_name}",
+            )
+        _require(any(weights.values()), "loss.desirable_weight and loss.undesirable_weight are both 0: nothing is left")
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether rows are each desirable or not, instead of pairs or rankings."""
+        return not UNPAIRED_LOSSES.isdisjoint(self.loss_types)
 
     @property
     def loss_types(self) -> tuple[str, ...]:
@@ -152,3 +177,17 @@ class LossConfig:
             if name != "nll" or weight:
                 terms[name] = terms.get(name, 0.0) + weight
         return terms
+
+
+def check_unpaired(loss: LossConfig, pairs_per_step: int, *, streaming: bool) -> None:
+    """Raise a ``ValueError`` where a loss of unpaired rows does not fit how rows are read and divided into steps."""
+    _require(
+        "kto" not in loss.loss_types or pairs_per_step > 1,
+        "packing.pairs_per_step must be at least 2 for loss.loss_type kto, which compares the rows of a step with each "
+        "other's completions",
+    )
+    _require(
+        not (loss.unpaired and streaming),
+        f"data.streaming reads rows in windows, and loss.loss_type {loss.loss_name} has to know all of them: set "
+        "data.streaming to false",
+    )

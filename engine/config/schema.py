@@ -9,7 +9,7 @@ from typing import Literal
 
 from .datasets import COLUMN_PARTS, DatasetConfig, RowFormat
 from .lora import LoraConfig
-from .losses import REFERENCE_FREE_LOSSES, LossConfig
+from .losses import REFERENCE_FREE_LOSSES, LossConfig, check_unpaired
 from .mixture import AMOUNTS, check_mixture, check_parts
 from .optim import OptimConfig
 from .require import require as _require
@@ -287,6 +287,7 @@ class RunConfig:
             self.reference.mode != "none" or REFERENCE_FREE_LOSSES.issuperset(self.loss.loss_types),
             f"reference.mode none does not fit loss.loss_type {self.loss.loss_name}, which compares with a reference",
         )
+        check_unpaired(self.loss, self.packing.pairs_per_step, streaming=self.data.streaming)
         moves = self.reference.sync_ref_model
         _require(
             not (moves and self.model.trains_adapter),

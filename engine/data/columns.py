@@ -22,6 +22,7 @@ COLUMNS = {
     "kwise": ("prompt", "responses", "ranking"),
     "scored": ("prompt", "responses", "scores"),
     "tokenized": ("prompt_ids", "chosen_ids", "rejected_ids"),
+    "unpaired": ("prompt", "completion", "label"),
 }
 _TOLD_BY_COLUMNS = ("tokenized", "kwise", "sharegpt")
 """Layouts that no row has the columns of by chance; the first that fits is taken."""
@@ -56,13 +57,16 @@ def detect_format(row: Row, *, prompt_decided: bool = False) -> str:
     for name in _TOLD_BY_COLUMNS:
         if columns.issuperset(COLUMNS[name]):
             return name
+    later = {*BESIDE_ANSWERS, "conversation", *(["labelled"] if columns.issuperset(COLUMNS["unpaired"]) else [])}
     for name, variants in FOREIGN.items():
-        if name not in (*BESIDE_ANSWERS, "conversation") and any(v.known_by(row.data) for v in variants):
+        if name not in later and any(v.known_by(row.data) for v in variants):
             return name
     if columns.issuperset(COLUMNS["preference"]):
         return _layout_of_answers(row, prompt_decided)
     if is_scored(row.data):
         return "scored"
+    if columns.issuperset(COLUMNS["unpaired"]):
+        return "unpaired"
     hint = _likely(row) or (
         f"; rename them, or set data.columns: {{prompt: COLUMN, ...}}, or data.format to one of {', '.join(COLUMNS)}"
     )
@@ -116,8 +120,11 @@ def _no_pair(row: Row) -> str:
     """What to say of rows that have one answer each."""
     names = {str(name).lower() for name in row.data}
     one = names & {"response", "completion", "output"}
+    if "prompt" not in names or not one:
+        return ""
     return (
-        f" (rows with one answer each, here {min(one)}, are no preference pairs)" if "prompt" in names and one else ""
+        f" (rows with one answer each, here {min(one)}, are no preference pairs; with a column label, true or false, "
+        "they are rows for loss.loss_type kto)"
     )
 
 

@@ -14,6 +14,9 @@ RECENT_KEYS = 1 << 16
 """Keys that are held in a set before they are sorted away."""
 
 
+_NONE = b"no response"
+
+
 class SeenKeys:
     """A growing set of 64-bit keys: a small set of recent ones, and sorted arrays of doubling size behind it.
 
@@ -56,7 +59,7 @@ class Copies:
 
     def find(self, groups: Sequence[PreferenceGroup]) -> Iterator[tuple[str, int]]:
         """(problem, source row) of the groups of a chunk, in order: ``duplicate`` or ``contradiction``."""
-        parts = [[digest(ids.tobytes()) for ids in (g.prompt_ids, *g.response_ids)] for g in groups]
+        parts = [_digests(group) for group in groups]
         rows = [key_of(*digests) for digests in parts]
         pairs = [[(key_of(p, a, b), key_of(p, b, a)) for a, b in combinations(rs, 2) if a != b] for p, *rs in parts]
         old_rows = self._rows.settled(np.array(rows, dtype=np.uint64))
@@ -71,6 +74,14 @@ class Copies:
             self._pairs.recent.update(forward for forward, _ in row_pairs)
         self._rows.settle()
         self._pairs.settle()
+
+
+def _digests(group: PreferenceGroup) -> list[bytes]:
+    """Of the prompt and of the responses, best first: an unpaired one is better, or worse, than none."""
+    prompt, *responses = (digest(ids.tobytes()) for ids in (group.prompt_ids, *group.response_ids))
+    if group.desirable is None:
+        return [prompt, *responses]
+    return [prompt, *responses, _NONE] if group.desirable else [prompt, _NONE, *responses]
 
 
 def digest(data: bytes) -> bytes:

@@ -40,6 +40,8 @@ class Example:
     margin: float = 0.0
     token_weights: tuple[np.ndarray, ...] | None = None
     """float32 for each completion, of its tokens before they are cut; None: 1 each. See ``row_numbers.py``."""
+    desirable: bool | None = None
+    """Whether the only completion is a good one; None where completions are compared."""
 
 
 class PromptsDifferError(Exception):

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any, Literal
 
 from ..errors import RowError
 from .examples import PromptsDifferError, answer_messages, messages_of, needed
+from .exchange import answer_of, last_answer_of, pair_of, split_answer, text_of, what_is_asked
 from .labels import first_if, strength, winner
 from .row_numbers import ROW_NUMBERS
 from .sources import Row
@@ -37,7 +37,7 @@ class Foreign:
     columns: tuple[str, ...]
     """Those that it is known by."""
     convert: Callable[[Row], dict[str, Any]]
-    base: Literal["preference", "scored", "tokenized"] = "preference"
+    base: Literal["preference", "scored", "tokenized", "unpaired"] = "preference"
     """The standard layout that ``convert`` gives."""
     further: tuple[str, ...] = ()
     """Other columns that it reads, where they are there."""
@@ -59,85 +59,6 @@ class Foreign:
         return frozenset((*self.columns, *self.further, *ALWAYS))
 
 
-def _text(row: Row, name: str) -> str:
-    value = needed(row, name)
-    if not isinstance(value, str):
-        raise RowError("wrong_type", f"{row.where}: column {name!r} must be text, got {type(value).__name__}")
-    return value
-
-
-def _asked(row: Row, name: str, below: str | None = None) -> str | list[Message]:
-    """A prompt in text or turns, with the text of another column below it and ``history`` before it, where there are
-    such."""
-    extra = row.data.get(below) if below else None
-    extra = extra if isinstance(extra, str) and extra.strip() else None
-    value = "" if extra and row.data.get(name) is None else needed(row, name)
-    history = row.data.get("history") if name != "history" else None
-    if isinstance(value, str):
-        if extra:
-            value = f"{value}\n{extra}" if value.strip() else extra
-        return [*_history(history, row), {"role": "user", "content": value}] if history else value
-    turns = messages_of(value, row, name)
-    if extra and below:
-        turns = _with_text_below(turns, extra, below, row)
-    systems = sum(1 for _ in takewhile(lambda turn: turn["role"] in ("system", "developer"), turns))
-    return [*turns[:systems], *_history(history, row), *turns[systems:]] if history else turns
-
-
-def _with_text_below(turns: list[Message], text: str, name: str, row: Row) -> list[Message]:
-    """Turns with a text below what the user says last, unless it is there."""
-    said = turns[-1].get("content") if turns and turns[-1]["role"] == "user" else None
-    if not isinstance(said, str):
-        raise RowError("bad_turn", f"{row.where}: column {name!r} has text, but the prompt does not end with the user")
-    if f"\n{said.strip()}".endswith(f"\n{text.strip()}"):
-        return turns
-    return [*turns[:-1], {**turns[-1], "content": f"{said}\n{text}"}]
-
-
-def _history(history: Any, row: Row) -> list[Message]:
-    """Earlier exchanges: pairs of a question and its answer, or turns."""
-    if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
-        return messages_of(history, row, "history")
-    turns: list[Message] = []
-    for pair in history if isinstance(history, list) else [None]:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise RowError("wrong_type", f"{row.where}: column 'history' must be a list of [question, answer]")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return turns
-
-
-def _stripped(turns: list[Message]) -> list[Message]:
-    """Turns without white space around what they say, to compare them."""
-    return [
-        turn | {"content": said.strip()} if isinstance(said := turn.get("content"), str) else turn for turn in turns
-    ]
-
-
-def _exchange(prompt: str, chosen: str, rejected: str, below: str | None = None) -> Callable[[Row], dict[str, Any]]:
-    """A prompt and two answers, in text or turns."""
-
-    def convert(row: Row) -> dict[str, Any]:
-        asked = _asked(row, prompt, below)
-        sides = needed(row, chosen), needed(row, rejected)
-        if isinstance(asked, str) and all(isinstance(side, str) for side in sides):
-            return {"prompt": asked, "chosen": sides[0], "rejected": sides[1]}
-        start = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        answers = [answer_messages(side, row, name) for side, name in zip(sides, (chosen, rejected), strict=True)]
-        if len(start) > 1 and start[-1]["role"] == "assistant" and _stripped(start[-1:]) == _stripped(answers[0]):
-            # The conversation ends with the answer that was chosen.
-            start = start[:-1]
-        answers = [_without_prompt(answer, start) for answer in answers]
-        return {"prompt": start, "chosen": answers[0], "rejected": answers[1]}
-
-    return convert
-
-
-def _without_prompt(answer: list[Message], start: list[Message]) -> list[Message]:
-    """The answer of a side that may be the whole conversation."""
-    size = len(start)
-    return answer[size:] if len(answer) > size and _stripped(answer[:size]) == _stripped(start) else answer
-
-
 def _conversation(row: Row) -> dict[str, Any]:
     names = ("prompt", "chosen", "rejected")
     prompt, *sides = (row.data.get(name) for name in names)
@@ -145,30 +66,28 @@ def _conversation(row: Row) -> dict[str, Any]:
     if isinstance(prompt, str) and turns and all(side and side[0]["role"] != "assistant" for side in turns):
         # A text prompt beside whole conversations repeats a turn of theirs.
         return {name: row.data[name] for name in names if name in row.data}
-    return _exchange(*names, below="input")(row)
+    return pair_of(*names, below="input")(row)
 
 
 def _llama_factory(row: Row) -> dict[str, Any]:
     answers = needed(row, "output")
     if len(answers) != 2:
         raise RowError("wrong_type", f"{row.where}: column 'output' needs two answers, the chosen one first")
-    return {"prompt": _asked(row, "instruction", "input"), "chosen": answers[0], "rejected": answers[1]}
+    return {"prompt": what_is_asked(row, "instruction", "input"), "chosen": answers[0], "rejected": answers[1]}
 
 
 def _ms_swift(row: Row) -> dict[str, Any]:
     if row.data.get("messages") is None:
-        return _exchange("query", "response", "rejected_response")(row)
+        return pair_of("query", "response", "rejected_response")(row)
     turns = messages_of(row.data["messages"], row, "messages")
     if row.data.get("rejected_messages") is not None:
         return {"chosen": turns, "rejected": messages_of(row.data["rejected_messages"], row, "rejected_messages")}
-    asked = max((i + 1 for i, turn in enumerate(turns) if turn["role"] != "assistant"), default=0)
-    if not 0 < asked < len(turns):
-        raise RowError("bad_turn", f"{row.where}: column 'messages' must end with the answer that was chosen")
+    start, chosen = split_answer(turns, row, "messages", "that was chosen")
     rejected = needed(row, "rejected_response")
     if isinstance(rejected, list) and len(rejected) == 1 and isinstance(rejected[0], str):
         rejected = rejected[0]
     answer = answer_messages(rejected, row, "rejected_response")
-    return {"prompt": turns[:asked], "chosen": turns[asked:], "rejected": answer}
+    return {"prompt": start, "chosen": chosen, "rejected": answer}
 
 
 def _openai(row: Row) -> dict[str, Any]:
@@ -207,7 +126,7 @@ def _nemo_rl(row: Row) -> dict[str, Any]:
 
 
 def _nectar(row: Row) -> dict[str, Any]:
-    prompt = _turns_marked_by(_HH_TURN, _text(row, "prompt"), "Human")
+    prompt = _turns_marked_by(_HH_TURN, text_of(row, "prompt"), "Human")
     return _ranked(prompt, needed(row, "answers"), row, "answers", "answer", lambda text: text)
 
 
@@ -247,7 +166,7 @@ def _labelled(prompt: Callable[[Row], Any], a: str, b: str, score: Callable[[Row
 
 
 def _helpsteer_prompt(row: Row) -> str | list[Message]:
-    return _turns_marked_by(_HELPSTEER_TURN, _text(row, "prompt"), "User")
+    return _turns_marked_by(_HELPSTEER_TURN, text_of(row, "prompt"), "User")
 
 
 def _arena(row: Row) -> dict[str, Any]:
@@ -264,9 +183,9 @@ def _torchtune(row: Row) -> dict[str, Any]:
 
 
 def _step_dpo(row: Row) -> dict[str, Any]:
-    done = _text(row, "initial_reason_steps")
-    sides = {name: done + _text(row, name) for name in ("chosen", "rejected")}
-    return {"prompt": _text(row, "prompt"), **sides}
+    done = text_of(row, "initial_reason_steps")
+    sides = {name: done + text_of(row, name) for name in ("chosen", "rejected")}
+    return {"prompt": text_of(row, "prompt"), **sides}
 
 
 def _input_ids(row: Row) -> dict[str, Any]:
@@ -304,13 +223,29 @@ def _is_object(data: dict[str, Any]) -> bool:
 
 def _pair(prompt: str, chosen: str = "chosen", rejected: str = "rejected", *, below: str | None = None) -> Foreign:
     further = ("history",) if below is None else ("history", below)
-    return Foreign((prompt, chosen, rejected), _exchange(prompt, chosen, rejected, below), further=further)
+    return Foreign((prompt, chosen, rejected), pair_of(prompt, chosen, rejected, below), further=further)
 
 
 def _one_of_two(
     prompt: Callable[[Row], Any], prompt_name: str, a: str, b: str, by: str, score: Callable[[Row], tuple[float, float]]
 ) -> Foreign:
     return Foreign((prompt_name, a, b, by), _labelled(prompt, a, b, score), "scored", further=("label",))
+
+
+def _has_one_answer(data: dict[str, Any]) -> bool:
+    return data.keys().isdisjoint(("chosen", "rejected", "rejected_response", "rejected_messages", "responses"))
+
+
+def _one_answer(prompt: str, completion: str, label: str = "label", *, below: str | None = None) -> Foreign:
+    convert, further = answer_of(prompt, completion, label, below), ("history", *(() if below is None else (below,)))
+    return Foreign((prompt, completion, label), convert, "unpaired", further=further, fits=_has_one_answer)
+
+
+def _conversations_with(label: str) -> tuple[Foreign, ...]:
+    return tuple(
+        Foreign((name, label), last_answer_of(name, label), "unpaired", fits=_has_one_answer)
+        for name in ("messages", "conversations", "conversation")
+    )
 
 
 FOREIGN: dict[str, tuple[Foreign, ...]] = {
@@ -341,12 +276,17 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
     "nectar": (Foreign(("prompt", "answers"), _nectar, "scored"),),
     "shp": (
         _one_of_two(
-            lambda row: _text(row, "history"), "history", "human_ref_A", "human_ref_B", "labels", first_if("labels", 1)
+            lambda row: text_of(row, "history"),
+            "history",
+            "human_ref_A",
+            "human_ref_B",
+            "labels",
+            first_if("labels", 1),
         ),
     ),
     "pku_saferlhf": (
         _one_of_two(
-            lambda row: _asked(row, "prompt"),
+            lambda row: what_is_asked(row, "prompt"),
             *("prompt", "response_0", "response_1", "better_response_id"),
             first_if("better_response_id", 0),
         ),
@@ -360,7 +300,7 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
     ),
     "helpsteer3": (
         _one_of_two(
-            lambda row: _asked(row, "context"),
+            lambda row: what_is_asked(row, "context"),
             *("context", "response1", "response2", "overall_preference"),
             strength("overall_preference"),
         ),
@@ -371,6 +311,20 @@ FOREIGN: dict[str, tuple[Foreign, ...]] = {
     "question": (_pair("question", below="input"), _pair("query"), _pair("input"), _pair("problem")),
     "messages": tuple(map(_pair, ("messages", "conversation", "context_messages", "trajectory", "context", "history"))),
     "conversation": (Foreign(("prompt", "chosen", "rejected"), _conversation, further=("history", "input")),),
+    "kto_tag": (
+        _one_answer("instruction", "output", "kto_tag", below="input"),
+        _one_answer("prompt", "response", "kto_tag"),
+        *_conversations_with("kto_tag"),
+    ),
+    "labelled": (
+        _one_answer("prompt", "response"),
+        _one_answer("instruction", "completion", below="input"),
+        _one_answer("instruction", "output", below="input"),
+        _one_answer("question", "completion", below="input"),
+        _one_answer("query", "response"),
+        *_conversations_with("label"),
+        _one_answer("prompt", "completion", below="input"),
+    ),
 }
 """By name of the format its variants, which are tried in this order; each is known by its columns."""
 BESIDE_ANSWERS = ("alpaca", "question", "messages")

@@ -10,6 +10,7 @@ kwise          ``prompt, responses, ranking``: K >= 2 responses; ``ranking[i]`` 
                smallest rank is the best
 scored         ``prompt, responses, scores``, or ``completions`` with a text and a score each (``scored.py``)
 tokenized      ``prompt_ids, chosen_ids, rejected_ids``
+unpaired       ``prompt, completion, label``: one completion, desirable (true) or not (``unpaired.py``)
 =============  ======================================================================================================
 
 Optional everywhere: ``ref_chosen_logps`` and ``ref_rejected_logps`` (kwise: ``ref_logps``, one a response), and the
@@ -37,6 +38,7 @@ from .examples import (
 )
 from .scored import read_scored
 from .sources import Row
+from .unpaired import read_unpaired
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -59,6 +61,7 @@ def reader_for(name: str, *, use_messages: bool) -> Callable[[Row], Example]:
         "kwise": _read_kwise,
         "scored": read_scored,
         "tokenized": _read_tokenized,
+        "unpaired": read_unpaired,
     }[name]
 
 

@@ -42,6 +42,11 @@ class PreferenceGroup:
     0 are as if they were not there: in no sum and no length; one of each response counts. None: all count alike."""
     source: str = ""
     """Which set of a mixture it is of; empty where there is one set."""
+    desirable: bool | None = None
+    """Whether the first response of an unpaired row is a good one; None where responses are compared. A second one is
+    another row's, for the divergence of KTO (``engine/train/mismatched.py``)."""
+    cut: tuple[np.ndarray, ...] | None = None
+    """int32 of each response: what ``data.max_length`` cut off, where that is kept."""
 
     @property
     def whole(self) -> PreferenceGroup:
@@ -85,6 +90,8 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         sources: array[int] = array("h")
         self.ref_logps: list[tuple[float, ...] | None] = []
         """``PreferenceGroup.ref_logps`` of each."""
+        self._cut: dict[int, tuple[np.ndarray, ...]] = {}
+        labels: array[int] = array("b")
         numbers: array[float] = array("d")
         weights: array[float] | None = None
         for group in groups:
@@ -102,6 +109,9 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
             rows.append(group.row)
             sources.append(places.setdefault(group.source, len(places)))
             self.ref_logps.append(group.ref_logps)
+            labels.append(-1 if group.desirable is None else group.desirable)
+            if group.cut is not None and any(map(len, group.cut)):
+                self._cut[len(labels) - 1] = group.cut
             pairs.extend(place for pair in group.pairs or () for place in pair)
             first_pair.append(len(pairs) // 2)
         self._tokens = np.asarray(tokens, dtype=np.int32)
@@ -114,9 +124,15 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         """int64 [G]: the place in ``source_names`` of each group's set."""
         self._pairs = np.asarray(pairs, dtype=np.int16).reshape(-1, 2)
         self._first_pair = np.asarray(first_pair, dtype=np.int64)
+        self._label(np.asarray(labels, dtype=np.int8))
         self._weights = None if weights is None else np.asarray(weights, dtype=np.float32)
         self.weights_G, self.margins_G = np.asarray(numbers, dtype=np.float64).reshape(-1, 2).T
         """float64 [G] each: ``PreferenceGroup.weight`` and ``margin``."""
+
+    def _label(self, labels_G: np.ndarray) -> None:
+        self._labels = labels_G
+        self.labelled_G, self.desirable_G = labels_G >= 0, labels_G > 0
+        """bool [G] each: whether a group is an unpaired row, and whether its label says that it is desirable."""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All numbers of the groups but reference log-probs, by name, for ``of_arrays``."""
@@ -127,12 +143,13 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
     def of_arrays(
         cls, arrays: Mapping[str, np.ndarray], ref_logps: list[tuple[float, ...] | None], source_names: tuple[str, ...]
     ) -> PreferenceDataset:
-        """The dataset that ``arrays`` are of, without its mixture; it keeps them and copies nothing."""
+        """The dataset that ``arrays`` are of, without its mixture and labels; it keeps them and copies nothing."""
         dataset = cls(())
         for name, place in _ARRAYS.items():
             setattr(dataset, place, arrays.get(name))
         dataset._pairs = dataset._pairs.reshape(-1, 2)
         dataset.ref_logps, dataset.source_names = ref_logps, source_names
+        dataset._label(np.full(len(ref_logps), -1, np.int8))
         return dataset
 
     def __len__(self) -> int:
@@ -156,6 +173,8 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
             margin=float(self.margins_G[index]),
             token_weights=None if self._weights is None else tuple(self._parts(self._weights, first + 1, last)),
             source=self.source_names[self.sources[index]] if self.source_names else "",
+            desirable=bool(self.desirable_G[index]) if self.labelled_G[index] else None,
+            cut=self._cut.get(index),
         )
 
     def _parts(self, values: np.ndarray, first: int, last: int) -> list[np.ndarray]:
@@ -228,6 +247,11 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         """Per group: int64 [1 + K] = (prompt tokens, response tokens...)."""
         return GroupLengths(np.diff(self._offsets), self._first_part)
 
+    @property
+    def trained(self) -> GroupLengths:
+        """``lengths`` of what is learned from: without another row's response."""
+        return self.lengths.of_first_responses() if self.labelled_G.any() else self.lengths
+
     @cached_property
     def counted(self) -> GroupLengths:
         """``lengths`` without the tokens of weight 0."""
@@ -253,9 +277,21 @@ class PreferenceDataset(Sequence[PreferenceGroup]):
         if self.has_numbers:
             for values in (self.weights_G, self.margins_G, self._weights):
                 hasher.update(b"" if values is None else np.ascontiguousarray(values, "<f8").data)
+        if self.labelled_G.any():
+            hasher.update(self._labels.data)
         if self.mixture is not None:
             hasher.update(json.dumps([self.mixture.sizes, self.mixture.counts]).encode())
         return hasher.hexdigest()
+
+
+def split_mismatched(
+    groups: Sequence[PreferenceGroup],
+) -> tuple[Sequence[PreferenceGroup], Sequence[PreferenceGroup] | None]:
+    """Unpaired rows with their own response alone, and with another row's; groups of others, and None."""
+    if groups[0].desirable is None or len(groups[0].response_ids) == 1:
+        return groups, None
+    own, other = ([replace(g, response_ids=g.response_ids[k : k + 1]) for g in groups] for k in (0, 1))
+    return own, other
 
 
 def pair_places(groups: Sequence[PreferenceGroup]) -> np.ndarray | None:

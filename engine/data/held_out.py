@@ -69,7 +69,9 @@ class HeldOut:
 
 def _keys(group: PreferenceGroup) -> tuple[int, int]:
     prompt = digest(group.prompt_ids.tobytes())
-    return key_of(prompt, *sorted(digest(ids.tobytes()) for ids in group.response_ids)), key_of(prompt)
+    # Behind the response of an unpaired row there may be another row's.
+    own = group.response_ids if group.desirable is None else group.response_ids[:1]
+    return key_of(prompt, *sorted(digest(ids.tobytes()) for ids in own)), key_of(prompt)
 
 
 def is_held_out(example: Example, fraction: float) -> bool:

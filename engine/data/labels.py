@@ -1,4 +1,4 @@
-"""Which of two answers is the better one: a label, a strength or a winner, as two scores."""
+"""Which of two answers is the better one: a label, a strength or a winner, as two scores; whether one is desirable."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from .sources import Row
 
 TIES = ("tie", "tie (bothbad)", "both_bad", "bothbad")
 Scores = tuple[float, float]
+_LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+"""Numbers 0 and 1 are equal to booleans, and their text is what CSV has."""
 
 
 def _label(row: Row, name: str) -> Any:
@@ -49,3 +51,20 @@ def winner(row: Row) -> Scores:
         known = ", ".join(("model_a", "model_b", *TIES))
         raise RowError("bad_score", f"{row.where}: column 'winner' must be one of {known}, got {won!r}")
     return float(won == "model_a"), float(won == "model_b")
+
+
+def label_of(row: Row, name: str) -> bool:
+    """Whether the row's completion is desirable.
+
+    Raises:
+        RowError: the column holds nothing, or neither true nor false.
+    """
+    value = needed(row, name)
+    key = value.strip().lower() if isinstance(value, str) else value
+    if not isinstance(key, bool | int | float | str) or key not in _LABELS:
+        raise RowError(
+            "bad_label",
+            f"{row.where}: column {name!r} must be true (a desirable completion) or false, got {value!r}; correct the "
+            "row",
+        )
+    return _LABELS[key]

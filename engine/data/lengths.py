@@ -40,6 +40,12 @@ class GroupLengths(Sequence[np.ndarray]):
         parts = np.repeat(self.first_G1[groups] - first_G1[:-1], counts) + np.arange(first_G1[-1])
         return GroupLengths(self.sizes_P[parts], first_G1)
 
+    def of_first_responses(self) -> GroupLengths:
+        """Those of each group with its first response alone."""
+        first_G = self.first_G1[:-1]
+        sizes_P = np.stack([self.sizes_P[first_G], self.sizes_P[first_G + 1]], 1).reshape(-1)
+        return GroupLengths(sizes_P, np.arange(0, 2 * len(self) + 2, 2))
+
     def __len__(self) -> int:
         return len(self.first_G1) - 1
 

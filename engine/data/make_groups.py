@@ -23,14 +23,24 @@ from .scored import expand_scores, scores_reversed
 from .sets import Split
 from .sources import Row
 from .tokenize import Encoded, Encoder
+from .unpaired import Labels
 
 ROWS_PER_CALL = 512
 
 
 def read_examples(
-    rows: Iterable[Row], data: DataConfig, read: RowReader, report: LintReport, split: Split
+    rows: Iterable[Row],
+    data: DataConfig,
+    read: RowReader,
+    report: LintReport,
+    split: Split,
+    labels: Labels | None = None,
 ) -> Iterator[Example]:
-    """The examples of rows that can be read, without those that belong to the other side of ``data.eval_fraction``."""
+    """The examples of rows that can be read, without those that belong to the other side of ``data.eval_fraction``.
+
+    Args:
+        labels: notes those of unpaired rows.
+    """
     for row in rows:
         report.add_row()
         try:
@@ -40,6 +50,8 @@ def read_examples(
             if data.eval_fraction is not None and is_held_out(example, data.eval_fraction) != (split != "train"):
                 report.leave_out_row()
                 continue
+            if labels is not None:
+                labels.note(example, row)
             if scores_reversed(row):
                 report.add("scores_reversed", row.index)
             if example.scores is not None:
@@ -65,8 +77,12 @@ def make_groups(
     report: LintReport,
     copies: Copies | None = None,
     lost_text: LostText | None = None,
+    keep_cut: bool = False,
 ) -> Iterator[PreferenceGroup]:
     """Tokenise, lint and truncate examples; yield the groups that are left, in order.
+
+    Args:
+        keep_cut: give groups what is cut off of their responses, up to the longest that fits behind any prompt.
 
     Holds ``ROWS_PER_CALL`` examples at a time, and ``Copies`` of what was seen.
     """
@@ -99,6 +115,8 @@ def make_groups(
                 weight=example.weight,
                 margin=example.margin,
                 token_weights=weights,
+                desirable=example.desirable,
+                cut=_cut(encoded, room, max_length) if keep_cut else None,
             )
             for problem in (*text_faults(example, encoder), *token_faults(encoded, group, encoder)):
                 report.add(problem, example.row)
@@ -138,6 +156,12 @@ def _encode_around_faults(
 
 def _room(encoded: Encoded, max_length: int | None) -> int | None:
     return None if max_length is None else max_length - len(encoded.prompt_ids)
+
+
+def _cut(encoded: Encoded, room: int | None, max_length: int | None) -> tuple[np.ndarray, ...] | None:
+    if room is None or max_length is None:
+        return None
+    return tuple(np.asarray(ids[room : max_length - 1], dtype=np.int32) for ids in encoded.completion_ids)
 
 
 def _unusable(encoded: Encoded, max_length: int | None) -> str | None:

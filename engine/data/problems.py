@@ -43,6 +43,10 @@ _STOPS = {
     "bad_ranking": ("not one rank for each of two or more responses, or ties", "correct or remove the rows"),
     "bad_score": ("not one finite score for each of two or more responses", "correct or remove the rows"),
     "bad_reference": ("reference log-probs that are not one finite number a response", "correct or remove the columns"),
+    "bad_label": (
+        "the label of a completion is neither true nor false",
+        "correct the rows: true is a desirable completion, 1 and 0 are read, too",
+    ),
     "bad_weight": (
         "a weight, a margin, a mask or weights of tokens are no such numbers, or not one for each token",
         "correct the rows, or leave the column out with data.columns: {weight: null}",
@@ -62,6 +66,10 @@ _STOPS = {
     "not_a_pair": (
         "more or fewer than two responses, and the loss takes pairs",
         "set loss.loss_type to plackett_luce, or remove the rows",
+    ),
+    "unpaired": (
+        "one completion with a label, and the loss compares completions of one prompt",
+        "set loss.loss_type to kto, or give the rows a second completion",
     ),
     "over_budget": (
         "prompt and responses together are longer than packing.tokens_per_pack",
@@ -113,6 +121,18 @@ PROBLEMS = {
             False,
             "columns of scores put the rejected answer above the chosen one",
             "see which of the two is right; data.columns can exchange the sides",
+        ),
+        Problem(
+            "one_label",
+            False,
+            "no completion of the set has the other label, so nothing is said to be better than anything",
+            "add rows with the other label",
+        ),
+        Problem(
+            "labels_reversed",
+            False,
+            "a column of scores is lower where completions are labelled desirable, on average of the set",
+            "see whether the labels mean the opposite",
         ),
         Problem(
             "prompt_too_long",
@@ -248,7 +268,7 @@ PROBLEMS = {
         Problem(
             "contradiction",
             False,
-            "an earlier row ranks the same completions of the same prompt the other way round",
+            "an earlier row ranks, or labels, the same completions of the same prompt the other way round",
             "keep one of the two",
         ),
     )

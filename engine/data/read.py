@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -24,10 +25,13 @@ from .rows import RowReader
 from .sets import DataSet, MixtureReport, Report, Split, sets_of, with_rows
 from .sources import Row, Source
 from .tokenize import Encoder
+from .unpaired import Labels, unpaired
 from .windows import WindowStream
 
 
-def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[PreferenceDataset, Report]:
+def load_dataset_groups(
+    data: DataConfig, tokenizer, *, split: Split, unpair: bool = False
+) -> tuple[PreferenceDataset, Report]:
     """Read one split and turn its rows into token ids.
 
     Args:
@@ -36,6 +40,7 @@ def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[P
         split: ``train`` reads ``dataset_name`` or ``datasets``; ``eval`` reads ``eval_dataset_name``, or where that is
             not set, the split ``eval_dataset_split`` of ``dataset_name``, or of each set its ``eval_split``;
             ``eval_NAME`` reads one of several of ``eval_dataset_name``.
+        unpair: make a pair two unpaired rows, and keep what is cut off of responses.
 
     Returns:
         The groups that can be trained on, in source order, and what lint found. ``group.row`` is the row's index in the
@@ -49,7 +54,9 @@ def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[P
         window = WindowStream(data, tokenizer, size=data.stream_window).next()
         return window.dataset, window.report
     sets = sets_of(data, split)
-    dataset, reports = rows_of(sets, data, tokenizer, partial(_make_rows, sets, tokenizer))
+    make = partial(_make_rows, sets, tokenizer, unpair=unpair)
+    # Rows that are kept by content have no labels, and no tokens that were cut off.
+    dataset, reports = make() if unpair else rows_of(sets, data, tokenizer, make)
     report = reports[""] if "" in reports else MixtureReport(reports)
     report.raise_if_strict(data.strict)
     for part in with_rows(list(reports.values()), data, split):
@@ -61,37 +68,39 @@ def load_dataset_groups(data: DataConfig, tokenizer, *, split: Split) -> tuple[P
     return dataset, report
 
 
-def _make_rows(sets: Sequence[DataSet], tokenizer) -> tuple[PreferenceDataset, dict[str, LintReport]]:
+def _make_rows(sets: Sequence[DataSet], tokenizer, *, unpair: bool) -> tuple[PreferenceDataset, dict[str, LintReport]]:
     copies = Copies()
     reports: dict[str, LintReport] = {}
 
     def groups() -> Iterator[PreferenceGroup]:
         for one in sets:
-            of_set, reports[one.label] = stream_set(one, tokenizer, copies)
-            yield from of_set
+            of_set, reports[one.label] = stream_set(one, tokenizer, copies, keep_cut=unpair)
+            yield from unpaired(of_set) if unpair else of_set
 
     return PreferenceDataset(groups()), reports
 
 
 def stream_set(
-    one: DataSet, tokenizer, copies: Copies | None = None, *, tolerant: bool = False
+    one: DataSet, tokenizer, copies: Copies | None = None, *, tolerant: bool = False, keep_cut: bool = False
 ) -> tuple[Iterator[PreferenceGroup], LintReport]:
     """The groups of one set, and what lint finds, which is complete when the groups are used up.
 
     Args:
         copies: of the rows of earlier sets, which a row may repeat.
         tolerant: rows that training would stop at are counted and left out.
+        keep_cut: as in ``make_groups``.
     """
     data = one.data
     encoder = Encoder(tokenizer, data)
     source = one.open(tolerant=tolerant)
     counted = LOST if data.lost_text == "count" else frozenset()
     report = LintReport(source.name, tolerant=tolerant, counted=counted)
-    read = RowReader(data, use_messages=encoder.use_messages)
+    read, labels = RowReader(data, use_messages=encoder.use_messages), Labels()
     whole = source if one.split != "train" or not data.streaming else source.read_on()
     rows = tqdm(_until_damage(whole, report), desc=f"read {source.name}", unit=" rows", delay=3, disable=None)
-    examples = chain(read_examples(rows, data, read, report, one.split), _absent_column(read, report))
-    groups = make_groups(examples, encoder, max_length=data.max_length, report=report, copies=copies)
+    examples = chain(read_examples(rows, data, read, report, one.split, labels), _at_the_end(read, report, labels))
+    options: dict[str, Any] = {"copies": copies, "keep_cut": keep_cut}
+    groups = make_groups(examples, encoder, max_length=data.max_length, report=report, **options)
     return (replace(group, source=one.label) for group in groups) if one.label else groups, report
 
 
@@ -142,8 +151,10 @@ def _until_damage(source: Iterable[Row], report: LintReport) -> Iterator[Row]:
         report.ended = str(error)
 
 
-def _absent_column(read: RowReader, report: LintReport) -> Iterator[Example]:
-    """None: at the end of the rows, a column that none of them had is noted."""
+def _at_the_end(read: RowReader, report: LintReport, labels: Labels) -> Iterator[Example]:
+    """None: at the end of the rows, what their labels say together is noted, and a column that none of them had."""
+    for problem, index in labels.problems():
+        report.add(problem, index)
     if (absent := read.absent_column()) and not report.ended:
         report.refuse(*absent)
     yield from ()

@@ -194,6 +194,9 @@ def _parsed(path: Path, data: DataConfig) -> Rows:
 def _keep(folder: Path, key: str, rows: Rows, data: DataConfig) -> bool:
     """Write rows; whether they are there now. They are in memory, so the default folder need not take them."""
     dataset, reports = rows
+    if dataset.labelled_G.any():
+        # Files have no labels; losses that read them make their rows anew.
+        return False
     notes = {
         "sources": list(dataset.source_names),
         "reports": {label: report.state() for label, report in reports.items()},

@@ -175,6 +175,11 @@ class NumberSummary:
         """Whether a row has a weight other than 1, or a margin other than 0."""
         return self._ranges.get(name, _USUAL[name]) != _USUAL[name]
 
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count differently."""
+        return self._weighted or self._left_out > 0
+
     def words(self) -> str:
         """Such as "weight 0.5 to 2; 3.1% of completion tokens left out"; empty where all rows count alike."""
         parts = [f"{name} {low:g} to {high:g}" for name, (low, high) in self._ranges.items() if self.has(name)]

@@ -220,9 +220,11 @@ class RowReader:
         """The layout by the columns, where those that ``data.columns`` names, or a system text, ask for turns."""
         decided = self._data.columns or {}
         name = detect_format(row, prompt_decided="prompt" in decided)
-        mapped = any(decided.get(part) for part in ("prompt", "chosen", "rejected", "input", "history"))
+        parts = ("prompt", "chosen", "rejected", "completion", "input", "history")
+        mapped = any(decided.get(part) for part in parts)
         asked = mapped or any(system in row.data for system in SYSTEMS)
-        return "conversation" if name == "preference" and "prompt" in row.data and asked else name
+        of_turns = {"preference": "conversation", "unpaired": "labelled"}.get(name, name)
+        return of_turns if "prompt" in row.data and asked else name
 
     def _with_system(self, example: Example, row: Row) -> Example:
         """With the system text of the row, or of the configuration, before a conversation that has none."""

@@ -25,6 +25,8 @@ def is_marked(group: PreferenceGroup) -> bool:
 def response_names(group: PreferenceGroup) -> tuple[str, ...]:
     """What the responses of a row are called, best first."""
     count = len(group.response_ids)
+    if group.desirable is not None:
+        return ("desirable" if group.desirable else "undesirable",)
     if count == 2:
         return ("chosen", "rejected")
     # Scores may tie, so only their pairs say which response is the better one.

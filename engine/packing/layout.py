@@ -92,6 +92,8 @@ class PackedBatch:
     rows_order_N: torch.Tensor
     """int64 [N], and ``rows_counts``: what ``pick_order`` gives for ``rows_N``."""
     rows_counts: tuple[int, ...]
+    desirable: tuple[bool, ...] | None = None
+    """Labels of groups that are unpaired rows; None where groups are others."""
     pair_weights_P: torch.Tensor | None = None
     """fp32, one for each loss in the order of ``terms_per_group``: what it is multiplied by. None: 1 each."""
     margins_P: torch.Tensor | None = None
@@ -204,6 +206,7 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
         num_unshared_tokens=unshared,
         rows_order_N=_int64([rows_order_N]),
         rows_counts=rows_counts,
+        desirable=None if groups[0].desirable is None else tuple(bool(g.desirable) for g in groups),
         pair_weights_P=_of_terms([g.weight for g in groups], groups, usual=1.0),
         margins_P=_of_terms([g.margin for g in groups], groups, usual=0.0),
         token_weights_N=_other_than_one(weights),

@@ -176,6 +176,11 @@ def _spread(sizes: np.ndarray, costs: np.ndarray, tokens_per_pack: int, packs: i
     return [tuple(sorted(pack)) for pack in members]
 
 
+def epoch_order(members: np.ndarray, packing: PackingConfig, *, seed: int, epoch: int) -> np.ndarray:
+    """The groups of an epoch in the order in which its steps take them; a function of the arguments alone."""
+    return members[np.random.default_rng((seed, epoch)).permutation(len(members))] if packing.shuffle else members
+
+
 def plan_epoch(
     lengths: Sequence[np.ndarray],
     packing: PackingConfig,
@@ -213,7 +218,7 @@ def plan_epoch(
     sizes = group_sizes(lengths, share_prompts=share)
     costs = group_costs(lengths, share_prompts=share)
     members = np.arange(len(sizes)) if members is None else members
-    order = members[np.random.default_rng((seed, epoch)).permutation(len(members))] if packing.shuffle else members
+    order = epoch_order(members, packing, seed=seed, epoch=epoch)
     steps: list[Step] = []
     for start in range(0, len(order), packing.pairs_per_step):
         step = order[start : start + packing.pairs_per_step]

@@ -22,6 +22,7 @@ from .optimizer import METRIC_SCHEDULES
 
 log = logging.getLogger(__name__)
 
+UNPAIRED_NAMES = ("kl", "count/chosen", "count/rejected")
 RANKING_NAMES = ("ranking_accuracy", "ranking_accuracy_per_token")
 
 
@@ -138,8 +139,12 @@ def check_metric(config: RunConfig) -> None:
 
 def _names(config: RunConfig) -> Iterator[str]:
     names = (*PREFERENCE_NAMES, *(TOKEN_NAMES if config.train.token_metrics else ()), "aux_loss", *RANKING_NAMES)
+    ranking: tuple[str, ...] = RANKING_NAMES
+    if config.loss.unpaired:
+        names = (*(name for name in names if name not in ranking), *UNPAIRED_NAMES)
+        ranking = ()
     for split in config.data.eval_splits:
         yield from (f"{split}_{name}" for name in names)
     for one, label in zip(config.data.datasets, labels_of(config.data.datasets), strict=True):
         if one.eval_split is not None or config.data.eval_fraction is not None:
-            yield from (f"{EVAL_SOURCE}{label}/{name}" for name in (*PREFERENCE_NAMES, RANKING_NAMES[0]))
+            yield from (f"{EVAL_SOURCE}{label}/{name}" for name in (*PREFERENCE_NAMES, *ranking[:1]))

@@ -5,6 +5,7 @@ Shape suffixes: M sets, P pairs or rankings, C columns: a count, and the sums of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from .. import distributed
 from ..data.groups import PreferenceDataset
 from ..run_folder import EVAL_SOURCE, TRAIN_SOURCE
 from .metrics import PREFERENCE_NAMES
-from .scored import Scored
+from .scored import Scored, means_of
 
 
 class SourceMeter:
@@ -27,16 +28,18 @@ class SourceMeter:
     Args:
         names: of the sets; none where there is no mixture, and nothing is kept then.
         has_losses: whether a pair has a loss of its own, which losses that couple pairs do not give.
+        unpaired: whether rows are each desirable or not.
     """
 
-    def __init__(self, names: tuple[str, ...], device: torch.device, *, has_losses: bool):
+    def __init__(self, names: tuple[str, ...], device: torch.device, *, has_losses: bool, unpaired: bool = False):
         self.names = names
+        self.unpaired = unpaired
         self.device = device
         self.has_losses = has_losses
         self._reset()
 
     def _reset(self) -> None:
-        columns = 1 + len(PREFERENCE_NAMES)
+        columns = 1 + len(PREFERENCE_NAMES) + self.unpaired
         self._sums_MC = torch.zeros(len(self.names), columns, dtype=torch.float64, device=self.device)
 
     def add(self, scored: Scored, sources_P: np.ndarray | None) -> None:
@@ -76,19 +79,21 @@ def sums_by_source(scored: Scored, sources_P: np.ndarray, sets: int) -> Tensor:
 
 
 def evaluation_by_source(
-    dataset: PreferenceDataset, scored: Scored, ranked_G: Tensor, *, has_losses: bool
+    dataset: PreferenceDataset, scored: Scored, ranked_G: Tensor | None, *, has_losses: bool
 ) -> dict[str, float]:
     """The metrics of each set of an evaluation; nothing where there is one set.
 
     Args:
         scored: the whole dataset, in its order.
-        ranked_G: whether the best response of each group has the highest log-prob.
+        ranked_G: whether the best response of each group has the highest log-prob; None of unpaired rows.
     """
     names = dataset.source_names
     if not names:
         return {}
     sums_MC = sums_by_source(scored, dataset.sources.repeat(dataset.terms), len(names)).cpu()
     values = _means(EVAL_SOURCE, names, sums_MC, has_losses)
+    if ranked_G is None:
+        return values
     for place, name in enumerate(names):
         of_set = torch.from_numpy(dataset.sources == place)
         values[f"{EVAL_SOURCE}{name}/ranking_accuracy"] = ranked_G[of_set].double().mean().item()
@@ -97,11 +102,15 @@ def evaluation_by_source(
 
 def _means(prefix: str, names: tuple[str, ...], sums_MC: Tensor, has_losses: bool) -> dict[str, float]:
     values: dict[str, float] = {}
-    for name, (count, *sums) in zip(names, sums_MC.tolist(), strict=True):
+    # Not a number where a set has no row.
+    means_MK = means_of(sums_MC[:, 1:], sums_MC[:, 0])
+    for name, (count, *sums), means in zip(names, sums_MC.tolist(), means_MK.tolist(), strict=True):
         values[f"{prefix}{name}/num_pairs"] = count
-        if count:
-            means = {metric: value / count for metric, value in zip(PREFERENCE_NAMES, sums, strict=True)}
-            values |= {f"{prefix}{name}/{metric}": v for metric, v in means.items() if has_losses or metric != "loss"}
+        if len(sums) > len(PREFERENCE_NAMES):
+            values |= {f"{prefix}{name}/count/chosen": sums[-1], f"{prefix}{name}/count/rejected": count - sums[-1]}
+        for metric, value in zip(PREFERENCE_NAMES, means, strict=True):
+            if not math.isnan(value) and (has_losses or metric != "loss"):
+                values[f"{prefix}{name}/{metric}"] = value
     return values
 
 

@@ -94,6 +94,9 @@ def _process_words(setup: Setup) -> str:
 def _loss_op(setup: Setup) -> str:
     chosen = describe(setup.device, setup.policy.compute_dtype)
     objective = setup.objective
+    if objective.unpaired:
+        passes = "; a pass before it for the divergence" if "kto" in setup.config.loss.loss_types else ""
+        return f"linear_kto_loss: {chosen.linear_dpo_loss.impl} ({chosen.linear_dpo_loss.reason}){passes}"
     if objective.needs_token_logps or (setup.datasets["train"].lengths.responses != 2).any():
         op, choice = "linear_logps", chosen.linear_logps
     else:
@@ -143,6 +146,8 @@ def _dropout_words(config: RunConfig, disabled: int) -> str:
 
 def _step_unit(setup: Setup) -> str:
     terms_G = setup.datasets["train"].terms
+    if setup.objective.unpaired:
+        return f"rows ({setup.datasets['train'].desirable_G.mean():.0%} desirable)"
     if (terms_G > 1).any():
         return f"prompts ({terms_G.mean():.1f} pairs each)"
     if _ranks(setup):
@@ -158,9 +163,11 @@ def _ranks(setup: Setup) -> bool:
 
 def _data_words(setup: Setup, name: str) -> str:
     lint, dataset = setup.lint[name], setup.datasets[name]
-    tokens = int(dataset.lengths.sizes_P.sum())
+    tokens = int(dataset.trained.sizes_P.sum())
     dropped = f", {lint.dropped:,} dropped (`dpo check` says why)" if lint.dropped else ""
-    words = f"{len(dataset):,} of {lint.total:,} rows{dropped}; {tokens:,} tokens"
+    made = f"{len(dataset):,} rows out of pairs: " if len(dataset) > lint.total and dataset.mixture is None else ""
+    kept = lint.kept if made else len(dataset)
+    words = f"{made}{kept:,} of {lint.total:,} rows{dropped}; {tokens:,} tokens"
     if name == "train" and setup.config.data.streaming:
         words = f"a stream, whose first window has {words}"
     if (fraction := setup.config.data.eval_fraction) is not None:
@@ -175,20 +182,25 @@ def _data_words(setup: Setup, name: str) -> str:
 def _first_loss_words(setup: Setup) -> str:
     if setup.first_loss is None:
         return "none: the policy does not start as a stored reference"
-    of = " of the two best responses" if _ranks(setup) else ""
+    of = " of the two best responses" if _ranks(setup) else " of responses alone" if setup.objective.unpaired else ""
     return f"stored references match; sigmoid loss{of} {setup.first_loss:.6f} (ln 2 = {math.log(2):.6f})"
 
 
 def write_data_file(setup: Setup, output_dir: Path) -> None:
     """``data.json``: token counts of the training rows (evenly spaced ones when there are many), lint, plan."""
-    lengths = setup.datasets["train"].lengths
+    dataset = setup.datasets["train"]
+    lengths = dataset.trained
     stride = math.ceil(len(lengths) / _LENGTHS_SAVED)
     sample = lengths[::stride]
+    # The response of an undesirable row is none that was chosen.
+    first = dataset.desirable_G[::stride] | ~dataset.labelled_G[::stride]
     record = {
         "lengths": {
             "prompt": [int(n[0]) for n in sample],
-            "chosen": [int(n[1]) for n in sample],
-            "rejected": [int(x) for n in sample for x in np.asarray(n[2:])],
+            "chosen": [int(n[1]) for n, chosen in zip(sample, first, strict=True) if chosen],
+            "rejected": [
+                int(x) for n, chosen in zip(sample, first, strict=True) for x in np.asarray(n[2 if chosen else 1 :])
+            ],
         },
         "rows_per_length": stride,
         "lint": _lint(setup.lint),

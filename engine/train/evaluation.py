@@ -7,6 +7,7 @@ the model gives the chosen response the higher log-prob, summed and per token; a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,14 +90,24 @@ def evaluate_policy(
         None if places_P2 is None else torch.from_numpy(places_P2),
         _of_terms(dataset.weights_G, dataset, 1.0),
         _of_terms(dataset.margins_G, dataset, 0.0),
+        torch.from_numpy(dataset.desirable_G) if objective.unpaired else None,
     )
     scored = objective.score(scores.logps_S, scores.ref_S, lengths_S, per_group, terms, sums_SK=scores.sums_SK)
     names = PREFERENCE_NAMES + TOKEN_NAMES if objective.token_stats else PREFERENCE_NAMES
     aux_loss = routing.aux_loss()
     means = routing.add_to(scored.means().to(policy.device), aux_loss)
     values = dict(zip((f"eval_{n}" for n in names), means.tolist(), strict=True))
+    if objective.unpaired:
+        # What there is no row for is not a number.
+        values = {name: value for name, value in values.items() if not math.isnan(value) or name == "eval_loss"}
+        further = scored.further(len(dataset), whole=True)
+        values |= {f"eval_{name}": value.item() for name, value in further.items()}
     if aux_loss is not None:
         values["eval_aux_loss"] = aux_loss.item()
+    if objective.unpaired:
+        values["eval_num_pairs"] = float(len(dataset))
+        values |= evaluation_by_source(dataset, scored, None, has_losses=True)
+        return values | _by_length(scored.accuracies, torch.from_numpy(dataset.trained.longest))
     summed, per_token = _ranking(objective.unweighted(scores.logps_S, scores.sums_SK), lengths_S, per_group)
     values["eval_ranking_accuracy"] = summed.mean().item()
     values["eval_ranking_accuracy_per_token"] = per_token.mean().item()
@@ -337,8 +348,8 @@ def evaluation_lines(row: Mapping[str, float]) -> list[str]:
     lines = []
     for prefix in eval_prefixes(row):
         name = prefix.removesuffix("_").replace("eval_", "eval ")
-        lines.append(
-            f"step {row['step']}  {name} loss {row[f'{prefix}loss']:.4f}  "
-            f"accuracy {row[f'{prefix}rewards/accuracies']:.3f}  margin {row[f'{prefix}rewards/margins']:.4f}"
-        )
+        line = f"step {row['step']}  {name} loss {row[f'{prefix}loss']:.4f}  "
+        line += f"accuracy {row[f'{prefix}rewards/accuracies']:.3f}"
+        margin = row.get(f"{prefix}rewards/margins")
+        lines.append(line if margin is None else f"{line}  margin {margin:.4f}")
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -16,7 +16,7 @@ import torch
 
 from .. import distributed, stop
 from ..config.schema import PackingConfig, RunConfig, TrainConfig
-from ..data.groups import PreferenceDataset
+from ..data.groups import PreferenceDataset, PreferenceGroup, split_mismatched
 from ..errors import UserError
 from ..packing import Pack, PackedBatch, Step, build_batch, plan_epoch
 from ..packing.rows import RowPlan
@@ -37,11 +37,14 @@ class TrainingPack:
     """fp32 [S]: reference log-prob of each response; None without stored references."""
     counts: bool = True
     """Whether it is part of the step. Otherwise it only keeps this process in step with the others, with weight 0."""
+    mismatched: TrainingPack | None = None
+    """The same prompts with completions of other rows, for the divergence of KTO."""
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TrainingPack:
         """The same pack with ``change`` of each of its device-side tensors."""
         ref = None if self.ref_logps_S is None else change(self.ref_logps_S)
-        return replace(self, batch=self.batch.map_tensors(change), ref_logps_S=ref)
+        other = None if self.mismatched is None else self.mismatched.map_tensors(change)
+        return replace(self, batch=self.batch.map_tensors(change), ref_logps_S=ref, mismatched=other)
 
     def to(self, device: torch.device) -> TrainingPack:
         return self if self.batch.input_ids_T.device == device else send(self, device)
@@ -106,6 +109,27 @@ class FeedError(UserError):
     """What ends a run while it reads its data. The steps before it are done."""
 
 
+def build_pack(
+    groups: Sequence[PreferenceGroup],
+    refs_S: torch.Tensor | None,
+    *,
+    share_prompts: bool,
+    rows_of: Callable[[PackedBatch], RowPlan | None] = lambda batch: None,
+) -> TrainingPack:
+    """The pack of some groups, on the CPU: what is learned from, and beside it the completions of other rows.
+
+    Args:
+        refs_S: reference log-probs of all their responses, in order.
+    """
+    own, others = split_mismatched(groups)
+    if others is not None:
+        both = partial(build_pack, share_prompts=share_prompts, rows_of=rows_of)
+        sides = (None, None) if refs_S is None else (refs_S[0::2].contiguous(), refs_S[1::2].contiguous())
+        return replace(both(own, sides[0]), mismatched=both(others, sides[1]))
+    batch = build_batch(own, share_prompts=share_prompts)
+    return TrainingPack(replace(batch, rows_plan=rows_of(batch)), refs_S)
+
+
 class StepBuilder:
     """Builds steps of the groups of one dataset, on the host.
 
@@ -134,9 +158,11 @@ class StepBuilder:
         self.rows_of = rows_of
         self.lengths = dataset.lengths
         self._terms_G = dataset.terms
-        self._packed_G = self.lengths.packed(share_prompts=packing.share_prompts)
-        self._completions_G = dataset.counted.completions
-        self._visible_G = self.lengths.visible_pairs(share_prompts=packing.share_prompts)
+        trained = dataset.trained
+        self._packed_G = trained.packed(share_prompts=packing.share_prompts)
+        # A row whose completion is another's has no tokens that count differently.
+        self._completions_G = (dataset.counted if trained is dataset.lengths else trained).completions
+        self._visible_G = trained.visible_pairs(share_prompts=packing.share_prompts)
         self._in_rows = packing.layout == "rows"
         self._shortest = int(self._packed_G.argmin())
 
@@ -159,9 +185,9 @@ class StepBuilder:
     def _build_pack(self, pack: Pack) -> TrainingPack:
         if not pack:
             return replace(self._build_pack((self._shortest,)), counts=False)
-        batch = build_batch([self.dataset[i] for i in pack], share_prompts=self.packing.share_prompts)
-        batch = replace(batch, rows_plan=self.rows_of(batch))
-        built = TrainingPack(batch, None if self.lookup is None else torch.from_numpy(self.lookup(pack)))
+        refs_S = None if self.lookup is None else torch.from_numpy(self.lookup(pack))
+        groups = [self.dataset[i] for i in pack]
+        built = build_pack(groups, refs_S, share_prompts=self.packing.share_prompts, rows_of=self.rows_of)
         return gather(built, pin=True) if self.device.type == "cuda" else built
 
     def _work(self, members: Step, packs: tuple[TrainingPack, ...]) -> StepWork:

@@ -1,23 +1,28 @@
 """Metrics of a training run: what is averaged, what is written, and where it goes.
 
 Names and averages are TRL's: every value is a mean over the pairs of a step, then over the steps of the logging
-interval; ``grad_norm`` (before clipping) and ``learning_rate`` are those of the last step. ``TOKEN_NAMES`` are means
+interval. Of unpaired rows, chosen are the desirable ones and rejected the others, each side's mean is over its own rows
+and the steps that have one; an accuracy is the share of rows whose reward lies on the right side of beta times ``kl``,
+the divergence of KTO (0 without it); ``count/chosen`` and ``count/rejected`` are rows of a step.
+``grad_norm`` (before clipping) and ``learning_rate`` are those of the last step. ``TOKEN_NAMES`` are means
 over the completion tokens of a step instead: of the mean logit over the vocabulary, for chosen and for rejected
 responses; of the entropy, over both; of the hits of the largest logit, over the chosen ones. TRL takes them over a
 micro-batch, and their mean over micro-batches: the same without accumulation. ``aux_loss`` is the load-balancing loss
 of a mixture of experts, which ``loss`` has in it with its coefficient. ``experts/layer_<n>/busiest`` and ``.../idlest``
 are the shares that these experts have of the places that the tokens of the interval took in a layer, even shares being
 one over the number of experts; ``experts/busiest`` is the largest of them over layers, ``experts/idlest`` the smallest.
-``num_tokens`` counts prompt
-and response of every sequence, so the prompt of a pair twice, however it was computed, and so does
-``perf/tokens_per_second``; times ``1 - perf/shared_fraction`` it is the tokens that went through the model.
+``num_tokens`` counts prompt and response of every sequence that is learned from, so the prompt of a pair twice, however
+it was computed, and so does ``perf/tokens_per_second``; times ``1 - perf/shared_fraction`` it is the tokens that went
+through the model.
 ``perf/mixer_padding`` is there where some modules get rows: the share of what these compute that is padding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -72,9 +77,12 @@ class IntervalMeter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums = torch.zeros(len(PREFERENCE_NAMES), dtype=torch.float64, device=self.device)
-        self._token_sums = torch.zeros(len(TOKEN_NAMES), dtype=torch.float64, device=self.device)
-        self._steps = self._token_steps = 0
+        sizes = (len(PREFERENCE_NAMES), len(TOKEN_NAMES))
+        self._sums, self._token_sums = (torch.zeros(n, dtype=torch.float64, device=self.device) for n in sizes)
+        # Steps that have a value: without a row of a label there is none of its side.
+        self._known, self._tokens_known = torch.zeros_like(self._sums), torch.zeros_like(self._token_sums)
+        self._further: dict[str, Tensor] = {}
+        self._steps = 0
         self._aux_sum: Tensor | None = None
         self._expert_tokens: list[Tensor] = []
         self._work: list[StepWork] = []
@@ -87,21 +95,24 @@ class IntervalMeter:
         *,
         aux_loss: Tensor | None = None,
         expert_tokens: Sequence[Tensor] = (),
+        further: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Count one step.
 
         Args:
             values: [7], the means of the step over all processes, in the order of ``PREFERENCE_NAMES``, on the device;
-                or [11], followed by those of ``TOKEN_NAMES``.
+                or [11], followed by those of ``TOKEN_NAMES``. NaN where the step has none.
             work: of this process.
+            further: further metrics of every step, by name, a float64 scalar each.
             aux_loss: the load-balancing loss of the step over all processes, a float64 scalar.
             expert_tokens: float64 [experts] for each layer with experts: the tokens of this process that went to each.
         """
         first = len(PREFERENCE_NAMES)
-        self._sums += values[:first]
+        _add(self._sums, self._known, values[:first])
         if len(values) > first:
-            self._token_sums += values[first:]
-            self._token_steps += 1
+            _add(self._token_sums, self._tokens_known, values[first:])
+        for name, value in further.items():
+            self._further[name] = self._further[name] + value if name in self._further else value
         if aux_loss is not None:
             self._aux_sum = aux_loss if self._aux_sum is None else self._aux_sum + aux_loss
         if self._expert_tokens:
@@ -113,18 +124,18 @@ class IntervalMeter:
 
     def row(self, *, step: int, epoch: float, grad_norm: Tensor, learning_rate: float) -> dict[str, float]:
         """The metrics of the interval; the next one starts. Waits for the device."""
-        sums = torch.cat([self._sums, self._token_sums]).tolist()
-        means = [value / max(self._steps, 1) for value in sums[: len(PREFERENCE_NAMES)]]
+        sums = torch.cat([self._sums, self._token_sums])
+        known = torch.cat([self._known, self._tokens_known])
+        values = dict(zip(PREFERENCE_NAMES + TOKEN_NAMES, (sums / known).tolist(), strict=True))
+        means = {name: value for name, value in values.items() if not math.isnan(value)}
         seconds = self.watch.seconds()
         elapsed = max(seconds - self._since, 1e-9)
         total = _total(self._work)
         self.num_tokens += total.unshared_tokens
-        row: dict[str, float] = {"step": step, "epoch": round(epoch, 6), "loss": means[0]}
+        row: dict[str, float] = {"step": step, "epoch": round(epoch, 6), "loss": means.pop("loss", 0.0)}
         row |= {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
-        row |= dict(zip(PREFERENCE_NAMES[1:], means[1:], strict=True))
-        if self._token_steps:
-            values = [value / self._token_steps for value in sums[len(PREFERENCE_NAMES) :]]
-            row |= dict(zip(TOKEN_NAMES, values, strict=True))
+        row |= means
+        row |= {name: total.item() / self._steps for name, total in self._further.items()}
         if self._aux_sum is not None:
             row["aux_loss"] = self._aux_sum.item() / self._steps
         row |= _expert_shares(self._expert_tokens)
@@ -145,8 +156,9 @@ class IntervalMeter:
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs so that the next row is the same after a resume, apart from its speeds."""
         tokens = self.num_tokens + _total(self._work).unshared_tokens
-        state = {"num_tokens": tokens, "steps": self._steps, "sums": self._sums.tolist()}
-        state |= {"token_steps": self._token_steps, "token_sums": self._token_sums.tolist()}
+        state = {"num_tokens": tokens, "steps": self._steps, "sums": self._sums.tolist(), "known": self._known.tolist()}
+        state |= {"token_sums": self._token_sums.tolist(), "tokens_known": self._tokens_known.tolist()}
+        state["further"] = {name: total.item() for name, total in self._further.items()}
         if self._aux_sum is not None:
             state["aux_sum"] = self._aux_sum.item()
         if self._expert_tokens:
@@ -154,20 +166,31 @@ class IntervalMeter:
             state["expert_tokens"] = [layer.tolist() for layer in _over_ranks(self._expert_tokens)]
         return state
 
+    def _numbers(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
+
     def load(self, state: Mapping[str, Any]) -> None:
         self._reset()
         self.num_tokens = state["num_tokens"]
         self._steps = state["steps"]
-        self._sums = torch.tensor(state["sums"], dtype=torch.float64, device=self.device)
-        # Earlier checkpoints have none.
-        self._token_steps = state.get("token_steps", 0)
-        sums = state.get("token_sums", [0.0] * len(TOKEN_NAMES))
-        self._token_sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        self._sums = self._numbers(state["sums"])
+        # Earlier checkpoints lack some, and have a value in every step.
+        self._known = self._numbers(state.get("known", [self._steps] * len(PREFERENCE_NAMES)))
+        self._token_sums = self._numbers(state.get("token_sums", [0.0] * len(TOKEN_NAMES)))
+        self._tokens_known = self._numbers(state.get("tokens_known", [state.get("token_steps", 0)] * len(TOKEN_NAMES)))
+        self._further = {name: self._numbers(total) for name, total in state.get("further", {}).items()}
         if "aux_sum" in state:
             self._aux_sum = torch.tensor(state["aux_sum"], dtype=torch.float64, device=self.device)
         own = 1.0 if distributed.is_main() else 0.0
         layers = [torch.tensor(tokens, dtype=torch.float64) for tokens in state.get("expert_tokens", ())]
         self._expert_tokens = [own * layer.to(self.device) for layer in layers]
+
+
+def _add(sums: Tensor, known: Tensor, values: Tensor) -> None:
+    """Add the values that are numbers, and count them."""
+    there = ~values.isnan()
+    sums += values.where(there, torch.zeros_like(values))
+    known += there
 
 
 def _over_ranks(layers: Sequence[Tensor]) -> tuple[Tensor, ...]:

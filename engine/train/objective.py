@@ -12,6 +12,7 @@ of scored completions, each of which counts as any other. Ways that lead there:
   group of the step has two responses it is DPO, and computed as DPO to the bit.
 
 - Several pairs of one group: ``linear_logps`` on every pack, each response once, then the loss of its pairs.
+- Unpaired rows: see ``unpaired.py``.
 
 To each of them ``engine/train/routing.py`` adds the load-balancing loss of a mixture of experts.
 
@@ -39,6 +40,7 @@ from .feed import TrainingStep
 from .routing import Routing, same_random_numbers
 from .scored import PLAIN_TERMS, RowTerms, Scored
 from .terms import LossTerms
+from .unpaired import UnpairedLoss
 
 TOKEN_STATS = ("entropy", "mean_logits", "is_top1")
 """Statistics of tokens that metrics are made of."""
@@ -66,6 +68,7 @@ class Objective(LossTerms):
         super().__init__(config)
         self.token_stats = TOKEN_STATS if token_metrics else ()
         self.live_reference = live_reference
+        self.rows = UnpairedLoss(config, self.token_stats)
         self.routing: Routing | None = None
         """What the routers of a mixture did in the newest step."""
 
@@ -154,6 +157,10 @@ class Objective(LossTerms):
         """
         sums_SK = logps_S.new_zeros(len(logps_S), 0) if sums_SK is None else sums_SK
         stats_SK = sums_SK[:, : len(self.token_stats)].detach()
+        if self.unpaired:
+            assert ref_S is not None
+            assert terms.desirable_G is not None
+            return self.rows.score(logps_S, ref_S, lengths_S, terms.desirable_G, terms.weights_P, stats_SK)
         if self.ranks:
             assert ref_S is not None
             return _weighted(self._score_rankings(logps_S, ref_S, lengths_S, per_group, stats_SK), terms.weights_P)
@@ -214,7 +221,7 @@ class Objective(LossTerms):
             tokens = _token_columns(*best_and_rest)
             parts.append((groups, Scored(out.loss, best, rest, right, logps[:, 0], logps[:, 1:].mean(1), tokens)))
         order = to_device(torch.cat([groups for groups, _ in parts]).argsort(), logps_S.device)
-        return Scored(*(torch.cat(columns)[order] for columns in zip(*(s for _, s in parts), strict=True)))
+        return Scored(*(torch.cat(columns)[order] for columns in zip(*(s[:7] for _, s in parts), strict=True)))
 
     def backward(self, policy: Policy, step: TrainingStep) -> Scored:
         """Add the gradients of the step's loss to the parameters.
@@ -223,6 +230,9 @@ class Objective(LossTerms):
             Detached scores of what this process did, in pack order.
         """
         self.routing = Routing(policy, self.config, count_experts=True)
+        if self.unpaired:
+            rows = self.rows.backward(policy, step, self.routing, self.reference)
+            return _concatenated(rows) if rows else self._nothing(policy.device)
         if self.couples_pairs and (len(step.packs) > 1 or distributed.size() > 1):
             return self._backward_coupled(policy, step, self.routing)
         self.routing.look_ahead(step.packs)
@@ -238,7 +248,8 @@ class Objective(LossTerms):
         """No group at all."""
         none = torch.zeros(0, device=device)
         tokens = none.new_zeros(0, TOKEN_COLUMNS if self.token_stats else 0, dtype=torch.float64)
-        return Scored(none, none, none, none, none, none, tokens)
+        found = Scored(none, none, none, none, none, none, tokens)
+        return found._replace(desirable=none.bool(), divergence=self.rows.newest) if self.unpaired else found
 
     def _backward_pairs(self, policy: Policy, step: TrainingStep, routing: Routing) -> list[Scored]:
         options = self._options()
@@ -326,7 +337,7 @@ class Objective(LossTerms):
             logps_S = self.response_logps(logps_N, pack.batch)
             _plus((logps_S * slopes).sum(), extra).backward()
             start = stop
-        own = Scored(*(column.detach()[first // 2 : start // 2] for column in scored))
+        own = scored.map_columns(lambda column: column.detach()[first // 2 : start // 2])
         counted = ((p.batch, s) for p, s in zip(packs, token_sums, strict=True) if p.counts)
         K = len(self.token_stats)
         tokens = [_token_columns(_sides(s[:, :K]), _sides(batch.lengths_S)) for batch, s in counted]
@@ -364,7 +375,10 @@ def _token_columns(sums: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor]) 
 
 
 def _concatenated(parts: list[Scored]) -> Scored:
-    return parts[0] if len(parts) == 1 else Scored(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    if len(parts) == 1:
+        return parts[0]
+    following = iter(zip(*(part.tensors for part in parts), strict=True))
+    return parts[0].map_columns(lambda _: torch.cat(next(following)))
 
 
 def _plus(loss: Tensor, extra: Tensor | None) -> Tensor:

@@ -327,7 +327,9 @@ def check_first_loss(
     ratios_S = logps_S - torch.from_numpy(table.lookup(tuple(shortest)))
     first = torch.tensor(batch.responses_per_group[:-1], dtype=torch.long).cumsum(0)
     best = torch.cat([torch.zeros(1, dtype=torch.long), first])
-    margins = beta * (ratios_S[best] - ratios_S[best + 1])
+    # A response alone is compared with nothing.
+    others = ratios_S[best + 1] if min(batch.responses_per_group) > 1 else 0.0
+    margins = beta * (ratios_S[best] - others)
     loss = -torch.nn.functional.logsigmoid(margins).mean().item()
     tokens = max(int(lengths[i][1:3].sum()) for i in shortest)
     distance = abs(loss - math.log(2))

@@ -114,6 +114,7 @@ def _both(before: Mapping[str, float], after: Mapping[str, float], prefix: str, 
     numbers = (
         f"{word} {before[prefix + name]:.6g} as trained and {after[prefix + name]:.6g} as written"
         for word, name in names.items()
+        if prefix + name in after
     )
     own = prefix.removeprefix("eval_").removesuffix("_")
     count = int(after[f"{prefix}num_pairs"])

@@ -69,7 +69,10 @@ class Run:
         self.rounding: str | None = None
         self.meter = IntervalMeter(setup.device, peak_flops=setup.peak_flops)
         self.by_source = SourceMeter(
-            setup.datasets["train"].source_names, setup.device, has_losses=not setup.objective.couples_pairs
+            setup.datasets["train"].source_names,
+            setup.device,
+            has_losses=not setup.objective.couples_pairs,
+            unpaired=setup.objective.unpaired,
         )
         self.evidence = Evidence()
         self.trackers: list[Tracker] = []
@@ -228,7 +231,8 @@ class Run:
             learning_rate = self.update.learning_rate
             self.saver.before_update()
             grad_norm = self.update.step(means[0])
-            self.meter.add(means, step.work, aux_loss=aux_loss, expert_tokens=routing.expert_tokens)
+            further = scored.further(step.num_terms)
+            self.meter.add(means, step.work, aux_loss=aux_loss, expert_tokens=routing.expert_tokens, further=further)
             self.by_source.add(scored, step.sources)
             self.evidence.add(step, scored, means[0], grad_norm)
             self.done, self.epoch = step.number, step.epoch

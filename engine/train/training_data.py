@@ -16,7 +16,7 @@ from ..model import Policy
 from ..model.readable import check_dataset
 from ..model.stops import LearnedStops
 from ..packing import check_fits
-from .feed import drawn_groups
+from .mismatched import loss_groups
 from .objective import Objective
 
 log = logging.getLogger(__name__)
@@ -44,12 +44,15 @@ def load_data(config: RunConfig, tokenizer: Any, objective: Objective) -> Loaded
     for split in ("train", *config.data.eval_splits):
         if split == "train" and config.data.streaming:
             stream, first = open_stream(config, tokenizer)
-            datasets[split], lint[split] = first.dataset, first.report
+            dataset, lint[split] = first.dataset, first.report
         else:
-            datasets[split], lint[split] = load_dataset_groups(config.data, tokenizer, split=split)
+            dataset, lint[split] = load_dataset_groups(config.data, tokenizer, split=split, unpair=config.loss.unpaired)
         if split == "train":
-            _note_stops(config, tokenizer, datasets[split], lint[split])
-            datasets[split] = drawn_groups(config, datasets[split])
+            _note_stops(config, tokenizer, dataset, lint[split])
+            good = int(dataset.desirable_G.sum())
+            if words := objective.uneven(good, int(dataset.labelled_G.sum()) - good):
+                log.warning("%s", words)
+        datasets[split] = loss_groups(config, dataset, split=split)
         check_rows(config, objective, datasets[split])
     if config.data.has_evaluation:
         warn_of_trained_rows(datasets, lint, config.data.strict)
@@ -77,7 +80,7 @@ def read_training_rows(config: RunConfig, tokenizer: Any) -> tuple[PreferenceDat
         UserError: as ``load_dataset_groups`` and ``open_stream``.
     """
     if not config.data.streaming:
-        return load_dataset_groups(config.data, tokenizer, split="train")
+        return load_dataset_groups(config.data, tokenizer, split="train", unpair=config.loss.unpaired)
     _, first = open_stream(config, tokenizer)
     return first.dataset, first.report
 

@@ -71,6 +71,10 @@ def scored(i, **changes):
     } | changes
 
 
+def unpaired(i, **changes):
+    return {"prompt": prompt_of(i), "completion": f" It goes to the sea {i}.", "label": i % 2 == 0} | changes
+
+
 def ids(i, **changes):
     return {"prompt_ids": [40, 50 + i], "chosen_ids": [60, 61, 2], "rejected_ids": [70, 2]} | changes
 
@@ -229,6 +233,28 @@ FAULTS = {
             (["duplicate"], scored(0)),
         ],
     ),
+    "unpaired": (
+        unpaired,
+        [
+            (["missing_column"], {"prompt": "p", "completion": " c"}),
+            (["null_value"], unpaired(1, label=None)),
+            (["bad_label"], unpaired(2, label="good")),
+            (["bad_label"], unpaired(3, label=2)),
+            (["bad_label"], unpaired(4, label=[True])),
+            (["wrong_type"], unpaired(5, completion=3)),
+            (["has_images"], unpaired(6, images=["a.png"])),
+            (["bad_reference"], unpaired(7, ref_logps=[-1.0, -2.0])),
+            (["empty_completion"], unpaired(8, completion=" ")),
+            (["empty_prompt"], unpaired(9, prompt=" ")),
+            (["prompt_repeated"], unpaired(10, completion=prompt_of(10) + " To the sea.")),
+            (["truncated", "eos_lost"], unpaired(11, completion=LONG)),
+            (["prompt_too_long"], unpaired(12, prompt=LONG)),
+            (["labels_reversed"], unpaired(14, score=1.0)),
+            (["labels_reversed"], unpaired(15, score=2)),
+            (["duplicate"], unpaired(0)),
+            (["contradiction"], unpaired(0, label=False)),
+        ],
+    ),
     "tokenized": (
         ids,
         [
@@ -295,7 +321,8 @@ def test_every_fault_is_reported_at_its_row_and_nothing_else_is(layout, make_tok
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(map(encode, rows)))
     template = REFUSING_TEMPLATE if layout in ("messages", "hh", "sharegpt") else None
-    checked = run_check(tmp_path, make_tokenizer(chat_template=template), path)
+    loss = {"loss_type": "kto"} if layout == "unpaired" else {}
+    checked = run_check(tmp_path, make_tokenizer(chat_template=template), path, **loss)
     assert found(checked) == expected
     report = checked.reports["train"]
     stopping = {row for name, at in expected.items() for row in at if PROBLEMS[name].stops}
@@ -308,8 +335,11 @@ def test_every_fault_is_reported_at_its_row_and_nothing_else_is(layout, make_tok
 
 def test_every_problem_is_planted_somewhere():
     planted = {problem for _, faults in FAULTS.values() for problems, _ in faults for problem in problems}
-    # Rankings of scored completions are in test_scored, embeddings in test_check, what is trained on in test_held_out.
-    assert planted | {"no_chat_template", "tied_ranking", "beyond_embedding", *TRAINED} == set(PROBLEMS)
+    # Labels that are all alike are in test_unpaired, rankings of scored completions in test_scored, embeddings and
+    # rows for another loss in test_check, what is trained on in test_held_out.
+    assert planted | {"no_chat_template", "one_label", "unpaired", "tied_ranking", "beyond_embedding", *TRAINED} == set(
+        PROBLEMS
+    )
 
 
 def test_elements_of_an_array(make_tokenizer, tmp_path):

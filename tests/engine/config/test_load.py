@@ -286,6 +286,9 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "loss.f_divergence_type": st.just("reverse_kl"),
         "loss.ld_alpha": st.none() | st.floats(0, 1),
         "loss.shift_lambda": st.floats(0, 1, exclude_min=True),
+        # Of losses that take pairs.
+        "loss.desirable_weight": st.just(1.0),
+        "loss.undesirable_weight": st.just(1.0),
         "loss.label_smoothing": st.floats(0, 0.49),
         # The other one goes with a dtype of the model.
         "optim.master_weights": st.just("float32"),

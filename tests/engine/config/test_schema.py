@@ -10,17 +10,20 @@ import pytest
 import torch
 
 from dpo_kernels import LOSS_TYPES, preference_loss
+from dpo_kernels.kto import KTO_LOSSES
 from dpo_kernels.losses import ALIASES
 from engine.config import build_config
 from engine.config.fields import dataclass_in, iter_keys, type_hints
 from engine.config.help import config_help, field_docs
 from engine.config.losses import (
+    ALONE,
     COUPLED_LOSSES,
     DIVERGENCE_LOSSES,
     LIKELIHOOD_LOSSES,
     LOSS_ALIASES,
     REFERENCE_FREE_LOSSES,
     SMOOTHED_LOSSES,
+    UNPAIRED_LOSSES,
     LossConfig,
     LossType,
 )
@@ -28,11 +31,12 @@ from engine.config.optim import OptimConfig, SchedulerType
 from engine.config.schema import RunConfig, TrainConfig
 from engine.errors import UserError
 
-PAIR_LOSSES = tuple(name for name in typing.get_args(LossType) if name not in ("plackett_luce", *LOSS_ALIASES))
+PAIR_LOSSES = tuple(name for name in typing.get_args(LossType) if name not in (*ALONE, *LOSS_ALIASES))
 
 
 def test_loss_names_are_those_of_the_table():
     assert set(PAIR_LOSSES) == set(LOSS_TYPES)
+    assert set(KTO_LOSSES) == UNPAIRED_LOSSES < ALONE
 
 
 def test_what_losses_take_is_what_the_table_says():

@@ -41,6 +41,8 @@ TOOL_PAIR = {
     "rejected": [reply("Late.")],
     "tools": TOOLS,
 }
+GOOD_ROW = {"prompt": [user(ASK)], "completion": [reply(GOOD)], "label": True}
+BAD_ROW = {"prompt": [user(ASK)], "completion": [reply(BAD)], "label": False}
 REFERENCE = {"better_response_id": 1, "safer_response_id": 0, "is_response_0_safe": True}
 
 TEXT_PAIR = {"prompt": ASK, "chosen": f" {GOOD}", "rejected": f" {BAD}"}
@@ -58,6 +60,30 @@ TOKENS: dict[str, tuple[str, dict]] = {
         "prompt_input_ids": [5, 6], "chosen_input_ids": [5, 6, 7, 2], "chosen_labels": [-100, -100, 7, 2],
         "rejected_input_ids": [5, 6, 8, 9, 2], "rejected_labels": [-100, -100, 8, 9, 2]}),
 }  # fmt: skip
+UNPAIRED: dict[str, tuple[str, dict, dict]] = {
+    # As in LAYOUTS: the row as TRL takes it for KTO.
+    "trl": ("unpaired", {"prompt": ASK, "completion": f" {GOOD}", "label": True},
+            {"prompt": ASK, "completion": f" {GOOD}", "label": True}),
+    "trl messages": ("unpaired", {"prompt": [user(ASK)], "completion": [reply(BAD)], "label": False}, BAD_ROW),
+    "system beside prompt": ("labelled", {"system": KIND, "prompt": ASK, "completion": GOOD, "label": "True"},
+                             GOOD_ROW | {"prompt": [system(KIND), user(ASK)]}),
+    "prompt and response": ("labelled", {"prompt": ASK, "response": GOOD, "label": 1}, GOOD_ROW),
+    "instruction": ("labelled", {"instruction": "Where does", "input": "the river go?", "completion": BAD, "label": 0},
+                    BAD_ROW | {"prompt": [user("Where does\nthe river go?")]}),
+    "instruction and output": ("labelled", {"instruction": ASK, "output": GOOD, "label": "1"}, GOOD_ROW),
+    "axolotl intel": ("labelled", {"system": KIND, "question": ASK, "completion": GOOD, "label": True},
+                      GOOD_ROW | {"prompt": [system(KIND), user(ASK)]}),
+    "query": ("labelled", {"query": ASK, "response": BAD, "label": False, "history": [["hi", "hello"]]},
+              BAD_ROW | {"prompt": [*EARLIER, user(ASK)]}),
+    "ms-swift": ("labelled", {"messages": [*EARLIER, user(ASK), reply(BAD)], "label": False},
+                 BAD_ROW | {"prompt": [*EARLIER, user(ASK)]}),
+    "conversations": ("labelled", {"conversations": [said("human", ASK), said("gpt", GOOD)], "label": True}, GOOD_ROW),
+    "llama-factory": ("kto_tag", {"instruction": ASK, "input": "", "output": GOOD, "kto_tag": True}, GOOD_ROW),
+    "llama-factory sharegpt": ("kto_tag", {"conversations": [said("human", ASK), said("gpt", GOOD)], "kto_tag": True},
+                               GOOD_ROW),
+    "llama-factory messages": ("kto_tag", {"messages": [user(ASK), reply(BAD)], "kto_tag": False}, BAD_ROW),
+}  # fmt: skip
+"""Rows of one labelled completion."""
 
 LAYOUTS: dict[str, tuple[str, dict, dict]] = {
     # name: (format that is recognised, the row, the row as messages, or as text where it stays text)

@@ -24,6 +24,7 @@ from tests.engine.data.layout_rows import (
     PAIR,
     SIDES,
     TOKENS,
+    UNPAIRED,
     reply,
     said,
     user,
@@ -100,7 +101,7 @@ def test_every_line_of_the_table_and_every_column_in_it_has_a_row_that_a_test_re
     formats = {name for name in RowFormat.__args__ if name != "auto"}
     assert listed.keys() == formats == FOREIGN.keys() | COLUMNS.keys()
     read = {name: set() for name in formats}
-    for layout, row, *_ in (*LAYOUTS.values(), *TOKENS.values()):
+    for layout, row, *_ in (*LAYOUTS.values(), *TOKENS.values(), *UNPAIRED.values()):
         read[layout] |= keys_of(row)
     assert {name: columns - read[name] for name, columns in listed.items() if columns - read[name]} == {}
     assert get_type_hints(DataConfig)["format"] == RowFormat

@@ -93,6 +93,12 @@ CASES = {
         ranks=2,
         own_store=True,
     ),
+    "unpaired": Case(
+        "train",
+        {"loss": {"loss_type": "kto"}, "train": {"save_steps": 2, "eval_steps": 3, "logging_steps": 3}},
+        own_store=True,
+        evaluates=True,
+    ),
     "references": Case("train", {"packing": {"tokens_per_pack": 220}, "train": {"save_steps": 4}}, own_store=True),
     "precompute": Case("precompute", {"packing": {"tokens_per_pack": 220}}, own_store=True),
     "sharded": Case(

@@ -19,20 +19,23 @@ from torch import nn
 from torch.nn.functional import logsigmoid
 from torch.overrides import TorchFunctionMode
 
+from engine.config.losses import UNPAIRED_LOSSES
 from engine.config.schema import LossConfig, PackingConfig
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.model.attention import Backend, register_backends
 from engine.model.layouts import eager_attention
 from engine.model.load import disable_dropout
 from engine.model.policy import Policy
-from engine.packing import Pack, build_batch, group_sizes, plan_epoch
-from engine.train.feed import TrainingPack, TrainingStep
+from engine.packing import Pack, group_sizes, plan_epoch
+from engine.train.feed import TrainingStep, build_pack
 from engine.train.metrics import StepWork
 from engine.train.objective import Objective
 from engine.train.references import ReferenceTable
 from tests.engine.model.families import VOCAB
 
 BETA = 0.3
+DESIRABLE = 0.7
+"""Weight of desirable rows."""
 TOLERANCE = 1e-10
 """Of the largest value that is compared. A pair that is lost, or weighs twice, is off by a sixth."""
 
@@ -115,9 +118,10 @@ class Case:
     def step(self, packs: Sequence[Pack], num_terms: int) -> TrainingStep:
         """What one rank does in a step of ``num_terms`` over all ranks."""
         built = tuple(
-            TrainingPack(
-                build_batch([self.dataset[i] for i in pack], share_prompts=self.share_prompts),
+            build_pack(
+                [self.dataset[i] for i in pack],
                 torch.from_numpy(self.table.lookup(pack)),
+                share_prompts=self.share_prompts,
             )
             for pack in packs
             if pack
@@ -133,9 +137,11 @@ def cases(
     ranks: st.SearchStrategy[int],
     distinct_tokens: bool = False,
     in_rows: bool = False,
+    labelled: bool = False,
 ):
     """Prompts of 1 to 12 and responses of 1 to 9 tokens. Some groups repeat another one, or differ from it by their
-    prompt alone; with ``distinct_tokens`` no two groups have a token in common."""
+    prompt alone; with ``distinct_tokens`` no two groups have a token in common. Of ``labelled`` groups the first
+    response is desirable or not, and a second one another row's."""
     groups: list[PreferenceGroup] = []
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     length = st.integers(1, 9)
@@ -153,7 +159,7 @@ def cases(
             parts = tuple(ids(draw(length)) for _ in range(draw(responses)))
         else:
             parts = groups[-1].response_ids
-        groups.append(PreferenceGroup(row, prompt, parts))
+        groups.append(PreferenceGroup(row, prompt, parts, desirable=draw(st.booleans()) if labelled else None))
     dataset = PreferenceDataset(groups)
     share = draw(st.booleans()) and not in_rows
     longest = int(group_sizes(dataset.lengths, share_prompts=share, in_rows=in_rows).max())
@@ -175,6 +181,8 @@ class OneByOne(NamedTuple):
 
     tokens: list[list[torch.Tensor]]
     """Per group and response: log-prob of each token."""
+    desirable: list[bool | None]
+    """Per group: its label."""
 
     @classmethod
     def of(cls, policy: Policy, dataset: PreferenceDataset) -> OneByOne:
@@ -186,7 +194,8 @@ class OneByOne(NamedTuple):
             return logits.log_softmax(-1).gather(1, ids[start:, None])[:, 0]
 
         with eager_attention(policy):
-            return cls([[score(g.prompt_ids, r) for r in g.response_ids] for g in dataset])
+            tokens = [[score(g.prompt_ids, r) for r in g.response_ids] for g in dataset]
+        return cls(tokens, [g.desirable for g in dataset])
 
     def sums(self, group: int) -> torch.Tensor:
         """[K]."""
@@ -199,6 +208,13 @@ def plain_loss(name: str, alone: OneByOne, table: ReferenceTable, members: list[
     if name == "plackett_luce":
         ranked = [BETA * r for r in ratios]
         return torch.stack([-sum(r[k] - r[k:].logsumexp(0) for k in range(len(r))) for r in ranked]).mean()
+    if name in UNPAIRED_LOSSES:
+        own = torch.stack([r[0] for r in ratios])
+        # What is not to be learned from: the divergence.
+        typical = torch.stack([r[1] for r in ratios]).mean().clamp(min=0).detach() if name == "kto" else 0.0
+        signs = torch.tensor([1.0 if alone.desirable[g] else -1.0 for g in members], dtype=torch.float64)
+        weights = torch.tensor([DESIRABLE if alone.desirable[g] else 1.0 for g in members], dtype=torch.float64)
+        return (weights * torch.sigmoid(-signs * BETA * (own - typical))).mean()
     chosen, rejected = torch.stack(ratios).T
     if name == "sigmoid":
         return -logsigmoid(BETA * (chosen - rejected)).mean()
@@ -237,7 +253,8 @@ def close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
 
 def check_case(case: Case, policy: Policy, loss: str) -> None:
     """Losses, log-probs and gradients of every step of a case are those of one response at a time."""
-    objective = Objective(LossConfig(loss_type=loss, beta=BETA))
+    sides = {"desirable_weight": DESIRABLE} if loss in UNPAIRED_LOSSES else {}
+    objective = Objective(LossConfig(loss_type=loss, beta=BETA, **sides))
     objective.check_dataset(case.dataset)
     alone = OneByOne.of(policy, case.dataset)
     names, parameters = zip(*policy.causal_lm.named_parameters(), strict=True)
@@ -269,7 +286,10 @@ def check_case(case: Case, policy: Policy, loss: str) -> None:
 
 def check_logps(policy: Policy, step: TrainingStep, alone: OneByOne) -> None:
     for pack in step.packs:
-        with torch.no_grad():
-            got = policy.logps(pack.batch)
-        want = torch.cat([t for row in pack.batch.rows for t in alone.tokens[row]]).detach()
-        torch.testing.assert_close(got, want, rtol=TOLERANCE, atol=TOLERANCE)
+        others = pack.mismatched
+        own, foreign = (slice(None), None) if others is None else (slice(1), slice(1, None))
+        for batch, responses in ((pack.batch, own), *([(others.batch, foreign)] if others else [])):
+            with torch.no_grad():
+                got = policy.logps(batch)
+            want = torch.cat([t for row in batch.rows for t in alone.tokens[row][responses]]).detach()
+            torch.testing.assert_close(got, want, rtol=TOLERANCE, atol=TOLERANCE)

@@ -112,6 +112,16 @@ def test_coupled_pairs_are_computed_over_the_whole_step(family, case, loss):
     check_case(case, make_policy(family), loss)
 
 
+@families
+@examples(0.3)
+@given(
+    case=cases(responses=pairs, ranks=st.just(1), labelled=True),
+    loss=st.sampled_from(["kto", "apo_zero_unpaired"]),
+)
+def test_unpaired_rows(family, case, loss):
+    check_case(case, make_policy(family), loss)
+
+
 def run_packs(
     policy: Policy, case: Case, packs: Sequence[Pack], loss: str
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

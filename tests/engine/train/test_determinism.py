@@ -17,7 +17,17 @@ from tests.engine.train.test_host_waits import CASES, LORA, inline_feed, take_st
 from tests.pretended_cuda import CUDA, pretended_cuda
 from tests.unordered_ops import unordered
 
-NAMES = ("sigmoid 1", "aot_unpaired 1", "orpo 1", "bf16", "lora ipo bf16", "checkpointing", "live adapters", "experts")
+NAMES = (
+    "sigmoid 1",
+    "aot_unpaired 1",
+    "orpo 1",
+    "kto 1",
+    "bf16",
+    "lora ipo bf16",
+    "checkpointing",
+    "live adapters",
+    "experts",
+)
 
 
 def rankings(folder, responses: int = 4) -> str:

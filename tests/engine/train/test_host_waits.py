@@ -78,6 +78,7 @@ def take_steps(setup: Setup, folder, others: list, cuda: PretendedCuda | None):
 LOSSES = [{"loss_type": name} for name in LOSS_TYPES]
 LOSSES += [
     {"loss_type": "plackett_luce"},
+    {"loss_type": "kto"},
     {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
     {"loss_type": "sigmoid", "label_smoothing": 0.1},
 ]

@@ -79,10 +79,18 @@ def assert_resumes_exactly(make_config, tmp_path, monkeypatch, **sections) -> No
         {"model": {"lora": {"r": 4, "dropout": 0.3}}},
         {"model": {"lora": {"r": 4, "target_modules": ["v_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}}},
         {"model": {"dtype": "bfloat16"}, "loss": {"loss_type": "aot"}},
+        {"loss": {"loss_type": "kto"}, "packing": {"tokens_per_pack": 250}},
         {"reference": {"sync_ref_model": True, "ref_model_sync_steps": 3, "ref_model_mixup_alpha": 0.4}},
         {"optim": {"optimizer": "rmsprop", "lr_scheduler_type": "cosine", "warmup_steps": 3, "learning_rate": 1e-4}},
     ],
-    ids=["lora with dropout", "adapted head and copies", "bfloat16 and coupled pairs", "a moving reference", "rmsprop"],
+    ids=[
+        "lora with dropout",
+        "adapted head and copies",
+        "bfloat16 and coupled pairs",
+        "unpaired rows",
+        "a moving reference",
+        "rmsprop",
+    ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(sections, make_config, tmp_path, monkeypatch):
     assert_resumes_exactly(make_config, tmp_path, monkeypatch, **sections)
