@@ -210,7 +210,7 @@ def _run_faults(group: PreferenceGroup, config: RunConfig) -> Iterator[str]:
     elif len(group.response_ids) != 2 and group.pairs is None and "plackett_luce" not in config.loss.loss_types:
         yield "not_a_pair"
     sizes = np.array([len(group.prompt_ids), *map(len, group.response_ids)])
-    if group_sizes([sizes], share_prompts=config.packing.share_prompts)[0] > config.packing.tokens_per_pack:
+    if group_sizes([sizes], share_prompts=config.packing.share_prompts)[0] > config.packs.tokens_per_pack:
         yield "over_budget"
 
 

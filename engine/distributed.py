@@ -15,7 +15,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -258,21 +258,23 @@ def gather(value: T, group: Any = None) -> list[T]:
     return values
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of a tensor of the same shape on every rank. Does not wait for a CUDA device."""
+def each_rank(values: Tensor) -> list[Tensor]:
+    """A tensor of the same shape of every rank, in the order of the ranks. Does not wait for a CUDA device."""
     import torch
     import torch.distributed as dist
 
     if size() == 1:
-        return values
+        return [values]
     parts = [torch.empty_like(values) for _ in range(size())]
     dist.all_gather(parts, values.contiguous())
-    return torch.stack(parts).sum(0)
+    return parts
 
 
-def norm_over_ranks(norm: Tensor) -> Tensor:
-    """The 2-norm of a vector that lies in parts on the ranks, from the norm of each part."""
-    return norm if size() == 1 else sum_over_ranks(norm.double().square()).sqrt().to(norm.dtype)
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a tensor of the same shape on every rank. Does not wait for a CUDA device."""
+    import torch
+
+    return values if size() == 1 else torch.stack(each_rank(values)).sum(0)
 
 
 def concat_over_ranks(rows: Tensor) -> list[Tensor]:
@@ -330,24 +332,6 @@ def main_first() -> Iterator[None]:
     yield
     if is_main():
         barrier()
-
-
-def own_share(costs: Sequence[float]) -> list[int | None]:
-    """Which of some pieces of work this rank does: about the same cost, and exactly the same number, on every rank.
-
-    Args:
-        costs: of each piece.
-
-    Returns:
-        Positions in ``costs``, the dearest first; None where the others still have one and this rank has not.
-    """
-    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
-    share: list[int | None] = []
-    for number, start in enumerate(range(0, len(order), size())):
-        # Whoever has the dearer piece of one round has the cheaper one of the next.
-        place = start + (rank() if number % 2 == 0 else size() - 1 - rank())
-        share.append(order[place] if place < len(order) else None)
-    return share
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -6,10 +6,13 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import distributed
 from .config import load_config
@@ -23,7 +26,7 @@ from .memory_errors import advised
 from .model import Policy, check_folder, load_adapter, load_tokenizer, ready_policy, resolve_device
 from .model.adapter_forms import changes_base, is_adapter
 from .model.adapters import import_peft
-from .model.load import shapes_alone
+from .model.division import divide_work
 from .model.quantization import check_quantization
 from .packing import check_fits
 from .reference.template_date import with_template_date
@@ -76,6 +79,7 @@ def evaluate(
         UserError: no evaluation data, or a model that cannot be loaded.
     """
     distributed.set_timeout(config.train.timeout_minutes)
+    divide_work(config)
     check_quantization(config.model)
     own = [] if model_path is None else [partial(check_folder, model_path, "--model ")]
     raise_all([*own, partial(check_inputs, config, splits=("eval",))])
@@ -87,8 +91,13 @@ def evaluate(
     datasets, lint = _load_data(config, tokenizer)
     if run is not None:
         _compare(run, tokenizer, datasets, lint, unpair=config.loss.unpaired)
-    packing = config.packing
-    fits = partial(check_fits, tokens_per_pack=packing.tokens_per_pack, share_prompts=packing.share_prompts)
+    packing = config.packs
+    fits = partial(
+        check_fits,
+        tokens_per_pack=packing.tokens_per_pack,
+        share_prompts=packing.share_prompts,
+        processes=config.train.context_parallel,
+    )
     for dataset in datasets.values():
         fits(dataset)
     policy, trained = _load_both(config, model_path, list(datasets.values()))
@@ -216,7 +225,7 @@ def put_adapter(base: Policy, model_path: str) -> None:
         UserError: the adapter does not fit the base.
     """
     try:
-        with shapes_alone():
+        with torch.device("meta") if base.device.type == "meta" else nullcontext():
             load_adapter(base, Path(model_path))
     except UserError as error:
         raise UserError(f"--model {model_path}: {error}") from error

@@ -16,6 +16,7 @@ from .errors import UserError
 from .inputs import check_inputs
 from .memory_errors import advised
 from .model import Policy, load_tokenizer, ready_policy, resolve_device
+from .model.division import divide_work
 from .model.kernels.choice import kernels_words
 from .model.layouts import attention_words, describe_layout
 from .model.quantization import check_quantization
@@ -46,6 +47,7 @@ def check_settings(config: RunConfig, export: Path | None) -> None:
         UserError: settings that cannot run, or a file that the rows cannot be exported to.
     """
     distributed.set_timeout(config.train.timeout_minutes)
+    divide_work(config)
     check_quantization(reference_model(config))
     check_inputs(config)
     if export is not None and config.loss.ld_alpha not in (None, 1):
@@ -164,7 +166,7 @@ def _fill(
         reference,
         dataset,
         store,
-        tokens_per_pack=config.packing.tokens_per_pack,
+        tokens_per_pack=config.packs.tokens_per_pack,
         share_prompts=config.packing.share_prompts,
         identity=identity,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Literal
 
@@ -281,6 +281,11 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def packs(self) -> PackingConfig:
+        """``packing`` of the packs that processes work on together."""
+        return replace(self.packing, tokens_per_pack=self.train.context_parallel * self.packing.tokens_per_pack)
 
     def __post_init__(self) -> None:
         _require(

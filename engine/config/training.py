@@ -59,6 +59,15 @@ class TrainConfig:
     all but what products and attention gave, at little cost."""
     activation_offload: bool = False
     """Keep activations in host memory until the backward pass; gradient_checkpointing leaves few to move."""
+    shards_per_replica: int | None = None
+    """Of several processes, how many hold one copy of the model between them: null is all of them, or one where the
+    model is quantised; with 1 each holds it whole and gradients are added up once a step."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What shards are gathered and computed in: bfloat16 needs two thirds of the traffic, and other numbers come out
+    than in one process."""
+    context_parallel: int = 1
+    """So many processes work on each pack together, which may have as many times packing.tokens_per_pack: each has a
+    part of the tokens, and in attention a part of the heads."""
     timeout_minutes: float = 60
     """How long one of several processes waits for another, such as for the first one to read a model or write one."""
     early_stopping_patience: int | None = None
@@ -101,6 +110,11 @@ class TrainConfig:
             f"train.max_steps must be positive, or -1 for no limit, got {self.max_steps}",
         )
         _require(self.timeout_minutes > 0, f"train.timeout_minutes must be positive, got {self.timeout_minutes}")
+        shards = self.shards_per_replica
+        _require(
+            shards is None or shards > 0, f"train.shards_per_replica must be positive, or null for all, got {shards}"
+        )
+        _require(self.context_parallel > 0, f"train.context_parallel must be positive, got {self.context_parallel}")
         _require(0 <= self.seed < 2**32, f"train.seed must be in [0, 2**32), got {self.seed}")
         limit = self.save_total_limit
         _require(limit is None or limit > 0, f"train.save_total_limit must be positive or null, got {limit}")

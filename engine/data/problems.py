@@ -73,7 +73,7 @@ _STOPS = {
     ),
     "over_budget": (
         "prompt and responses together are longer than packing.tokens_per_pack",
-        "raise packing.tokens_per_pack, or lower data.max_length",
+        "raise packing.tokens_per_pack or train.context_parallel, or lower data.max_length",
     ),
 }
 

@@ -23,7 +23,9 @@ _REDUCED_BYTES = 4
 
 def num_shards(config: RunConfig, target: Target) -> int:
     """Over how many processes weights, gradients and optimizer state are spread."""
-    return target.processes
+    if target.processes == 1:
+        return 1
+    return config.train.shards_per_replica or (1 if config.model.quantization else target.processes)
 
 
 def gathered_bytes(policy: Policy, shards: int) -> int:

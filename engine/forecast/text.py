@@ -42,7 +42,8 @@ def describe_forecast(
     Objective(config.loss).check_dataset(dataset)
     check_fits(
         dataset,
-        tokens_per_pack=config.packing.tokens_per_pack,
+        tokens_per_pack=config.packs.tokens_per_pack,
+        processes=config.train.context_parallel,
         share_prompts=config.packing.share_prompts,
         in_rows=config.packing.layout == "rows",
     )

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..config.schema import OptimConfig, RunConfig
-from ..errors import UserError
 from ..model import Policy, load_policy
 from ..model.head import output_layer
 from ..model.load import DTYPES
@@ -37,13 +36,8 @@ def without_memory(config: RunConfig, target: Target, layers: int | None = None)
     Quantised weights stand there in the compute dtype, which is what they are computed in.
 
     Raises:
-        UserError: it cannot be built, or not be spread over so many processes.
+        UserError: it cannot be built.
     """
-    if config.model.quantization and target.processes > 1:
-        raise UserError(
-            f"model.quantization={config.model.quantization} runs in one process: quantised weights cannot be sharded; "
-            "leave --processes out, or set model.quantization to null"
-        )
     with torch.device("meta"):
         return load_policy(
             replace(config.model, quantization=None),

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import distributed
 from ..config.fields import nearest
 from ..config.schema import LoraConfig
 from ..errors import UserError, out_of_memory
@@ -270,7 +269,7 @@ def load_adapter(policy: Policy, path: Path) -> None:
                 policy.model = model = peft.PeftModel.from_pretrained(model, str(path), _LOADED)
         _in_float32(model)
         _check_layers(peft, model, str(path), _LOADED)
-        _read_copies(peft, model, str(path), _LOADED, filled=distributed.is_main())
+        _read_copies(peft, model, str(path), _LOADED, filled=policy.device.type != "meta")
     except ImportError as error:
         raise UserError(f"the adapter {path}: {first_line(error)}") from error
     except READ_ERRORS as error:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import distributed
+from .. import distributed, mesh
 from ..config.schema import LayoutName
 from ..data.groups import PreferenceGroup
 from ..errors import BackendError, UserError, out_of_memory
@@ -100,6 +100,9 @@ def _choose_layout(policy: Policy, requested: LayoutName, share_prompts: bool, s
         if fault is None:
             _join_rows(policy, share_prompts, seed)
             return
+        if (ranks := mesh.context_size()) > 1:
+            words = f"train.context_parallel={ranks} divides packs that a whole model shares"
+            raise UserError(f"{words}, and {fault.words}; set it to 1")
         if _wrong_attention(policy, share_prompts, seed):
             _tell_of_attention(policy, requested, fault)
         reason = fault.words
@@ -156,7 +159,7 @@ def _fault_on_packs(policy: Policy, share_prompts: bool, seed: int) -> Fault | N
         if fault is None:
             return None
         first = first or fault
-        if fault.mixer is None or fault.mixer in layout.mixers:
+        if fault.mixer is None or fault.mixer in layout.mixers or mesh.context_size() > 1:
             return first
         layout = Layout("mixers", (*layout.mixers, fault.mixer), first.words)
 

@@ -25,7 +25,7 @@ from .composites import read_causal_lm
 from .load import DTYPES
 from .policy import Policy
 from .precision import TOKEN_TOLERANCE, float32_weights
-from .quantization import quantization_arguments, use_one_product
+from .quantization import quantization_arguments, read_by_each, use_one_product
 from .sources import first_line, hide_weight_bars, hub_options
 
 _ROWS = 2
@@ -62,7 +62,7 @@ def score_fresh(model: ModelConfig, dataset: PreferenceDataset, device: torch.de
     found = FreshScores(groups, None)
     distributed.announce("scores rows with a plain load of the adapter")
     if distributed.is_main():
-        found = _score(model, groups, device if distributed.size() == 1 else torch.device("cpu"))
+        found = _score(model, groups, device if distributed.size() == 1 or read_by_each(model) else torch.device("cpu"))
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ from .composites import empty_causal_lm, read_causal_lm
 from .experts import EXPERTS, register_experts
 from .head import output_layer
 from .policy import Policy
-from .quantization import check_quantization, quantization_arguments, use_one_product
+from .quantization import check_quantization, quantization_arguments, read_by_each, use_one_product
 from .recompute import checkpointing_options
 from .sources import check_folder, first_line, hide_weight_bars, hub_options, needs_own_code, not_found
 from .tokenizer import not_a_model
@@ -66,7 +66,7 @@ def load_policy(
     reference must be the same function before the first step.
 
     Of several processes, rank 0 holds it on the CPU and the others have its shapes, until ``shard_policy`` spreads it
-    over their devices.
+    over their devices. A quantised model is read by each of them.
 
     Args:
         empty: build the model from its config, and leave it where it is built: for shapes alone, or for speed.
@@ -81,21 +81,22 @@ def load_policy(
     backend = backend or choose_backend(model.attention, device, DTYPES[model.dtype])
     if not empty:
         distributed.announce("reads the model")
-    with distributed.main_first(), shapes_alone():
+    each = read_by_each(model)
+    with distributed.main_first(), shapes_alone(model):
         return _load(
             model,
-            device=device if distributed.size() == 1 else torch.device("cpu"),
+            device=device if distributed.size() == 1 or each else torch.device("cpu"),
             backend=backend,
             gradient_checkpointing=gradient_checkpointing,
-            empty=empty or not distributed.is_main(),
+            empty=empty or not (distributed.is_main() or each),
             layers=layers,
             weights_dtype=DTYPES[weights_dtype],
         )
 
 
-def shapes_alone() -> AbstractContextManager[Any]:
+def shapes_alone(model: ModelConfig) -> AbstractContextManager[Any]:
     """What is built inside has no data on the processes that get theirs from rank 0."""
-    return nullcontext() if distributed.is_main() else torch.device("meta")
+    return nullcontext() if distributed.is_main() or read_by_each(model) else torch.device("meta")
 
 
 def _load(

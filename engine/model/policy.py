@@ -21,6 +21,7 @@ from .head import adapted_head, read_head
 from .kernels.exchange import Exchange, Kernels
 from .mixers import RowsOfPack
 from .offload import OffloadedActivations
+from .replicas import sum_in_order
 from .routers import RouterSums, experts_per_token, router_arguments, sum_routers
 
 R = TypeVar("R")
@@ -102,6 +103,8 @@ class Policy(nn.Module):
         """Whether backward runs the layers once more instead of keeping what they made (gradient checkpointing)."""
         self.sharded = False
         """Whether the parameters are spread over processes: see ``engine/model/shard.py``."""
+        self.replicated = False
+        """Whether each of several processes holds all parameters, whose gradients ``sum_gradients`` then adds."""
         self.layout = Layout()
         """How packs are computed: see ``engine/model/layouts.py``."""
         self.head_use: HeadUse | None = None
@@ -187,13 +190,17 @@ class Policy(nn.Module):
         a token goes to."""
         keys = () if batch.plan.key_rows is None else (len(batch.plan.key_rows),)
         experts = experts_per_token(self.config.get_text_config())
-        return (batch.num_tokens, *keys, *(() if experts is None else (experts * batch.num_tokens,)))
+        tokens = batch.num_tokens if batch.own is None else batch.own.num_tokens
+        return (tokens, *keys, *(() if experts is None else (experts * tokens,)))
 
     def _run_on_pack(self, batch: PackedBatch, rows: RowPlan | None, wanted: dict[str, bool]):
+        ids, positions = batch.input_ids_T, batch.position_ids_T
+        if batch.own is not None:
+            ids, positions = batch.own.input_ids_L, batch.own.position_ids_L
         with RowsOfPack(rows):
             output = self._body(
-                input_ids=batch.input_ids_T[None],
-                position_ids=batch.position_ids_T[None],
+                input_ids=ids[None],
+                position_ids=positions[None],
                 use_cache=False,
                 **wanted,
                 **{PLAN_ARGUMENT: batch.plan},
@@ -223,7 +230,7 @@ class Policy(nn.Module):
 
         Args:
             batch: a pack on the model's device.
-            objective: called with hidden [N, D], in the order of ``batch.labels_N``, and the head.
+            objective: called with hidden [N, D], in the order of ``batch.own_labels``, and the head.
             top_k: of a mixture whose routers are to be summed: the experts that a token goes to.
 
         Returns:
@@ -232,7 +239,7 @@ class Policy(nn.Module):
         with self.autocast():
             hidden_TD, logits = self._run_body(batch, router_logits=top_k is not None)
             if top_k is not None:
-                sums = sum_routers(logits, batch.repeats_T, top_k)
+                sums = sum_routers(logits, batch.own_repeats, top_k)
             result = self.run_objective(batch.gather_predicting(hidden_TD), objective)
         return result if top_k is None else (result, sums)
 
@@ -262,7 +269,16 @@ class Policy(nn.Module):
 
     def logps_of(self, batch: PackedBatch) -> Callable[[torch.Tensor, Head], torch.Tensor]:
         """The objective that gives ``logps``."""
-        return lambda hidden, head: linear_logps(hidden, head.weight_VD, batch.labels_N, **head.options)
+
+        def logps(hidden_ND: torch.Tensor, head: Head) -> torch.Tensor:
+            return batch.collect(linear_logps(hidden_ND, head.weight_VD, batch.own_labels, **head.options))
+
+        return logps
+
+    def sum_gradients(self) -> None:
+        """Add up the gradients of a step over processes that hold whole models; sharded, it is done after each pack."""
+        if self.replicated:
+            sum_in_order([p for p in self.model.parameters() if p.requires_grad])
 
     @contextmanager
     def reference_mode(self) -> Iterator[None]:

@@ -18,14 +18,9 @@ _STORED_KEYS = ("quantization_config", "compression_config")
 
 
 def check_quantization(model: ModelConfig) -> None:
-    """Raise a ``UserError`` when a base cannot be quantised: several processes, or a package is missing."""
+    """Raise a ``UserError`` when a package is missing that quantises a base."""
     if not model.quantization:
         return
-    if distributed.size() > 1:
-        raise UserError(
-            f"model.quantization={model.quantization} runs in one process: quantised weights cannot be sharded; set it "
-            "to null, the weights are spread over the processes"
-        )
     missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -68,6 +63,11 @@ def stored_quantization(model: ModelConfig) -> str | None:
     method = settings.get("quant_method") or settings.get("quant_algo") or "by a method that it does not name"
     bits = settings.get("bits") or next((b for b in (4, 8) if settings.get(f"load_in_{b}bit")), None)
     return f"{method}, {bits} bits" if bits else str(method)
+
+
+def read_by_each(model: ModelConfig) -> bool:
+    """Whether each of several processes reads the weights itself: quantised ones do not travel."""
+    return distributed.size() > 1 and bool(model.quantization or stored_quantization(model))
 
 
 def quantization_arguments(kind: Quantization, device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""FSDP2: the parameters of a policy spread over the processes of a run.
+"""The parameters of a policy on the processes of a run: spread over them by FSDP2, or whole on each.
 
 Each transformer block is one unit, gathered around its own forward and backward. Embedding and head are a unit each,
 the head gathered around the loss alone, which runs in a forward method of the head; tied, they stay with the rest of
 the model. Gradients are summed, not averaged: the loss of a step is already divided by its pairs over all ranks. They
-are summed after every pack, since to keep a whole model's gradients on every rank would undo the sharding.
+are summed after every pack, since to keep a whole model's gradients on every rank would undo the sharding. Where the
+ranks hold several copies of the model between them (``mesh.shards``), shards are gathered within a copy.
 
 Rank 0 alone reads the weights. Unit by unit they go to all processes, each of which then keeps its share: none of the
 others ever holds more than its shares and one unit (where transformers names no blocks, the whole model is one). What
-is in a module beside its parameters comes from rank 0, too.
+is in a module beside its parameters comes from rank 0, too. Quantised weights cannot travel so: every process reads
+its own, and holds all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import distributed
+from .. import distributed, mesh
 from ..errors import UserError
 from .policy import Policy
 
@@ -31,27 +33,29 @@ def shard_policy(policy: Policy, device: torch.device) -> Policy:
     """
     if distributed.size() == 1:
         return policy
-    if getattr(policy.causal_lm, "hf_quantizer", None) is not None:
+    quantised = getattr(policy.causal_lm, "hf_quantizer", None) is not None
+    if mesh.shards() == 1:
+        return _copy_policy(policy, device, read_by_each=quantised)
+    if quantised:
         raise UserError(
             f"{type(policy.causal_lm).__name__}: its weights are stored quantised, and such weights cannot be sharded; "
-            "train in one process, or give a model in bfloat16 or float32"
+            "set train.shards_per_replica to 1, or give a model in bfloat16 or float32"
         )
     if len({p.dtype for p in policy.parameters() if p.requires_grad}) > 1:
         raise UserError(
             f"{type(policy.causal_lm).__name__}: some of its weights stay float32 beside others in bfloat16, and such "
-            "are not sharded together; set optim.master_weights to float32, or train in one process"
+            "are not sharded together; set optim.master_weights to float32, or train.shards_per_replica to 1"
         )
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(device.type, (distributed.size(),))
-    # Parameters are gathered as they are kept, and cast where autocast casts them in one process: the same numbers.
-    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    shared = mesh.shard_mesh(device.type)
+    # Gathered as they are kept, parameters are cast where autocast casts them in one process: the same numbers.
+    precision = MixedPrecisionPolicy(mesh.gathered_dtype(), reduce_dtype=torch.float32, cast_forward_inputs=False)
 
     def shard(unit: nn.Module) -> None:
         _fill(unit, "_parameters", device)
         # Outside a pass everything lies sharded, the root too: optimizer, checkpoints and digests read it there.
-        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        fully_shard(unit, mesh=shared, mp_policy=precision, reshard_after_forward=True)
 
     _take_layout(policy)
     _fill(policy, "_buffers", device)
@@ -73,6 +77,24 @@ def shard_policy(policy: Policy, device: torch.device) -> Policy:
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
     policy.sharded = True
+    return policy
+
+
+def _copy_policy(policy: Policy, device: torch.device, *, read_by_each: bool) -> Policy:
+    """Give every process the whole policy, on ``device``, with the bits of rank 0.
+
+    Args:
+        read_by_each: whether every process has read the frozen weights itself.
+    """
+    if read_by_each:
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                distributed.broadcast_bytes(parameter.detach())
+    else:
+        _take_layout(policy)
+        _fill(policy, "_buffers", device)
+        _fill(policy, "_parameters", device)
+    policy.replicated = True
     return policy
 
 

@@ -19,6 +19,7 @@ import torch
 from ..data.groups import PreferenceGroup, pair_places
 from .gather import gather_rows, pick_order
 from .rows import RowPlan, Segment
+from .slices import Slice, own_slice
 from .transfer import send
 
 
@@ -38,6 +39,8 @@ class AttentionPlan:
     key_order: torch.Tensor | None = None
     """int64 [keys], and ``key_counts``: what ``pick_order`` gives for ``key_rows``."""
     key_counts: tuple[int, ...] = ()
+    divided: bool = False
+    """Whether the tokens lie on several processes, which attention brings together."""
     masks: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     """Masks that a backend made for this pack, so that layers share them."""
     readers: set[str] = field(default_factory=set, init=False, repr=False)
@@ -102,6 +105,8 @@ class PackedBatch:
     """fp32 [N]: weights of the completion tokens; None: 1 each."""
     rows_plan: RowPlan | None = None
     """The same tokens as rows, where the layout of a model asks for them and they were built with the pack."""
+    own: Slice | None = None
+    """Where several processes work on the pack: this one's part of it."""
 
     @property
     def num_tokens(self) -> int:
@@ -115,8 +120,24 @@ class PackedBatch:
     def num_responses(self) -> int:
         return self.cu_responses_S1.numel() - 1
 
+    @property
+    def own_repeats(self) -> torch.Tensor:
+        """``repeats_T`` of the tokens that this process works on."""
+        return self.repeats_T if self.own is None else self.own.repeats_L
+
+    @property
+    def own_labels(self) -> torch.Tensor:
+        """``labels_N`` of the tokens whose hidden states this process has, in the order of ``gather_predicting``."""
+        return self.labels_N if self.own is None else self.own.labels_M
+
+    def collect(self, own_N: torch.Tensor) -> torch.Tensor:
+        """Values [N, ...] of the completion tokens, from those of ``own_labels``."""
+        return own_N if self.own is None else self.own.collect(own_N)
+
     def gather_predicting(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """[N, D]: the hidden states that predict the completion tokens, from those of all packed rows."""
+        if self.own is not None:
+            return self.own.gather_predicting(hidden_TD)
         return gather_rows(hidden_TD, self.rows_N, self.rows_order_N, self.rows_counts)
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -128,7 +149,8 @@ class PackedBatch:
         """The same batch with ``change`` of each of its device-side tensors."""
         changes = _changed(self, change, skipped="cu_responses_S1")
         rows_plan = None if self.rows_plan is None else self.rows_plan.map_tensors(change)
-        return replace(self, **changes, plan=self.plan.map_tensors(change), rows_plan=rows_plan)
+        own = None if self.own is None else self.own.map_tensors(change)
+        return replace(self, **changes, plan=self.plan.map_tensors(change), rows_plan=rows_plan, own=own)
 
 
 def _changed(
@@ -188,20 +210,22 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
     counted = [len(r) for r in responses]
     rows_N = np.concatenate(predicting)
     rows_order_N, rows_counts = pick_order(rows_N)
-    places_P2 = pair_places(groups)
+    ids_T, positions_T, repeats_T = _int64(ids), _int64(positions), _int64(repeats)
+    labels_N = _int64(responses)
+    own = own_slice(ids_T, positions_T, repeats_T, rows_N, labels_N)
     return PackedBatch(
-        input_ids_T=_int64(ids),
-        position_ids_T=_int64(positions),
-        repeats_T=_int64(repeats),
-        plan=plan_attention(segments),
+        input_ids_T=ids_T,
+        position_ids_T=positions_T,
+        repeats_T=repeats_T,
+        plan=replace(plan_attention(segments), divided=own is not None),
         rows_N=_int64([rows_N]),
-        labels_N=_int64(responses),
+        labels_N=labels_N,
         cu_responses_S1=_cumulative(counted),
         lengths_S=torch.tensor(counted),
         responses_per_group=tuple(len(g.response_ids) for g in groups),
         rows=tuple(g.label for g in groups),
         terms_per_group=tuple(len(g.pairs or (0,)) for g in groups),
-        pairs_P2=None if places_P2 is None else torch.from_numpy(places_P2),
+        pairs_P2=_pairs(groups),
         num_chosen_tokens=_chosen_tokens(groups, counted),
         num_unshared_tokens=unshared,
         rows_order_N=_int64([rows_order_N]),
@@ -210,7 +234,14 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
         pair_weights_P=_of_terms([g.weight for g in groups], groups, usual=1.0),
         margins_P=_of_terms([g.margin for g in groups], groups, usual=0.0),
         token_weights_N=_other_than_one(weights),
+        own=own,
     )
+
+
+def _pairs(groups: Sequence[PreferenceGroup]) -> torch.Tensor | None:
+    """Those of all groups, where these are more than one each."""
+    places_P2 = pair_places(groups)
+    return None if places_P2 is None else torch.from_numpy(places_P2)
 
 
 def _token_weights(groups: Sequence[PreferenceGroup]) -> list[np.ndarray] | None:

@@ -233,15 +233,28 @@ def plan_epoch(
 
 
 def check_fits(
-    dataset: PreferenceDataset, *, tokens_per_pack: int, share_prompts: bool = True, in_rows: bool = False
+    dataset: PreferenceDataset,
+    *,
+    tokens_per_pack: int,
+    share_prompts: bool = True,
+    in_rows: bool = False,
+    processes: int = 1,
 ) -> None:
-    """Raise a ``UserError`` that names the longest group when it does not fit in one pack."""
+    """Raise a ``UserError`` that names the longest group when it does not fit in one pack.
+
+    Args:
+        tokens_per_pack: of all processes that work on a pack together.
+        processes: how many these are.
+    """
     if not len(dataset):
         raise UserError("no preference rows are left after filtering: see `dpo check` for what was dropped and why")
     sizes = group_sizes(dataset.lengths, share_prompts=share_prompts, in_rows=in_rows)
     longest = int(sizes.argmax())
     if sizes[longest] > tokens_per_pack:
+        each, needed = tokens_per_pack // processes, int(sizes[longest])
+        together = f" in each of {processes} processes" if processes > 1 else ""
+        divided = "" if in_rows else f", divide packs over processes (train.context_parallel {-(-needed // each)})"
         raise UserError(
-            f"packing.tokens_per_pack is {tokens_per_pack}, but row {dataset[longest].label} needs {sizes[longest]} "
-            f"tokens: set packing.tokens_per_pack to at least {sizes[longest]}, or lower data.max_length"
+            f"packing.tokens_per_pack is {each}{together}, but row {dataset[longest].label} needs {needed} tokens: set "
+            f"packing.tokens_per_pack to at least {-(-needed // processes)}{divided}, or lower data.max_length"
         )

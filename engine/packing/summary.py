@@ -95,9 +95,14 @@ def plan_first_epoch(dataset: PreferenceDataset, config: RunConfig) -> list[Step
     Raises:
         UserError: a group does not fit in a pack, or there is none.
     """
-    packing, train = config.packing, config.train
-    fits = {"share_prompts": packing.share_prompts, "in_rows": packing.layout == "rows"}
-    check_fits(dataset, tokens_per_pack=packing.tokens_per_pack, **fits)
+    packing, train = config.packs, config.train
+    check_fits(
+        dataset,
+        tokens_per_pack=packing.tokens_per_pack,
+        share_prompts=packing.share_prompts,
+        in_rows=packing.layout == "rows",
+        processes=train.context_parallel,
+    )
     return plan_epoch(dataset.lengths, packing, seed=train.seed, members=dataset.epoch(train.seed, 0))
 
 
@@ -112,7 +117,7 @@ def summarize_plan(
     Raises:
         UserError: a group does not fit in a pack, or there is none.
     """
-    packing, train, lengths = config.packing, config.train, dataset.lengths
+    packing, train, lengths = config.packs, config.train, dataset.lengths
     if steps is None:
         steps = plan_first_epoch(dataset, config)
     if dataset.mixture is not None:

@@ -24,7 +24,7 @@ import torch
 
 from dpo_kernels.dispatch import choose
 
-from .. import distributed
+from .. import distributed, mesh
 from ..data.groups import PreferenceDataset
 from ..model.layouts import attention_name
 
@@ -110,7 +110,14 @@ def _profile(policy: Policy) -> dict[str, str]:
         "head": choose("linear_logps", "auto", device, dtype).impl,
         "torch": _minor_version("torch"),
         "transformers": _minor_version("transformers"),
+        **_gathered_profile(),
     }
+
+
+def _gathered_profile() -> dict[str, str]:
+    """What shards of parameters compute in, where that is not what they are kept in."""
+    dtype = mesh.gathered_dtype()
+    return {} if dtype is None else {"parameters": str(dtype).removeprefix("torch.")}
 
 
 def _minor_version(package: str) -> str:

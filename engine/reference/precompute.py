@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .. import distributed, stop
+from .. import distributed, mesh, stop
 from ..data.groups import PreferenceDataset, PreferenceGroup
 from ..errors import UserError, counted, out_of_memory
 from ..packing import Pack, PackedBatch, build_batch, check_fits, group_costs, pack_lengths
@@ -130,7 +130,7 @@ def precompute(
         )
         try:
             tokens = _run(policy, dataset, packs, _Buffer(store, flush_seconds), share_prompts, progress)
-            tokens = sum(distributed.gather(tokens))
+            tokens = sum(mesh.gather(tokens))
         except Exception as error:
             if isinstance(error, UserError) or (memory := out_of_memory(error)) is None:
                 raise
@@ -223,7 +223,7 @@ def _run(
     tokens = 0
     lengths = dataset.lengths
     costs = [int(group_costs(_lengths(lengths, members), share_prompts=share_prompts).sum()) for members in packs]
-    share = distributed.own_share(costs)
+    share = mesh.own_share(costs)
     counted = [i is not None for i in share]
     # Forward passes of a sharded model are joint: who has no pack left runs the cheapest one again.
     cheapest = costs.index(min(costs))
@@ -234,7 +234,7 @@ def _run(
     with bar, scoring(policy), stop.postponed("what is computed is stored first"):
         try:
             for members, (batch, logps_N), counts in zip(own, score(policy, batches), counted, strict=True):
-                if counts:
+                if counts and mesh.context_rank() == 0:
                     buffer.add(_split(members, batch, logps_N, policy.compute_dtype))
                     tokens += batch.num_tokens
                     bar.update(len(members))

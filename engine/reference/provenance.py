@@ -56,5 +56,5 @@ def _difference(path: Path, identity: ModelIdentity) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     names = sorted(then.keys() | identity.profile.keys())
-    changed = [n for n in names if then.get(n) != identity.profile.get(n)]
-    return ", ".join(f"{n} {then.get(n)} (now {identity.profile.get(n)})" for n in changed) or None
+    pairs = [(n, then.get(n, "as kept"), identity.profile.get(n, "as kept")) for n in names]
+    return ", ".join(f"{n} {before} (now {now})" for n, before, now in pairs if before != now) or None

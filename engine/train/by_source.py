@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo_kernels.chunks import to_device
 
-from .. import distributed
+from .. import distributed, mesh
 from ..data.groups import PreferenceDataset
 from ..run_folder import EVAL_SOURCE, TRAIN_SOURCE
 from .metrics import PREFERENCE_NAMES
@@ -55,13 +55,13 @@ class SourceMeter:
         """The metrics of the interval, of all processes; the next one starts. Waits for the device."""
         if not self.names:
             return {}
-        sums_MC = distributed.sum_over_ranks(self._sums_MC).cpu()
+        sums_MC = mesh.sum_over_packs(self._sums_MC).cpu()
         self._reset()
         return _means(TRAIN_SOURCE, self.names, sums_MC, self.has_losses)
 
     def state(self) -> list[list[float]]:
         """What a checkpoint needs, of all processes."""
-        return distributed.sum_over_ranks(self._sums_MC).tolist() if self.names else []
+        return mesh.sum_over_packs(self._sums_MC).tolist() if self.names else []
 
     def load(self, sums: list[list[float]]) -> None:
         self._reset()

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_kernels import describe
 
-from .. import distributed
+from .. import distributed, mesh
 from ..config.schema import RunConfig
 from ..data import Report
 from ..data.mixture import describe_mixture
@@ -20,6 +20,7 @@ from ..data.row_numbers import NumberSummary
 from ..durable import write_atomically
 from ..errors import counted
 from ..model.balance import Balance
+from ..model.division import division_words
 from ..model.head import head_words
 from ..model.kernels.choice import kernels_words
 from ..model.layouts import attention_words, describe_layout
@@ -87,8 +88,7 @@ def _number_rows(setup: Setup) -> list[tuple[str, str]]:
 
 
 def _process_words(setup: Setup) -> str:
-    shared = "parameters, gradients and optimizer state are sharded over them"
-    return f"{distributed.size()} on {setup.device.type}; {shared} (FSDP2)"
+    return f"{distributed.size()} on {setup.device.type}; {division_words()}"
 
 
 def _loss_op(setup: Setup) -> str:
@@ -97,7 +97,7 @@ def _loss_op(setup: Setup) -> str:
     if objective.unpaired:
         passes = "; a pass before it for the divergence" if "kto" in setup.config.loss.loss_types else ""
         return f"linear_kto_loss: {chosen.linear_dpo_loss.impl} ({chosen.linear_dpo_loss.reason}){passes}"
-    if objective.needs_token_logps or (setup.datasets["train"].lengths.responses != 2).any():
+    if mesh.context_size() > 1 or objective.needs_token_logps or (setup.datasets["train"].lengths.responses != 2).any():
         op, choice = "linear_logps", chosen.linear_logps
     else:
         op, choice = "linear_dpo_loss", chosen.linear_dpo_loss

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_kernels.chunks import to_device
 
-from .. import distributed, stop
+from .. import distributed, mesh, stop
 from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset, pair_places
 from ..durable import CONTINUE, write_atomically
@@ -208,7 +208,7 @@ def _score_all(
     from tqdm.auto import tqdm
 
     policy, device = routing.policy, routing.policy.device
-    packing = settled(config.packing, policy)
+    packing = settled(config.packs, policy)
     packs = pack_lengths(
         dataset.lengths,
         packing.tokens_per_pack,
@@ -217,7 +217,7 @@ def _score_all(
     )
     costs_G = group_costs(dataset.lengths, share_prompts=packing.share_prompts)
     costs = [int(costs_G[list(pack)].sum()) for pack in packs]
-    share = distributed.own_share(costs)
+    share = mesh.own_share(costs)
     # Forward passes of a sharded model are joint: who has no pack left runs the cheapest one again.
     cheapest = costs.index(min(costs))
     own, columns = [], []
@@ -238,8 +238,8 @@ def _score_all(
             columns.append(torch.cat([pair, stats_SK, unweighted_S[:, None]], 1))
     # The host waits here, once, and not for every pack.
     rows_SC = torch.cat(columns).cpu() if columns else torch.zeros(0, 3 + len(objective.stats))
-    order = _response_order(dataset, [pack for packs in distributed.gather(own) for pack in packs])
-    logps_S, ref_S, *sums = torch.cat(distributed.concat_over_ranks(rows_SC))[order].unbind(1)
+    order = _response_order(dataset, [pack for packs in mesh.gather(own) for pack in packs])
+    logps_S, ref_S, *sums = torch.cat(mesh.concat_over_packs(rows_SC))[order].unbind(1)
     return _Scores(logps_S, ref_S if objective.needs_reference else None, torch.stack(sums, 1))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import distributed, stop
+from .. import distributed, mesh, stop
 from ..config.schema import PackingConfig, RunConfig, TrainConfig
 from ..data.groups import PreferenceDataset, PreferenceGroup, split_mismatched
 from ..errors import UserError
@@ -168,7 +168,7 @@ class StepBuilder:
 
     def plan(self, seed: int, epoch: int) -> list[Step]:
         """This process's packs in the steps of an epoch."""
-        places = {"ranks": distributed.size(), "rank": distributed.rank()}
+        places = {"ranks": mesh.data_size(), "rank": mesh.data_rank()}
         members = self.dataset.epoch(seed, epoch)
         return plan_epoch(self.lengths, self.packing, seed=seed, epoch=epoch, members=members, **places)
 
@@ -261,7 +261,7 @@ class TrainingFeed:
                 if len({data for *_, data in told}) > 1:
                     raise FeedError("processes have read different rows: give all of them the same data")
                 assert step is not None
-                elsewhere = sum(n for n, *_ in told) - pairs
+                elsewhere = sum(n for n, *_ in told[:: mesh.context_size()]) - pairs
                 yield replace(step, packs=tuple(p.to(self.device) for p in step.packs), elsewhere=elsewhere)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

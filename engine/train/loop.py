@@ -11,6 +11,7 @@ from .. import distributed
 from ..config.schema import RunConfig
 from ..inputs import check_inputs
 from ..memory_errors import memory_errors
+from ..model.division import divide_work
 from ..run_folder import hold_folder
 from ..shared_folders import check_shared
 from . import checkpoint as checkpoints
@@ -49,6 +50,7 @@ def train(
     """
     with memory_errors(config, trains=True, figures=forecast), distributed.process_group():
         distributed.set_timeout(config.train.timeout_minutes)
+        divide_work(config)
         output_dir = Path(config.train.output_dir)
         main = distributed.is_main()
         if main and not resume:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distributed
+from .. import distributed, mesh
 from ..run_folder import EXPERT_LAYER, EXPERTS
 from .throughput import Stopwatch, peak_memory_gib
 
@@ -212,7 +212,7 @@ def _expert_shares(layers: Sequence[Tensor]) -> dict[str, float]:
 def _total(work: Sequence[StepWork]) -> StepWork:
     """The sum over steps and processes."""
     own = _sum(work)
-    return own if distributed.size() == 1 else _sum(distributed.gather(own))
+    return own if distributed.size() == 1 else _sum(mesh.gather(own))
 
 
 def _sum(work: Sequence[StepWork]) -> StepWork:

@@ -32,7 +32,7 @@ from dpo_kernels.chunks import sum_responses, to_device
 from dpo_kernels.head import Head
 from dpo_kernels.linear_logps.api import TokenLogps
 
-from .. import distributed
+from .. import distributed, mesh
 from ..config.schema import LossConfig
 from ..model import Policy
 from ..packing import PackedBatch
@@ -127,7 +127,12 @@ class Objective(LossTerms):
         return sums_SK[:, -1] if sums_SK.shape[1] > len(self.stats) else logps_S
 
     def _token_logps(self, hidden_ND: Tensor, head: Head, batch: PackedBatch) -> TokenLogps:
-        return linear_logps(hidden_ND, head.weight_VD, batch.labels_N, stats=self.stats, **head.options)
+        labels = batch.own_labels
+        own = linear_logps(hidden_ND, head.weight_VD, labels, stats=self.stats, **head.options)
+        if batch.own is None:
+            return own
+        columns = batch.collect(torch.stack([own.logps, *(own.stats[name].float() for name in own.stats)], 1))
+        return TokenLogps(columns[:, 0], dict(zip(own.stats, columns[:, 1:].detach().unbind(1), strict=True)))
 
     def _sums(self, stats: Mapping[str, Tensor], batch: PackedBatch) -> Tensor:
         """[S, K] over the tokens of each response, of the statistics that are there."""
@@ -229,6 +234,11 @@ class Objective(LossTerms):
         Returns:
             Detached scores of what this process did, in pack order.
         """
+        scored = self._backward(policy, step)
+        policy.sum_gradients()
+        return scored
+
+    def _backward(self, policy: Policy, step: TrainingStep) -> Scored:
         self.routing = Routing(policy, self.config, count_experts=True)
         if self.unpaired:
             rows = self.rows.backward(policy, step, self.routing, self.reference)
@@ -236,7 +246,7 @@ class Objective(LossTerms):
         if self.couples_pairs and (len(step.packs) > 1 or distributed.size() > 1):
             return self._backward_coupled(policy, step, self.routing)
         self.routing.look_ahead(step.packs)
-        fused = not (self.couples_pairs or self.config.use_weighting) and all(
+        fused = not (self.couples_pairs or self.config.use_weighting or mesh.context_size() > 1) and all(
             k == 2 for p in step.packs for k in p.batch.responses_per_group
         )
         one_pass = self._backward_pairs if fused else self._backward_logps
@@ -291,7 +301,7 @@ class Objective(LossTerms):
         if "sft" not in self.config.loss_types:
             return None
         tokens = sum(p.batch.num_chosen_tokens for p in step.packs if p.counts)
-        return sum(distributed.gather(tokens)) / step.num_terms
+        return sum(mesh.gather(tokens)) / step.num_terms
 
     def _backward_logps(self, policy: Policy, step: TrainingStep, routing: Routing) -> list[Scored]:
         parts = []
@@ -322,13 +332,13 @@ class Objective(LossTerms):
         refs = [self.reference(p.batch, p.ref_logps_S) for p in packs]
         terms = zip(sums, refs, packs, strict=True)
         rows = [_coupled_rows(logps, ref, pack.batch) for logps, ref, pack in terms if pack.counts]
-        parts = distributed.concat_over_ranks(torch.cat([torch.zeros(0, 3, device=policy.device).double(), *rows]))
+        parts = mesh.concat_over_packs(torch.cat([torch.zeros(0, 3, device=policy.device).double(), *rows]))
         step_S3 = torch.cat(parts)
         logps_S, ref_S, lengths_S = (column.to(sums[0].dtype) for column in step_S3.T)
         logps_S.requires_grad_()
         scored = self.score(logps_S, ref_S if self.needs_reference else None, lengths_S, (2,) * step.num_terms)
         (slopes_S,) = torch.autograd.grad(scored.losses.sum() / step.num_terms, logps_S)
-        first = sum(len(part) for part in parts[: distributed.rank()])
+        first = sum(len(part) for part in parts[: mesh.data_rank()])
         start = first
         for pack in packs:
             stop = start + pack.batch.num_responses if pack.counts else start

@@ -22,7 +22,7 @@ from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.trainer_utils import SchedulerType
 
-from .. import distributed
+from .. import distributed, mesh
 from ..config.schema import OptimConfig
 from ..errors import UserError
 from .held_weights import HeldWeights, holding, sum_in_float32
@@ -302,7 +302,7 @@ class GuardedUpdate:
             The global norm of the gradients before clipping, a scalar tensor.
         """
         grads = [distributed.local_tensor(p.grad) for p in self.params if p.grad is not None]
-        norm = distributed.norm_over_ranks(_total_norm(grads))
+        norm = mesh.norm_over_shards(_total_norm(grads))
         finite = torch.isfinite(norm) & torch.isfinite(loss)
         self.failed = torch.maximum(self.failed, (~finite).float())
         if self.deferred or self.ok():

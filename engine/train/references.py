@@ -191,7 +191,7 @@ def _stored_tables(
                 reference,
                 dataset,
                 store,
-                tokens_per_pack=config.packing.tokens_per_pack,
+                tokens_per_pack=config.packs.tokens_per_pack,
                 share_prompts=config.packing.share_prompts,
                 identity=identity,
                 progress=progress,

@@ -74,7 +74,7 @@ class Routing:
         """
         if not self._counts_experts:
             return self._run(batch, objective, counts)
-        with counting_experts(batch.repeats_T * counts) as count:
+        with counting_experts(batch.own_repeats * counts) as count:
             result = self._run(batch, objective, counts)
         # A model in rows shows its experts repeated prompts and padding, block by block.
         layers = [] if self.policy.layout.in_rows else count.layers

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import distributed
+from .. import mesh
 from ..packing import PackedBatch
 
 
@@ -67,7 +67,7 @@ class Scored(NamedTuple):
 
     def step_means(self, num_terms: int) -> Tensor:
         """``means`` of a step of ``num_terms`` losses, this process's among them; the same on every rank."""
-        sums = distributed.sum_over_ranks(torch.cat([self.columns().sum(1), self.tokens.sum(0)]))
+        sums = mesh.sum_over_packs(torch.cat([self.columns().sum(1), self.tokens.sum(0)]))
         return self._means(sums, num_terms)
 
     def _means(self, sums: Tensor, num_terms: int) -> Tensor:
@@ -83,7 +83,7 @@ class Scored(NamedTuple):
         if self.desirable is None:
             return {}
         good = self.desirable.double().sum()
-        good = good if whole else distributed.sum_over_ranks(good)
+        good = good if whole else mesh.sum_over_packs(good)
         counts = {"count/chosen": good, "count/rejected": num_terms - good}
         return counts if self.divergence is None else {"kl": self.divergence, **counts}
 

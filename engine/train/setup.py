@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..model import Policy, load_tokenizer, ready_policy, resolve_device
 from ..model.balance import Balance
 from ..model.companions import describe_trained, take_template
+from ..model.division import divide_work
 from ..model.layouts import settled
 from ..model.quantization import check_quantization, check_trainable
 from ..packing import PlanSummary, check_fits, summarize_plan
@@ -111,6 +112,7 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
         UserError: anything that the user can correct.
     """
     check_settings(config)
+    divide_work(config)
     check_trainable(config.model)
     log.info("configuration, where it is not the default:\n%s", _indented(format_diff(config)))
     objective = Objective(config.loss, token_metrics=config.train.token_metrics)
@@ -178,13 +180,13 @@ def _feed(
         "rows_of": policy.rows_of,
     }
     if data.stream is None or data.first is None:
-        return TrainingFeed(data.datasets["train"], config.packing, config.train, **options)
+        return TrainingFeed(data.datasets["train"], config.packs, config.train, **options)
 
     def ready(window: Window) -> Lookup:
         check_window(config, tokenizer, policy, objective, window)
         return references.of_window(window.dataset)
 
-    return WindowFeed(data.stream, data.first, config.packing, config.train, ready=ready, **options)
+    return WindowFeed(data.stream, data.first, config.packs, config.train, ready=ready, **options)
 
 
 def _first_loss(

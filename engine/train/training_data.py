@@ -90,7 +90,8 @@ def check_rows(config: RunConfig, objective: Objective, dataset: PreferenceDatas
     objective.check_dataset(dataset)
     check_fits(
         dataset,
-        tokens_per_pack=config.packing.tokens_per_pack,
+        tokens_per_pack=config.packs.tokens_per_pack,
+        processes=config.train.context_parallel,
         share_prompts=config.packing.share_prompts,
         in_rows=config.packing.layout == "rows",
     )

@@ -19,7 +19,7 @@ from dpo_kernels import kto_divergence, kto_loss, linear_kto_loss
 from dpo_kernels.chunks import sum_responses, to_device
 from dpo_kernels.head import Head
 
-from .. import distributed
+from .. import mesh
 from ..config.schema import LossConfig
 from ..model import Policy
 from ..packing import PackedBatch
@@ -81,7 +81,7 @@ class UnpairedLoss:
                         rows.append(torch.stack([logps_S, ref_S], 1).double())
         finally:
             policy.train(training)
-        return kto_divergence(*torch.cat(distributed.concat_over_ranks(torch.cat(rows))).unbind(1))
+        return kto_divergence(*torch.cat(mesh.concat_over_packs(torch.cat(rows))).unbind(1))
 
     def _backward_pack(
         self, pack: TrainingPack, step: TrainingStep, routing: Routing, reference: Reference, divergence: Tensor | None

@@ -26,6 +26,7 @@ from ...packing.layout import AttentionPlan
 from ..layers import layer_configs
 from ..sources import first_line
 from .choice import KERNELS, NAMES, implementation_name
+from .exchange import own_heads, own_tokens, whole_heads
 from .native import DTYPES, native_attention
 from .scores import Scores
 from .segments import open_attention, sdpa_attention
@@ -90,13 +91,30 @@ def packed_attention(
         chunk=None if chunk is None or attention_plan.max_seqlen_k <= chunk else chunk,
     )
     query, key, value = _compute_dtype(query, key, value)
+    if not attention_plan.divided:
+        return _attend(backends, module, query, key, value, attention_plan, scores), None
+    heads = whole_heads(query, key, value, attention_plan.segments[-1].stop)
+    scores = scores._replace(sinks=None if s_aux is None else own_heads(s_aux))
+    return own_tokens(_attend(backends, module, *heads, attention_plan, scores), query.shape[2]), None
+
+
+def _attend(
+    backends: tuple[str, ...],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: AttentionPlan,
+    scores: Scores,
+) -> torch.Tensor:
+    """[1, T, H, D]: attention of the first of ``backends`` that can compute the layer."""
     name = _first_able(backends, module, max(query.shape[-1], value.shape[-1]), query.dtype, scores)
     if name != "sdpa":
-        return _run_kernel(name, module, query, key, value, attention_plan, scores), None
+        return _run_kernel(name, module, query, key, value, plan, scores)
     options: dict[str, Any] = {"scaling": scores.scaling, "window": scores.window}
-    if s_aux is not None or softcap is not None:
-        return open_attention(query, key, value, attention_plan, **options, softcap=softcap, sinks=s_aux), None
-    return sdpa_attention(query, key, value, attention_plan, **options, chunk=scores.chunk), None
+    if scores.sinks is not None or scores.softcap is not None:
+        return open_attention(query, key, value, plan, **options, softcap=scores.softcap, sinks=scores.sinks)
+    return sdpa_attention(query, key, value, plan, **options, chunk=scores.chunk)
 
 
 def _compute_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:

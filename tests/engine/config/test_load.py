@@ -310,6 +310,8 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "reference.mode": st.sampled_from(["auto", "stored", "live"]),
         "reference.sync_ref_model": st.just(False),
         "reference.ref_model_mixup_alpha": st.floats(0.1, 1),
+        "train.param_dtype": st.just("float32"),
+        "train.context_parallel": st.just(1),
         "train.max_steps": st.just(-1) | st.integers(1, 10**9),
         "train.eval_steps": st.none(),
         "train.early_stopping_patience": st.none(),

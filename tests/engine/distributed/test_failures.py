@@ -164,11 +164,11 @@ def test_optimizers_of_one_process_are_refused(name, monkeypatch):
 
 
 def test_what_runs_in_one_process_is_refused_before_anything_is_read(values, tmp_path):
-    values["model"] |= {"quantization": "nf4", "lora": {"r": 4}}
+    values["optim"] = {"optimizer": "adamw_8bit"}
     values["data"]["dataset_name"] = values["model"]["model_name_or_path"] = "/nowhere"
     ended = launch([command(values, tmp_path, "train")] * 2)
     (line,) = error_lines(ended)
-    assert line.startswith("error: model.quantization=nf4 runs in one process: ")
+    assert line.startswith("error: optim.optimizer=adamw_8bit runs in one process: ")
     assert [process.code for process in ended] == [2, 2]
     assert not (tmp_path / "run").exists()
 
@@ -184,16 +184,17 @@ def test_weights_that_the_first_process_cannot_read_end_all(values, tmp_path, ti
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "value"),
+    ("name", "key", "value", "why"),
     [
-        ("train", "model.quantization", "nf4"),
-        ("train", "optim.optimizer", "adamw_8bit"),
-        ("precompute", "model.quantization", "nf4"),
-        ("evaluate", "model.quantization", "nf4"),
+        ("train", "optim.optimizer", "adamw_8bit", "runs in one process: "),
+        *(
+            (name, "train.shards_per_replica", "2", "does not fit model.quantization=nf4: ")
+            for name in ("train", "precompute", "evaluate")
+        ),
     ],
 )
-def test_every_command_refuses_it_first(name, key, value, values, tmp_path, monkeypatch, capsys):
-    values["model"] |= {"model_name_or_path": "/nowhere", "lora": {"r": 4}}
+def test_every_command_refuses_it_first(name, key, value, why, values, tmp_path, monkeypatch, capsys):
+    values["model"] |= {"model_name_or_path": "/nowhere", "lora": {"r": 4}, "quantization": "nf4"}
     values["data"]["dataset_name"] = "/nowhere"
     monkeypatch.setattr(distributed, "size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
@@ -202,7 +203,7 @@ def test_every_command_refuses_it_first(name, key, value, values, tmp_path, monk
     assert cli.main([*arguments, f"--{key}", value]) == 2
     # Behind the line that says what starts.
     first = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
-    assert first.startswith(f"error: {key}={value} runs in one process: ")
+    assert first.startswith(f"error: {key}={value} {why}")
 
 
 def test_a_model_that_is_stored_quantised_is_refused(tiny_model_dir, monkeypatch):

@@ -13,12 +13,14 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import distributed, endings
 from engine.config import build_config
 from engine.evaluate import evaluate
 from engine.model import Policy, load_policy, shard_policy
 from engine.reference import weights_digest
+from engine.reference.keys import model_digest
 from engine.train import checkpoint, loop, setup, sharded
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.setup import prepare
@@ -34,6 +36,32 @@ def gradients(config, output: str) -> None:
     run.objective.backward(run.policy, step)
     grads = {n: distributed.full_tensor(p.grad) for n, p in run.policy.model.named_parameters() if p.grad is not None}
     torch.save(grads, f"{output}.{distributed.rank()}")
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of what is gathered and of what is summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        whole = {"c10d::_allgather_base_": 0, "c10d::_reduce_scatter_base_": 1}.get(func._schema.name)
+        if whole is not None:
+            self.bytes += args[whole].numel() * args[whole].element_size()
+        return func(*args, **(kwargs or {}))
+
+
+def traffic(config, output: str) -> None:
+    """Save the gradients of the first step and the bytes that went between the processes for them."""
+    run = prepare(config)
+    run.policy.train()
+    step = next(iter(run.feed.steps(0)))
+    with Traffic() as counted:
+        run.objective.backward(run.policy, step)
+    named = run.policy.model.named_parameters()
+    found = {"grads": {n: distributed.full_tensor(p.grad) for n, p in named}, "bytes": counted.bytes}
+    torch.save(found | {"digest": model_digest(run.policy)}, f"{output}.{distributed.rank()}")
 
 
 def spread(config, output: str) -> None:
@@ -104,6 +132,8 @@ def run_job(job: dict) -> None:
         loop.train(config, resume=job["resume"])
     elif job["kind"] == "gradients":
         gradients(config, job["output"])
+    elif job["kind"] == "traffic":
+        traffic(config, job["output"])
     elif job["kind"] == "spread":
         spread(config, job["output"])
     elif job["kind"] == "interrupt":
