@@ -19,6 +19,8 @@ from transformers import (
     set_seed,
 )
 
+from engine import mesh
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -57,6 +59,12 @@ def build_tokenizer(
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=specials[3:], **names)
     fast.chat_template = chat_template
     return fast
+
+
+@pytest.fixture(autouse=True)
+def undivided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test begins with how another one has divided its processes."""
+    monkeypatch.setattr(mesh, "_division", mesh._Division())
 
 
 def preference_rows(count: int, *, seed: int = 0) -> list[dict[str, str]]:
