@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import mesh
 from ..data.groups import PreferenceGroup, pair_places
 from .gather import gather_rows, pick_order
 from .rows import RowPlan, Segment
@@ -212,12 +213,11 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
     rows_order_N, rows_counts = pick_order(rows_N)
     ids_T, positions_T, repeats_T = _int64(ids), _int64(positions), _int64(repeats)
     labels_N = _int64(responses)
-    own = own_slice(ids_T, positions_T, repeats_T, rows_N, labels_N)
     return PackedBatch(
         input_ids_T=ids_T,
         position_ids_T=positions_T,
         repeats_T=repeats_T,
-        plan=replace(plan_attention(segments), divided=own is not None),
+        plan=replace(plan_attention(segments), divided=mesh.context_size() > 1),
         rows_N=_int64([rows_N]),
         labels_N=labels_N,
         cu_responses_S1=_cumulative(counted),
@@ -234,7 +234,7 @@ def build_batch(groups: Sequence[PreferenceGroup], *, share_prompts: bool = True
         pair_weights_P=_of_terms([g.weight for g in groups], groups, usual=1.0),
         margins_P=_of_terms([g.margin for g in groups], groups, usual=0.0),
         token_weights_N=_other_than_one(weights),
-        own=own,
+        own=own_slice(ids_T, positions_T, repeats_T, rows_N, labels_N),
     )
 
 
