@@ -30,7 +30,11 @@ def test_two_processes_equal_one(make_config, pairs_jsonl, rows_of, tmp_path):
             "data": {"dataset_name": scored_completions(rows, tmp_path / "scored.jsonl")},
             "loss": {"loss_type": ["sigmoid", "sft"]},
         },
-        "unpaired": {"data": {"max_rows": 9}, "loss": {"loss_type": "kto"}, "packing": {"tokens_per_pack": 250}},
+        "unpaired": {
+            "data": {"max_rows": 9},
+            "loss": {"loss_type": "kto", "undesirable_weight": 0.1},
+            "packing": {"tokens_per_pack": 250},
+        },
     }
     configs = {
         (name, ranks): make_config(
