@@ -30,8 +30,9 @@ def generate(
 ) -> list[np.ndarray]:
     """One answer to each prompt, drawn from the policy's own distribution; the random numbers of a run stay theirs.
 
-    No token is left out of what is drawn from (no top-k, no top-p), so that the answers are samples of the policy at
-    temperature 1. The model runs with its own attention and in evaluation mode meanwhile.
+    No token is left out of what is drawn from (no top-k, no top-p), nor made less likely as the model's
+    generation_config.json may ask, so that the answers are samples of the policy at temperature 1. The model runs with
+    its own attention and in evaluation mode meanwhile.
 
     Args:
         prompts: token ids, each at least one.
@@ -70,15 +71,21 @@ def _limit(policy: Policy, tokens_per_batch: int) -> int:
 def _settings(stops: Collection[int], max_new_tokens: int, temperature: float) -> Any:
     from transformers import GenerationConfig
 
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     # Any token pads what an answer has ended before: it is cut off there.
     ends = {"eos_token_id": sorted(stops)} if stops else {}
-    return GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=min(stops, default=0), **drawn, **ends)
+    options = {"max_new_tokens": max_new_tokens, "pad_token_id": min(stops, default=0), "do_sample": bool(temperature)}
+    return GenerationConfig(**options, **drawn, **ends)
 
 
 @contextmanager
 def _generating(policy: Policy, seed: int) -> Iterator[None]:
+    from transformers import GenerationConfig
+
     training = policy.training
+    model: Any = policy.causal_lm
+    # transformers takes from it what a call leaves open: penalties of repetition, banned tokens, a temperature.
+    own_settings, model.generation_config = model.generation_config, GenerationConfig()
     devices = [] if policy.device.type == "cpu" else [policy.device]
     policy.eval()
     try:
@@ -86,6 +93,7 @@ def _generating(policy: Policy, seed: int) -> Iterator[None]:
             torch.manual_seed(seed)
             yield
     finally:
+        model.generation_config = own_settings
         policy.train(training)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from engine.config.schema import ModelConfig
 from engine.model import load_policy
@@ -29,6 +29,18 @@ def test_the_most_likely_answers_are_those_of_transformers(policy, tiny_model_di
         assert answer.tolist() == expected[0, len(prompt) :].tolist()
     one_by_one = generate(policy, PROMPTS, stops=[], max_new_tokens=6, temperature=0.0, tokens_per_batch=1)
     assert [a.tolist() for a in one_by_one] == [a.tolist() for a in answers]
+
+
+def test_settings_of_the_model_change_no_answer(policy, monkeypatch):
+    """As generation_config.json of many instruct models has them."""
+    asked = [{"temperature": 0.0}, {"temperature": 1.0}]
+    plain = [generate(policy, PROMPTS, stops=[], max_new_tokens=8, **one) for one in asked]
+    own = GenerationConfig(do_sample=True, temperature=0.1, top_k=2, top_p=0.5, repetition_penalty=50.0, max_length=9)
+    monkeypatch.setattr(policy.causal_lm, "generation_config", own)
+    for one, expected in zip(asked, plain, strict=True):
+        found = generate(policy, PROMPTS, stops=[], max_new_tokens=8, **one)
+        assert [a.tolist() for a in found] == [a.tolist() for a in expected]
+    assert policy.causal_lm.generation_config is own
 
 
 def test_an_answer_ends_with_the_first_stop(policy):
