@@ -36,6 +36,7 @@ from .run_folder import (
     DETAILS_FILE,
     EVALUATION_FILE,
     METRICS_FILE,
+    SAMPLED,
     eval_prefixes,
     read_record,
 )
@@ -68,7 +69,7 @@ def evaluate(
     Args:
         model_path: a model or adapter folder, or a Hub id; by default the model before training.
         own_loss: take the ``loss`` section of ``config`` for a run, too.
-        samples: answers to draw of the model to each of ``train.sample_prompts`` prompts, for ``eval_kl``.
+        samples: answers to draw of the model to each of ``train.sample_prompts`` prompts, for ``eval_sampled/kl``.
 
     Returns:
         ``eval_loss``, ``eval_rewards/*``, ``eval_logps/*``, ``eval_ranking_accuracy``,
@@ -141,7 +142,7 @@ def _divergences(
     values: dict[str, float] = {}
     for split, dataset in datasets.items():
         found = sampled_divergence(trained, reference, dataset, config, tokenizer, samples=samples)
-        values |= {f"{split}_{name}": value for name, value in found.items()}
+        values |= {f"{split}_{SAMPLED}{name}": value for name, value in found.items()}
     return values
 
 

@@ -37,6 +37,8 @@ REPORT_PAGE = Path("report", "index.html")
 
 AS_TRAINED = "eval_as_trained/"
 """Prefix of the evaluation of weights before they were rounded to what is written."""
+SAMPLED = "sampled/"
+"""Begins the figures of answers that the model drew, behind the prefix of an evaluation set."""
 BY_LENGTH = "eval_accuracies_by_length/"
 PAIRS_BY_LENGTH = "eval_num_pairs/"
 TRAIN_SOURCE, EVAL_SOURCE = "train/", "eval/"
@@ -74,7 +76,7 @@ def tokens_of(metric: str) -> str | None:
 
 def eval_prefixes(metrics: Iterable[str]) -> list[str]:
     """What the metrics of each evaluation set begin with: ``eval_`` alone, or ``eval_NAME_`` for each of several."""
-    mark = "rewards/margins"
+    mark = "rewards/accuracies"
     found = (name.removesuffix(mark) for name in metrics if name.startswith("eval_") and name.endswith(mark))
     return [prefix for prefix in dict.fromkeys(found) if "/" not in prefix]
 

@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..run_folder import tokens_of
+from ..run_folder import SAMPLED, tokens_of
 from .page import SavedPicture, environment, flat_config, shown, shown_setting
 from .style import draw_evaluation, draw_series, finish_steps, legend, new_figure
 
@@ -103,8 +103,9 @@ def _frontier(runs: Sequence[RunRecords], names: Sequence[str]) -> tuple[str, Fi
     The distance is the KL divergence where every run was evaluated with samples, and else how far the log-probs of
     held-out chosen responses fell.
     """
-    samples = all("eval_kl" in run.evaluation for run in runs)
-    metric = "eval_kl" if samples else "eval_logps_change/chosen"
+    drawn = f"eval_{SAMPLED}kl"
+    samples = all(drawn in run.evaluation for run in runs)
+    metric = drawn if samples else "eval_logps_change/chosen"
     points = [
         [
             (row[metric] if samples else -row[metric], row["eval_rewards/accuracies"])

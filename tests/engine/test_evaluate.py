@@ -252,8 +252,9 @@ def test_samples_of_an_adapter_are_compared_with_the_model_without_it(config, tm
     config = replace(config, **lora, train=replace(config.train, sample_prompts=3, sample_max_new_tokens=8))
     train(config)
     values = evaluate(config, str(tmp_path / "run"), samples=4)
-    assert values["eval_num_samples"] == 12
-    assert values["eval_kl_k3"] > 0
-    assert values["eval_kl_k3_se"] > 0
-    assert evaluate(config, samples=2)["eval_kl"] == 0
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["eval_kl"] == values["eval_kl"]
+    assert values["eval_sampled/num_samples"] == 12
+    assert values["eval_sampled/kl_k3"] > 0
+    assert values["eval_sampled/kl_k3_se"] > 0
+    assert evaluate(config, samples=2)["eval_sampled/kl"] == 0
+    written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert written["eval_sampled/kl"] == values["eval_sampled/kl"]

@@ -55,7 +55,8 @@ def test_the_frontier_has_a_point_for_each_evaluation(runs):
     assert [line.get_label() for line in lines] == ["first", "second"]
     assert [list(line.get_xdata()) for line in lines] == [[1.0, 2.0], [5.0, 10.0]]
     for folder in runs:
-        (folder / "evaluation.json").write_text(json.dumps({"eval_kl": 3.0, "eval_rewards/accuracies": 0.75}))
+        evaluation = {"eval_kl": 9.0, "eval_sampled/kl": 3.0, "eval_rewards/accuracies": 0.75}
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
     found = [read_run(folder) for folder in runs]
     caption, figure = pictures(found, names_of(found))[-1]
     assert "KL(policy || reference)" in caption

@@ -263,6 +263,21 @@ def test_a_run_is_evaluated_by_its_loss(config_of, rows_file):
     assert values["eval_kl"] == pytest.approx(result.metrics["eval_kl"], rel=1e-3, abs=1e-5)
 
 
+def test_held_out_rows_of_one_label_are_evaluated_with_samples_beside_the_estimate(config_of, rows_file, caplog):
+    rows = [json.loads(line) | {"label": True} for line in rows_file.read_text().splitlines()[:4]]
+    path = rows_file.with_name("desirable.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"max_steps": 2, "eval_steps": 1, "sample_prompts": 2, "sample_max_new_tokens": 4}
+    config = config_of(data={"eval_dataset_name": str(path)}, train=options)
+    with caplog.at_level("INFO"):
+        result = train(config)
+        alone, drawn = (evaluate(config, str(result.output_dir), samples=samples) for samples in (0, 2))
+    assert f"step 2  eval loss {result.metrics['eval_loss']:.4f}  accuracy" in caplog.text
+    assert re.search(r"\ncount/chosen +4\n", caplog.text)
+    assert {name: drawn[name] for name in alone} == alone
+    assert drawn["eval_sampled/kl_k3"] > 0
+
+
 @pytest.mark.parametrize(("counts", "weights"), [((30, 10), (1.0, 1.0)), ((10, 30), (1.0, 2.0)), ((7, 9), (2.0, 0.1))])
 def test_labels_that_do_not_weigh_evenly_are_warned_of_as_trl_does(counts, weights):
     terms = LossTerms(LossConfig(loss_type="kto", desirable_weight=weights[0], undesirable_weight=weights[1]))
