@@ -104,6 +104,11 @@ class WindowStream:
         for one, place in zip(self._sets, after, strict=True):
             one.seek(place)
 
+    @property
+    def files(self) -> list[list[str] | None]:
+        """Of each set the names of the files that ``Window.after`` counts; None where it is not a list of files."""
+        return [one.files for one in self._sets]
+
     def close(self) -> None:
         """End what another thread reads, soon."""
         for one in self._sets:
@@ -127,6 +132,10 @@ class _SetStream:
     @property
     def place(self) -> list[Any]:
         return self.source.place
+
+    @property
+    def files(self) -> list[str] | None:
+        return None if self.source.files is None else [path.name for path in self.source.files]
 
     def seek(self, place: list[Any]) -> None:
         self._rows = self.source.read_on(place)

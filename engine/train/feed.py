@@ -286,5 +286,10 @@ class TrainingFeed:
         """JSON values for ``go_on`` after so many steps; None where their number is all that is needed."""
         return None
 
-    def go_on(self, place: dict[str, Any] | None) -> None:
-        """Be ready for the steps after those that ``place`` was asked for."""
+    def go_on(self, place: dict[str, Any] | None, done: int) -> None:
+        """Be ready for the steps after the first ``done``, which ``place`` was asked for; None of a run that read its
+        data whole.
+
+        Raises:
+            UserError: the data is not where ``place`` says.
+        """

@@ -61,6 +61,8 @@ _DATA_KEYS = frozenset(
     )
 )
 """What leads to the training data: its digest decides."""
+_STREAM_KEYS = _DATA_KEYS - {"data.dataset_name", "data.streaming", "data.stream_window"}
+"""What leads from the rows of a stream to those of its later windows."""
 _BASE_KEYS = frozenset({"model.model_name_or_path", "model.revision", "model.adapter_name_or_path"})
 """What leads to the weights before step 1: their digest decides."""
 _ROUTER_KEY = "loss.router_aux_loss_coef"
@@ -225,8 +227,10 @@ def digests(datasets: Mapping[str, PreferenceDataset]) -> dict[str, Any]:
 def check_data(start: Start, config: RunConfig, datasets: Mapping[str, PreferenceDataset]) -> None:
     """Raise a ``UserError`` when the data is not what a run began with, or fewer steps are asked for than are done."""
     now = digests(datasets)
-    if start.state["data"] != now["data"]:
-        changed = _changes(start, config, _DATA_KEYS) or "rows, tokenizer or chat template changed"
+    # Of a stream the digest is that of the first window, and settings say what the others are.
+    settings = _changes(start, config, _STREAM_KEYS) if start.state.get("stream") and config.data.streaming else ""
+    if start.state["data"] != now["data"] or settings:
+        changed = settings or _changes(start, config, _DATA_KEYS) or "rows, tokenizer or chat template changed"
         raise UserError(
             f"cannot resume {start.path}: the training data is not what it was ({changed}); restore it, {_NEW_RUN}"
         )

@@ -99,7 +99,7 @@ class Run:
         if (reference := self.setup.references.moving) is not None:
             checkpoints.load_reference(path, state, reference)
         self._restore_schedule(start)
-        self.feed.go_on(state.get("stream"))
+        self.feed.go_on(state.get("stream"), state["step"])
         self.meter.load(state["meter"])
         self.by_source.load(state.get("by_source", []))
         self.done = self.saved = self.resumed_from = state["step"]

@@ -12,8 +12,11 @@ import numpy as np
 
 from ..config.schema import PackingConfig, TrainConfig
 from ..data.windows import Window, WindowStream
+from ..errors import UserError
 from ..packing import Pack, Step
 from .feed import STEPS_AHEAD, StepBuilder, TrainingFeed, TrainingStep
+
+_FILES_SHOWN = 5
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +101,29 @@ class WindowFeed(TrainingFeed):
 
     def place(self, done: int) -> dict[str, Any] | None:
         window = done // self.steps_per_epoch
-        return {"window": window, "begins": self._places[window]}
+        return {"window": window, "begins": self._places[window], "files": self._stream.files}
 
-    def go_on(self, place: dict[str, Any] | None) -> None:
-        if place is None or place["window"] == 0:
+    def go_on(self, place: dict[str, Any] | None, done: int) -> None:
+        window, now = done // self.steps_per_epoch, self._stream.files
+        if window == 0:
             return
-        self._stream.seek(place["begins"])
-        self._places[place["window"]] = place["begins"]
-        self._current = self._current._replace(number=place["window"] - 1)
+        if place is not None and (before := place.get("files", now)) != now:
+            raise UserError(
+                f"cannot resume: the stream was read from {_words(before)}, and is now from {_words(now)}, where the "
+                "rows that come next cannot be told: put the files back, or start a new run in another "
+                "train.output_dir"
+            )
+        # Data that was read whole is the first window, and the stream begins again behind it.
+        begins = None if place is None else place["begins"]
+        if begins is not None:
+            self._stream.seek(begins)
+        self._places[window] = begins
+        self._current = self._current._replace(number=window - 1)
+
+
+def _words(files: list[list[str] | None]) -> str:
+    """The files of all sets."""
+    names = [name for of_set in files for name in of_set or ["a name"]]
+    return ", ".join(names[:_FILES_SHOWN]) + (
+        f" and {len(names) - _FILES_SHOWN} more" if len(names) > _FILES_SHOWN else ""
+    )

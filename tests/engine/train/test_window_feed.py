@@ -109,6 +109,46 @@ def test_a_bad_row_late_in_the_stream_ends_the_run_with_what_is_done_saved(strea
     assert run_files(tmp_path / "run") == run_files(tmp_path / "whole")
 
 
+def test_a_run_that_read_its_rows_whole_goes_on_with_a_stream_of_them(streamed, tmp_path, monkeypatch):
+    options = {"stream_window": 24}
+    train(streamed("run", data=options, train={"max_steps": 14}))
+    config = streamed("stopped", data={"streaming": False}, train={"max_steps": 14})
+    with interrupted_after(monkeypatch, rows=10), pytest.raises(KeyboardInterrupt):
+        train(config)
+    result = train(streamed("stopped", data=options, train={"max_steps": 14}), resume=True)
+    assert (result.resumed_from, result.steps) == (9, 14)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "stopped")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "files",
+            r"the stream was read from a\.jsonl, b\.jsonl, and is now from rows\.jsonl, where the rows that come",
+        ),
+        ("max_rows", r"the training data is not what it was \(data\.max_rows was None and is now 30\); restore it"),
+    ],
+)
+def test_a_stream_of_which_only_later_windows_are_others_does_not_go_on(
+    change, message, streamed, tmp_path, monkeypatch
+):
+    rows = preference_rows(40, seed=6)
+    for name, part in (("a", rows[:20]), ("b", rows[20:])):
+        (tmp_path / f"{name}.jsonl").write_text(lines(part))
+    data = {"dataset_name": [str(tmp_path / f"{name}.jsonl") for name in "ab"]}
+    with interrupted_after(monkeypatch, rows=5), pytest.raises(KeyboardInterrupt):
+        train(streamed("run", data=data))
+    if change == "files":
+        (tmp_path / "rows.jsonl").write_text(lines(rows))
+        data = {"dataset_name": str(tmp_path / "rows.jsonl")}
+    else:
+        data |= {"max_rows": 30}
+    with pytest.raises(UserError, match=message):
+        train(streamed("run", data=data), resume=True)
+
+
 def test_no_more_than_three_windows_are_ever_held(streamed, on_hub, monkeypatch):
     """Counted: the groups of all datasets alive, and how far reading is ahead of training."""
     alive: weakref.WeakSet[PreferenceDataset] = weakref.WeakSet()
