@@ -34,6 +34,7 @@ _FREE_KEYS = frozenset(
         *("train.gradient_checkpointing", "train.activation_offload", "train.timeout_minutes", "train.report_to"),
         "optim.offload",
         *("train.save_dtype", "train.save_rounding", "train.async_save", "train.token_metrics", "data.cache"),
+        *("train.sample_steps", "train.sample_prompts", "train.sample_max_new_tokens", "train.sample_temperature"),
         *("train.shards_per_replica", "train.context_parallel"),
         *("train.run_name", "train.project"),
         *("train.load_best_model_at_end", "train.early_stopping_patience", "train.early_stopping_threshold"),

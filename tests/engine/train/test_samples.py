@@ -11,6 +11,7 @@ from engine.report import write_report
 from engine.run_folder import read_samples
 from engine.train import run as run_module
 from engine.train.loop import train
+from engine.train.resume import check_same_run, config_values
 from engine.train.samples import distinct_prompts
 
 OPTIONS = {"sample_steps": 2, "sample_prompts": 2, "sample_max_new_tokens": 5, "save_steps": 3}
@@ -55,6 +56,13 @@ def test_a_resumed_run_has_the_samples_of_one_that_was_not_cut(make_config, pair
     (tmp_path / "cut" / "samples.jsonl").open("a").write(json.dumps({"step": 4, "row": 0}) + "\n")
     train(cut, resume=True)
     assert read_samples(tmp_path / "cut") == read_samples(tmp_path / "whole")
+
+
+def test_a_resumed_run_may_draw_other_samples(make_config, pairs_jsonl, tmp_path):
+    before = sampling(make_config, pairs_jsonl, tmp_path)
+    changed = {"sample_prompts": 3, "sample_max_new_tokens": 9, "sample_temperature": 0.5}
+    for options in (changed, {"sample_steps": None}):
+        check_same_run(config_values(before), sampling(make_config, pairs_jsonl, tmp_path, **options), tmp_path)
 
 
 def test_samples_need_held_out_prompts(make_config, tmp_path):
