@@ -220,9 +220,10 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each prompt with its answers by step: of many steps the first, one in the middle and the last."""
     steps = list(dict.fromkeys(sample["step"] for sample in samples))
     shown = steps if len(steps) <= _STEPS_SHOWN else [steps[0], steps[len(steps) // 2], steps[-1]]
-    prompts: dict[int, dict[str, Any]] = {}
+    prompts: dict[str, dict[str, Any]] = {}
     for sample in samples:
-        found = prompts.setdefault(sample["row"], {"row": sample["row"], "prompt": sample["prompt"], "answers": []})
+        # Sets of a mixture number their rows alike.
+        found = prompts.setdefault(sample["prompt"], {"row": sample["row"], "prompt": sample["prompt"], "answers": []})
         if sample["step"] in shown:
             found["answers"].append(sample)
     return list(prompts.values())

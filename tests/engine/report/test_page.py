@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import errno
 import io
+import json
 import os
 import re
 from html.parser import HTMLParser
@@ -159,6 +160,20 @@ def test_rankings_calibration_and_the_worst_rows(make_run):
     assert page.row("0.5 to 0.55") == ["0.5 to 0.55", "3", "0.5200", "0.6667"]
     assert "row 7: -31.2 nats" in text
     assert "&lt;b&gt;So&lt;/b&gt;" in text
+
+
+def test_answers_to_rows_of_one_number_stay_apart(make_run, rows):
+    """Of two sets of a mixture."""
+    run = make_run(rows(2))
+    samples = [
+        {"step": s, "row": 3, "prompt": f"Prompt {p}?", "greedy": f"{p} at {s}", "sampled": ""}
+        for s in (0, 2)
+        for p in "AB"
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    text = write_report(run).read_text()
+    places = [text.index(words) for words in ("Prompt A?", "A at 0", "A at 2", "Prompt B?", "B at 0", "B at 2")]
+    assert places == sorted(places)
 
 
 def test_progress_and_size_come_from_the_plan(make_run):
