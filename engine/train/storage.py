@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from .. import distributed
+from .. import distributed, mesh
 from ..config.schema import OptimConfig, RunConfig
 from ..errors import UserError, counted
 from ..model import Policy
@@ -37,6 +37,8 @@ class DiskNeed(NamedTuple):
     """Checkpoints until the end."""
     kept: int
     """The most of them that are there at a time, that which is being written included."""
+    moments: int = 0
+    """Of a checkpoint, what the optimizer makes at its first update."""
 
     @property
     def once(self) -> int:
@@ -67,7 +69,7 @@ def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> Di
         policy: before or after it is sharded; tied weights count once.
     """
     dtypes = stored_dtypes(policy, config)
-    model = weights = state = 0
+    model = weights = state = moments = 0
     seen: set[int] = set()
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
         if id(tensor) in seen or (policy.has_adapter and not tensor.requires_grad):
@@ -76,6 +78,7 @@ def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> Di
         model += tensor.numel() * dtypes.get(name, tensor.dtype).itemsize
         weights += tensor.numel() * tensor.dtype.itemsize
         state += tensor.numel() * _state_bytes(config.optim) if tensor.requires_grad else 0
+        moments += tensor.numel() * _STATE_BYTES[config.optim.optimizer] if tensor.requires_grad else 0
     if config.reference.sync_ref_model:
         weights *= 2
     due = len(save_points(config.train.every("save_steps", total), done=done, total=total))
@@ -84,7 +87,8 @@ def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> Di
         # The best and the newest.
         limit = max(limit, 2)
     # The one that goes is there until the next one is durable.
-    return DiskNeed(model, weights + state, due, due if limit is None else min(due, limit + 1))
+    kept = due if limit is None else min(due, limit + 1)
+    return DiskNeed(model, weights + state, due, kept, moments)
 
 
 def check_disk(policy: Policy, config: RunConfig, *, done: int, total: int) -> None:
@@ -121,7 +125,7 @@ def check_disk(policy: Policy, config: RunConfig, *, done: int, total: int) -> N
 
 
 def saves_beside(policy: Policy, config: RunConfig, *, total: int) -> bool:
-    """Whether checkpoints are written beside the steps that follow them. All ranks must call it.
+    """Whether checkpoints are written beside the steps that follow them. All ranks must call it, before step 1.
 
     Raises:
         UserError: ``train.async_save`` asks for it, and the copy of the state does not fit into host memory.
@@ -130,11 +134,16 @@ def saves_beside(policy: Policy, config: RunConfig, *, total: int) -> bool:
     on_gpu = policy.device.type == "cuda"
     if config.train.save_steps is None or not (on_gpu if wanted is None else wanted):
         return False
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.size()))
-    copy = disk_need(policy, config, done=0, total=total).checkpoint * here // max(distributed.size(), here)
+    here = min(int(os.environ.get("LOCAL_WORLD_SIZE", distributed.size())), distributed.size())
+    need = disk_need(policy, config, done=0, total=total)
+    # Each process copies what it holds: all of it, where each holds the whole model.
+    copy, waits = (size * here // mesh.shards() for size in (need.checkpoint, need.moments))
+    # Moments that are to wait there are not there yet.
+    waits = waits if config.optim.offload else 0
+    offloaded = f" and the optimizer's state {_size(waits)} (optim.offload)" if waits else ""
     free = min(distributed.gather(free_memory()))
-    words = f"a copy of the state takes {_size(copy)} of host memory, and {_size(free)} are free"
-    if copy <= free:
+    words = f"a copy of the state takes {_size(copy)} of host memory{offloaded}, and {_size(free)} are free"
+    if copy + waits <= free:
         log.info("checkpoints are written beside the steps (train.async_save): %s", words)
         return True
     if wanted:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import staging
 
-from engine import cli
+from engine import cli, distributed, mesh
 from engine.config import build_config, to_yaml
 from engine.durable import check_content
 from engine.errors import UserError
@@ -206,6 +206,22 @@ def test_where_checkpoints_are_written_beside_the_steps(wanted, device, fits, fo
         monkeypatch.setattr(storage, "free_memory", lambda: 999)
         with pytest.raises(UserError, match=r"train\.async_save: a copy .*: free memory, or set .* to false"):
             storage.saves_beside(policy, config, total=8)
+
+
+@pytest.mark.parametrize(
+    ("shards", "offload", "needed"), [(None, False, 12), (1, False, 96), (4, False, 24), (None, True, 20), (1, True, 160)]
+)
+def test_host_memory_is_that_of_what_each_process_holds(shards, offload, needed, monkeypatch):
+    """Copies of 8 processes on a machine, and moments that are to wait there."""
+    values = {"model": {"model_name_or_path": "m"}, "data": {"dataset_name": "d"}, "optim": {"offload": offload}}
+    model = torch.nn.Linear(1, 8 * 1024, bias=False)
+    policy = SimpleNamespace(device=torch.device("cuda"), model=model, has_adapter=False)
+    monkeypatch.setattr(distributed, "size", lambda: 8)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value] * 8)
+    monkeypatch.setattr(mesh, "shards", lambda: shards or 8)
+    for free, found in ((needed * 8 * 1024, True), (needed * 8 * 1024 - 1, False)):
+        monkeypatch.setattr(storage, "free_memory", lambda free=free: free)
+        assert storage.saves_beside(policy, build_config(values, "test"), total=8) is found
 
 
 @pytest.mark.usefixtures("beside")
