@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import distributed
 from .bfloat16 import joined, noise_key, round_at_random, split
-from .host_memory import SMALLEST, empty_on_host, to_device, to_host
+from .host_memory import SMALLEST, empty_on_host, page_locked, to_device, to_host
 
 UPDATES = "updates"
 """In the groups of an optimizer: how many updates it has made. Groups are part of checkpoints."""
@@ -179,8 +179,9 @@ class HeldWeights(torch.optim.Optimizer):
         if self.offload:
             for p, slots in self.state.items():
                 small = {s: v for s, v in slots.items() if isinstance(v, Tensor) and v.numel() < SMALLEST}
-                slots |= {slot: value.to(p.device) for slot, value in small.items()}
-                self._on_host[p] = {s: v for s, v in slots.items() if isinstance(v, Tensor) and s not in small}
+                large = {s: v for s, v in slots.items() if isinstance(v, Tensor) and s not in small}
+                self._on_host[p] = {slot: page_locked(value, p.device) for slot, value in large.items()}
+                slots |= {slot: value.to(p.device) for slot, value in small.items()} | self._on_host[p]
 
 
 def holding(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:

@@ -26,6 +26,13 @@ def empty_on_host(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return _sharded_as(like, held, _mesh_on_host(like.device_mesh)) if hasattr(like, "device_mesh") else held
 
 
+def page_locked(held: Tensor, device: torch.device) -> Tensor:
+    """``held``, on the host, as a device takes it without anybody waiting: read from a file it is pageable."""
+    if device.type != "cuda" or distributed.local_tensor(held).is_pinned():
+        return held
+    return torch.empty(held.shape, dtype=held.dtype, pin_memory=True).copy_(held)
+
+
 def to_host(tensor: Tensor, held: Tensor | None) -> Tensor:
     """A copy of ``tensor`` on the host: in ``held``, where that is given."""
     held = empty_on_host(tensor) if held is None else held

@@ -19,7 +19,7 @@ from engine.train.bfloat16 import carried, counted_noise, joined, noise_key
 from engine.train.loop import train
 from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
 from tests.engine.train.test_resume import assert_resumes_exactly
-from tests.pretended_cuda import CUDA, OnDevice, pretended_cuda
+from tests.pretended_cuda import CUDA, OnDevice, on_host, pretended_cuda
 
 HELD = ["stochastic", "kahan"]
 BITSANDBYTES = ("adamw_8bit", "paged_adamw")
@@ -253,3 +253,28 @@ def test_state_waits_on_the_host(monkeypatch):
         assert {type(v) for v in update.optimizer.state[large].values() if v.ndim} == {torch.Tensor}
         assert type(update.optimizer.remainders[large]) is torch.Tensor
         assert sorted(cuda.copies) == [2 * large.numel(), 4 * large.numel(), 4 * large.numel()]
+
+
+def test_state_that_was_loaded_waits_in_page_locked_memory(monkeypatch):
+    """Nobody waits for the copies of a run that goes on, either."""
+    with pretended_cuda() as cuda:
+        model = small_model()
+        cuda.take(model)
+        config = OptimConfig(master_weights="kahan", offload=True)
+        update = update_of(model, config)
+        stored = None
+        for step in range(2):
+            gradients(model, step)
+            for p in model.parameters():
+                p.grad = OnDevice(p.grad)
+            update.step(torch.zeros((), device=CUDA))
+            if stored is None:
+                with cuda.waiting():
+                    stored = update.optimizer.state_dict()
+                    stored["state"] = {
+                        i: {slot: on_host(value).clone() for slot, value in slots.items()}
+                        for i, slots in stored["state"].items()
+                    }
+                    cuda.finish()
+                    update = update_of(model, config)
+                    update.optimizer.load_state_dict(stored)
