@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import zip_longest
@@ -28,9 +28,16 @@ from ..train.objective import Objective
 from .attention import workspace
 from .heap import Heap
 from .live_storage import LiveStorage, is_op, storage_bytes
-from .sharding import gathered_bytes, num_shards
+from .sharding import SUM_BYTES, adding_bytes, gathered_bytes, num_shards
 from .target import Target
-from .weights import policy_without_data, quantized_bytes, quantized_weights, state_bytes, without_memory
+from .weights import (
+    policy_without_data,
+    quantized_bytes,
+    quantized_weights,
+    state_bytes,
+    stored_bytes,
+    without_memory,
+)
 
 _TURNS = (1, 2, 3, 4, 5, 6, 8)
 """Numbers of layers after which a model may repeat."""
@@ -52,6 +59,12 @@ class Counts:
     """The largest weight of 4 bits, in the compute dtype."""
     update: int
     """What the optimizer holds while it works, beside its state."""
+    stored: int
+    """What a checkpoint holds, wherever that lies."""
+    added: int
+    """Numbers of the gradients that processes with whole copies of the model add up; 0 where they do not."""
+    largest: int
+    """Numbers of the largest of these gradients."""
     first: int
     """Most that is alive beside the weights until the second layer from the end is backward."""
     last: int
@@ -61,7 +74,8 @@ class Counts:
     def step_peak(self) -> int:
         """Most that is alive in a step: between these two moments what is alive changes evenly."""
         passes = max(self.first, self.last) + self.gathered + self.dequantized
-        return self.weights + max(passes, self.gradients + self.optimizer + self.update)
+        update = max(self.update, adding_bytes(self.added, self.largest))
+        return self.weights + max(passes, self.gradients + self.optimizer + update)
 
     def beyond(self, earlier: Counts, turns: int) -> Counts:
         """With so many turns more, each of which adds what this one has more than ``earlier``, of a turn less."""
@@ -116,6 +130,7 @@ class Shapes:
         heap = Heap() if target.kind == "cpu" and Heap.available() else None
         count = LiveStorage(device, held, heap)
         trained = [p for p in policy.parameters() if p.requires_grad]
+        added = trained if shards == 1 < target.processes else []
         whole_state, update = state_bytes(config.optim, policy, kind=target.kind)
         counted = count.watch([*policy.parameters(), *policy.buffers()], mapped=True)
         step = _step(self.batch, objective, lambda pack: pack.map_tensors(partial(_moved, device=device)))
@@ -131,9 +146,10 @@ class Shapes:
         state = [torch.empty(-(-size // shards), dtype=torch.uint8, device=device) for size in whole_state]
         count.watch(state)
         # Gradients of a step's other packs are there already; sharded ones only by their shares.
-        sizes = [-(-p.numel() // shards) for p in trained] if self.several or shards > 1 else []
+        sizes = [-(-p.numel() // shards) for p in trained]
         # Several are summed in float32, whatever the weights are held in.
-        earlier = [torch.empty(n, dtype=torch.float32, device=device) for n in sizes]
+        before = sizes if self.several or shards > 1 else []
+        earlier = [torch.empty(n, dtype=torch.float32, device=device) for n in before]
         for parameter, gradient in zip_longest(trained, earlier):
             parameter.grad = None
             if earlier and shards == 1:
@@ -147,13 +163,16 @@ class Shapes:
         saved = storage_bytes(small) - sum(map(quantized_bytes, small))
         return Counts(
             weights=-(-(counted - saved) // shards),
-            gradients=storage_bytes(earlier or [p.grad for p in trained if p.grad is not None]),
+            gradients=SUM_BYTES * sum(sizes) if earlier or added else _gradient_bytes(trained),
             optimizer=storage_bytes(state),
             activations=activations.bytes,
             workspace=count.largest_workspace,
             gathered=gathered_bytes(policy, shards),
             dequantized=max((w.nbytes for w in small), default=0),
             update=update // shards,
+            stored=-(-stored_bytes(config, policy) // shards),
+            added=sum(p.numel() for p in added),
+            largest=max((p.numel() for p in added), default=0),
             first=(moments.first or count.peak) - counted if heap is None else heap.peak,
             last=max(0, moments.last - counted) if heap is None else 0,
         )
@@ -177,6 +196,10 @@ def layers_that_repeat(config: RunConfig, target: Target) -> tuple[int, int]:
 
 def _shapes(block: nn.Module) -> list[tuple[str, torch.Size, torch.dtype, bool]]:
     return [(name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()]
+
+
+def _gradient_bytes(parameters: Sequence[Tensor]) -> int:
+    return storage_bytes(p.grad for p in parameters if p.grad is not None)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

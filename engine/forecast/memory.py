@@ -47,6 +47,8 @@ class Memory:
     """Tokens of the pack that was run."""
     gathered: int = 0
     """Weights of other processes that FSDP gathers, and gradients on their way to them."""
+    stored: int = 0
+    """What a checkpoint holds, wherever that lies."""
     backend: str = ""
     """What computes attention."""
 
@@ -112,6 +114,7 @@ def forecast_pack(
         step_peak=reference + counts.step_peak,
         process=resident if target.kind == "cpu" else 0,
         pack_tokens=batch.num_tokens,
+        stored=counts.stored,
         gathered=counts.gathered,
         backend=f"{backend.name}, {backend.reason}" if target.absent and backend.reason else backend.name,
     )

@@ -1,4 +1,4 @@
-"""What FSDP2 holds of a policy on each of several processes, beside its share of weights, gradients and state.
+"""What each of several processes holds beside weights, gradients and state: for FSDP2, or to add up gradients.
 
 Units are those of ``engine/model/shard.py``: each block, embedding and head, the rest. While one is computed, the next
 is gathered: into one buffer, and out of it into parameters. Backward, a unit's gradients are complete before they are
@@ -14,10 +14,11 @@ from torch import nn
 
 from ..config.schema import RunConfig
 from ..model import Policy
+from ..model.replicas import BUCKET
 from ..model.shard import transformer_blocks
 from .target import Target
 
-_REDUCED_BYTES = 4
+SUM_BYTES = 4
 """Of a number of a gradient, when it is summed."""
 
 
@@ -42,6 +43,15 @@ def gathered_bytes(policy: Policy, shards: int) -> int:
     # The gradients themselves, and the buffer that they are summed out of.
     reduced = max(2 * _reduced(unit) for unit in _units(policy))
     return weights + reduced
+
+
+def adding_bytes(numbers: int, largest: int) -> int:
+    """What is held beside gradients of so many numbers while processes with whole copies of a model add them up.
+
+    Args:
+        largest: numbers of the largest gradient, which is never cut.
+    """
+    return 3 * SUM_BYTES * min(numbers, max(BUCKET, largest))
 
 
 def _units(policy: Policy) -> list[list[nn.Parameter]]:
@@ -69,4 +79,4 @@ def _gathered(unit: Iterable[nn.Parameter]) -> int:
 
 
 def _reduced(unit: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() * _REDUCED_BYTES for p in unit if p.requires_grad)
+    return sum(p.numel() * SUM_BYTES for p in unit if p.requires_grad)

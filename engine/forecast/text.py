@@ -163,16 +163,10 @@ def _copy_lines(m: Memory, config: RunConfig, target: Target) -> list[Line]:
     return [
         (
             "copy for checkpoints",
-            _size(copied_bytes(m, config)),
+            _size(m.stored),
             f"of host memory{each}, beside the peak (train.async_save)",
         )
     ]
-
-
-def copied_bytes(m: Memory, config: RunConfig) -> int:
-    """Bytes of the state that a checkpoint holds: what is trained, its optimizer's state, a reference that moves."""
-    models = 2 if config.reference.sync_ref_model else 1
-    return models * m.gradients + m.optimizer
 
 
 def _duration_line(d: Duration) -> Line:

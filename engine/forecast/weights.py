@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,15 @@ def state_bytes(config: OptimConfig, policy: Policy, *, kind: DeviceKind) -> tup
         fetched = max(*state, min(sum(state), TOGETHER * max(state) // max(p.numel() for p in trained)))
         return [0] * len(trained), update + fetched
     return state, update
+
+
+def stored_bytes(config: RunConfig, policy: Policy) -> int:
+    """What checkpoints hold: what is trained, a reference that moves, the optimizer's state, wherever these lie."""
+    resident: Any = config.optim.optimizer.removeprefix("paged_")
+    optim = replace(config.optim, offload=False, optimizer=resident)
+    weights = sum(p.nbytes for p in policy.parameters() if p.requires_grad or not policy.has_adapter)
+    models = 2 if config.reference.sync_ref_model else 1
+    return models * weights + sum(state_bytes(optim, policy, kind="cpu")[0])
 
 
 def _adamw_8bit(parameter: nn.Parameter, *, whole: bool) -> int:

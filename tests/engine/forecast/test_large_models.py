@@ -86,3 +86,14 @@ def test_eight_devices_hold_an_eighth_each(folders):
     # The head is the largest unit: with the last block beside it, in float32.
     head = 4 * LLAMA_8B["vocab_size"] * LLAMA_8B["hidden_size"]
     assert 4 * head < found.gathered < 5 * head
+
+
+def test_whole_copies_on_several_devices_add_up_float32_gradients(folders):
+    """In one pack they were bfloat16 before, and buckets are as large as the embedding."""
+    train, optim = {**CHECKPOINTING, "shards_per_replica": 1}, {"master_weights": "stochastic"}
+    config = run_config(folders[8], train=train, optim=optim)
+    alone, found = (forecast(config, 2048, several=False, target=Target.of_kind("cuda", n)) for n in (1, 2))
+    assert found.weights == alone.weights
+    assert found.gradients == 2 * alone.gradients
+    embedding = LLAMA_8B["vocab_size"] * LLAMA_8B["hidden_size"]
+    assert found.step_peak >= found.weights + found.gradients + found.optimizer + 3 * 4 * embedding

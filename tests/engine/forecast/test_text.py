@@ -45,20 +45,30 @@ def test_memory_by_part_and_time(config, dataset, monkeypatch):
     assert "of them reach the head; a prompt counts once a row" in lines[3]
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(r=4)])
-@pytest.mark.parametrize("moves", [False, True])
-def test_what_checkpoints_are_copied_to_is_what_they_hold(lora, moves, config, dataset):
-    if lora and moves:
-        pytest.skip("an adapter has no reference that moves")
-    target, train = Target.on(torch.device("cpu")), replace(config.train, async_save=True)
-    config = replace(config, model=replace(config.model, lora=lora), train=train)
+@pytest.mark.parametrize(
+    ("lora", "moves", "optim"),
+    [
+        (None, False, {}),
+        (None, True, {}),
+        (LoraConfig(r=4), False, {}),
+        # State that is not on the device, and weights that are not as large as gradients.
+        (None, False, {"offload": True, "master_weights": "kahan"}),
+        (LoraConfig(r=4), False, {"optimizer": "paged_adamw"}),
+    ],
+)
+def test_what_checkpoints_are_copied_to_is_what_they_hold(lora, moves, optim, config, dataset):
+    target, train = Target.of_kind("cuda", 1), replace(config.train, async_save=True)
+    dtype = "bfloat16" if "master_weights" in optim else "float32"
+    config = replace(config, model=replace(config.model, lora=lora, dtype=dtype), train=train)
+    config = replace(config, optim=replace(config.optim, **optim))
     config = replace(config, reference=replace(config.reference, sync_ref_model=moves))
     memory = text.forecast_memory(config, dataset, plan_first_epoch(dataset, config), target=target, resident=0)
-    need = disk_need(load_policy(config.model, device=target.device), config, done=0, total=6)
-    assert text.copied_bytes(memory, config) == need.checkpoint
+    policy = load_policy(config.model, device=target.device, weights_dtype=config.optim.weights_dtype)
+    assert memory.stored == disk_need(policy, config, done=0, total=6).checkpoint
     ((name, *_),) = text._copy_lines(memory, config, target)
     assert name == "copy for checkpoints"
-    assert text._copy_lines(memory, replace(config, train=replace(train, async_save=None)), target) == []
+    left, cpu = replace(config, train=replace(train, async_save=None)), Target.on(torch.device("cpu"))
+    assert text._copy_lines(memory, left, cpu) == []
     assert text._copy_lines(memory, replace(config, train=replace(train, save_steps=None)), target) == []
 
 

@@ -209,7 +209,8 @@ def test_where_checkpoints_are_written_beside_the_steps(wanted, device, fits, fo
 
 
 @pytest.mark.parametrize(
-    ("shards", "offload", "needed"), [(None, False, 12), (1, False, 96), (4, False, 24), (None, True, 20), (1, True, 160)]
+    ("shards", "offload", "needed"),
+    [(None, False, 12), (1, False, 96), (4, False, 24), (None, True, 20), (1, True, 160)],
 )
 def test_host_memory_is_that_of_what_each_process_holds(shards, offload, needed, monkeypatch):
     """Copies of 8 processes on a machine, and moments that are to wait there."""
