@@ -38,18 +38,8 @@ class _Division:
 _division = _Division()
 
 
-def divide(*, shards: int | None, context: int, gathered: dtype | None = None) -> None:
-    """Say how the processes divide the work from now on. Every rank must call this with the same arguments.
-
-    Args:
-        shards: ranks that hold one copy of the model between them; None for all.
-        context: ranks that work on one pack.
-        gathered: the dtype that shards travel and compute in; None for the one that they are kept in.
-
-    Raises:
-        UserError: the processes cannot be divided so.
-    """
-    size = distributed.size()
+def check(size: int, *, shards: int | None, context: int, gathered: dtype | None = None) -> None:
+    """Raise a ``UserError`` where so many processes cannot be divided as ``divide`` is asked to."""
     if size % context:
         raise UserError(
             f"train.context_parallel={context} divides every pack over {context} processes, and there "
@@ -67,6 +57,20 @@ def divide(*, shards: int | None, context: int, gathered: dtype | None = None) -
             f"train.param_dtype={str(gathered).removeprefix('torch.')} is what shards of parameters are gathered in, "
             f"and {have}: set it to float32"
         )
+
+
+def divide(*, shards: int | None, context: int, gathered: dtype | None = None) -> None:
+    """Say how the processes divide the work from now on. Every rank must call this with the same arguments.
+
+    Args:
+        shards: ranks that hold one copy of the model between them; None for all.
+        context: ranks that work on one pack.
+        gathered: the dtype that shards travel and compute in; None for the one that they are kept in.
+
+    Raises:
+        UserError: the processes cannot be divided so.
+    """
+    check(distributed.size(), shards=shards, context=context, gathered=gathered)
     _division.shards, _division.context, _division.gathered = shards, context, gathered
     if context > 1 and context not in _division.groups:
         from torch.distributed import new_subgroups

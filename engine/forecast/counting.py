@@ -18,6 +18,7 @@ from dpo_kernels.dispatch import implementation
 from ..config.schema import RunConfig
 from ..model import Policy
 from ..model.before_head import HeadUse
+from ..model.division import num_shards
 from ..model.layouts import use_layout
 from ..model.policy import Layout
 from ..model.shard import transformer_blocks
@@ -28,7 +29,7 @@ from ..train.objective import Objective
 from .attention import workspace
 from .heap import Heap
 from .live_storage import LiveStorage, is_op, storage_bytes
-from .sharding import SUM_BYTES, adding_bytes, gathered_bytes, num_shards
+from .sharding import SUM_BYTES, adding_bytes, gathered_bytes
 from .target import Target
 from .weights import (
     policy_without_data,
@@ -125,7 +126,7 @@ class Shapes:
 
     def _count(self, policy: Policy, held: _Workspace) -> Counts:
         config, target = self.config, self.target
-        device, shards = target.device, num_shards(config, target)
+        device, shards = target.device, num_shards(config, target.processes)
         objective = Objective(config.loss, token_metrics=config.train.token_metrics)
         heap = Heap() if target.kind == "cpu" and Heap.available() else None
         count = LiveStorage(device, held, heap)

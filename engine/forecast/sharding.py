@@ -12,21 +12,12 @@ from itertools import pairwise
 
 from torch import nn
 
-from ..config.schema import RunConfig
 from ..model import Policy
 from ..model.replicas import BUCKET
 from ..model.shard import transformer_blocks
-from .target import Target
 
 SUM_BYTES = 4
 """Of a number of a gradient, when it is summed."""
-
-
-def num_shards(config: RunConfig, target: Target) -> int:
-    """Over how many processes weights, gradients and optimizer state are spread."""
-    if target.processes == 1:
-        return 1
-    return config.train.shards_per_replica or (1 if config.model.quantization else target.processes)
 
 
 def gathered_bytes(policy: Policy, shards: int) -> int:

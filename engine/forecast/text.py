@@ -10,9 +10,11 @@ from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset
 from ..data.row_numbers import NumberSummary
 from ..errors import UserError
+from ..model.division import check_division
 from ..model.policy import Layout
 from ..packing import PlanSummary, Step, check_fits, describe_plan, plan_first_epoch, summarize_plan
 from ..train.objective import Objective
+from ..train.optimizer import check_processes
 from .budget import Budget, largest_budget
 from .duration import Duration, forecast_duration, reason_of
 from .layout import find_layout
@@ -39,6 +41,10 @@ def describe_forecast(
         UserError: no row, one that fits in no pack or that the loss does not take, or a model that cannot be trained
             as configured.
     """
+    target = target or Target.here()
+    if target.processes > 1:
+        check_division(config, target.processes)
+        check_processes(config.optim.optimizer, target.processes)
     Objective(config.loss).check_dataset(dataset)
     check_fits(
         dataset,
@@ -47,7 +53,6 @@ def describe_forecast(
         share_prompts=config.packing.share_prompts,
         in_rows=config.packing.layout == "rows",
     )
-    target = target or Target.here()
     target.backend(config)
     # What is not there cannot try anything out; which layout is exact is a matter of the model's code.
     found = find_layout(_for_here(config) if target.absent else config, target.device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from .. import distributed, mesh
 from ..config.schema import RunConfig
 from ..errors import UserError
 from .load import DTYPES
-from .quantization import read_by_each
+from .quantization import stored_quantization
 
 
 def divide_work(config: RunConfig) -> None:
@@ -15,15 +17,27 @@ def divide_work(config: RunConfig) -> None:
     Raises:
         UserError: they cannot.
     """
+    size = distributed.size()
+    check_division(config, size)
+    mesh.divide(shards=num_shards(config, size), context=config.train.context_parallel, gathered=_gathered(config))
+
+
+def num_shards(config: RunConfig, processes: int) -> int:
+    """How many of so many processes hold one copy of the model between them."""
+    if processes == 1:
+        return 1
+    return config.train.shards_per_replica or (1 if _is_quantised(config) else processes)
+
+
+def check_division(config: RunConfig, processes: int) -> None:
+    """Raise a ``UserError`` where so many processes cannot divide the work as ``config`` says."""
     train, model = config.train, config.model
-    shards = train.shards_per_replica
-    if distributed.size() > 1 and shards != 1 and read_by_each(model):
-        if shards is not None:
-            raise UserError(
-                f"train.shards_per_replica={shards} does not fit {_quantised(config)}: quantised weights cannot be "
-                "sharded; set it to 1 or null, each process then holds the whole model"
-            )
-        shards = 1
+    shards = num_shards(config, processes)
+    if shards != 1 and _is_quantised(config):
+        raise UserError(
+            f"train.shards_per_replica={shards} does not fit {_quantised(config)}: quantised weights cannot be "
+            "sharded; set it to 1 or null, each process then holds the whole model"
+        )
     if train.param_dtype != "float32" and model.dtype == "float32":
         raise UserError(
             f"train.param_dtype={train.param_dtype} computes in that dtype, and model.dtype is float32: set one of "
@@ -39,8 +53,15 @@ def divide_work(config: RunConfig) -> None:
             f"train.context_parallel={train.context_parallel} divides packs of pairs and rankings, and "
             f"loss.loss_type={config.loss.loss_name} takes unpaired rows: set it to 1"
         )
-    gathered = None if train.param_dtype == "float32" else DTYPES[train.param_dtype]
-    mesh.divide(shards=shards, context=train.context_parallel, gathered=gathered)
+    mesh.check(processes, shards=shards, context=train.context_parallel, gathered=_gathered(config))
+
+
+def _gathered(config: RunConfig) -> torch.dtype | None:
+    return None if config.train.param_dtype == "float32" else DTYPES[config.train.param_dtype]
+
+
+def _is_quantised(config: RunConfig) -> bool:
+    return bool(config.model.quantization or stored_quantization(config.model))
 
 
 def _quantised(config: RunConfig) -> str:

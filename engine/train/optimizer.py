@@ -108,15 +108,20 @@ def check_optimizer(name: str) -> None:
     """Raise a ``UserError`` when an optimizer cannot run: no package, or several processes."""
     if name not in _BITSANDBYTES:
         return
-    if distributed.size() > 1:
-        raise UserError(
-            f"optim.optimizer={name} runs in one process: its state cannot be sharded; set adamw, whose state is "
-            "spread over the processes, and with optim.offload waits in host memory"
-        )
+    check_processes(name, distributed.size())
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UserError(f"optim.optimizer={name} needs bitsandbytes: pip install dpo-kernels[qlora]") from error
+
+
+def check_processes(name: str, processes: int) -> None:
+    """Raise a ``UserError`` when an optimizer does not run in so many processes."""
+    if name in _BITSANDBYTES and processes > 1:
+        raise UserError(
+            f"optim.optimizer={name} runs in one process: its state cannot be sharded; set adamw, whose state is "
+            "spread over the processes, and with optim.offload waits in host memory"
+        )
 
 
 def _keep_embeddings(model: nn.Module, optimizer: Any) -> None:

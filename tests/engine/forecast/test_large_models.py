@@ -76,6 +76,13 @@ def test_qlora_of_70b_fits_80_gib(folders):
     assert forecast(config, 8192, target=Target.of_kind("cuda", 8)).weights == found.weights
 
 
+def test_a_checkpoint_that_is_stored_quantised_is_whole_on_every_device(tmp_path):
+    values = {**LLAMA_8B, "num_hidden_layers": 2, "quantization_config": {"quant_method": "fp8"}}
+    config = run_config(save_config(tmp_path / "fp8", **values), lora=LoraConfig(r=16))
+    alone, found = (forecast(config, 1024, target=Target.of_kind("cuda", n)) for n in (1, 8))
+    assert (found.weights, found.gathered) == (alone.weights, 0)
+
+
 def test_eight_devices_hold_an_eighth_each(folders):
     config = run_config(folders[8], train=CHECKPOINTING)
     found = forecast(config, 8192, target=Target.of_kind("cuda", 8))

@@ -124,6 +124,21 @@ def test_another_device_and_what_fits_in_it(config, dataset):
     assert "not even a pack of the longest row" in short
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": {"shards_per_replica": 8}}, "train.shards_per_replica=8 does not divide the 2 processes"),
+        ({"train": {"context_parallel": 3}}, "train.context_parallel=3 divides every pack over 3 processes"),
+        ({"optim": {"optimizer": "adamw_8bit"}}, "optim.optimizer=adamw_8bit runs in one process"),
+    ],
+)
+def test_what_several_processes_refuse_is_not_forecast(changes, words, config, dataset):
+    for section, values in changes.items():
+        config = replace(config, **{section: replace(getattr(config, section), **values)})
+    with pytest.raises(UserError, match=words):
+        describe_forecast(dataset, config, Target.of_kind("cuda", 2))
+
+
 def test_a_model_that_does_not_run_without_data_leaves_the_rest(config, dataset, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("it looks at values\nsecond line")
