@@ -1,4 +1,4 @@
-"""From the keys of TRL's DPO (ScriptArguments, DPOConfig and ModelConfig, flat) to a run configuration.
+"""From the flat keys of TRL's DPO and KTO (ScriptArguments, DPOConfig or KTOConfig, ModelConfig) to our own.
 
 Files of other trainers come here, too, once their keys have TRL's names (``convert/``). Defaults count: where the file
 is silent and the trainer's default is not ours, the converted file says so in full.
@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import SeveralErrors, UserError
 from .fields import nearest, show
 from .load import build_config, to_dict
+from .losses import UNPAIRED_LOSSES
 from .trl_conversion import Conversion, Note
 from .trl_evaluation import EvaluationKeys
 from .trl_file import TrlFile
@@ -109,12 +110,23 @@ def _entry(one: dict[str, Any], where: str) -> Entry:
     )
 
 
+def _is_unpaired(keys: Mapping[str, Any]) -> bool:
+    """Whether keys are those of KTO, by its losses or by the weights of labels."""
+    given = keys.get("loss_type")
+    if given is None:
+        return "desirable_weight" in keys or "undesirable_weight" in keys
+    return any(
+        isinstance(name, str) and name in UNPAIRED_LOSSES for name in (given if isinstance(given, list) else [given])
+    )
+
+
 class _Converter(EvaluationKeys):
     """Takes keys out of ``trl`` one topic at a time; what is left has no counterpart."""
 
     def run(self, num_processes: int | None) -> None:
         for section in ("model", "data", "packing", "loss", "optim", "reference", "train"):
             self.result.values[section] = dict(self.given.get(section, {}))
+        self.unpaired = _is_unpaired(self.trl.keys)
         self._model()
         self._data()
         self._batch(num_processes)
@@ -177,11 +189,23 @@ class _Converter(EvaluationKeys):
             self._same("accelerate_config", "several processes are started with torchrun")
         max_length = self.result.values["data"].get("max_length", 1024)
         if isinstance(max_length, int):
-            packing["tokens_per_pack"] = tokens = per_device * 2 * max_length
-            text = f"2 x {max_length} x {per_device} per device, {self.name}'s most -> packing.tokens_per_pack {tokens}"
-            self._same("max_length", text)
-        sampling = self.trl.take("train_sampling_strategy", "random")
-        if sampling == "sequential":
+            # A row has one response, and another one's in an evaluation.
+            rows = max(2, per_device) if self.unpaired else 2 * per_device
+            packing["tokens_per_pack"] = tokens = rows * max_length
+            factors = f"{max_length} x {rows}" if self.unpaired else f"2 x {max_length} x {per_device}"
+            self._same("max_length", f"{factors} per device, {self.name}'s most -> packing.tokens_per_pack {tokens}")
+        self._order(accumulation)
+
+    def _order(self, accumulation: int) -> None:
+        packing = self.result.values["packing"]
+        sampling = self.trl.take("train_sampling_strategy", "sequential" if self.unpaired else "random")
+        loss_type = self.trl.keys.get("loss_type", "kto")
+        if self.unpaired and loss_type == "kto" and accumulation > 1:
+            text = f"{self.name} estimates KTO's divergence in each batch of its devices, here in the whole step"
+            self._new("gradient_accumulation_steps", text)
+        if self.unpaired and loss_type == "kto" and sampling != "sequential" and self.name == "TRL":
+            self._stop("train_sampling_strategy", f"{show(sampling)} is refused by TRL for loss_type kto")
+        elif sampling == "sequential":
             packing["shuffle"] = False
             self._same("train_sampling_strategy", "-> packing.shuffle false")
         elif sampling != "random":
@@ -200,7 +224,8 @@ class _Converter(EvaluationKeys):
 
     def _loss(self) -> None:
         loss = self.result.values["loss"]
-        types = given if isinstance(given := self.trl.take("loss_type", ["sigmoid"]), list) else [given]
+        given = self.trl.take("loss_type", "kto" if self.unpaired else "sigmoid")
+        types = given if isinstance(given, list) else [given]
         loss["loss_type"] = types[0] if len(types) == 1 else types
         weights = self.trl.keys.get("loss_weights")
         if len(types) > 1:

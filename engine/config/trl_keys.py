@@ -1,7 +1,7 @@
-"""What becomes of the keys of a TRL 1.16 DPO file that have no counterpart here, and why.
+"""What becomes of the keys of a TRL 1.16 DPO or KTO file that have no counterpart here, and why.
 
 Keys with a counterpart are in ``from_trl.py``. Together the two know every field of TRL's ScriptArguments,
-DatasetMixtureConfig, ModelConfig and DPOConfig, and keys that earlier versions had.
+DatasetMixtureConfig, ModelConfig, DPOConfig and KTOConfig, and keys that earlier versions had.
 """
 
 from __future__ import annotations
@@ -130,9 +130,10 @@ PRECIOUS = _words(
     "model_name_or_path model_revision dtype torch_dtype load_in_4bit use_peft lora_r lora_alpha lora_target_modules "
     "lora_modules_to_save lora_target_parameters use_rslora use_dora datasets dataset_name dataset_config "
     "dataset_train_split max_length "
-    "router_aux_loss_coef"
+    "router_aux_loss_coef desirable_weight undesirable_weight"
 )
-"""Keys that a misspelt key near them stops for: model, dtype, adapters, data, length, balance of experts."""
+"""Keys that a misspelt key near them stops for: model, dtype, adapters, data, length, balance of experts and
+of labels."""
 
 COMPARED = (
     dict.fromkeys(
@@ -150,12 +151,16 @@ COMPARED = (
         _words("sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"),
         "tests/parity/test_trl_variants.py: test_a_reference_that_moves_equals_trl",
     )
+    | dict.fromkeys(
+        _words("desirable_weight undesirable_weight"),
+        "tests/parity/test_trl_kto.py: test_twenty_steps_of_dpo_train_equal_trl",
+    )
 )
 """Keys whose meaning here a test compares with a run of TRL."""
 
 LOSS_OPTIONS = (
     *("beta", "discopop_tau", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting"),
-    *("rpo_alpha", "router_aux_loss_coef"),
+    *("rpo_alpha", "router_aux_loss_coef", "desirable_weight", "undesirable_weight"),
 )
 """Keys of the loss that have the same name and meaning here."""
 RPO_ALPHA = (

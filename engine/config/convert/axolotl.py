@@ -11,9 +11,11 @@ from .axolotl_keys import MARKS, NAMES, PROJECTS, RULES, SAME_NAMES, TRACKERS
 from .entries import Entry, hold_out, name_run, put_data, put_evaluation, stop_early
 from .reading import Reading, Trainer
 
-_LOSSES = {"dpo": None, "ipo": "ipo", "simpo": "simpo", "orpo": "orpo"}
+_LOSSES = {"dpo": None, "ipo": "ipo", "simpo": "simpo", "orpo": "orpo", "kto": "kto"}
 _PROMPTS = {"intel": "question", "icr": "input", "prompt_pairs": "prompt", "argilla": "instruction"}
 """The column of the prompt, for each kind of row of the types chatml and llama3."""
+_LABELLED_PROMPTS = {"intel": "question", "prompt_pairs": "prompt", "argilla": "instruction", "ultra": "prompt"}
+"""The same of rows of KTO, whose answer is their completion."""
 
 
 def read(reading: Reading) -> None:
@@ -31,8 +33,10 @@ def _loss(reading: Reading) -> None:
     file = reading.file
     kind = file.take("rl")
     if not isinstance(kind, str) or kind not in _LOSSES:
-        what = "no rl: its data are no preference pairs" if kind is None else f"{show(kind)} does not train on pairs"
-        raise UserError(f"{file.where('rl')}: {what}; dpo, ipo, simpo and orpo are converted")
+        what = (
+            "no rl: its data are no preference pairs" if kind is None else f"{show(kind)} does not train on preferences"
+        )
+        raise UserError(f"{file.where('rl')}: {what}; {', '.join(_LOSSES)} are converted")
     types, weights = file.take("dpo_loss_type"), file.take("dpo_loss_weights")
     nested = file.mapping("trl")
     beta, orpo = nested.pop("beta", None), file.take("orpo_alpha")
@@ -45,6 +49,8 @@ def _loss(reading: Reading) -> None:
         reading.hand("loss_type", types or ["sigmoid"], "dpo_loss_type")
         if weights is not None:
             reading.hand("loss_weights", weights, "dpo_loss_weights")
+    elif kind == "kto":
+        _labels(reading)
     elif kind == "simpo":
         alpha = file.number("cpo_alpha", 1.0)
         reading.put("loss.loss_type", ["simpo", "sft"] if alpha else "simpo")
@@ -58,6 +64,19 @@ def _loss(reading: Reading) -> None:
         if kind == "orpo":
             reading.changes("rl", "TRL's ORPO takes the likelihood of prompt and response, here of the response")
     reading.tell("rl", f"{kind} -> loss.loss_type")
+
+
+def _labels(reading: Reading) -> None:
+    """The loss of KTO, and the order of its rows."""
+    file = reading.file
+    reading.hand("loss_type", "kto", "rl")
+    for name in ("desirable_weight", "undesirable_weight"):
+        # Axolotl takes 0 for the default, 1.
+        reading.hand(name, file.number(f"kto_{name}", 1.0) or 1.0, f"kto_{name}")
+    for key in [key for key in file.keys if key.startswith("dpo_")]:
+        reading.tell(key, f"{show(file.take(key))}: no effect on kto")
+    fixed = file.keys.get("shuffle_merged_datasets") is False or bool(file.keys.get("curriculum_sampling"))
+    reading.hand("train_sampling_strategy", "sequential" if fixed else "random")
 
 
 def _data(reading: Reading) -> None:
@@ -110,6 +129,8 @@ def _entry(reading: Reading, key: str, listed: dict[str, Any]) -> Entry:
 
 def _row_settings(reading: Reading, key: str, kind: Any, known: dict[str, Any]) -> dict[str, Any]:
     """Format and columns of the rows of a ``type``."""
+    if reading.trl.get("loss_type") == "kto":
+        return _labelled_rows(reading, key, kind)
     if isinstance(kind, dict):
         parts = {part: str(kind.get(f"field_{part}") or part) for part in ("prompt", "system", "chosen", "rejected")}
         if any(kind.get(f"{part}_format") not in (None, f"{{{part}}}") for part in ("prompt", "chosen", "rejected")):
@@ -124,8 +145,7 @@ def _row_settings(reading: Reading, key: str, kind: Any, known: dict[str, Any]) 
         parts = {p: str(known.pop(f"field_{p}", None) or p) for p in ("messages", "chosen", "rejected")}
         return {"format": "messages", "columns": parts, "turn_fields": fields, "roles": roles}
     if family in ("chatml", "llama3"):
-        reading.changes(f"{key}.type", f"{kind} writes the tokens of {family} itself; here the chat template does, the "
-                        "tokenizer's own unless data.chat_template names a file")  # fmt: skip
+        _own_template(reading, key, kind)
         if variant in _PROMPTS:
             answers = {p: f"{p}_response" for p in ("chosen", "rejected")} if variant == "argilla" else {}
             return {"format": "conversation", "columns": {"prompt": _PROMPTS[variant], **answers}}
@@ -136,6 +156,35 @@ def _row_settings(reading: Reading, key: str, kind: Any, known: dict[str, Any]) 
     reading.stop(f"{key}", f"rows of type {kind} are not known here", "give the type user_defined with field_prompt, "
                  "field_chosen and field_rejected")  # fmt: skip
     return {}
+
+
+def _labelled_rows(reading: Reading, key: str, kind: Any) -> dict[str, Any]:
+    """The same of rows with one completion and a label."""
+    if isinstance(kind, dict):
+        columns = {part: str(kind.get(f"field_{part}") or part) for part in ("prompt", "completion", "label")}
+        if all(kind.get(f"{part}_format") in (None, "", f"{{{part}}}") for part in ("prompt", "completion")):
+            # Their text as it stands, without a template.
+            return {"format": "unpaired", "columns": columns}
+        reading.changes(f"{key}.type", "formats of its own; here the chat template writes turns")
+        system = {"system": str(kind["field_system"])} if kind.get("field_system") else {}
+        return {"format": "labelled", "columns": columns | system}
+    if kind is None or str(kind).startswith("passthrough"):
+        return {}
+    family, _, variant = str(kind).partition(".")
+    if family in ("chatml", "llama3") and variant in (*_LABELLED_PROMPTS, "argilla_chat"):
+        _own_template(reading, key, kind)
+        # The completion of a chat is the whole conversation.
+        chat = variant == "argilla_chat"
+        columns = {"messages": "completion"} if chat else {"prompt": _LABELLED_PROMPTS[variant]}
+        return {"format": "labelled", "columns": columns}
+    reading.stop(f"{key}", f"rows of type {kind} are not known here for kto", "give the type user_defined with "
+                 "field_prompt, field_completion and field_label")  # fmt: skip
+    return {}
+
+
+def _own_template(reading: Reading, key: str, kind: Any) -> None:
+    reading.changes(f"{key}.type", f"{kind} writes the tokens of {str(kind).partition('.')[0]} itself; here the chat "
+                    "template does, the tokenizer's own unless data.chat_template names a file")  # fmt: skip
 
 
 def _adapter(reading: Reading) -> None:

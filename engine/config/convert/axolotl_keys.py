@@ -23,6 +23,7 @@ RULES: dict[str, Rule] = {
     "peft_use_dora": To("use_dora"),
     "peft_use_rslora": To("use_rslora"),
     **each("rl dpo_loss_type dpo_loss_weights trl rl_beta dpo_beta orpo_alpha cpo_alpha simpo_gamma", Read("`loss`")),
+    **each("kto_desirable_weight kto_undesirable_weight", Read("`loss`, of kto alone")),
     **each("datasets test_datasets val_set_size default_system_message", Read("`data`; one data set")),
     **each("chat_template chat_template_jinja", Read("a Jinja file is `data.chat_template`; other names are told")),
     "excess_length_strategy": Read("told: here long responses are cut"),

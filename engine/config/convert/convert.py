@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def _convert_command(source: str, text: str, num_processes: int | None) -> Conve
     trainer = next((trainer for trainer in TRAINERS if trainer.name == command.trainer), None)
     if "megatron" in command.program:
         keys.setdefault("tuner_type", "full")
+    if command.trainer == "TRL" and re.search(r"kto(\.py)?$", command.program):
+        keys.setdefault("loss_type", "kto")
     if command.trainer in ("TRL", HANDBOOK.name):
         # scripts of one name
         trainer = recognise(source, keys)

@@ -1,4 +1,4 @@
-"""LLaMA-Factory: a flat YAML with `stage: dpo`; its data sets are described in a `dataset_info.json`."""
+"""LLaMA-Factory: a flat YAML with `stage: dpo` or `kto`; its data sets are described in a `dataset_info.json`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ _SPEAKERS = {"human", "gpt", "user", "assistant", "system", "observation", "func
 def read(reading: Reading) -> None:
     """The keys that mean something together."""
     stage = reading.file.take("stage", "sft")
-    if stage != "dpo":
-        raise UserError(f"{reading.file.where('stage')}: {show(stage)} does not train on pairs; dpo is converted")
-    _loss(reading)
+    if stage == "kto":
+        _labels(reading)
+    elif stage == "dpo":
+        _loss(reading)
+    else:
+        text = f"{show(stage)} does not train on preferences; dpo and kto are converted"
+        raise UserError(f"{reading.file.where('stage')}: {text}")
+    _router(reading)
     _adapter(reading)
     _reference(reading)
     _precision(reading)
@@ -35,6 +40,9 @@ def read(reading: Reading) -> None:
 def _loss(reading: Reading) -> None:
     file = reading.file
     kind, bco = file.take("pref_loss", "sigmoid"), file.number("pref_bco_weight", 0.0)
+    if kind in ("kto", "kto_pair"):
+        reading.stop("pref_loss", "KTO is a stage of its own", "set stage to kto, with rows that have a kto_tag")
+        return
     if not isinstance(kind, str) or kind not in _LOSSES:
         reading.stop("pref_loss", f"{show(kind)} is not a loss on pairs here", f"take one of {', '.join(_LOSSES)}")
         return
@@ -54,12 +62,34 @@ def _loss(reading: Reading) -> None:
     if (tail := file.take("ld_alpha")) is not None:
         reading.put("loss.ld_alpha", file.as_number("ld_alpha", tail))
         reading.changes("ld_alpha", "LLaMA-Factory weighs the policy's log-probs alone, here the reference's, too")
+
+
+def _labels(reading: Reading) -> None:
+    """The loss of stage kto."""
+    file = reading.file
+    reading.hand("loss_type", "kto", "stage")
+    reading.hand("beta", file.number("pref_beta", 0.1), "pref_beta")
+    reading.hand("desirable_weight", file.number("kto_chosen_weight", 1.0), "kto_chosen_weight")
+    reading.hand("undesirable_weight", file.number("kto_rejected_weight", 1.0), "kto_rejected_weight")
+    if file.number("pref_ftx", 0.0):
+        reading.stop("pref_ftx", "kto takes no likelihood of its desirable completions beside it")
+    for key in ("pref_loss", "pref_bco_weight", "dpo_label_smoothing", "simpo_gamma", "ld_alpha"):
+        if (value := file.take(key)) is not None:
+            reading.tell(key, f"{show(value)}: no effect on stage kto")
+    reading.hand("train_sampling_strategy", "random")
+    reading.changes("stage", "LLaMA-Factory compares a row with the completion before it in the file, here in the step")
+
+
+def _router(reading: Reading) -> None:
+    file = reading.file
     router = file.take("moe_aux_loss_coef")
     reading.hand("router_aux_loss_coef", router or 0.0, "moe_aux_loss_coef")
     if router:
         reading.trl.pop("router_aux_loss_coef")
         reading.put("loss.router_aux_loss_coef", file.as_number("moe_aux_loss_coef", router))
-        reading.changes("moe_aux_loss_coef", "here it is trained; LLaMA-Factory's DPO does not add it to its loss")
+        reading.changes(
+            "moe_aux_loss_coef", "here it is trained; LLaMA-Factory does not add it to its loss of preferences"
+        )
 
 
 def _adapter(reading: Reading) -> None:
@@ -207,14 +237,19 @@ def _entry(reading: Reading, key: str, name: str, folder: Any, info: dict[str, A
     else:
         reading.stop(key, f"{name} is read by a script or from a cloud", "write its rows to a file")
         return None
-    if not said.get("ranking"):
+    columns = said.get("columns") or {}
+    labelled = reading.trl.get("loss_type") == "kto"
+    if labelled and (said.get("ranking") or not columns.get("kto_tag")):
+        reading.stop(key, f"{name} has pairs or no column kto_tag in {_INFO}, and stage is kto", "name another")
+        return None
+    if not labelled and not said.get("ranking"):
         reading.stop(key, f"{name} has no pairs: ranking is not true in {_INFO}", "name another")
         return None
-    columns = said.get("columns") or {}
     if seen := [part for part in ("images", "videos", "audios") if columns.get(part)]:
         reading.stop(key, f"{name} has {', '.join(seen)}, which are not read", "name another")
         return None
     settings = _sharegpt(columns, said) if said.get("formatting") in ("sharegpt", "openai") else _alpaca(columns)
+    settings |= {"format": "labelled"} if labelled else {}
     config, rows = said.get("subset"), said.get("num_samples")
     return Entry(where, config, str(said.get("split", "train")), rows=rows, **settings)
 
@@ -232,15 +267,18 @@ def _sharegpt(columns: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
     named = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system"}
     roles = {str(tags[tag]): role for tag, role in named.items() if tags.get(tag) and tags[tag] not in _SPEAKERS}
     found: dict[str, Any] = {"turn_fields": fields, "roles": roles, "columns": parts}
-    if messages != "conversations":
+    if columns.get("kto_tag"):
+        found["columns"] = {"messages": messages, "label": str(columns["kto_tag"]), **parts}
+    elif messages != "conversations":
         found |= {"format": "messages", "columns": {"messages": messages, **parts}}
     return found
 
 
 def _alpaca(columns: dict[str, Any]) -> dict[str, Any]:
     parts = {"prompt": "instruction", "query": "input"} if not columns else dict(columns)
-    names = {"query": "input"}
-    wanted = ("prompt", "query", "system", "history", "chosen", "rejected")
+    names = {"query": "input", "response": "completion", "kto_tag": "label"}
+    answers = ("response", "kto_tag") if parts.get("kto_tag") else ("chosen", "rejected")
+    wanted = ("prompt", "query", "system", "history", *answers)
     found = {names.get(part, part): str(parts[part]) for part in wanted if parts.get(part)}
     return {"format": "conversation", "columns": found}
 

@@ -11,7 +11,10 @@ MARKS = words("stage finetuning_type cutoff_len pref_beta pref_loss lora_target 
 
 RULES: dict[str, Rule] = {
     "cutoff_len": To("max_length"),
-    **each("stage", Read("dpo alone is converted")),
+    **each("stage", Read("dpo and kto are converted")),
+    **each(
+        "kto_chosen_weight kto_rejected_weight", Read("`loss.desirable_weight`, `loss.undesirable_weight` of stage kto")
+    ),
     **each("pref_loss pref_bco_weight pref_beta dpo_label_smoothing pref_ftx simpo_gamma ld_alpha", Read("`loss`")),
     "moe_aux_loss_coef": Read("`loss.router_aux_loss_coef`, 0 where the file is silent"),
     **each(
@@ -70,8 +73,7 @@ RULES: dict[str, Rule] = {
         "hf_hub_token ms_hub_token om_hub_token use_swanlab swanlab_workspace swanlab_mode swanlab_api_key "
         "freeze_vision_tower freeze_multi_modal_projector image_max_pixels image_min_pixels video_max_pixels "
         "video_min_pixels ignore_pad_token_for_loss eval_on_each_dataset predict_with_generate eval_num_beams "
-        "ray_num_workers loraplus_lr_embedding pissa_iter pissa_convert master_addr master_port kto_chosen_weight "
-        "kto_rejected_weight",
+        "ray_num_workers loraplus_lr_embedding pissa_iter pissa_convert master_addr master_port",
         Left("told", "no part in what DPO learns"),
     ),
 }

@@ -8,11 +8,12 @@ from typing import Any
 
 from ...errors import UserError
 from ..fields import show
+from ..losses import UNPAIRED_LOSSES
 from .entries import Entry, hold_out, name_run, put_data, put_evaluation, stop_early, weighted
 from .ms_swift_keys import MARKS, RULES, SAME_NAMES
 from .reading import Reading, Trainer, as_list
 
-_LOSSES = {"dpo": "sigmoid", "simpo": "simpo", "orpo": "orpo", "cpo": "cpo"}
+_LOSSES = {"dpo": "sigmoid", "simpo": "simpo", "orpo": "orpo", "cpo": "cpo", "kto": "kto"}
 _NAMED = re.compile(r"(?:(?:MS|HF)::)?(?P<name>[^:#]+)(?::(?P<subset>[^#]+))?(?:#(?P<rows>\d+))?")
 
 
@@ -20,10 +21,13 @@ def read(reading: Reading) -> None:
     """The keys that mean something together."""
     kind = reading.file.take("rlhf_type", "dpo")
     if not isinstance(kind, str) or kind not in _LOSSES:
-        raise UserError(f"{reading.file.where('rlhf_type')}: {show(kind)} does not train on pairs; "
+        raise UserError(f"{reading.file.where('rlhf_type')}: {show(kind)} does not train on preferences; "
                         f"{', '.join(_LOSSES)} are converted")  # fmt: skip
-    _batch(reading)
-    _loss(reading, kind)
+    _batch(reading, "rows" if kind == "kto" else "pairs")
+    if kind == "kto":
+        _labels(reading)
+    else:
+        _loss(reading, kind)
     _adapter(reading)
     _precision(reading)
     _data(reading)
@@ -31,7 +35,7 @@ def read(reading: Reading) -> None:
     _reference(reading)
 
 
-def _batch(reading: Reading) -> None:
+def _batch(reading: Reading, unit: str) -> None:
     file = reading.file
     size = file.whole("per_device_train_batch_size", file.whole("micro_batch_size", 1))
     reading.hand("per_device_train_batch_size", size)
@@ -43,7 +47,7 @@ def _batch(reading: Reading) -> None:
     if steps is None:
         steps = max(1, math.ceil(16 / size / reading.processes))
         reading.tell(
-            "gradient_accumulation_steps", f"not given: ms-swift's default, {steps}, so that a step has 16 pairs"
+            "gradient_accumulation_steps", f"not given: ms-swift's default, {steps}, so that a step has 16 {unit}"
         )
     reading.hand("gradient_accumulation_steps", steps)
 
@@ -79,6 +83,29 @@ def _loss(reading: Reading, kind: str) -> None:
         reading.changes("ld_alpha", "ms-swift weighs the policy's log-probs alone, here the reference's, too")
     if (scale := file.take("loss_scale", "last_round")) != "last_round":
         reading.changes("loss_scale", f"{scale} is not supported; the last response is in the loss, all of it")
+
+
+def _labels(reading: Reading) -> None:
+    """The loss of kto."""
+    file = reading.file
+    given = file.take("loss_type", "kto")
+    kind = given[0] if isinstance(given, list) and len(given) == 1 else given
+    if not isinstance(kind, str) or kind not in UNPAIRED_LOSSES:
+        reading.stop("loss_type", f"{show(given)} is no loss of kto", "take kto or apo_zero_unpaired")
+        return
+    reading.hand("loss_type", kind)
+    reading.hand("beta", file.number("beta", 0.1))
+    for name in ("desirable_weight", "undesirable_weight"):
+        reading.hand(name, file.number(name, 1.0))
+    for key in ("loss_weights", "label_smoothing", "simpo_gamma", "cpo_alpha", "rpo_alpha", "ld_alpha"):
+        if (value := file.take(key)) is not None:
+            reading.tell(key, f"{show(value)}: no effect on kto")
+    reading.hand("train_sampling_strategy", "random")
+    if kind == "kto":
+        text = (
+            "ms-swift compares rows with the completions of an order drawn once, here of the steps of the first epoch"
+        )
+        reading.changes("rlhf_type", text)
 
 
 def _adapter(reading: Reading) -> None:
@@ -155,8 +182,11 @@ def _data(reading: Reading) -> None:
     if not names:
         raise UserError(f"{file.where('dataset')}: missing; name a data set")
     mapping = file.mapping("columns")
-    columns = {_PART.get(str(part), str(part)): str(name) for name, part in mapping.items()}
-    entries = [_entry(str(name), columns) for name in as_list(reading, "dataset", names)]
+    unpaired = reading.trl.get("loss_type") in UNPAIRED_LOSSES
+    given = {str(part): str(name) for name, part in mapping.items()}
+    columns = _labelled(given) if unpaired and given else {_PART.get(part, part): name for part, name in given.items()}
+    kind = "labelled" if unpaired and given else None
+    entries = [_entry(str(name), columns, kind) for name in as_list(reading, "dataset", names)]
     put_data(reading, "dataset", weighted(reading, "interleave_prob", entries))
     if not hub:
         text = "ms-swift looks for models and data on ModelScope; here the Hugging Face Hub is asked, by the same names"
@@ -166,7 +196,7 @@ def _data(reading: Reading) -> None:
     if file.keys.get("eval_strategy") == "no":
         share, validation = 0.0, None
     if validation:
-        listed = [_entry(str(name), columns) for name in as_list(reading, "val_dataset", validation)]
+        listed = [_entry(str(name), columns, kind) for name in as_list(reading, "val_dataset", validation)]
         put_evaluation(reading, "val_dataset", listed)
     else:
         hold_out(reading, "split_dataset_ratio", share)
@@ -184,13 +214,20 @@ def _data(reading: Reading) -> None:
 _PART = {"query": "prompt", "response": "chosen", "rejected_response": "rejected"}
 
 
-def _entry(name: str, columns: dict[str, str]) -> Entry:
+def _labelled(given: dict[str, str]) -> dict[str, str]:
+    """Columns of rows with one answer and a label, by what ms-swift calls its parts."""
+    parts = {"messages": "messages"} if "messages" in given else {"query": "prompt", "response": "completion"}
+    parts |= {"label": "label"}
+    return {parts.get(part, part): name for part, name in ({part: part for part in parts} | given).items()}
+
+
+def _entry(name: str, columns: dict[str, str], kind: str | None) -> Entry:
     match = None if name.startswith(("/", ".")) else _NAMED.fullmatch(name)
     if match is None:
         name, _, rows = name.partition("#")
-        return Entry(name, rows=int(rows) if rows.isdigit() else None, columns=columns)
+        return Entry(name, rows=int(rows) if rows.isdigit() else None, columns=columns, format=kind)
     rows = match["rows"]
-    return Entry(match["name"], match["subset"], rows=int(rows) if rows else None, columns=columns)
+    return Entry(match["name"], match["subset"], rows=int(rows) if rows else None, columns=columns, format=kind)
 
 
 def _schedule(reading: Reading) -> None:

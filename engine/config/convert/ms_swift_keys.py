@@ -20,9 +20,10 @@ RULES: dict[str, Rule] = {
     "train_iters": To("max_steps"),
     "clip_grad": To("max_grad_norm"),
     "max_epochs": To("num_train_epochs"),
-    **each("rlhf_type", Read("dpo, simpo, orpo and cpo are converted")),
+    **each("rlhf_type", Read("dpo, simpo, orpo, cpo and kto are converted")),
     **each(
-        "loss_type loss_weights beta label_smoothing simpo_gamma cpo_alpha rpo_alpha ld_alpha loss_scale",
+        "loss_type loss_weights beta label_smoothing simpo_gamma cpo_alpha rpo_alpha ld_alpha loss_scale "
+        "desirable_weight undesirable_weight",
         Read("`loss`"),
     ),
     **each(
@@ -70,6 +71,7 @@ RULES: dict[str, Rule] = {
         Left("new", "not supported; dropped", (False, 0, True, [])),
     ),
     "streaming": Left("told", "the set is read whole; data.streaming reads one that is larger than the disk"),
+    "calculate_KL": Left("stop", "loss_type kto has a divergence, and apo_zero_unpaired has none", (True,)),
     "acc_strategy": Left("told", "a metric alone"),
     **each("padding_free packing group_by_length padding_side packing_length", Left("told", "packs hold no padding")),
     **each(

@@ -1,4 +1,4 @@
-"""A Python script that trains with TRL's ``DPOTrainer``: its settings as TRL's keys. It is never run."""
+"""A Python script that trains with TRL's ``DPOTrainer`` or ``KTOTrainer``: its settings as TRL's keys. Never run."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .script_keys import (
     QUANTIZED,
 )
 
-_TRAINERS = ("DPOTrainer", "UnslothDPOTrainer")
-_CONFIGS = ("DPOConfig", "TrainingArguments")
+_TRAINERS = ("DPOTrainer", "UnslothDPOTrainer", "KTOTrainer", "UnslothKTOTrainer")
+_CONFIGS = ("DPOConfig", "KTOConfig", "TrainingArguments")
 _POSITIONAL = ("model", "ref_model", "args")
 
 
@@ -58,7 +58,7 @@ def read_script(source: str, text: str) -> ScriptSettings:
     """The settings of a script.
 
     Raises:
-        UserError: it is no Python, does not train with ``DPOTrainer``, or a setting depends on what the script does.
+        UserError: it is no Python, trains with neither trainer, or a setting depends on what the script does.
     """
     try:
         tree = ast.parse(text)
@@ -77,15 +77,17 @@ class _Reader:
     def read(self) -> ScriptSettings:
         trainer = self._one(_TRAINERS)
         if trainer is None and self._one(_CONFIGS) is None:
-            others = self.script.calls("CPOTrainer", "ORPOTrainer", "KTOTrainer", "SFTTrainer", "GRPOTrainer")
+            others = self.script.calls("CPOTrainer", "ORPOTrainer", "SFTTrainer", "GRPOTrainer")
             what = (
                 f"{called(others[0])} in line {others[0].lineno} is not converted"
                 if others
-                else "no DPOTrainer(...) is in it"
+                else "no DPOTrainer(...) or KTOTrainer(...) is in it"
             )
-            raise UserError(f"{self.source}: {what}; scripts that call trl.DPOTrainer are")
+            raise UserError(f"{self.source}: {what}; scripts that call trl.DPOTrainer or trl.KTOTrainer are")
         given = dict(self.script.keywords(trainer, _POSITIONAL)) if trainer else {}
         self._config(given.pop("args", None))
+        if (start := trainer or self._one(_CONFIGS)) is not None and "KTO" in called(start):
+            self.found.keys.setdefault("loss_type", "kto")
         self._model(given.pop("model", None))
         self._reference(given.pop("ref_model", None))
         if (peft := given.pop("peft_config", None)) is not None:
@@ -151,7 +153,8 @@ class _Reader:
             return
         if not isinstance(call, ast.Call) or called(call) not in _CONFIGS:
             text = ast.unparse(call)[:60]
-            raise UserError(f"{self.source}, line {call.lineno}: args: {text} is not DPOConfig(...); {_NO_PARSER}")
+            text += " is not DPOConfig(...) or KTOConfig(...)"
+            raise UserError(f"{self.source}, line {call.lineno}: args: {text}; {_NO_PARSER}")
         arguments: list[tuple[str, ast.expr]] = []
         self._try(lambda: arguments.extend(self.script.keywords(call, ("output_dir",))), called(call))
         for key, value in arguments:

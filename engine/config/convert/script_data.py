@@ -11,6 +11,8 @@ from .constants import Script, UnknownValueError, called, unknown
 _FILES = ("json", "parquet", "csv", "text")
 _SAME = ("with_format", "set_format", "flatten_indices", "remove_columns", "select_columns", "cast_column")
 """Methods that leave the rows as they are."""
+_UNPAIRED = ("unpair_preference_dataset", "maybe_unpair_preference_dataset")
+"""Functions of TRL that make rows out of pairs, as the losses of unpaired rows do here."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def rows_of(script: Script, node: ast.expr) -> Rows:
         return _loaded(script, node)
     if name in ("load_from_disk", "from_json", "from_parquet", "from_csv"):
         return Rows(str(script.value(node.args[0])), split="train" if name != "load_from_disk" else None)
+    if name in _UNPAIRED and node.args:
+        return rows_of(script, node.args[0])
     if name == "concatenate_datasets" or name == "interleave_datasets":
         raise UnknownValueError(f"{name} joins several data sets; write their rows to one file", node.lineno)
     if isinstance(node.func, ast.Attribute):

@@ -19,9 +19,9 @@ _COMMANDS = (
     ("LLaMA-Factory", r"(^|/)llamafactory-cli train$|(^|/)lmf train$|(^|/)src/train(_bash)?\.py$"),
     ("Axolotl", r"(^|/)axolotl train$|axolotl\.cli\.train$"),
     ("open-instruct", r"open_instruct/(dpo|dpo_tune|dpo_tune_cache|dpo_tune_cache1)\.py$"),
-    ("TRL", r"(^|/)trl dpo$|trl\.scripts\.dpo$|trl/scripts/dpo\.py$|examples/scripts/dpo\.py$"),
+    ("TRL", r"(^|/)trl (dpo|kto)$|trl\.scripts\.(dpo|kto)$|(trl|examples)/scripts/(dpo|kto)\.py$"),
     ("alignment-handbook", r"(^|/)scripts/(run_)?dpo\.py$"),
-    ("TRL", r"(^|/)(dpo|run_dpo)\.py$"),
+    ("TRL", r"(^|/)(run_)?(dpo|kto)\.py$"),
 )
 """Trainers, and how the words of a command end that starts them; the first that fits counts."""
 _ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.S)

@@ -20,7 +20,8 @@ TRL_ALONE = words(
     "precompute_ref_log_probs ref_adapter_name ref_model_init_kwargs ref_model_mixup_alpha ref_model_sync_steps "
     "reference_free router_aux_loss_coef rpo_alpha streaming sync_ref_model test_split_size tokenizer_name_or_path "
     "tools torch_dtype truncation_mode trust_remote_code use_bnb_nested_quant use_dora use_logits_to_keep "
-    "use_num_logits_to_keep use_peft use_rslora use_weighting activation_offloading"
+    "use_num_logits_to_keep use_peft use_rslora use_weighting activation_offloading "
+    "desirable_weight undesirable_weight"
 )
 """Keys of TRL's own classes, not of the TrainingArguments that they build on."""
 

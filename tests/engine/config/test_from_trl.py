@@ -195,7 +195,7 @@ def test_every_field_of_trl_is_known():
     trl = pytest.importorskip("trl")
     from trl.scripts.utils import DatasetMixtureConfig
 
-    classes = (trl.ScriptArguments, trl.ModelConfig, trl.DPOConfig, DatasetMixtureConfig)
+    classes = (trl.ScriptArguments, trl.ModelConfig, trl.DPOConfig, trl.KTOConfig, DatasetMixtureConfig)
     fields = {field.name for cls in classes for field in dataclasses.fields(cls)}
     assert not fields - CONVERTED - set(SAME_RESULT) - set(NEW_RESULT) - set(STOPS)
     assert not set(SAME_RESULT) & set(NEW_RESULT)

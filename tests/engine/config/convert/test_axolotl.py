@@ -115,7 +115,7 @@ def test_adapters(run, converted):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        (MINIMAL.replace("rl: dpo", "rl: grpo"), "line 2: rl: the string 'grpo' does not train on pairs"),
+        (MINIMAL.replace("rl: dpo", "rl: grpo"), "line 2: rl: the string 'grpo' does not train on preferences"),
         (MINIMAL.replace("rl: dpo\n", "micro_batch_size: 1\n"), "no rl: its data are no preference pairs"),
         (MINIMAL + "adapter: llama-adapter\n", "adapter: the string 'llama-adapter' is not supported"),
         (LORA + "peft_layers_to_transform: [0, 1]\n", "peft_layers_to_transform: adapters have one rank"),

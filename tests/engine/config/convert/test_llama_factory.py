@@ -126,9 +126,9 @@ def test_described_sets(converted):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        (MINIMAL.replace("dpo", "sft"), "line 2: stage: the string 'sft' does not train on pairs"),
+        (MINIMAL.replace("dpo", "sft"), "line 2: stage: the string 'sft' does not train on preferences"),
         (MINIMAL.replace("full", "freeze"), "finetuning_type: the string 'freeze' is not supported"),
-        (MINIMAL + "pref_loss: kto_pair\n", "pref_loss: the string 'kto_pair' is not a loss on pairs"),
+        (MINIMAL + "pref_loss: kto_pair\n", "pref_loss: KTO is a stage of its own"),
         (MINIMAL.replace("pairs", "pears"), "pears is not in dataset_info.json; did you mean pairs?"),
         (MINIMAL.replace("pairs", "plain"), "plain has no pairs: ranking is not true"),
         (MINIMAL.replace("pairs", "seen"), "seen has images, which are not read"),

@@ -86,7 +86,7 @@ def test_other_losses_on_pairs(run, kind, loss):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        (MINIMAL.replace("dpo", "grpo"), "line 1: rlhf_type: the string 'grpo' does not train on pairs"),
+        (MINIMAL.replace("dpo", "grpo"), "line 1: rlhf_type: the string 'grpo' does not train on preferences"),
         (MINIMAL + " --tuner_type adalora", "tuner_type: the string 'adalora' is not supported"),
         (MINIMAL + " --init_weights pissa", "init_weights: pissa is not supported"),
         (MINIMAL + " --freeze_parameters_ratio 0.5", "parts of a model cannot be trained alone"),
