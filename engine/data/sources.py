@@ -8,6 +8,7 @@ Splits. A single file is one split, whatever known split is asked for, and so ar
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -281,6 +282,11 @@ def _load_errors() -> tuple[type[Exception], ...]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
+    # Where a connection is lost on the way: of the library that the client of the Hub has, and of fsspec's.
+    own = ("builtins", "huggingface_hub")
+    connections = [kind for kind in HfHubHTTPError.__mro__ if kind.__module__.partition(".")[0] not in own]
+    if "aiohttp" in sys.modules:
+        connections.append(sys.modules["aiohttp"].ClientError)
     return (
         OSError,
         ValueError,
@@ -288,6 +294,7 @@ def _load_errors() -> tuple[type[Exception], ...]:
         pyarrow.ArrowException,
         datasets.exceptions.DatasetsError,
         HfHubHTTPError,
+        *connections,
     )
 
 

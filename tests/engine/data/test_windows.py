@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from engine.config.schema import DataConfig, DatasetConfig
+from engine.data.sources import open_source
 from engine.data.windows import WindowStream
 from engine.errors import UserError
 
@@ -180,6 +184,25 @@ def test_a_row_that_cannot_be_read_is_named_when_its_window_comes(hub, tmp_path,
     stream = open_stream(tiny_tokenizer, size=8, dataset_name="org/large")
     with pytest.raises(UserError, match=r"^org/large, row \d+: the stream ended: "):
         [stream.next() for _ in range(4)]
+
+
+@pytest.mark.parametrize("client", ["hub", "fsspec"])
+def test_a_connection_that_is_lost_names_the_row(client, monkeypatch):
+    """What the libraries raise that ``datasets`` reads through is no OSError, and an import of one may be absent."""
+    kinds = {"fsspec": type("ClientError", (Exception,), {}), "hub": HfHubHTTPError.__mro__[1]}
+    monkeypatch.setitem(sys.modules, "aiohttp", SimpleNamespace(ClientError=kinds["fsspec"]))
+
+    def load(*names, **options):
+        def rows():
+            yield row(0)
+            raise kinds[client]("the peer closed the connection")
+
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = open_source(("https://host/a.jsonl", "https://host/b.jsonl"), streaming=True)
+    with pytest.raises(UserError, match=r"https://host/a\.jsonl, row 1: the stream ended: the peer closed the conn"):
+        list(source.read_on())
 
 
 @pytest.mark.parametrize(
