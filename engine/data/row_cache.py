@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import re
 import tempfile
 import time
 import uuid
@@ -46,6 +47,10 @@ _FREE = (
     *("strict", "cache"),
 )
 """Settings of ``data`` that say which rows are read, as ``DataSet`` does, or what is done with them afterwards."""
+_OWN = re.compile(
+    rf"[0-9a-f]{{64}}\.[0-9a-f]{{64}}\.arrow|\.[0-9a-f]{{64}}\.\d+\.[0-9a-f]{{32}}{re.escape(FILE_SUFFIX)}"
+)
+"""Names of the files that are written here, whole or not yet."""
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "numpy", "pyarrow", "datasets")
 
 Rows = tuple[PreferenceDataset, dict[str, LintReport]]
@@ -171,9 +176,12 @@ def read(folder: Path, key: str, data: DataConfig) -> Rows | None:
         with suppress(FileNotFoundError):
             if checksum(path) != path.name.split(".")[1]:
                 log.warning("%s is damaged: its rows are tokenised again", path)
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
                 continue
-            os.utime(path)
+            # Those of another user, or of a folder that is only read, stay as old as they are.
+            with suppress(OSError):
+                os.utime(path)
             return _parsed(path, data)
     return None
 
@@ -236,6 +244,9 @@ def _forget_unused(folder: Path) -> None:
     """Delete rows that no start has read for long, and what killed writers left."""
     oldest = time.time() - UNUSED_DAYS * 86_400
     for path in (*folder.glob("*.arrow"), *folder.glob(f".*{FILE_SUFFIX}")):
-        with suppress(FileNotFoundError):
+        # The folder may hold other files of the user, and those of other users.
+        with suppress(OSError):
+            if _OWN.fullmatch(path.name) is None:
+                continue
             if path.stat().st_mtime < (oldest if path.suffix == ".arrow" else time.time() - 86_400):
                 path.unlink()

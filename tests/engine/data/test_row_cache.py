@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import logging
 import os
@@ -297,6 +298,45 @@ def test_what_nobody_reads_goes(data, tiny_tokenizer):
         os.utime(first, (past, past))
         load_dataset_groups(replace(data, max_length=50 + age), tiny_tokenizer, split="train")
         assert first.exists() is stays
+
+
+def test_other_files_of_the_folder_stay(data, tiny_tokenizer):
+    """A folder of the user's may be one of data."""
+    folder, past = Path(data.cache), time.time() - 400 * 86_400
+    folder.mkdir(exist_ok=True)
+    others = [folder / name for name in ("data-00000-of-00001.arrow", ".notes.tmp", "abc.def.arrow")]
+    for path in others:
+        path.write_text("mine")
+        os.utime(path, (past, past))
+    load_dataset_groups(data, tiny_tokenizer, split="train")
+    assert entries(data)
+    assert all(path.exists() for path in others)
+
+
+def test_rows_of_another_user_are_read_and_left(data, tiny_tokenizer, monkeypatch, made):
+    """As of a folder that is only read: nothing of a file can be changed."""
+    whole = load_dataset_groups(data, tiny_tokenizer, split="train")
+    (path,) = entries(data)
+    past = time.time() - 400 * 86_400
+    os.utime(path, (past, past))
+    unlink = Path.unlink
+
+    def refused(place, *arguments, **options):
+        if place == path:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(place))
+        unlink(place, *arguments, **options)
+
+    def untouched(place, *arguments, **options):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(place))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    monkeypatch.setattr(row_cache.os, "utime", untouched)
+    made.clear()
+    assert_equal(load_dataset_groups(data, tiny_tokenizer, split="train"), whole)
+    assert made == []
+    load_dataset_groups(replace(data, max_length=60), tiny_tokenizer, split="train")
+    assert made == ["train"]
+    assert path.exists()
 
 
 def test_the_first_process_of_a_machine_makes_rows_for_the_others(data, tiny_tokenizer, monkeypatch, made):
