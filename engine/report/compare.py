@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 TEMPLATE = "compare.html.jinja"
 CURVES = (
-    ("loss", "Training loss", "nats per pair; of different losses, not to be compared"),
-    ("rewards/margins", "Reward margin in training", "chosen reward minus rejected reward, mean over pairs"),
-    ("rewards/accuracies", "Reward accuracy in training", "share of pairs whose chosen response has the higher reward"),
-    ("eval_loss", "Held-out loss", "nats per pair; of different losses, not to be compared"),
-    ("eval_rewards/accuracies", "Held-out reward accuracy", "share of pairs"),
+    ("loss", "Training loss", "nats per {unit}; of different losses, not to be compared"),
+    ("rewards/margins", "Reward margin in training", "mean chosen reward minus mean rejected reward, over {units}"),
+    ("rewards/accuracies", "Reward accuracy in training", "share of {units} whose rewards are on the right side"),
+    ("kl", "Divergence from the reference in training", "estimated by KTO, nats"),
+    ("eval_loss", "Held-out loss", "nats per {unit}; of different losses, not to be compared"),
+    ("eval_rewards/accuracies", "Held-out reward accuracy", "share of {units}"),
+    ("eval_kl", "Held-out divergence from the reference", "estimated by KTO, nats"),
     ("eval_ranking_accuracy", "Held-out ranking accuracy", "share of pairs whose chosen response is the likelier one"),
 )
 """Metric, title and subtitle of each picture."""
@@ -44,7 +46,10 @@ def names_of(runs: Sequence[RunRecords]) -> list[str]:
 def pictures(runs: Sequence[RunRecords], names: Sequence[str]) -> list[tuple[str, Figure]]:
     """Captions and figures; of what no run has logged there is none."""
     found = []
-    for metric, title, subtitle in CURVES:
+    units = sorted({run.unit for run in runs})
+    words = {"unit": " or ".join(unit[:-1] for unit in units), "units": " or ".join(units)}
+    for metric, title, form in CURVES:
+        subtitle = form.format(**words)
         if (figure := _overlay(runs, names, metric, title, subtitle)) is not None:
             found.append((f"{title}: {subtitle}.", figure))
     if (scatter := _frontier(runs, names)) is not None:
@@ -118,7 +123,9 @@ def _frontier(runs: Sequence[RunRecords], names: Sequence[str]) -> tuple[str, Fi
         return None
     words = "KL(policy || reference), nats" if samples else "fall of the log-prob of chosen responses, nats"
     title = "Reward against divergence"
-    figure, (axes,) = new_figure(title, "held-out pairs, one point for each evaluation")
+    figure, (axes,) = new_figure(
+        title, f"held-out {' or '.join(sorted({run.unit for run in runs}))}, one point for each evaluation"
+    )
     for of_run, name, colour in zip(points, names, _colours(len(runs)), strict=True):
         if of_run:
             axes.plot(*zip(*of_run, strict=True), marker="o", linewidth=1.0, color=colour, label=name)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.losses import REFERENCE_FREE_LOSSES
 from ..run_folder import EXPERT_LAYER, EXPERTS, TRAIN_SOURCE, of_sources
 from .style import (
     CHOSEN,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 LN2_LOSSES = ("sigmoid", "sigmoid_norm", "robust")
 """Losses that are ln 2 for every pair while the policy equals the reference."""
 _SETS_DRAWN, _LABEL_WIDTH = 8, 30
+_RIGHT = "is on the side of beta x divergence that its label says"
 _LOADS = (("busiest", REJECTED), ("idlest", CHOSEN))
 
 
@@ -48,29 +48,22 @@ class Picture:
     draw: Callable[[RunRecords], Figure | None]
     alone: str | None = None
     """The caption where the loss has no reference; None where it is the same."""
+    of_rows: str | None = None
+    """The caption of rows that are each desirable or not; None where it is the same."""
 
     def words(self, run: RunRecords) -> str:
         """The caption for a run."""
-        return self.caption if self.alone is None or has_reference(run) else self.alone
-
-
-def loss_types(run: RunRecords) -> list[str]:
-    """The names of the losses that a run adds up."""
-    found = run.config.get("loss", {}).get("loss_type", "sigmoid")
-    return [str(name) for name in found] if isinstance(found, list) else [str(found)]
-
-
-def has_reference(run: RunRecords) -> bool:
-    """Whether rewards are differences from a reference model."""
-    return not REFERENCE_FREE_LOSSES.issuperset(loss_types(run))
+        if self.of_rows is not None and run.unit == "rows":
+            return self.of_rows
+        return self.caption if self.alone is None or run.has_reference else self.alone
 
 
 def loss(run: RunRecords) -> Figure | None:
     if all(run.series(name) is None for name in _names(run, "loss")):
         return None
     settings = run.config.get("loss", {})
-    loss_type = " + ".join(loss_types(run))
-    figure, (axes,) = new_figure("Loss", f"{loss_type}, mean over pairs (nats per pair)")
+    loss_type = " + ".join(run.loss_types)
+    figure, (axes,) = new_figure("Loss", f"{loss_type}, mean over {run.unit} (nats per {run.unit[:-1]})")
     _train_and_evaluation(axes, run, "loss")
     _label(axes, run, "loss (nats)")
     # A weight scales the start as well.
@@ -82,10 +75,13 @@ def loss(run: RunRecords) -> Figure | None:
 def margins(run: RunRecords) -> Figure | None:
     if not _has(run, "rewards/margins"):
         return None
-    figure, (axes,) = new_figure("Reward margin", "chosen reward minus rejected reward, mean over pairs")
+    words = "chosen reward minus rejected reward, mean over pairs"
+    if run.unit == "rows":
+        words = "mean reward of desirable rows minus that of the others"
+    figure, (axes,) = new_figure("Reward margin", words)
     _train_and_evaluation(axes, run, "rewards/margins")
     _label(axes, run, "margin (nats x beta)")
-    reference_line(axes, 0.0, "policy = reference" if has_reference(run) else "both alike")
+    reference_line(axes, 0.0, "policy = reference" if run.has_reference else "both alike")
     return figure
 
 
@@ -94,12 +90,26 @@ def accuracies(run: RunRecords) -> Figure | None:
 
     if not _has(run, "rewards/accuracies"):
         return None
-    figure, (axes,) = new_figure("Reward accuracy", "share of pairs whose chosen response has the higher reward")
+    pairs = run.unit == "pairs"
+    words = "share of pairs whose chosen response has the higher reward"
+    figure, (axes,) = new_figure("Reward accuracy", words if pairs else f"share of rows whose reward {_RIGHT}")
     _train_and_evaluation(axes, run, "rewards/accuracies")
-    _label(axes, run, "accuracy (% of pairs)")
+    _label(axes, run, f"accuracy (% of {run.unit})")
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, symbol=""))
-    reference_line(axes, 0.5, "chance")
+    if pairs:
+        reference_line(axes, 0.5, "chance")
+    return figure
+
+
+def divergence(run: RunRecords) -> Figure | None:
+    """What KTO measures rewards from."""
+    if not _has(run, "kl"):
+        return None
+    words = "estimate from completions under each other's prompts, of whole steps; at least 0"
+    figure, (axes,) = new_figure("Divergence from the reference", words)
+    _train_and_evaluation(axes, run, "kl")
+    _label(axes, run, "kl (nats)")
     return figure
 
 
@@ -111,15 +121,15 @@ def rewards(run: RunRecords) -> Figure | None:
         subtitle=_reward_words(run),
         label="reward (nats x beta)",
     )
-    if figure is not None and has_reference(run):
+    if figure is not None and run.has_reference:
         reference_line(figure.axes[0], 0.0, "policy = reference")
     return figure
 
 
 def _reward_words(run: RunRecords) -> str:
-    if has_reference(run):
+    if run.has_reference:
         return "beta x (policy log-prob - reference log-prob), mean over responses"
-    of = "mean policy log-prob of a token" if "simpo" in loss_types(run) else "policy log-prob"
+    of = "mean policy log-prob of a token" if "simpo" in run.loss_types else "policy log-prob"
     return f"beta x {of}, mean over responses; this loss has no reference"
 
 
@@ -167,7 +177,7 @@ def optimizer(run: RunRecords) -> Figure | None:
 def throughput(run: RunRecords) -> Figure | None:
     panels: list[tuple[str, list[tuple[str, str, str]], float]] = [
         ("tokens / s", [("perf/tokens_per_second", "tokens", TRAIN)], 1.0),
-        ("pairs / s", [("perf/pairs_per_second", "pairs", TRAIN)], 1.0),
+        (f"{run.unit} / s", [("perf/pairs_per_second", run.unit, TRAIN)], 1.0),
         (
             "% of tokens",
             [
@@ -206,9 +216,9 @@ def sets(run: RunRecords) -> Figure | None:
     shown = sorted(pairs, key=lambda label: -pairs[label])[:_SETS_DRAWN]
     if not shown:
         return None
-    more = f"; the {len(shown)} with the most pairs of {len(pairs)}" if len(pairs) > len(shown) else ""
+    more = f"; the {len(shown)} with the most {run.unit} of {len(pairs)}" if len(pairs) > len(shown) else ""
     figure, axes = new_figure(
-        "Sets of the mixture", f"training pairs of each set, mean over a logged interval{more}", rows=2
+        "Sets of the mixture", f"training {run.unit} of each set, mean over a logged interval{more}", rows=2
     )
     colours = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["tab10"].colors]  # type: ignore[attr-defined]
     panels = (("rewards/margins", "reward margin"), ("rewards/accuracies", "accuracy"))
@@ -311,9 +321,21 @@ PICTURES = (
         "How much further apart chosen and rejected are than in the reference.",
         margins,
         "How far apart chosen and rejected are under the policy; this loss has no reference.",
+        "How much further apart desirable and undesirable rows are than in the reference.",
     ),
-    Picture("accuracies", "How often the chosen response has the higher reward.", accuracies),
-    Picture("rewards", "Where the margin comes from: chosen going up, or rejected going down.", rewards),
+    Picture(
+        "accuracies",
+        "How often the chosen response has the higher reward.",
+        accuracies,
+        of_rows=f"How often the reward of a row {_RIGHT}.",
+    ),
+    Picture(
+        "rewards",
+        "Where the margin comes from: chosen going up, or rejected going down.",
+        rewards,
+        of_rows="Where the margin comes from: desirable rows (chosen) going up, or the others (rejected) going down.",
+    ),
+    Picture("divergence", "How far the policy is from the reference, which rewards are measured from.", divergence),
     Picture("logps", "Log-probabilities of whole responses under the policy.", logps),
     Picture("sets", "Which sets of the mixture are learned, and how far.", sets),
     Picture("optimizer", "Learning rate schedule and gradient norm.", optimizer),

@@ -27,7 +27,7 @@ from ..run_folder import (
     of_sources,
     tokens_of,
 )
-from .figures import loss_types, token_counts
+from .figures import token_counts
 from .records import RunRecords
 
 TEMPLATE = "page.html.jinja"
@@ -64,6 +64,7 @@ def render(run: RunRecords, pictures: Sequence[SavedPicture]) -> str:
         .get_template(TEMPLATE)
         .render(
             title=run.folder.resolve().name,
+            unit=run.unit,
             state="finished" if run.finished else "in progress or stopped",
             subtitle=_subtitle(run),
             cards=_cards(run),
@@ -107,7 +108,7 @@ def _subtitle(run: RunRecords) -> str:
 def _settings(run: RunRecords) -> list[str]:
     """Loss, beta and learning rate, where the configuration is there."""
     loss, optim = run.config.get("loss", {}), run.config.get("optim", {})
-    found = [f"loss {' + '.join(loss_types(run))}"] if loss else []
+    found = [f"loss {' + '.join(run.loss_types)}"] if loss else []
     found += [f"beta {loss['beta']:g}"] if isinstance(loss.get("beta"), int | float) else []
     rate = optim.get("learning_rate")
     return found + ([f"learning rate {rate:g}"] if isinstance(rate, int | float) else [])
@@ -136,7 +137,7 @@ def _cards(run: RunRecords) -> list[dict[str, str]]:
     add(last("rewards/accuracies"), "training reward accuracy", "{:.1%}")
     add(last("loss"), "training loss (nats)", "{:.4f}")
     add(last("rewards/margins"), "training reward margin", "{:.3f}")
-    for name, label in (("perf/pairs_per_second", "pairs / s"), ("perf/tokens_per_second", "tokens / s")):
+    for name, label in (("perf/pairs_per_second", f"{run.unit} / s"), ("perf/tokens_per_second", "tokens / s")):
         series = run.series(name)
         if series is not None and len(series.finite):
             median = float(np.median(series.finite))
@@ -146,7 +147,11 @@ def _cards(run: RunRecords) -> list[dict[str, str]]:
     if shared is not None and len(shared.finite):
         add(float(shared.finite.mean()), "tokens saved by prompt sharing", "{:.1%}")
     add(last("epoch"), "epochs", "{:.2f}")
-    add(_plan(run).get("groups") or len(token_counts(run, "prompt")) or None, "preference groups", "{:,}")
+    add(
+        _plan(run).get("groups") or len(token_counts(run, "prompt")) or None,
+        "preference groups" if run.unit == "pairs" else "rows",
+        "{:,}",
+    )
     return cards
 
 
@@ -337,7 +342,11 @@ def shown_setting(value: Any) -> str:
 
 def shown(name: str, value: Any) -> str:
     """The value of a metric. Counts are logged as floats; here they become whole again."""
-    return _number(int(value) if "num_" in name and isinstance(value, float) and value.is_integer() else value)
+    return _number(
+        int(value)
+        if ("num_" in name or "count/" in name) and isinstance(value, float) and value.is_integer()
+        else value
+    )
 
 
 def _number(value: Any) -> str:

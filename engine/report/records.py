@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config.losses import REFERENCE_FREE_LOSSES, UNPAIRED_LOSSES
 from ..durable import is_complete
 from ..errors import UserError
 from ..run_folder import (
@@ -79,6 +80,22 @@ class RunRecords:
         """What the metrics of each evaluation set begin with, and what it is called: ``held-out``, or its name."""
         prefixes = eval_prefixes(name for row in self.rows for name in row) or ["eval_"]
         return {prefix: prefix.removeprefix("eval_").removesuffix("_") or "held-out" for prefix in prefixes}
+
+    @property
+    def loss_types(self) -> list[str]:
+        """The names of the losses that the run adds up."""
+        found = self.config.get("loss", {}).get("loss_type", "sigmoid")
+        return [str(name) for name in found] if isinstance(found, list) else [str(found)]
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether rewards are differences from a reference model."""
+        return not REFERENCE_FREE_LOSSES.issuperset(self.loss_types)
+
+    @property
+    def unit(self) -> str:
+        """What losses and accuracies are means over: ``pairs``, or ``rows`` that are each desirable or not."""
+        return "pairs" if UNPAIRED_LOSSES.isdisjoint(self.loss_types) else "rows"
 
     @property
     def seconds(self) -> float | None:

@@ -331,7 +331,8 @@ def _set_lines(values: dict[str, float], of_mixture: list[str]) -> list[str]:
     lines += of_mixture
     lengths = [key.removeprefix(BY_LENGTH) for key in values if key.startswith(BY_LENGTH)]
     if lengths:
-        lines += ["", f"{'tokens of the longest response':<30} {'accuracy':>12} {'pairs':>8}"]
+        unit = "rows" if "eval_count/chosen" in values else "pairs"
+        lines += ["", f"{'tokens of the longest response':<30} {'accuracy':>12} {unit:>8}"]
         for bucket in lengths:
             count = values[f"{PAIRS_BY_LENGTH}{bucket}"]
             lines.append(f"{bucket:<30} {values[BY_LENGTH + bucket]:>12.4f} {count:>8.0f}")
@@ -350,6 +351,7 @@ def evaluation_lines(row: Mapping[str, float]) -> list[str]:
         name = prefix.removesuffix("_").replace("eval_", "eval ")
         line = f"step {row['step']}  {name} loss {row[f'{prefix}loss']:.4f}  "
         line += f"accuracy {row[f'{prefix}rewards/accuracies']:.3f}"
-        margin = row.get(f"{prefix}rewards/margins")
-        lines.append(line if margin is None else f"{line}  margin {margin:.4f}")
+        further = (("rewards/margins", "margin"), ("kl", "kl"))
+        words = [f"{word} {row[prefix + metric]:.4f}" for metric, word in further if prefix + metric in row]
+        lines.append("  ".join([line, *words]))
     return lines

@@ -47,6 +47,25 @@ def test_differences_metrics_and_pictures(runs):
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 
+@pytest.mark.parametrize(("losses", "unit"), [(("kto", "kto"), "row"), (("kto", "sigmoid"), "pair or row")])
+def test_runs_of_rows_stand_beside_those_of_pairs(losses, unit, make_run, rows):
+    """The divergence of KTO is a curve of its own, and no distance of drawn answers."""
+    folders = []
+    for place, loss in enumerate(losses):
+        metrics = rows(20, every=5, eval_every=10)
+        for row in metrics if loss == "kto" else ():
+            row["eval_kl" if "eval_loss" in row else "kl"] = 0.1 * row["step"]
+        evaluation = {"eval_loss": 0.5, "eval_rewards/accuracies": 0.75} | ({"eval_kl": 2.0} if loss == "kto" else {})
+        config = CONFIG % (loss, 0.1, place)
+        folders.append(make_run(metrics, config=config, evaluation=evaluation, name=f"run-{place}"))
+    found = [read_run(folder) for folder in folders]
+    captions = {caption.partition(":")[0]: figure for caption, figure in pictures(found, names_of(found))}
+    assert "Reward against divergence" not in captions
+    lines = captions["Held-out divergence from the reference"].axes[0].get_lines()
+    assert [list(line.get_ydata()) for line in lines] == [[1.0, 2.0]] * losses.count("kto")
+    assert f"nats per {unit};" in write_comparison(folders).read_text()
+
+
 def test_the_frontier_has_a_point_for_each_evaluation(runs):
     found = [read_run(folder) for folder in runs]
     caption, figure = pictures(found, names_of(found))[-1]

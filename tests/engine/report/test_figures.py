@@ -144,7 +144,7 @@ def test_a_single_row_is_in_view(make_run, rows):
     for picture in figures.PICTURES:
         figure = picture.draw(run)
         if figure is None:
-            assert picture.name in ("lengths", "experts", "expert_layers", "sets")
+            assert picture.name in ("lengths", "experts", "expert_layers", "sets", "divergence")
             continue
         low, high = figure.axes[0].get_xlim()
         assert low < 1 < high

@@ -106,6 +106,23 @@ def test_head_and_captions_are_those_of_the_loss(loss, compared, make_run, rows)
     assert ("than in the reference" in text, "this loss has no reference" in text) == (compared, not compared)
 
 
+@pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
+def test_rows_that_are_each_desirable_or_not_are_no_pairs(loss, make_run, rows):
+    """Words, pictures and numbers; of a run that logs a divergence it is drawn."""
+    logged = rows(20, eval_every=10)
+    for row in logged:
+        prefix = "eval_" if "eval_loss" in row else ""
+        row |= {f"{prefix}count/chosen": 3.0} | ({f"{prefix}kl": 0.1} if loss == "kto" else {})
+    evaluation = {"eval_loss": 0.5, "eval_count/chosen": 1234.0, "eval_num_pairs": 6.0, "eval_num_pairs/33-64": 6.0}
+    config = CONFIG.replace("loss_type: sigmoid", f"loss_type: {loss}")
+    path = write_report(make_run(logged, config=config, evaluation=evaluation))
+    page, text = Page(path), re.sub(r"base64,[A-Za-z0-9+/=]+|<tr>.*", "", path.read_text())
+    assert "pair" not in text.replace(loss, "").replace("num_pairs", "")
+    assert "desirable and undesirable rows" in text
+    assert page.row("count/chosen")[-1] == "1,234"
+    assert (path.parent / "divergence.png").exists() == (loss == "kto")
+
+
 def test_everything_is_escaped(make_run):
     page = Page(write_report(make_run(BRIEF, config=CONFIG, data=DATA)))
     assert not [tag for tag, _ in page.tags if tag in ("script", "i")]

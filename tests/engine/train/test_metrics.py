@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from engine.train.evaluation import evaluation_lines
+from engine.train.evaluation import evaluation_lines, format_evaluation
 from engine.train.metrics import (
     TOKEN_NAMES,
     IntervalMeter,
@@ -128,3 +129,20 @@ def test_lines_for_people_name_what_matters():
     assert line == "step 4  eval loss 0.5000  accuracy 1.000  margin 2.0000"
     _, line = evaluation_lines({"step": 4, **sets[1], **sets[2]})
     assert line == "step 4  eval b loss 0.5000  accuracy 1.000  margin 2.0000"
+
+
+def test_lines_of_rows_that_are_each_desirable_or_not():
+    meter = meter_at([1.0])
+    further = {"kl": torch.tensor(0.25), "count/chosen": torch.tensor(1.0), "count/rejected": torch.tensor(3.0)}
+    meter.add(values(0.6931, 1, math.nan, 0.5, math.nan, -1, math.nan), WORK, further=further)
+    row = meter.row(step=10, epoch=0.5, grad_norm=torch.tensor(2.0), learning_rate=1e-6)
+    line = log_line(row, total_steps=40, seconds_left=3725)
+    assert "accuracy 0.500  kl 0.2500  " in line
+    assert "4.0 rows/s" in line
+    assert "pair" not in line
+    metrics = {"eval_loss": 0.5, "eval_rewards/accuracies": 1.0, "eval_kl": 0.125, "eval_count/chosen": 3.0}
+    (line,) = evaluation_lines({"step": 4, **metrics})
+    assert line == "step 4  eval loss 0.5000  accuracy 1.000  kl 0.1250"
+    metrics |= {"eval_num_pairs": 3.0, "eval_accuracies_by_length/1-32": 1.0, "eval_num_pairs/1-32": 3.0}
+    heads = format_evaluation(metrics).splitlines()
+    assert "tokens of the longest response     accuracy     rows" in heads
