@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ..config.schema import OptimConfig, RunConfig
 from ..model import Policy, load_policy
 from ..model.head import output_layer
-from ..model.load import DTYPES
 from ..train.bfloat16 import PIECE
 from ..train.held_weights import TOGETHER
-from ..train.optimizer import build_optimizer
+from ..train.optimizer import build_optimizer, updates_at_once
 from .live_storage import LiveStorage, storage_bytes
 from .target import DeviceKind, Target
 
@@ -93,7 +92,7 @@ def state_bytes(config: OptimConfig, policy: Policy, *, kind: DeviceKind) -> tup
     """
     trained = [p for p in policy.parameters() if p.requires_grad]
     plain = replace(config, optimizer="adamw") if "8bit" in config.optimizer or "paged" in config.optimizer else config
-    state, update = _measured_state(plain, trained)
+    state, update = _measured_state(plain, trained, kind)
     if config.optimizer.startswith("paged"):
         state = [0] * len(trained)
     elif config.optimizer == "adamw_8bit":
@@ -122,12 +121,15 @@ def _adamw_8bit(parameter: nn.Parameter, *, whole: bool) -> int:
     return 2 * (parameter.numel() + 4 * -(-parameter.numel() // _STATE_BLOCK))
 
 
-def _measured_state(config: OptimConfig, trained: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Of one update of a small layer."""
+def _measured_state(config: OptimConfig, trained: Sequence[Tensor], kind: DeviceKind) -> tuple[list[int], int]:
+    """Of one update of a small layer, by the optimizer as it runs on a kind of device, which need not be there."""
     with unset_fake_temporarily():
         device = trained[0].device
-        layer = nn.Linear(_PROBE_WIDTH, _PROBE_WIDTH, bias=False, device=device, dtype=DTYPES[config.weights_dtype])
-        optimizer, _ = build_optimizer(layer, config)
+        layer = nn.Linear(_PROBE_WIDTH, _PROBE_WIDTH, bias=False, device=device)
+        optimizer, _ = build_optimizer(layer, replace(config, master_weights="float32", offload=False))
+        at_once = updates_at_once(config, kind)
+        for group in optimizer.param_groups:
+            group["foreach"] = at_once
         layer.weight.grad = torch.zeros_like(layer.weight)
         count = LiveStorage(device, lambda func, args: 0)
         with count:
@@ -137,8 +139,10 @@ def _measured_state(config: OptimConfig, trained: Sequence[Tensor]) -> tuple[lis
     numbers = [p.numel() for p in trained]
     unit = layer.weight.numel()
     kept = [state * n // unit for n in numbers]
-    if config.master_weights != "float32":
+    together = sum(numbers) if at_once else max(numbers)
+    if config.master_weights != "float32" or config.offload:
         together = max(*numbers, min(sum(numbers), TOGETHER))
-        return kept, _WIDENED_BYTES * together + _ROUNDED_BYTES * min(together, PIECE)
-    together = sum(numbers) if optimizer.defaults.get("foreach") else max(numbers)
-    return kept, max(0, count.peak - state) * together // unit
+    update = max(0, count.peak - state) * together // unit
+    if config.master_weights != "float32":
+        update = _WIDENED_BYTES * together + max(update, _ROUNDED_BYTES * min(together, PIECE))
+    return kept, update

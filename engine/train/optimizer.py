@@ -94,7 +94,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, seed: int = 0) -> 
 def _optimizer_kind(config: OptimConfig, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """The class of an optimizer, and its options but for the learning rate."""
     if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop, {"alpha": config.rmsprop_alpha, "foreach": device.type == "cuda"}
+        return torch.optim.RMSprop, {"alpha": config.rmsprop_alpha, "foreach": updates_at_once(config, device.type)}
     adam = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if config.optimizer not in _BITSANDBYTES:
         return torch.optim.AdamW, {**adam, "fused": device.type in _FUSED_DEVICES}
@@ -102,6 +102,11 @@ def _optimizer_kind(config: OptimConfig, device: torch.device) -> tuple[Any, dic
     import bitsandbytes
 
     return getattr(bitsandbytes.optim, _BITSANDBYTES[config.optimizer]), adam
+
+
+def updates_at_once(config: OptimConfig, kind: str) -> bool:
+    """Whether an optimizer works on all weights together on a kind of device, in as much memory beside them."""
+    return config.optimizer == "rmsprop" and kind == "cuda"
 
 
 def check_optimizer(name: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.config.schema import ModelConfig, OptimConfig
+from engine.forecast import weights
 from engine.forecast.weights import state_bytes
 from engine.model import load_policy
 from engine.train.optimizer import build_optimizer
@@ -34,3 +35,16 @@ def test_offloaded_state_counts_while_it_is_on_the_device(tiny_model_dir):
     assert sum(there) == 0
     # The model is so small that all of it is updated together.
     assert more >= sum(here) > update
+
+
+@pytest.mark.parametrize(
+    ("optim", "bytes_each"), [({}, 4), ({"offload": True}, 4 + 4), ({"master_weights": "stochastic"}, 8 + 4)]
+)
+def test_an_update_of_all_weights_together_counts_where_no_gpu_is(optim, bytes_each, tiny_model_dir, monkeypatch):
+    """RMSprop takes the roots of all second moments at once, or of those whose weights are updated together."""
+    monkeypatch.setattr(weights, "TOGETHER", 20_000)
+    monkeypatch.setattr(weights, "PIECE", 1)
+    policy = load_policy(ModelConfig(model_name_or_path=str(tiny_model_dir)), device=torch.device("cpu"))
+    together = 20_000 if optim else sum(p.numel() for p in policy.parameters())
+    _, found = state_bytes(OptimConfig(optimizer="rmsprop", **optim), policy, kind="cuda")
+    assert bytes_each * together <= found < (bytes_each + 1) * together
