@@ -191,7 +191,8 @@ class Policy(nn.Module):
         keys = () if batch.plan.key_rows is None else (len(batch.plan.key_rows),)
         experts = experts_per_token(self.config.get_text_config())
         tokens = batch.num_tokens if batch.own is None else batch.own.num_tokens
-        return (tokens, *keys, *(() if experts is None else (experts * tokens,)))
+        # Attention sees all tokens of a pack that several processes work on.
+        return (tokens, batch.num_tokens, *keys, *(() if experts is None else (experts * tokens,)))
 
     def _run_on_pack(self, batch: PackedBatch, rows: RowPlan | None, wanted: dict[str, bool]):
         ids, positions = batch.input_ids_T, batch.position_ids_T

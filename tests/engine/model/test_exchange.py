@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config.schema import ModelConfig
 from engine.data.groups import PreferenceGroup
 from engine.errors import UserError
+from engine.model import load_policy, offload
 from engine.model.attention import packed_attention
+from engine.model.offload import OffloadedActivations
 from engine.packing import build_batch
 from engine.packing.slices import width
 from tests.engine.distributed.ranks import Ranks
@@ -115,3 +118,23 @@ def test_heads_that_cannot_be_divided_are_refused(monkeypatch):
 
     with pytest.raises(UserError, match=r"train.context_parallel=3 divides the attention heads, and the model has 4: "):
         team.run(work)
+
+
+def test_what_attention_keeps_of_a_whole_pack_waits_on_the_host(tiny_model_dir, monkeypatch):
+    model = ModelConfig(model_name_or_path=str(tiny_model_dir), dtype="float32", attention="native")
+    policy = load_policy(model, device=torch.device("cpu")).train()
+    policy.activation_offload = True
+    whole, pack_one = build_batch(groups()).num_tokens, OffloadedActivations._pack
+    moved: list[bool] = []
+
+    def record(self, tensor):
+        packed = pack_one(self, tensor)
+        if whole in tensor.shape:
+            moved.append(packed is not tensor)
+        return packed
+
+    monkeypatch.setattr(OffloadedActivations, "_pack", record)
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+    Ranks(2, monkeypatch).run(lambda rank: policy.logps(build_batch(groups())))
+    assert len(moved) >= 2 * 3 * policy.config.num_hidden_layers
+    assert all(moved)
