@@ -28,7 +28,7 @@ from .optimizer import METRIC_SCHEDULES
 _FREE_KEYS = frozenset(
     (
         *("packing.tokens_per_pack", "packing.share_prompts", "packing.layout", "model.attention"),
-        "model.trust_remote_code",
+        *("model.kernels", "model.trust_remote_code"),
         *("data.strict", "data.eval_dataset_name", "data.eval_dataset_split", "reference.store", "reference.mode"),
         *("train.output_dir", "train.save_steps", "train.save_total_limit", "train.logging_steps", "train.eval_steps"),
         *("train.gradient_checkpointing", "train.activation_offload", "train.timeout_minutes", "train.report_to"),

@@ -152,6 +152,11 @@ def test_a_key_that_an_older_checkpoint_lacks_was_what_its_default_is(make_confi
         check_same_run(saved, make_config(loss={"ld_alpha": 0.5}), tmp_path)
 
 
+def test_kernels_of_blocks_may_change(make_config, tmp_path):
+    """They change no number by more than another packing."""
+    check_same_run(config_values(make_config()), make_config(model={"kernels": "compile"}), tmp_path)
+
+
 OLD_SETTINGS = {
     "model.model_name_or_path": "m",
     "model.tokenizer_name_or_path": None,
