@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_kernels import native
 from engine.config.schema import ModelConfig
 from engine.data.groups import PreferenceGroup
 from engine.errors import UserError
@@ -120,6 +121,7 @@ def test_heads_that_cannot_be_divided_are_refused(monkeypatch):
         team.run(work)
 
 
+@pytest.mark.skipif(native.library() is None, reason=str(native.why_not()))
 def test_what_attention_keeps_of_a_whole_pack_waits_on_the_host(tiny_model_dir, monkeypatch):
     model = ModelConfig(model_name_or_path=str(tiny_model_dir), dtype="float32", attention="native")
     policy = load_policy(model, device=torch.device("cpu")).train()
