@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.run_folder import SAMPLED
 from engine.train.divergence import divergence
 from engine.train.measures import (
     by_reference_margin,
@@ -116,7 +117,8 @@ def test_every_figure_is_defined_in_the_docs():
     figures = [line.split("|")[1].strip(" `") for line in lines if line.startswith("| `")]
     text = " ".join(lines)
     found = measures(pairs(), rewards(0.1), beta=0.1)
-    found |= divergence([np.ones(2)] * 2, [np.ones(2)] * 2, samples=1)
+    drawn = divergence([np.ones(2)] * 2, [np.ones(2)] * 2, samples=1)
+    found |= {SAMPLED + name: value for name, value in drawn.items()}
     assert set(found) - set(figures) == {name for name in found if name.endswith("_se")}
     assert all(f"`{name}`" in text for name in found)
     assert set(figures) - set(found) == {"ranking_accuracy", "ranking_accuracy_per_token"}
