@@ -158,7 +158,7 @@ def with_text(details: Mapping[str, dict[str, Any]], datasets: Mapping[str, Pref
             chosen, rejected = (group.pairs or ((0, 1),))[0]
             texts = (group.prompt_ids, group.response_ids[chosen], group.response_ids[rejected])
             names = ("prompt", "chosen_response", "rejected_response")
-            record["row"] = group.row
+            record["row"] = group.label
             record |= {name: tokenizer.decode(ids) for name, ids in zip(names, texts, strict=True)}
 
 

@@ -49,7 +49,7 @@ def draw_samples(
         )
         columns[name] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     return [
-        {"step": step, "row": group.row, "prompt": text, "greedy": greedy, "sampled": sampled}
+        {"step": step, "row": group.label, "prompt": text, "greedy": greedy, "sampled": sampled}
         for group, text, greedy, sampled in zip(groups, texts, columns["greedy"], columns["sampled"], strict=True)
     ]
 

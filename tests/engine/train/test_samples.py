@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
+from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError
 from engine.report import write_report
 from engine.run_folder import read_samples
 from engine.train import run as run_module
+from engine.train import samples as samples_module
 from engine.train.loop import train
+from engine.train.measures import with_text
 from engine.train.resume import check_same_run, config_values
 from engine.train.samples import distinct_prompts
 
@@ -63,6 +67,18 @@ def test_a_resumed_run_may_draw_other_samples(make_config, pairs_jsonl, tmp_path
     changed = {"sample_prompts": 3, "sample_max_new_tokens": 9, "sample_temperature": 0.5}
     for options in (changed, {"sample_steps": None}):
         check_same_run(config_values(before), sampling(make_config, pairs_jsonl, tmp_path, **options), tmp_path)
+
+
+def test_rows_of_a_mixture_are_named_with_their_set(make_config, tiny_tokenizer, monkeypatch):
+    """Sets number their rows alike."""
+    ids = [np.array([place], np.int32) for place in range(5, 8)]
+    dataset = PreferenceDataset(PreferenceGroup(3, ids[n], (ids[2], ids[0]), source="ab"[n]) for n in range(2))
+    monkeypatch.setattr(samples_module, "generate", lambda policy, prompts, **options: ids[: len(prompts)])
+    drawn = samples_module.draw_samples(None, tiny_tokenizer, make_config(), dataset, step=0)
+    details = {"eval": {"most_displaced": [{"group": 1}]}}
+    with_text(details, {"eval": dataset}, tiny_tokenizer)
+    rows = [record["row"] for record in (*drawn, *details["eval"]["most_displaced"])]
+    assert rows == ["3 of a", "3 of b", "3 of b"]
 
 
 def test_samples_need_held_out_prompts(make_config, tmp_path):
