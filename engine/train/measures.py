@@ -94,16 +94,21 @@ def idealized(reference_P: np.ndarray, beta: float, label_smoothing: float) -> n
 
 
 def calibration_error(margins_P: np.ndarray) -> float:
-    """Expected calibration error: see ``calibration``. Guo et al. 2017, arXiv 1706.04599."""
+    """Expected calibration error: see ``calibration``. Guo et al. 2017, arXiv 1706.04599. Not a number where a margin
+    is none."""
+    if np.isnan(margins_P).any():
+        return math.nan
     bins = calibration(margins_P)
     return sum(b["pairs"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / max(len(margins_P), 1)
 
 
 def calibration(margins_P: np.ndarray) -> list[dict[str, float]]:
-    """How often the implicit reward is right, beside how sure it is, in bins of equal width; empty bins are left out.
+    """How often the implicit reward is right, beside how sure it is, in bins of equal width; empty bins are left out,
+    and so are margins that are no numbers.
 
     The reward of a pair prefers one response with probability ``sigmoid(|margin|)``, the Bradley-Terry model's.
     """
+    margins_P = margins_P[~np.isnan(margins_P)]
     confidence_P = 1 / (1 + np.exp(-np.abs(margins_P)))
     place_P = np.minimum(((confidence_P - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     found = []

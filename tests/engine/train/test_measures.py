@@ -111,6 +111,12 @@ def test_confidence_of_an_extreme_margin_is_one():
     assert math.isfinite(calibration_error(np.array([1e4, -1e4])))
 
 
+def test_a_margin_that_is_no_number_is_in_no_bin():
+    margins = np.array([math.nan, 2.0, -0.5, math.inf])
+    assert calibration(margins) == calibration(margins[1:])
+    assert math.isnan(calibration_error(margins))
+
+
 def test_every_figure_is_defined_in_the_docs():
     """And the docs define no other, but those that evaluation takes from training and ranking accuracy."""
     lines = Path(__file__).parents[3].joinpath("docs", "evaluation.md").read_text().splitlines()
