@@ -37,14 +37,17 @@ def loss_groups(config: RunConfig, dataset: PreferenceDataset, *, split: str) ->
         order, block = np.arange(len(dataset)), len(dataset)
         if split == "train":
             first = epoch_order(dataset.epoch(config.train.seed, 0), config.packing, seed=config.train.seed, epoch=0)
-            order, block = _each_once(first, len(dataset)), config.packing.pairs_per_step
+            block = config.packing.pairs_per_step
+            order = step_order(first, len(dataset), block)
         dataset = with_mismatched(dataset, order, block, config.data.max_length)
     return drawn_groups(config, dataset) if split == "train" else dataset
 
 
-def _each_once(first: np.ndarray, groups: int) -> np.ndarray:
-    """int64 [groups]: those of the first epoch in its order, and behind them the others."""
-    return np.array(list(dict.fromkeys((*first.tolist(), *range(groups)))), np.int64)
+def step_order(first: np.ndarray, groups: int, block: int) -> np.ndarray:
+    """int64: the groups of the first epoch in its order, which a mixture may repeat; behind its last step, which the last
+    group fills up, come those that it does not take."""
+    steps = np.pad(first, (0, -len(first) % block), mode="edge")
+    return np.concatenate([steps, np.setdiff1d(np.arange(groups), first)])
 
 
 def with_mismatched(
@@ -55,15 +58,17 @@ def with_mismatched(
 
     Args:
         dataset: unpaired rows of one response.
-        order: int64 [groups], every place in it.
+        order: int64, every place in it; one that comes again keeps what it was given first.
         block: groups whose completions are exchanged.
 
     Raises:
         UserError: rows with reference log-probs of their own, which there are none of for the second response.
     """
-    before = np.empty(len(dataset), np.int64)
+    before = np.full(len(dataset), -1, np.int64)
     for start in range(0, len(order), block):
-        before[order[start : start + block]] = np.roll(order[start : start + block], 1)
+        step = np.array(list(dict.fromkeys(order[start : start + block].tolist())), np.int64)
+        new = before[step] < 0
+        before[step[new]] = np.roll(step, 1)[new]
 
     def mismatched(place: int) -> PreferenceGroup:
         group, other = dataset[place], dataset[int(before[place])]

@@ -19,7 +19,7 @@ from engine.packing import plan_first_epoch
 from engine.precompute import check_settings, fill_store
 from engine.reference import ReferenceStore
 from engine.train.loop import train
-from engine.train.mismatched import loss_groups, with_mismatched
+from engine.train.mismatched import loss_groups, step_order, with_mismatched
 from engine.train.terms import LossTerms
 from tests.engine.conftest import preference_rows
 from tests.engine.train.conftest import TRAJECTORY, assert_same_trajectory
@@ -127,6 +127,15 @@ def test_a_completion_is_cut_behind_its_new_prompt():
     blocks = with_mismatched(dataset, np.array([2, 0, 1]), 2, None)
     assert [len(g.response_ids[1]) for g in blocks] == [9, 5, 9]
     assert found.digest != blocks.digest != dataset.digest
+
+
+def test_rows_of_a_mixture_are_compared_within_their_step():
+    """Where a row comes twice, and some do not come in the first epoch."""
+    ids = [np.array([place], np.int32) for place in range(12)]
+    dataset = PreferenceDataset(PreferenceGroup(n, ids[0], (ids[n],), desirable=True) for n in range(12))
+    order = step_order(np.array([0, 1, 2, 3, 0, 4, 5, 6, 7, 8]), 12, 4)
+    found = [int(group.response_ids[1][0]) for group in with_mismatched(dataset, order, 4, None)]
+    assert found == [3, 0, 1, 2, 0, 4, 5, 8, 7, 11, 9, 10]
 
 
 def test_references_are_stored_for_both_completions(config_of, tmp_path):
