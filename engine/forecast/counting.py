@@ -92,7 +92,7 @@ class Shapes:
     """What is run."""
 
     config: RunConfig
-    batch: PackedBatch
+    pack: TrainingPack
     target: Target
     layout: Layout
     several: bool
@@ -114,7 +114,7 @@ class Shapes:
     def count(self, layers: int | None) -> Counts:
         """Of so many layers, or of all."""
         # Its tensors have data.
-        held = _Workspace(self.batch, self.target)
+        held = _Workspace(self.pack.batch, self.target)
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
             # Whether rows are aligned, which decides nothing of their size.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
@@ -134,7 +134,7 @@ class Shapes:
         added = trained if shards == 1 < target.processes else []
         whole_state, update = state_bytes(config.optim, policy, kind=target.kind)
         counted = count.watch([*policy.parameters(), *policy.buffers()], mapped=True)
-        step = _step(self.batch, objective, lambda pack: pack.map_tensors(partial(_moved, device=device)))
+        step = step_of(self.pack.map_tensors(partial(_moved, device=device)))
         activations = _Activations(policy, count)
         if shards > 1:
             # Each unit's are summed over the processes, which keep their shares, and are gone.
@@ -237,19 +237,13 @@ class _Moments:
         self._set, self._count.later_peak = True, 0
 
 
-def step_of(batch: PackedBatch, objective: Objective, device: torch.device) -> TrainingStep:
-    """A step of one pack whose references are 0."""
-    return _step(batch, objective, lambda pack: pack.to(device))
-
-
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor if tensor.device == device else torch.empty_like(tensor, device=device)
 
 
-def _step(batch: PackedBatch, objective: Objective, move: Callable[[TrainingPack], TrainingPack]) -> TrainingStep:
-    references = torch.zeros(batch.num_responses) if objective.needs_reference else None
-    pack = move(TrainingPack(batch, references))
-    work = StepWork(pairs=batch.num_groups, unshared_tokens=0, packed_tokens=0, rows=0, flop=0.0)
+def step_of(pack: TrainingPack) -> TrainingStep:
+    """A step of one pack."""
+    work = StepWork(pairs=pack.batch.num_groups, unshared_tokens=0, packed_tokens=0, rows=0, flop=0.0)
     return TrainingStep(1, 0.0, (pack,), work)
 
 
@@ -277,6 +271,10 @@ class _Workspace:
     def __init__(self, batch: PackedBatch, target: Target):
         self.device = torch.device(target.kind)
         self.cu_responses = batch.cu_responses_S1.tolist()
+        if batch.desirable is not None:
+            # Each response is alone in its pair, beside an empty one.
+            ends = self.cu_responses[1:]
+            self.cu_responses = [0, *(end for end in ends for _ in range(2))]
         self.segments = torch.tensor(batch.plan.segments, dtype=torch.int64)
 
     def __call__(self, func: Any, args: tuple[Any, ...]) -> int:

@@ -13,13 +13,16 @@ Of several processes each holds its share of weights, gradients and optimizer st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import torch
 
 from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset, PreferenceGroup
 from ..model.policy import Layout
-from ..packing import PackedBatch, Step, build_batch, group_sizes
-from ..packing.rows import plan_rows
+from ..packing import PackedBatch, Step, group_sizes
+from ..packing.rows import RowPlan, plan_rows
+from ..train.feed import TrainingPack, build_pack
 from ..train.objective import Objective
 from ..train.references import resolve_mode
 from .counting import Shapes
@@ -100,10 +103,10 @@ def forecast_pack(
         repeats: ``layers_that_repeat`` of the model, where that is known.
     """
     layout = layout or Layout()
-    batch = with_rows(build_batch(groups, share_prompts=config.packing.share_prompts), layout)
+    pack = pack_of(config, groups, layout)
     # Chosen here for good: a kernel that is tried on tensors without data always works.
     backend = target.backend(config)
-    counts = Shapes(config, batch, target, layout, several, repeats).count_all()
+    counts = Shapes(config, pack, target, layout, several, repeats).count_all()
     reference = counts.weights if _live_second_model(config) else 0
     return Memory(
         weights=counts.weights + reference,
@@ -113,7 +116,7 @@ def forecast_pack(
         workspace=max(counts.workspace, counts.dequantized),
         step_peak=reference + counts.step_peak,
         process=resident if target.kind == "cpu" else 0,
-        pack_tokens=batch.num_tokens,
+        pack_tokens=pack.batch.num_tokens,
         stored=counts.stored,
         gathered=counts.gathered,
         backend=f"{backend.name}, {backend.reason}" if target.absent and backend.reason else backend.name,
@@ -121,14 +124,20 @@ def forecast_pack(
 
 
 def _largest_pack(dataset: PreferenceDataset, steps: Sequence[Step], *, share_prompts: bool) -> tuple[int, ...]:
-    """The pack with the most tokens; of equal ones the first."""
-    sizes = group_sizes(dataset.lengths, share_prompts=share_prompts)
+    """The pack with the most tokens that are learned from; of equal ones the first."""
+    sizes = group_sizes(dataset.trained, share_prompts=share_prompts)
     return max((pack for step in steps for pack in step), key=lambda pack: int(sizes[list(pack)].sum()))
 
 
-def with_rows(batch: PackedBatch, layout: Layout) -> PackedBatch:
-    """The same batch with the rows that a layout asks for."""
-    return batch if layout.blocks is None else replace(batch, rows_plan=plan_rows(batch.plan.segments, layout.blocks))
+def pack_of(config: RunConfig, groups: Sequence[PreferenceGroup], layout: Layout) -> TrainingPack:
+    """What is trained on of some groups, with references that are 0 and the rows that a layout asks for."""
+    responses = sum(len(group.response_ids) for group in groups)
+
+    def rows_of(batch: PackedBatch) -> RowPlan | None:
+        return None if layout.blocks is None else plan_rows(batch.plan.segments, layout.blocks)
+
+    references = torch.zeros(responses) if Objective(config.loss).needs_reference else None
+    return build_pack(groups, references, share_prompts=config.packing.share_prompts, rows_of=rows_of)
 
 
 def _live_second_model(config: RunConfig) -> bool:

@@ -63,6 +63,9 @@ def describe_forecast(
     plan = summarize_plan(dataset, config, steps, mixers=found.layout.mixer_blocks)
     part = "window" if config.data.streaming else "epoch"
     lines = [*describe_plan(plan, config.packing, part=part), ("layout", found.name, found.source)]
+    if config.loss.unpaired:
+        beside = "; each with another row's completion, for the divergence" if "kto" in config.loss.loss_types else ""
+        lines[0] = ("rows", lines[0][1], f"{dataset.desirable_G.mean():.0%} desirable{beside}")
     if words := NumberSummary(dataset).words():
         lines.append(("rows", "", words))
     lines[1:1] = _set_lines(dataset)

@@ -19,12 +19,13 @@ from ..data.groups import PreferenceDataset
 from ..data.lengths import GroupLengths
 from ..model.layouts import use_layout
 from ..model.policy import Layout
-from ..packing import PackedBatch, Step, build_batch, group_sizes
+from ..packing import Step, group_sizes
+from ..train.feed import TrainingPack
 from ..train.objective import Objective
 from ..train.optimizer import build_optimizer
 from ..train.throughput import FlopModel, synchronize
 from .counting import step_of
-from .memory import with_rows
+from .memory import pack_of
 from .shallow import build_policy, check_room, num_parameters
 
 _SECONDS = 0.5
@@ -78,14 +79,13 @@ def try_out(
     pack = _typical_pack(steps)
     while len(pack) > 1 and _flop(dataset, pack, first_layers, share_prompts=share) > _SECONDS * matmul_rate:
         pack = pack[: -max(1, len(pack) // 8)]
-    batch = build_batch([dataset[i] for i in pack], share_prompts=share)
-    batch = with_rows(batch, layout)
-    seconds, update = zip(*(_measure(config, batch, device, layers, layout) for layers in tried), strict=True)
+    built = pack_of(config, [dataset[i] for i in pack], layout).to(device)
+    seconds, update = zip(*(_measure(config, built, device, layers, layout) for layers in tried), strict=True)
     more = seconds[-1] - seconds[0]
     if depth > turn and more <= 0:
         raise ValueError("the second layer took no time in the trial")
     pack_seconds = seconds[0] + (depth // turn - 1) * more
-    return Trial(_flop(dataset, pack, flops, share_prompts=share) / pack_seconds, update[-1], batch.num_tokens)
+    return Trial(_flop(dataset, pack, flops, share_prompts=share) / pack_seconds, update[-1], built.batch.num_tokens)
 
 
 def _turn(config: RunConfig, device: torch.device) -> tuple[int, int, int, FlopModel]:
@@ -111,7 +111,7 @@ def _turn(config: RunConfig, device: torch.device) -> tuple[int, int, int, FlopM
 
 
 def _measure(
-    config: RunConfig, batch: PackedBatch, device: torch.device, layers: int, layout: Layout
+    config: RunConfig, pack: TrainingPack, device: torch.device, layers: int, layout: Layout
 ) -> tuple[float, float]:
     """Seconds of forward and backward, and of the optimizer per trained weight."""
     with torch.device(device):
@@ -120,7 +120,7 @@ def _measure(
     objective = Objective(config.loss, token_metrics=config.train.token_metrics)
     optimizer, _ = build_optimizer(policy.model, config.optim)
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    step = step_of(batch, objective, device)
+    step = step_of(pack)
     passes: list[float] = []
     updates: list[float] = []
     while len(passes) < _REPEATS or (len(passes) < _MOST_REPEATS and sum(passes) < _SETTLED):

@@ -18,11 +18,11 @@ from engine.config.schema import LoraConfig
 from engine.forecast import Target
 from engine.forecast.counting import Shapes
 from engine.forecast.live_storage import LiveStorage
+from engine.forecast.memory import pack_of
 from engine.forecast.sharding import gathered_bytes
 from engine.forecast.weights import policy_without_data
 from engine.model.policy import Layout
 from engine.model.shard import transformer_blocks
-from engine.packing import build_batch
 from tests.engine.forecast.large import groups, run_config, save_config
 
 ABSENT = Target.of_kind("cuda", 1)
@@ -56,8 +56,8 @@ def folders(tmp_path_factory):
 
 
 def shapes(config, *, several=False, processes=1, tokens=2048):
-    batch = build_batch(groups(tokens, prompt=128, response=64))
-    return Shapes(config, batch, replace(ABSENT, processes=processes), Layout(), several)
+    pack = pack_of(config, groups(tokens, prompt=128, response=64), Layout())
+    return Shapes(config, pack, replace(ABSENT, processes=processes), Layout(), several)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_activations_are_what_autograd_saves(options, folders):
         policy = policy_without_data(asked.config, ABSENT)
         weights = {p.untyped_storage()._cdata for p in [*policy.parameters(), *policy.buffers()]}
         with saved_tensors_hooks(note, lambda tensor: tensor), policy.autocast():
-            policy.hidden_states(asked.batch)
+            policy.hidden_states(asked.pack.batch)
     held = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
     found = asked.count(None).activations
     # Checkpoints also keep what blocks are called with, such as positions, beside autograd.
@@ -145,7 +145,7 @@ def test_fsdp_gathers_no_more_than_is_forecast(folders, monkeypatch):
         mesh = init_device_mesh("cpu", (4,))
         with FakeTensorMode(allow_non_fake_inputs=True):
             alone, forecast = (gathered_bytes(policy_without_data(asked.config, ABSENT), n) for n in (1, 4))
-            counted = fsdp_peak(policy_without_data(asked.config, ABSENT), asked.batch, mesh, monkeypatch)
+            counted = fsdp_peak(policy_without_data(asked.config, ABSENT), asked.pack.batch, mesh, monkeypatch)
     finally:
         dist.destroy_process_group()
     activations = asked.count(None).activations

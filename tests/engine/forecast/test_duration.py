@@ -57,8 +57,8 @@ def test_layers_count_one_by_one(config, forecast, monkeypatch, tmp_path, tiny_t
     seconds = {1: 0.3, 2: 0.4}
     tried = []
 
-    def measure(config, batch, device, layers, layout):
-        tried.append((layers, batch.num_tokens))
+    def measure(config, pack, device, layers, layout):
+        tried.append((layers, pack.batch.num_tokens))
         return seconds[layers], 1e-6
 
     monkeypatch.setattr(trial, "_measure", measure)
@@ -110,7 +110,7 @@ def test_layers_of_other_sizes_are_not_extrapolated(config, forecast, tmp_path, 
 
 def test_the_pack_is_cut_to_about_a_second(config, forecast, monkeypatch):
     sizes = []
-    monkeypatch.setattr(trial, "_measure", lambda *given: (sizes.append(given[1].num_tokens), (given[3], 0.0))[1])
+    monkeypatch.setattr(trial, "_measure", lambda *given: (sizes.append(given[1].batch.num_tokens), (given[3], 0.0))[1])
     forecast(config)
     monkeypatch.setattr(trial, "_SECONDS", 1e-9)
     forecast(config)
@@ -149,7 +149,8 @@ def hybrid(config, tmp_path, tiny_tokenizer):
 def test_layers_that_take_turns_are_tried_by_the_turn(hybrid, forecast, monkeypatch):
     tried = []
 
-    def measure(config, batch, device, layers, layout):
+    def measure(config, pack, device, layers, layout):
+        batch = pack.batch
         tried.append((layers, layout.mixers, batch.rows_plan.num_cells > batch.num_tokens))
         return {3: 0.3, 6: 0.4}[layers], 1e-6
 

@@ -29,6 +29,7 @@ from engine.forecast.live_storage import LiveStorage, is_op, storage_bytes
 from engine.packing import plan_first_epoch
 from engine.train import loop
 from engine.train import run as run_module
+from engine.train.mismatched import loss_groups
 from tests.engine.forecast.blocks import Blocks, blocks_of, replay
 
 CPU = torch.device("cpu")
@@ -52,6 +53,7 @@ CASES = {
     "selective": (TIED, "dtype: float32", ", gradient_checkpointing: selective"),
     "mixers in rows": (HYBRID, "dtype: float32", ""),
     "rows": (SMALL, "dtype: float32", "", "rows"),
+    "kto": (TIED, "dtype: float32", "", "auto", "kto"),
 }
 
 
@@ -72,7 +74,7 @@ def save_model(path, tokenizer, hidden_size, **options):
     tokenizer.save_pretrained(path)
 
 
-def save_rows(path):
+def save_rows(path, rejected):
     """Pairs of one size. Else the largest pack would often be its step's first, which finds no gradients yet."""
     rng = random.Random(0)
     words = ["the", "lamp", "sea", "river", "house"] * 6
@@ -81,18 +83,20 @@ def save_rows(path):
         return " ".join(rng.sample(words[:size], size))
 
     rows = [
-        {"prompt": f"Q {i} {text(25)}?", "chosen": f" {text(30)}", "rejected": f" {text(20)}"} for i in range(10, 42)
+        {"prompt": f"Q {i} {text(25)}?", "chosen": f" {text(30)}", "rejected": f" {text(rejected)}"}
+        for i in range(10, 42)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def config_of(folder, tokenizer, case):
-    model, settings, train, layout = (*case, "auto")[:4]
+    model, settings, train, layout, loss = (*case, *("auto", "sigmoid")[len(case) - 3 :])
     save_model(folder / "model", tokenizer, **model)
-    save_rows(folder / "rows.jsonl")
+    save_rows(folder / "rows.jsonl", 30 if loss == "kto" else 20)
     (folder / "run.yaml").write_text(
         f"model: {{model_name_or_path: {folder}/model, {settings}}}\n"
         f"data: {{dataset_name: {folder}/rows.jsonl}}\n"
+        f"loss: {{loss_type: {loss}}}\n"
         f"packing: {{pairs_per_step: 16, tokens_per_pack: 1000, layout: {layout}}}\n"
         f"reference: {{store: {folder}/store}}\n"
         f"train: {{output_dir: {folder}/run, max_steps: 2, logging_steps: 1, report_to: []{train}}}\n"
@@ -106,7 +110,8 @@ def forecast_of(config, tokenizer, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(counting, "Heap", lambda: planned)
         patch.setattr(counting.Heap, "available", lambda: True, raising=False)
-        dataset = load_dataset_groups(config.data, tokenizer, split="train")[0]
+        dataset = load_dataset_groups(config.data, tokenizer, split="train", unpair=config.loss.unpaired)[0]
+        dataset = loss_groups(config, dataset, split="train")
         found = find_layout(config, CPU)
         config = replace(config, packing=found.packing)
         steps = plan_first_epoch(dataset, config)

@@ -15,6 +15,7 @@ from engine.forecast import Target, describe_forecast, text
 from engine.model import load_policy
 from engine.packing import plan_first_epoch
 from engine.train.checkpoint import save_weights
+from engine.train.mismatched import loss_groups
 from engine.train.storage import disk_need
 from tests.engine.conftest import preference_rows
 
@@ -43,6 +44,20 @@ def test_memory_by_part_and_time(config, dataset, monkeypatch):
     assert " tokens took in a trial, roughly: so small a step is mostly overhead; without start-up" in lines[-1]
     assert lines[0].startswith("preference groups")
     assert "of them reach the head; a prompt counts once a row" in lines[3]
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_rows_that_are_each_desirable_or_not(loss_type, config, tiny_tokenizer, monkeypatch):
+    """The pass for the divergence is forecast with that of the rows, and tried out."""
+    monkeypatch.setattr("engine.forecast.duration.measure_matmul_rate", lambda device, dtype: 1e9)
+    config = replace(config, loss=LossConfig(loss_type=loss_type))
+    read, _ = load_dataset_groups(config.data, tiny_tokenizer, split="train", unpair=True)
+    lines = describe_forecast(loss_groups(config, read, split="train"), config).splitlines()
+    parts = {line[:24].strip(): line[24:].split() for line in lines}
+    assert not [line for line in lines if "unknown" in line or "assumption" in line]
+    assert parts["peak memory"][1] == "GiB"
+    assert " ".join(parts["rows"]).startswith(f"{len(read)} 50% desirable")
+    assert ("for the divergence" in lines[0]) == (loss_type == "kto")
 
 
 @pytest.mark.parametrize(
