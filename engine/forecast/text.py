@@ -10,7 +10,7 @@ from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset
 from ..data.row_numbers import NumberSummary
 from ..errors import UserError
-from ..model.division import check_division
+from ..model.division import check_division, num_shards
 from ..model.policy import Layout
 from ..packing import PlanSummary, Step, check_fits, describe_plan, plan_first_epoch, summarize_plan
 from ..train.objective import Objective
@@ -92,7 +92,9 @@ def _memory_lines(
     # Models with code of their own, and kernels, may do anything; the rest of the plan stands without them.
     try:
         memory = forecast_memory(config, dataset, steps, **options)
-        lines = [*_parts(memory, options["target"]), *_copy_lines(memory, config, options["target"])]
+        target = options["target"]
+        held = _held_words(num_shards(config, target.processes), target.processes)
+        lines = [*_parts(memory, target, held), *_copy_lines(memory, config, target)]
         if room is not None:
             lines.append(_budget_line(largest_budget(config, dataset, steps, room=room, **options), room))
         return lines
@@ -102,17 +104,25 @@ def _memory_lines(
         return [("peak memory", "unknown", f"the model does not run on shapes alone: {reason_of(error)}")]
 
 
-def _parts(m: Memory, target: Target) -> list[Line]:
+def _held_words(shards: int, processes: int) -> str:
+    """What the numbers are of, where several processes share a run."""
+    if processes == 1:
+        return ""
+    if shards == 1:
+        return f"whole on each of {processes} processes"
+    return f"of which each of {shards} processes holds its share" + (" of a copy" if shards < processes else "")
+
+
+def _parts(m: Memory, target: Target, held: str) -> list[Line]:
     if target.absent:
         where = f"allocated on a CUDA device, forecast without one; attention by {m.backend}"
     elif target.kind == "cuda":
         where = f"allocated on {target.device}"
     else:
         where = "of this process, as runs report it on the CPU"
-    share = f", of which each of {target.processes} processes holds its share" if target.processes > 1 else ""
     lines = [
         ("peak memory", _size(m.peak), f"{where}; the lines below peak at different times"),
-        ("  weights", _size(m.weights), share[2:]),
+        ("  weights", _size(m.weights), held),
         ("  gradients", _size(m.gradients), ""),
         ("  optimizer state", _size(m.optimizer), ""),
         ("  activations", _size(m.activations), f"of the largest pack, {m.pack_tokens:,} tokens"),

@@ -140,6 +140,24 @@ def test_another_device_and_what_fits_in_it(config, dataset):
 
 
 @pytest.mark.parametrize(
+    ("shards", "words"),
+    [
+        (None, "4 processes holds its share"),
+        (2, "2 processes holds its share of a copy"),
+        (1, "whole on each of 4 processes"),
+    ],
+)
+def test_what_each_process_holds_of_the_weights(shards, words, config, dataset):
+    config = replace(config, train=replace(config.train, shards_per_replica=shards))
+    (line,) = [
+        n
+        for n in describe_forecast(dataset, config, Target.of_kind("cuda", 4)).splitlines()
+        if n.startswith("  weights")
+    ]
+    assert line.endswith(words)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"train": {"shards_per_replica": 8}}, "train.shards_per_replica=8 does not divide the 2 processes"),
