@@ -44,8 +44,8 @@ def loss_groups(config: RunConfig, dataset: PreferenceDataset, *, split: str) ->
 
 
 def step_order(first: np.ndarray, groups: int, block: int) -> np.ndarray:
-    """int64: the groups of the first epoch in its order, which a mixture may repeat; behind its last step, which the last
-    group fills up, come those that it does not take."""
+    """int64: the groups of the first epoch in its order, which a mixture may repeat, its last step filled up with the
+    last group, and behind them those that it does not take."""
     steps = np.pad(first, (0, -len(first) % block), mode="edge")
     return np.concatenate([steps, np.setdiff1d(np.arange(groups), first)])
 
