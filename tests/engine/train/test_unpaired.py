@@ -195,6 +195,10 @@ REFUSED = {
         "loss.loss_type kto counts every token alike: leave them out with",
     ),
     "no reference": ({"reference": {"mode": "none"}}, "reference.mode none does not fit loss.loss_type kto"),
+    "processes on one pack": (
+        {"train": {"context_parallel": 2}},
+        "train.context_parallel=2 divides packs of pairs and rankings, and loss.loss_type=kto takes unpaired rows: set",
+    ),
 }
 
 
