@@ -292,6 +292,8 @@ def _plausible(key: str, hint: object) -> st.SearchStrategy:
         "loss.label_smoothing": st.floats(0, 0.49),
         # The other one goes with a dtype of the model.
         "optim.master_weights": st.just("float32"),
+        # Not beside paged optimizers.
+        "optim.offload": st.just(False),
         "optim.warmup_steps": st.floats(0, 0.999) | st.integers(0, 10**6),
         "optim.lr_scheduler_kwargs": st.none()
         | st.dictionaries(st.text(), st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)),
