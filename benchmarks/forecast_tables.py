@@ -29,9 +29,10 @@ from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.forecast import Target
 from engine.forecast.budget import largest_budget
 from engine.forecast.counting import Shapes, step_of
+from engine.forecast.memory import pack_of
 from engine.forecast.weights import policy_without_data
 from engine.model.policy import Layout
-from engine.packing import build_batch, plan_first_epoch
+from engine.packing import plan_first_epoch
 from engine.train.objective import Objective
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,17 +154,17 @@ class Layer(NamedTuple):
 def layer_of(config: RunConfig, tokens: int = LAYER_TOKENS) -> Layer:
     """The third layer of a model, on an absent CUDA device."""
     target = Target.of_kind("cuda", 1)
-    batch = build_batch(groups(tokens // 1024))
+    pack = pack_of(config, groups(tokens // 1024), Layout())
     found = []
     for layers in (2, 3):
-        saved = Shapes(config, batch, target, Layout(), False).count(layers).activations
+        saved = Shapes(config, pack, target, Layout(), False).count(layers).activations
         work = Work()
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
             warnings.simplefilter("ignore")
             policy = policy_without_data(config, target, layers)
             objective = Objective(config.loss, token_metrics=False)
             with work:
-                objective.backward(policy, step_of(batch, objective, target.device))
+                objective.backward(policy, step_of(pack.to(target.device)))
         found.append((saved, work.traffic, work.launches))
     return Layer(*(more - fewer for fewer, more in zip(*found, strict=True)))
 

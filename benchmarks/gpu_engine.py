@@ -198,11 +198,19 @@ def _distance(scores: Scores, exact: Scores) -> tuple[float, float]:
     return logps, ((scores.gradient - exact.gradient).norm() / exact.gradient.norm()).item()
 
 
+def step_of_groups(groups: Any, objective: Any, device: torch.device) -> Any:
+    """A step of one pack whose references are 0."""
+    from engine.forecast.counting import step_of
+    from engine.train.feed import build_pack
+
+    responses = sum(len(group.response_ids) for group in groups)
+    references = torch.zeros(responses) if objective.needs_reference else None
+    return step_of(build_pack(groups, references, share_prompts=True).to(device))
+
+
 def _train_steps(context: Context, way: Way) -> dict[str, Any]:
     """Loss and gradient against float32 with segments one by one, bits of two passes, and steps that never wait."""
     from engine.config.schema import LossConfig, OptimConfig
-    from engine.forecast.counting import step_of
-    from engine.packing import build_batch
     from engine.train.objective import Objective
     from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
 
@@ -214,7 +222,7 @@ def _train_steps(context: Context, way: Way) -> dict[str, Any]:
     plain_attention = {**way.model, "attention": "sdpa"}
     policy.activation_offload = way.offload
     objective = Objective(LossConfig(**way.loss))
-    step = step_of(build_batch(groups), objective, context.device)
+    step = step_of_groups(groups, objective, context.device)
 
     def run(model: Any) -> tuple[float, Tensor]:
         model.zero_grad(set_to_none=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_cuda import no_wait
-from benchmarks.gpu_engine import backends, build_policy, random_groups
+from benchmarks.gpu_engine import backends, build_policy, random_groups, step_of_groups
 from benchmarks.gpu_numbers import profile
 from benchmarks.gpu_table import Check, Context, SkippedError, first_line
 
@@ -59,8 +59,6 @@ class _Steps:
 
     def __init__(self, context: Context, options: dict[str, Any], layers: dict[str, Any] | None = None):
         from engine.config.schema import LossConfig, OptimConfig
-        from engine.forecast.counting import step_of
-        from engine.packing import build_batch
         from engine.train.objective import Objective
         from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
 
@@ -70,8 +68,9 @@ class _Steps:
         fuse(self.policy, options.get("kernels", "none"))
         self.objective = Objective(LossConfig())
         sizes: dict[str, Any] = {"prompt": (prompt, prompt + 1), "response": (response, response + 1)}
-        self.batch = build_batch(random_groups(count, **sizes, responses=2, vocab=layers["vocab_size"]))
-        self.step = step_of(self.batch, self.objective, context.device)
+        groups = random_groups(count, **sizes, responses=2, vocab=layers["vocab_size"])
+        self.step = step_of_groups(groups, self.objective, context.device)
+        self.batch = self.step.packs[0].batch
         optim = OptimConfig()
         optimizer, _ = build_optimizer(self.policy.model, optim)
         self.update = GuardedUpdate(optimizer, build_schedule(optimizer, optim, total_steps=100), max_grad_norm=1.0)
