@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,9 +64,16 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> list[SweepRun
             own = fixed | settings | {"train.output_dir": folder}
             runs.append(SweepRun(name, build_from(str(path), copy.deepcopy(values), lines, own)))
         except UserError as error:
-            raise UserError(f"{path}, run {name}: {error}") from error
+            raise UserError(f"{path}, run {name}: {_from_sweep(str(error), settings)}") from error
     _check_names(str(path), [run.name for run in runs])
     return runs
+
+
+def _from_sweep(message: str, settings: Iterable[str]) -> str:
+    """The message with swept keys under the name that they have in the file."""
+    for key in settings:
+        message = re.sub(rf"--{re.escape(key)}(?![\w.])", f"{SECTION}.{key}", message)
+    return message
 
 
 def _check(path: str, lines: dict[str, int], key: str, tried: Any, fixed: dict[str, Any]) -> None:

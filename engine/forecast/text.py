@@ -12,9 +12,10 @@ from ..data.row_numbers import NumberSummary
 from ..errors import UserError
 from ..model.division import check_division, num_shards
 from ..model.policy import Layout
-from ..packing import PlanSummary, Step, check_fits, describe_plan, plan_first_epoch, summarize_plan
+from ..packing import PlanSummary, Step, describe_plan, plan_first_epoch, summarize_plan
 from ..train.objective import Objective
 from ..train.optimizer import check_processes
+from ..train.training_data import check_rows
 from .budget import Budget, largest_budget
 from .duration import Duration, forecast_duration, reason_of
 from .layout import find_layout
@@ -45,14 +46,7 @@ def describe_forecast(
     if target.processes > 1:
         check_division(config, target.processes)
         check_processes(config.optim.optimizer, target.processes)
-    Objective(config.loss).check_dataset(dataset)
-    check_fits(
-        dataset,
-        tokens_per_pack=config.packs.tokens_per_pack,
-        processes=config.train.context_parallel,
-        share_prompts=config.packing.share_prompts,
-        in_rows=config.packing.layout == "rows",
-    )
+    check_rows(config, Objective(config.loss), dataset)
     target.backend(config)
     # What is not there cannot try anything out; which layout is exact is a matter of the model's code.
     found = find_layout(_for_here(config) if target.absent else config, target.device)
