@@ -327,7 +327,8 @@ def _owner(name: str, metrics: Iterable[str]) -> str:
 
 def _set_lines(values: dict[str, float], of_mixture: list[str]) -> list[str]:
     totals = without_sources(scalar_metrics(values))
-    lines = [f"{name.removeprefix('eval_'):<30} {shown_number(value):>12}" for name, value in totals.items()]
+    width = max(30, *(len(name.removeprefix("eval_")) for name in totals))
+    lines = [f"{name.removeprefix('eval_'):<{width}} {shown_number(value):>12}" for name, value in totals.items()]
     lines += of_mixture
     lengths = [key.removeprefix(BY_LENGTH) for key in values if key.startswith(BY_LENGTH)]
     if lengths:

@@ -113,6 +113,8 @@ def test_a_trained_model_against_one_sequence_at_a_time(config, tiny_model_dir, 
         assert record["chosen_response"] == load_tokenizer(config.model).decode(dataset[place].response_ids[0])
     table = format_evaluation(values)
     assert "ranking_accuracy_per_token" in table
+    figures = table.split("\n\n")[0].splitlines()
+    assert len({len(line) for line in figures}) == 1
     assert "33-64" in table
 
 
