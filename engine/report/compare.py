@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..run_folder import SAMPLED, tokens_of
-from .page import SavedPicture, environment, flat_config, shown, shown_setting
+from .page import SavedPicture, environment, worst_rows
 from .style import draw_evaluation, draw_series, finish_steps, legend, new_figure
+from .tables import flat_config, metric_rows, shown_setting
+from .words import glossary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,18 +31,29 @@ CURVES = (
     ("eval_ranking_accuracy", "Held-out ranking accuracy", "share of pairs whose chosen response is the likelier one"),
 )
 """Metric, title and subtitle of each picture."""
+_WORST_SHOWN = 3
 WHERE = ("train.output_dir", "train.run_name")
 """Keys that differ between any two runs."""
 
 
 def names_of(runs: Sequence[RunRecords]) -> list[str]:
-    """What to call each run: the last parts of its path, as many as tell them apart."""
+    """What to call each run: the last parts of its path, as many as tell them apart; of a sweep what it varies."""
     parts = [run.folder.resolve().parts for run in runs]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(path[-count:]) for path in parts]
         if len(set(names)) == len(names):
-            return names
+            return _varied(names)
     return [f"{name} ({place})" for place, name in enumerate(names, start=1)]
+
+
+def _varied(names: Sequence[str]) -> list[str]:
+    """Names such as ``beta=0.1,loss_type=ipo`` without the settings that all have, and with room to break lines."""
+    settings = [name.split(",") for name in names]
+    if len(names) < 2 or not all("=" in setting for name in settings for setting in name):
+        return list(names)
+    shared = set(settings[0]).intersection(*settings)
+    varied = [", ".join(setting for setting in name if setting not in shared) for name in settings]
+    return varied if all(varied) else list(names)
 
 
 def pictures(runs: Sequence[RunRecords], names: Sequence[str]) -> list[tuple[str, Figure]]:
@@ -63,15 +76,19 @@ def render(runs: Sequence[RunRecords], names: Sequence[str], pictures: Sequence[
         {"name": name, "state": "finished" if run.finished else "in progress or stopped", "step": f"{run.last_step:,}"}
         for run, name in zip(runs, names, strict=True)
     ]
+    unit = " or ".join(sorted({run.unit for run in runs}))
     return (
         environment()
         .get_template(TEMPLATE)
         .render(
             runs=heads,
-            metrics=_metrics(runs),
+            names=names,
+            glossary=glossary(unit, has_reference=any(run.has_reference for run in runs)),
+            metrics=metric_rows([_last_evaluation(run) for run in runs], unit),
             differences=_differences(runs),
             pictures=pictures,
             samples=_samples(runs, names),
+            worst=_worst(runs, names),
         )
     )
 
@@ -79,7 +96,7 @@ def render(runs: Sequence[RunRecords], names: Sequence[str], pictures: Sequence[
 def _colours(count: int) -> list[str]:
     import matplotlib
 
-    palette = cycle(matplotlib.colormaps["tab10"].colors)  # type: ignore[attr-defined]
+    palette = cycle(matplotlib.colormaps["tab10" if count <= 10 else "tab20"].colors)  # type: ignore[attr-defined]
     return [matplotlib.colors.to_hex(next(palette)) for _ in range(count)]
 
 
@@ -91,7 +108,7 @@ def _overlay(runs: Sequence[RunRecords], names: Sequence[str], metric: str, titl
     ]
     if not drawn:
         return None
-    figure, (axes,) = new_figure(title, subtitle)
+    figure, (axes,) = new_figure(title, subtitle, labels=[name for name, _, _ in drawn])
     draw = draw_evaluation if metric.startswith("eval_") else draw_series
     for name, series, colour in drawn:
         draw(axes, series, name, colour)
@@ -122,16 +139,15 @@ def _frontier(runs: Sequence[RunRecords], names: Sequence[str]) -> tuple[str, Fi
     if not any(points):
         return None
     words = "KL(policy || reference), nats" if samples else "fall of the log-prob of chosen responses, nats"
-    title = "Reward against divergence"
-    figure, (axes,) = new_figure(
-        title, f"held-out {' or '.join(sorted({run.unit for run in runs}))}, one point for each evaluation"
-    )
+    title, units = "Reward against divergence", " or ".join(sorted({run.unit for run in runs}))
+    figure, (axes,) = new_figure(title, f"held-out {units}, one point for each evaluation", labels=names)
     for of_run, name, colour in zip(points, names, _colours(len(runs)), strict=True):
         if of_run:
             axes.plot(*zip(*of_run, strict=True), marker="o", linewidth=1.0, color=colour, label=name)
     axes.set_xlabel(words)
     axes.set_ylabel("held-out reward accuracy")
     axes.margins(0.1)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 1.03))
     legend(axes)
     return f"{title}: held-out reward accuracy over {words}.", figure
 
@@ -140,15 +156,11 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _metrics(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
-    """Those of the last evaluation of each run, or of its last row of one."""
-    columns = []
-    for run in runs:
-        rows = [row for row in run.rows if any(name.startswith("eval_") for name in row)]
-        found = run.evaluation or (rows[-1] if rows else {})
-        columns.append({name: v for name, v in found.items() if name.startswith("eval") and tokens_of(name) is None})
-    names = dict.fromkeys(name for column in columns for name in column)
-    return [{"name": name, "values": [shown(name, column.get(name)) for column in columns]} for name in names]
+def _last_evaluation(run: RunRecords) -> dict[str, Any]:
+    """That of the model which was written, or of the last row of one."""
+    rows = [row for row in run.rows if any(name.startswith("eval_") for name in row)]
+    found = run.evaluation or (rows[-1] if rows else {})
+    return {name: value for name, value in found.items() if name.startswith("eval_") and tokens_of(name) is None}
 
 
 def _differences(runs: Sequence[RunRecords]) -> list[dict[str, Any]]:
@@ -176,6 +188,16 @@ def _samples(runs: Sequence[RunRecords], names: Sequence[str]) -> list[dict[str,
 
 def _last(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+
+
+def _worst(runs: Sequence[RunRecords], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows that lost the most in each run, of all its evaluation sets together."""
+    found = []
+    for run, name in zip(runs, names, strict=True):
+        rows = [row for details in run.details.values() for row in worst_rows(details)]
+        if rows:
+            found.append({"name": name, "rows": sorted(rows, key=lambda row: row["chosen"])[:_WORST_SHOWN]})
+    return found
 
 
 def default_path(folders: Sequence[Path]) -> Path:

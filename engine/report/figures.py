@@ -200,7 +200,8 @@ def throughput(run: RunRecords) -> Figure | None:
             if series is not None and len(series.finite):
                 draw_series(panel, type(series)(series.steps, factor * series.values), line_label, colour)
         _label(panel, run, label, last=panel is axes[-1])
-        panel.set_ylim(bottom=0)
+        # Not the edge that the data gave: a flat line would lie on it.
+        panel.set_ylim(0, 1.1 * max(float(np.nanmax(line.get_ydata())) for line in panel.get_lines()) or 1.0)
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     return figure
 

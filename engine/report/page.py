@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from ..config.schema import RunConfig
 from ..run_folder import (
     BY_LENGTH,
     EVAL_SOURCE,
-    EVALUATION_FILE,
     PAIRS_BY_LENGTH,
     TRAIN_SOURCE,
     bin_words,
@@ -29,19 +29,29 @@ from ..run_folder import (
 )
 from .figures import token_counts
 from .records import RunRecords
+from .tables import flat_config, metric_rows, shown, shown_number, shown_setting
+from .words import glossary
 
 TEMPLATE = "page.html.jinja"
 SET_METRICS = ("num_pairs", "loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 """Columns of the tables of a mixture's sets."""
 _LENGTH_HEADS = (BY_LENGTH, PAIRS_BY_LENGTH)
 _STEPS_SHOWN = 3
+_SHARES = ("confidence", "accuracy")
 _ANSWER_TABLES = (
     (
         "nats by which the reference prefers the chosen response",
         "by_reference_margin",
         ("pairs", "ranked_right", "flipped"),
+        "Of the pairs that the reference ranks so clearly, how many the policy ranks right, and how many it ranks "
+        "other than the reference. Pairs that the reference ranks far wrong are the hard ones.",
     ),
-    ("how sure the implicit reward is", "calibration", ("pairs", "confidence", "accuracy")),
+    (
+        "how sure the reward is",
+        "calibration",
+        ("pairs", "confidence", "accuracy"),
+        "A reward whose accuracy is below its confidence is too sure, one above it not sure enough.",
+    ),
 )
 
 
@@ -69,6 +79,7 @@ def render(run: RunRecords, pictures: Sequence[SavedPicture]) -> str:
             subtitle=_subtitle(run),
             cards=_cards(run),
             pictures=pictures,
+            glossary=glossary(run.unit, has_reference=run.has_reference),
             evaluation=_evaluation(run),
             by_length=_by_length(run.evaluation),
             by_source=_by_source(run),
@@ -86,7 +97,16 @@ def environment() -> Any:
     from jinja2 import Environment, FileSystemLoader
 
     loader = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    found = Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    found.filters["breaks"] = _with_breaks
+    return found
+
+
+def _with_breaks(name: str) -> Any:
+    """HTML in which a long name may go on in the next line behind each of its parts."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([_/,])(?=\w)", r"\1<wbr>", str(escape(name))))
 
 
 def _subtitle(run: RunRecords) -> str:
@@ -156,7 +176,7 @@ def _cards(run: RunRecords) -> list[dict[str, str]]:
 
 
 def _evaluation(run: RunRecords) -> dict[str, Any]:
-    """Metrics by name: at the first and last evaluation while training, and in ``evaluation.json``."""
+    """Metrics by name: at the first and last evaluation while training, and of the model that was written."""
     found = [row for row in run.rows if any(key.startswith("eval_") for key in row)]
     columns: dict[str, Mapping[str, Any]] = {}
     if found:
@@ -164,10 +184,15 @@ def _evaluation(run: RunRecords) -> dict[str, Any]:
         columns[f"step {found[-1]['step']:,}"] = found[-1]
     if run.evaluation:
         whole = {name: value for name, value in run.evaluation.items() if tokens_of(name) is None}
-        columns[EVALUATION_FILE] = {f"eval_{_bare(name)}": value for name, value in whole.items()}
-    names = list(dict.fromkeys(_bare(k) for c in columns.values() for k in c if k.startswith("eval_")))
-    rows = [{"name": name, "values": [shown(name, c.get(f"eval_{name}")) for c in columns.values()]} for name in names]
-    return {"columns": list(columns), "rows": rows}
+        if found and _same(found[-1], whole):
+            columns.popitem()
+        columns["final model"] = {f"eval_{_bare(name)}": value for name, value in whole.items()}
+    return {"columns": list(columns), "rows": metric_rows(list(columns.values()), run.unit)}
+
+
+def _same(row: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:
+    """Whether an evaluation while training has nothing that ``evaluation`` has not."""
+    return all(evaluation.get(name) == value for name, value in row.items() if name.startswith("eval_"))
 
 
 def _bare(name: str) -> str:
@@ -199,7 +224,7 @@ def _by_length(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
         rows += [
             {
                 "tokens": f"{name} {tokens}".strip(),
-                "accuracy": _number(own.get(BY_LENGTH + tokens)),
+                "accuracy": shown_number(own.get(BY_LENGTH + tokens)),
                 "pairs": shown("num_pairs", own.get(PAIRS_BY_LENGTH + tokens)),
             }
             for tokens in found
@@ -212,13 +237,22 @@ def _answers(details: Mapping[str, Any]) -> list[dict[str, Any]]:
     sets = []
     for split, found in details.items():
         tables = {}
-        for title, key, columns in _ANSWER_TABLES:
-            rows = [[bin_words(r), *(shown("num_", r.get(c)) for c in columns)] for r in found.get(key, ())]
+        for title, key, columns, words in _ANSWER_TABLES:
+            rows = [[bin_words(r), *(_of_bin(c, r.get(c)) for c in columns)] for r in found.get(key, ())]
             if rows:
-                tables[title] = {"columns": [c.replace("_", " ") for c in columns], "rows": rows}
-        worst = [{**row, "change": f"{row['chosen']:+,.1f}"} for row in found.get("most_displaced", ())]
-        sets.append({"name": split.removeprefix("eval").removeprefix("_"), "tables": tables, "worst": worst})
+                tables[title] = {"columns": [c.replace("_", " ") for c in columns], "rows": rows, "words": words}
+        name = split.removeprefix("eval").removeprefix("_")
+        sets.append({"name": name, "tables": tables, "worst": worst_rows(found)})
     return [found for found in sets if found["tables"] or found["worst"]]
+
+
+def worst_rows(details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that lost the most of one evaluation set, with their change in words."""
+    return [{**row, "change": shown_number(row["chosen"])} for row in details.get("most_displaced", ())]
+
+
+def _of_bin(column: str, value: Any) -> str:
+    return shown_number(value) if column in _SHARES else shown("num_pairs", value)
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -251,10 +285,12 @@ def _lint(lint: Any) -> list[dict[str, str]]:
         head = ": ".join(part for part in (split, str(report.get("source", ""))) if part) or "rows"
         for name in ("total", "kept", "dropped"):
             if name in report:
-                table.append({"name": f"{head} - {name}", "count": _number(report[name]), "rows": ""})
+                table.append({"name": f"{head} - {name}", "count": shown_number(report[name]), "rows": ""})
         rows = report.get("rows", {})
         for name, count in report.get("counts", {}).items():
-            table.append({"name": _problem(name), "count": _number(count), "rows": _some(rows.get(name, ()), count)})
+            table.append(
+                {"name": _problem(name), "count": shown_number(count), "rows": _some(rows.get(name, ()), count)}
+            )
     return table
 
 
@@ -290,14 +326,6 @@ def _config(config: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        key = f"{prefix}.{name}"
-        flat.extend(_flat(value, key) if isinstance(value, dict) and value else [(key, value)])
-    return flat
-
-
 @functools.cache
 def _defaults() -> dict[str, Any]:
     """Default by dotted key; keys that the user has to give are absent."""
@@ -319,39 +347,3 @@ def _defaults() -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def flat_config(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Every key of a configuration, dotted, and its value."""
-    return {name: value for section, values in config.items() for name, value in _flat(values, section)}
-
-
-def shown_setting(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(shown_setting(item) for item in value) or "none"
-    if isinstance(value, dict):
-        return " ".join(f"{key}={shown_setting(item)}" for key, item in value.items())
-    return str(value)
-
-
-def shown(name: str, value: Any) -> str:
-    """The value of a metric. Counts are logged as floats; here they become whole again."""
-    return _number(
-        int(value)
-        if ("num_" in name or "count/" in name) and isinstance(value, float) and value.is_integer()
-        else value
-    )
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "-" if value is None else str(value)
-    if isinstance(value, int):
-        return f"{value:,.0f}"
-    return f"{value:,.4f}" if 1e-3 <= abs(value) < 1e6 or value == 0 else f"{value:.3e}"

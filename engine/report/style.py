@@ -6,6 +6,9 @@ global state, no display.
 
 from __future__ import annotations
 
+import math
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from .records import Series
 
 INK = "#22303c"
-MUTED = "#6b7885"
+MUTED = "#5a6773"
 GRID = "#e6e9ec"
 TRAIN = "#2f5d8a"
 EVAL = "#d1782c"
@@ -25,11 +28,14 @@ EVALS = (EVAL, "#7a5195", "#4c9f70", "#b5a132")
 """Of evaluation sets, in turn."""
 CHOSEN = "#1d7874"
 REJECTED = "#b8475a"
-DPI = 150
-_WIDTH = 6.4
-"""Inches, which the page shows as about 560 pixels: text of 10 points is then as large as that of its captions."""
-_LEGEND_CHARACTERS = 80
+DPI = 180
+_WIDTH = 5.2
+"""Inches, which a desktop shows as about 560 pixels and a phone as 360: text of 10 points can be read on both."""
+_SUBTITLE_CHARACTERS = 66
+_LEGEND_CHARACTERS = 62
 """Of the labels in one line above a panel."""
+_LEGEND_LINE = 0.2
+"""Inches."""
 SMOOTH_FROM = 40
 """Series with at least this many points are drawn raw and smoothed."""
 
@@ -55,21 +61,29 @@ _RC: dict[Any, Any] = {
 }
 
 
-def new_figure(title: str, subtitle: str, *, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with a left-aligned heading above ``rows`` x ``columns`` panels."""
+def new_figure(
+    title: str, subtitle: str, *, rows: int = 1, columns: int = 1, labels: Sequence[str] = ()
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a left-aligned heading above ``rows`` x ``columns`` panels.
+
+    Args:
+        labels: of the legend, where it may take more than a line.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    height = 4.2 if rows == 1 else 1.1 + 1.75 * rows
-    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.62 / height), h_pad=0.06, w_pad=0.06)
+    lines = textwrap.wrap(subtitle, _SUBTITLE_CHARACTERS)
+    head = 0.46 + 0.16 * len(lines)
+    height = (3.0 if rows == 1 else 0.5 + 1.6 * rows) + head + _LEGEND_LINE * (_legend_lines(labels) - 1)
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - head / height), h_pad=0.06, w_pad=0.06)
     with rc_context(_RC):
         figure = Figure(figsize=(_WIDTH, height), dpi=DPI, layout=layout)
         FigureCanvasAgg(figure)
         panels = figure.subplots(rows, columns, squeeze=False, sharex=columns == 1)
     figure.text(0.014, 1 - 0.16 / height, title, fontsize=14, fontweight="bold", va="top", color=INK)
-    figure.text(0.0145, 1 - 0.42 / height, subtitle, fontsize=10, va="top", color=MUTED)
+    figure.text(0.0145, 1 - 0.42 / height, "\n".join(lines), fontsize=10, va="top", color=MUTED, linespacing=1.15)
     return figure, list(panels.flat)
 
 
@@ -171,6 +185,15 @@ def finish_steps(axes: Axes, first_step: float, last_step: float) -> None:
     axes.margins(y=0.12)
 
 
+def _legend_columns(labels: Sequence[str]) -> int:
+    # A handle takes as much as five letters.
+    return max(1, min(4, len(labels), _LEGEND_CHARACTERS // (5 + max(map(len, labels)))))
+
+
+def _legend_lines(labels: Sequence[str]) -> int:
+    return math.ceil(len(labels) / _legend_columns(labels)) if labels else 1
+
+
 def legend(axes: Axes) -> None:
     """A legend above the panel, out of the way of the data, when there is more than one thing to tell apart."""
     handles, labels = axes.get_legend_handles_labels()
@@ -180,7 +203,7 @@ def legend(axes: Axes) -> None:
             labels,
             loc="lower right",
             bbox_to_anchor=(1.0, 1.0),
-            ncols=max(1, min(4, _LEGEND_CHARACTERS // max(map(len, labels)))),
+            ncols=_legend_columns(labels),
             borderaxespad=0.2,
             columnspacing=1.4,
             handlelength=1.6,

@@ -49,6 +49,20 @@ def metric_rows(steps: int, *, every: int = 1, eval_every: int | None = None) ->
 
 
 @pytest.fixture
+def check_words() -> Callable[[Any], None]:
+    """Asserts that headings, labels and legends lie inside their picture."""
+
+    def check(figure: Any) -> None:
+        figure.canvas.draw()
+        words, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert min(words.x0, words.y0) >= 0
+        assert words.x1 <= width
+        assert words.y1 <= height
+
+    return check
+
+
+@pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes a run folder; every piece but the metrics can be left out."""
 

@@ -32,15 +32,13 @@ def runs(make_run, rows):
 
 def test_differences_metrics_and_pictures(runs):
     page = write_comparison(runs)
-    text = page.read_text()
+    text = page.read_text().replace("<wbr>", "")
     assert page == runs[0].parent / "comparison.html"
     assert re.search(r"<code>loss.beta</code></td><td>0.1</td><td>0.5</td>", text)
     assert re.search(r"<code>loss.loss_type</code></td><td>sigmoid</td><td>ipo</td>", text)
     assert "train.seed" not in text
     assert "train.output_dir" not in text
-    assert re.search(
-        r"<code>eval_loss</code></td><td class=\"number\">0.1000</td><td class=\"number\">0.5000</td>", text
-    )
+    assert re.search(r"<code>loss</code>.*</td><td class=\"number\">0.1000</td><td class=\"number\">0.5000</td>", text)
     captions = re.findall(r'alt="([^"]*)"', text)
     assert len(captions) == text.count("<img") == 6
     assert all(captions)
@@ -87,6 +85,40 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(make_run, rows, tmp_pa
         (tmp_path / name).mkdir()
     folders = [make_run(rows(2), name=f"{name}/run") for name in ("a", "b")]
     assert names_of([read_run(folder) for folder in folders]) == ["a/run", "b/run"]
+
+
+def test_no_words_are_cut_off(make_run, rows, check_words):
+    metrics = rows(20, every=5, eval_every=10)
+    for row in metrics:
+        row |= {"kl": 0.1, "eval_kl": 0.1, "eval_ranking_accuracy": 0.5, "eval_logps_change/chosen": -1.0}
+    names = [f"beta=0.1,loss_type=a+long+one,learning_rate={n}e-06,seed={n}" for n in range(9)]
+    folders = [
+        make_run(metrics, config=CONFIG % (loss, 1, "x"), name=n)
+        for loss, n in zip(["kto", *["ipo"] * 8], names, strict=True)
+    ]
+    found = [read_run(folder) for folder in folders]
+    drawn = pictures(found, names)
+    assert len(drawn) == 9
+    for _, figure in drawn:
+        check_words(figure)
+
+
+def test_runs_of_a_sweep_are_called_by_what_it_varies(make_run, rows):
+    folders = [make_run(rows(2), name=f"beta={beta},loss_type=ipo,seed=1") for beta in (0.1, 0.5)]
+    assert names_of([read_run(folder) for folder in folders]) == ["beta=0.1", "beta=0.5"]
+    folders.append(make_run(rows(2), name="loss_type=ipo,seed=1"))
+    assert names_of([read_run(folder) for folder in folders]) == [folder.name for folder in folders]
+
+
+def test_the_worst_rows_of_each_run_are_there(runs):
+    for folder, change in zip(runs, (-4.0, -9.5), strict=True):
+        texts = {"prompt": "Why?", "chosen_response": f"fell by {change}", "rejected_response": "no"}
+        worst = [{"row": n, "chosen": change + n, "rejected": 0.0, **texts} for n in range(5)]
+        (folder / "evaluation_details.json").write_text(json.dumps({"eval": {"most_displaced": worst}}))
+    text = write_comparison(runs).read_text()
+    assert re.findall(r"<summary>(row .*)</summary>", text) == [
+        f"row {n}: {change + n:.3f} nats" for change in (-4.0, -9.5) for n in range(3)
+    ]
 
 
 def test_answers_stand_beside_each_other(runs):

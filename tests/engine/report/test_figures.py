@@ -188,3 +188,21 @@ def test_axes_are_named_with_evaluations_too(eval_every, make_run, rows):
     for draw, name in names.items():
         (axes,) = draw(run).axes
         assert axes.get_ylabel() == name
+
+
+@pytest.mark.parametrize("picture", figures.PICTURES, ids=lambda picture: picture.name)
+@pytest.mark.parametrize("loss_type", ["simpo", "kto"])
+def test_no_words_are_cut_off(picture, loss_type, make_run, rows, check_words):
+    """Headings, labels and legends of every picture lie inside it, of several evaluation sets with long names."""
+    logged = rows(20, eval_every=5)
+    for row in logged:
+        found = {key[5:]: value for key, value in row.items() if key.startswith("eval_")}
+        row |= {f"eval_{name}_{key}": value for name in ("a_long_name", "b") for key, value in found.items()}
+        names = ("num_pairs", "rewards/margins", "rewards/accuracies")
+        row |= {f"train/{of}/{key}": 0.5 for of in ("one-set-of-a-mixture", "two") for key in names}
+        row |= {"kl": 0.1, "aux_loss": 1.0, "perf/mixer_padding": 0.1, "perf/mfu": 0.4}
+        row |= {f"experts/{of}{side}": 0.1 for of in ("", "layer_0/", "layer_1/") for side in ("busiest", "idlest")}
+    found = picture.draw(
+        read_run(make_run(logged, config=f"loss: {{loss_type: {loss_type}}}", data={"lengths": LENGTHS}))
+    )
+    check_words(found)

@@ -116,7 +116,7 @@ def test_rows_that_are_each_desirable_or_not_are_no_pairs(loss, make_run, rows):
     evaluation = {"eval_loss": 0.5, "eval_count/chosen": 1234.0, "eval_num_pairs": 6.0, "eval_num_pairs/33-64": 6.0}
     config = CONFIG.replace("loss_type: sigmoid", f"loss_type: {loss}")
     path = write_report(make_run(logged, config=config, evaluation=evaluation))
-    page, text = Page(path), re.sub(r"base64,[A-Za-z0-9+/=]+|<tr>.*", "", path.read_text())
+    page, text = Page(path), re.sub(r"base64,[A-Za-z0-9+/=]+|<tr>.*|<wbr>", "", path.read_text())
     assert "pair" not in text.replace(loss, "").replace("num_pairs", "")
     assert "desirable and undesirable rows" in text
     assert page.row("count/chosen")[-1] == "1,234"
@@ -157,7 +157,7 @@ def test_accuracies_by_length_have_their_own_table(make_run):
     evaluation = {"eval_loss": 0.5, "eval_accuracies_by_length/33-64": 0.75, "eval_num_pairs/33-64": 8.0}
     page = Page(write_report(make_run(BRIEF, evaluation=evaluation)))
     assert page.row("33-64") == ["33-64", "0.7500", "8"]
-    assert page.row("loss") == ["loss", "0.5000"]
+    assert page.row("loss")[1:] == ["0.5000"]
 
 
 def test_rankings_calibration_and_the_worst_rows(make_run):
@@ -175,7 +175,7 @@ def test_rankings_calibration_and_the_worst_rows(make_run):
     assert "displacement: safety" in text
     assert page.row("below -50") == ["below -50", "3", "1", "1"]
     assert page.row("0.5 to 0.55") == ["0.5 to 0.55", "3", "0.5200", "0.6667"]
-    assert "row 7: -31.2 nats" in text
+    assert "row 7: -31.25 nats" in text
     assert "&lt;b&gt;So&lt;/b&gt;" in text
 
 
