@@ -36,7 +36,7 @@ def test_a_run_draws_before_while_and_after(make_config, pairs_jsonl, tmp_path):
     assert samples[0]["sampled"] != samples[-2]["sampled"] or samples[1]["sampled"] != samples[-1]["sampled"]
     page = write_report(tmp_path / "run").read_text()
     assert "Answers to held-out prompts" in page
-    assert page.count("step 2</p>") == 2
+    assert page.count("step 2</h4>") == 2
     # What is learned does not depend on them.
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "run")]
     assert weights[0] == weights[1]
