@@ -10,8 +10,9 @@ One process has the whole model and whole packs, so nothing here asks for a proc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import distributed
 from .errors import UserError
@@ -33,6 +34,8 @@ class _Division:
         self.gathered: dtype | None = None
         self.meshes: dict[tuple[str, int], DeviceMesh] = {}
         self.groups: dict[int, ProcessGroup] = {}
+        self.imagined: tuple[int, int, Any] | None = None
+        """Ranks of a pack, the number of this one, and their group, where they are not there."""
 
 
 _division = _Division()
@@ -88,18 +91,38 @@ def gathered_dtype() -> dtype | None:
     return _division.gathered if distributed.size() > 1 else None
 
 
+@contextmanager
+def imagine(context: int, rank: int, group: Any) -> Iterator[None]:
+    """Inside, packs are divided as on the ``rank``-th of so many ranks that are not there: for shapes alone.
+
+    Args:
+        group: what collectives of these ranks are asked of.
+    """
+    before, _division.imagined = _division.imagined, (context, rank, group)
+    try:
+        yield
+    finally:
+        _division.imagined = before
+
+
 def context_size() -> int:
     """Ranks that work on one pack."""
+    if _division.imagined is not None:
+        return _division.imagined[0]
     return _division.context if distributed.size() > 1 else 1
 
 
 def context_rank() -> int:
     """0-based number of this process among those that work on its pack; the first one speaks for the pack."""
+    if _division.imagined is not None:
+        return _division.imagined[1]
     return distributed.rank() % context_size()
 
 
 def context_group() -> ProcessGroup:
     """The ranks that work on this process's pack."""
+    if _division.imagined is not None:
+        return _division.imagined[2]  # type: ignore[no-any-return]
     return _division.groups[context_size()]
 
 

@@ -27,6 +27,7 @@ from ..train.feed import TrainingPack, TrainingStep
 from ..train.metrics import StepWork
 from ..train.objective import Objective
 from .attention import workspace
+from .blocks import fused_blocks, no_launches
 from .heap import Heap
 from .live_storage import LiveStorage, is_op, storage_bytes
 from .sharding import SUM_BYTES, adding_bytes, gathered_bytes
@@ -122,7 +123,8 @@ class Shapes:
             use_layout(policy, self.layout)
             # Its value decides nothing here, and is measured on logits with data.
             policy.head_use = HeadUse()
-            return self._count(policy, held)
+            with fused_blocks(policy, self.config.model.kernels), no_launches():
+                return self._count(policy, held)
 
     def _count(self, policy: Policy, held: _Workspace) -> Counts:
         config, target = self.config, self.target

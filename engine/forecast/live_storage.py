@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..model.recompute import is_kept
 from .heap import Heap
 
 Workspace = Callable[[Any, tuple[Any, ...]], int]
 """Bytes that an op holds while it runs, beyond its inputs and outputs, from the op and its arguments."""
+
+_fused: ContextVar[bool] = ContextVar("fused", default=False)
+
+
+@contextmanager
+def fused_operations() -> Iterator[None]:
+    """Inside, operations are parts of kernels: what one gives another is in no memory, but for what products take."""
+    token = _fused.set(True)
+    try:
+        yield
+    finally:
+        _fused.reset(token)
 
 
 class LiveStorage(TorchDispatchMode):
@@ -38,6 +54,11 @@ class LiveStorage(TorchDispatchMode):
         self._workspace = workspace
         self._given_up: set[int] = set()
         self._sizes: dict[int, int] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Blocks are compiled while it counts, and what they were compiled to is counted."""
+        return True
 
     def watch(self, tensors: Iterable[Tensor], *, mapped: bool = False) -> int:
         """Count tensors that were made outside; returns the bytes that they add.
@@ -75,8 +96,11 @@ class LiveStorage(TorchDispatchMode):
         if func is torch.ops.aten.mul.Tensor and args[0].untyped_storage()._cdata in self._given_up:
             # With data, the paired op's backward pass scales its gradients where they lie.
             return args[0]
-        out = func(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
+        out = call_without_data(func, args, kwargs or {})
+        seen = out
+        if _fused.get():
+            seen = (args, kwargs, out) if is_kept(func) else ()
+        for value in tree_leaves(seen):
             if isinstance(value, Tensor):
                 self._see(value)
         if is_op(func, "linear_dpo"):
@@ -87,6 +111,14 @@ class LiveStorage(TorchDispatchMode):
         if held and self._heap is not None:
             self._heap.give(self._heap.take(held))
         return out
+
+
+def call_without_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation on tensors that may have no data, where torch knows grouped products of bfloat16 alone."""
+    if func._schema.name != "aten::_grouped_mm" or not is_fake(args[0]) or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+    half = (x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+    return func(*half, **kwargs).to(args[0].dtype)
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -7,7 +7,8 @@ one that is not there, tensors lie on the CPU and what differs by device is chos
 resident memory: the C library is asked for the same blocks in the same order, since its heap also keeps what is free
 between live blocks, and the resident memory of a process that has imported and read everything is added.
 
-Of several processes each holds its share of weights, gradients and optimizer state, and what FSDP gathers.
+Of several processes each holds its share of weights, gradients and optimizer state, and what FSDP gathers; of those
+that work on one pack, the one that predicts the most of its tokens is forecast.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..train.feed import TrainingPack, build_pack
 from ..train.objective import Objective
 from ..train.references import resolve_mode
 from .counting import Shapes
+from .divided import divided
 from .target import Target
 
 
@@ -103,10 +105,10 @@ def forecast_pack(
         repeats: ``layers_that_repeat`` of the model, where that is known.
     """
     layout = layout or Layout()
-    pack = pack_of(config, groups, layout)
     # Chosen here for good: a kernel that is tried on tensors without data always works.
     backend = target.backend(config)
-    counts = Shapes(config, pack, target, layout, several, repeats).count_all()
+    with divided(config.train.context_parallel, lambda: pack_of(config, groups, layout)) as pack:
+        counts = Shapes(config, pack, target, layout, several, repeats).count_all()
     reference = counts.weights if _live_second_model(config) else 0
     return Memory(
         weights=counts.weights + reference,

@@ -88,7 +88,7 @@ def _memory_lines(
         memory = forecast_memory(config, dataset, steps, **options)
         target = options["target"]
         held = _held_words(num_shards(config, target.processes), target.processes)
-        lines = [*_parts(memory, target, held), *_copy_lines(memory, config, target)]
+        lines = [*_parts(memory, target, held, config), *_copy_lines(memory, config, target)]
         if room is not None:
             lines.append(_budget_line(largest_budget(config, dataset, steps, room=room, **options), room))
         return lines
@@ -107,7 +107,17 @@ def _held_words(shards: int, processes: int) -> str:
     return f"of which each of {shards} processes holds its share" + (" of a copy" if shards < processes else "")
 
 
-def _parts(m: Memory, target: Target, held: str) -> list[Line]:
+def _pack_words(m: Memory, target: Target, config: RunConfig) -> str:
+    """What the activations are of."""
+    ranks, kernels = config.train.context_parallel, config.model.kernels
+    part = f", of which each of {ranks} processes has its part" if ranks > 1 else ""
+    blocks = "" if kernels in ("auto", "none") else f"; blocks by {kernels}"
+    if kernels == "auto" and target.kind == "cuda":
+        blocks = "; blocks as the model has them, fused ones keep less (model.kernels)"
+    return f"of the largest pack, {m.pack_tokens:,} tokens{part}{blocks}"
+
+
+def _parts(m: Memory, target: Target, held: str, config: RunConfig) -> list[Line]:
     if target.absent:
         where = f"allocated on a CUDA device, forecast without one; attention by {m.backend}"
     elif target.kind == "cuda":
@@ -119,7 +129,7 @@ def _parts(m: Memory, target: Target, held: str) -> list[Line]:
         ("  weights", _size(m.weights), held),
         ("  gradients", _size(m.gradients), ""),
         ("  optimizer state", _size(m.optimizer), ""),
-        ("  activations", _size(m.activations), f"of the largest pack, {m.pack_tokens:,} tokens"),
+        ("  activations", _size(m.activations), _pack_words(m, target, config)),
         ("  inside an op", _size(m.workspace), "of the head or of attention"),
     ]
     if m.gathered:

@@ -30,8 +30,11 @@ _VARIANTS = 64
 """Of a block's code: by class of layer, by gradients or none, by adapters on or off. torch allows 8."""
 
 
-def compile_changes(policy: Policy) -> list[Change]:
+def compile_changes(policy: Policy, backend: Any = None) -> list[Change]:
     """What compiled blocks change in a policy.
+
+    Args:
+        backend: what compiles them; inductor by default.
 
     Raises:
         ValueError: it has no blocks, or none that can be compiled.
@@ -43,7 +46,7 @@ def compile_changes(policy: Policy) -> list[Change]:
     compiled = [block for block in blocks if not _left_as_it_is(block)]
     if not compiled:
         raise ValueError("none of its blocks can be compiled: each is a mixture of experts or runs in rows")
-    changes = [Change(vars(block), "forward", ABSENT, Compiled(block)) for block in compiled]
+    changes = [Change(vars(block), "forward", ABSENT, Compiled(block, backend)) for block in compiled]
     changes += [Change(vars(part), "forward", ABSENT, Opaque(part)) for block in compiled for part in _mixtures(block)]
     selective = [block for block in compiled if _checkpoints_selectively(block)]
     return changes + [Change(vars(block), "gradient_checkpointing", True, False) for block in selective]
@@ -60,14 +63,15 @@ def decoder_blocks(policy: Policy) -> list[nn.Module]:
 class Compiled:
     """The forward of a compiled block. It names the block, so that a copy of a model has copies of its own."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, backend: Any = None):
         self.block = block
+        self.backend = backend
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         block: Any = self.block
         forward = type(block).forward
         plain = _inside_checkpoint(forward)
-        run = partial(_compile(plain, BACKEND), block)
+        run = partial(_compile(plain, self.backend or BACKEND), block)
         if plain is not forward and block.gradient_checkpointing and block.training:
             # what transformers wraps around the forward of the class
             return block._gradient_checkpointing_func(partial(run, **kwargs), *args)
@@ -86,7 +90,7 @@ class Opaque:
 
 
 @cache
-def _compile(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
+def _compile(forward: Callable[..., Any], backend: Any) -> Callable[..., Any]:
     """One compiled function for all blocks of a class; lengths are symbols from the start."""
     options: dict[str, Any] = {}
     if backend == "inductor" and "deterministic" in torch._inductor.list_options():

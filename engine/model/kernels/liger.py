@@ -39,6 +39,15 @@ def liger_changes(policy: Policy) -> list[Change]:
     """
     if policy.device.type not in DEVICES:
         raise ValueError(f"a CUDA device is needed, and this is {policy.device.type}")
+    return liger_layers(policy)
+
+
+def liger_layers(policy: Policy) -> list[Change]:
+    """The same on any device, for shapes alone.
+
+    Raises:
+        ValueError: there are none for this model, or in this environment.
+    """
     if find_spec("liger_kernel") is None:
         raise ValueError("liger-kernel is not installed (pip install dpo-kernels[liger])")
     from liger_kernel.transformers import monkey_patch

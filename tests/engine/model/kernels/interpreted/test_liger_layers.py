@@ -12,11 +12,19 @@ from triton.runtime import interpreter
 
 from engine.config.schema import LoraConfig
 from engine.errors import UserError
+from engine.forecast import Target
+from engine.forecast.counting import Shapes
+from engine.forecast.live_storage import LiveStorage
+from engine.forecast.memory import pack_of
+from engine.model import load_policy
 from engine.model.kernels import choice, liger
 from engine.model.kernels.choice import fuse_blocks, use_kernels
 from engine.model.kernels.exchange import Kernels
+from engine.model.policy import Layout
 from engine.reference import model_digest
 from tests.conformance.families import tiny_config, tiny_model
+from tests.engine.forecast.large import groups, run_config, save_config
+from tests.engine.forecast.test_counting import SMALL
 from tests.engine.model.kernels.policies import assert_close, gradients, packs, policy_of
 from tests.engine.model.test_attention import make_policy
 
@@ -96,3 +104,25 @@ def test_an_activation_that_liger_does_not_have_is_found_out(monkeypatch):
     fuse_blocks(policy, "auto")
     assert policy.kernels.name == "none"
     assert torch.isfinite(policy.logps(packs(1)[0])).all()
+
+
+@pytest.mark.parametrize("how", [False, "selective"])
+def test_a_forecast_counts_what_its_layers_keep(how, tmp_path):
+    """Interpreted on tensors with data, and not launched on tensors without."""
+    folder = save_config(tmp_path / "model", **{**SMALL, "num_hidden_layers": 2})
+    options = {"dtype": "float32", "attention": "sdpa", "kernels": "liger"}
+    config = run_config(folder, train={"gradient_checkpointing": how}, **options)
+    target = Target.of_kind("cuda", 1)
+    pack = pack_of(config, groups(64, prompt=8, response=4), Layout())
+    found = Shapes(config, pack, target, Layout(), False).count(None).activations
+    cpu = torch.device("cpu")
+    policy = load_policy(config.model, device=cpu, gradient_checkpointing=how, empty=True).train()
+    use_kernels(policy, Kernels("liger"))
+    count = LiveStorage(cpu, lambda func, args: 0)
+    count.watch([*policy.parameters(), *policy.buffers()])
+    before = count.current
+    with count:
+        kept = policy.hidden_states(pack.batch)
+    assert kept.requires_grad
+    # The forecast is taken where the body ends: what it was called with is alive, too. Plain layers keep a third more.
+    assert found == pytest.approx(count.current - before, rel=0.05)
