@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from ..arrow import numpy_of
 from .groups import PreferenceDataset
 
 
@@ -54,7 +55,7 @@ def from_arrow(batch: pa.RecordBatch, source_names: Sequence[str]) -> Preference
         arrays["weights"] = batch.column("token_weights").values.values
     sums = batch.column("ref_logps").to_pylist() if "ref_logps" in names else [None] * batch.num_rows
     return PreferenceDataset.of_arrays(
-        {name: values.to_numpy(zero_copy_only=True) for name, values in arrays.items()},
+        {name: numpy_of(values) for name, values in arrays.items()},
         [None if found is None else tuple(found) for found in sums],
         tuple(source_names),
     )

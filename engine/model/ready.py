@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from ..config.schema import ModelConfig, PackingConfig, TrainConfig
 from ..config.training import Recomputed
 from ..data.groups import PreferenceDataset
+from ..seeds import seed_generators
 from .checks import check_packing
 from .fresh import check_fresh, score_fresh
 from .kernels.choice import fuse_blocks, use_kernels
@@ -89,7 +89,7 @@ def ready_policy(
     fresh = score_fresh(model, datasets[0], device) if compare else None
     memory: dict[str, Any] = {}
     if train is not None:
-        set_seed(train.seed)
+        seed_generators(train.seed)
         memory = {
             "gradient_checkpointing": train.gradient_checkpointing,
             "activation_offload": train.activation_offload,

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..arrow import arrow_of, numpy_of
 from ..durable import FILE_SUFFIX, replace_file, sync
 from ..errors import UserError, write_fault
 
@@ -107,8 +108,10 @@ def read_values(path: Path) -> ShardValues:
     column = table.column("logps").combine_chunks()
     if column.null_count:
         raise _damaged(path, "it has empty rows")
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    flat = column.values.to_numpy(zero_copy_only=False)[: offsets[-1]]
+    if column.values.null_count:
+        raise _damaged(path, "it has empty values")
+    offsets = numpy_of(column.offsets).astype(np.int64)
+    flat = numpy_of(column.values)[: offsets[-1]]
     if _checksums(_key_bytes(table), np.diff(offsets), flat)[1] != metadata[_CONTENT_FIELD]:
         raise _damaged(path, "its content does not match its checksum")
     return ShardValues(flat, offsets)
@@ -129,7 +132,7 @@ def _encode(keys: np.ndarray, lengths: np.ndarray, flat: np.ndarray, keys_sum: b
     table = pa.table(
         {
             "key": pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(lengths), [None, pa.py_buffer(keys)]),
-            "logps": pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)),
+            "logps": pa.ListArray.from_arrays(arrow_of(offsets), arrow_of(flat)),
         }
     ).replace_schema_metadata({_FORMAT_FIELD: _FORMAT, _KEYS_FIELD: keys_sum, _CONTENT_FIELD: content_sum})
     sink = io.BytesIO()

@@ -13,21 +13,19 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from transformers import get_scheduler
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
-from transformers.trainer_utils import SchedulerType
 
 from .. import distributed, mesh
 from ..config.schema import OptimConfig
 from ..errors import UserError
 from .held_weights import HeldWeights, holding, sum_in_float32
+from .schedules import SHARES
 
-SCHEDULES = tuple(kind.value for kind in SchedulerType)
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 """Schedules that move on the evaluation loss instead of on steps."""
 
@@ -38,7 +36,10 @@ _BITSANDBYTES = {
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
 _FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
-_SET_HERE = ("self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs")
+_SET_HERE = (
+    *("self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"),
+    *("step", "warmup", "total"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -137,13 +138,20 @@ def _keep_embeddings(model: nn.Module, optimizer: Any) -> None:
                 optimizer.mng.register_module_override(module, "weight", {"optim_bits": 32})
 
 
+def schedule_names() -> tuple[str, ...]:
+    """All that ``optim.lr_scheduler_type`` may be."""
+    from transformers.trainer_utils import SchedulerType
+
+    return tuple(kind.value for kind in SchedulerType)
+
+
 def check_schedule_name(name: str) -> None:
     """Raise a ``UserError`` with the nearest name when ``name`` is no schedule."""
-    if name in SCHEDULES:
+    if name in SHARES or name in (names := schedule_names()):
         return
-    near = difflib.get_close_matches(name, SCHEDULES, n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
     raise UserError(
-        f"optim.lr_scheduler_type: {name!r} is not a schedule; did you mean {near!r}? One of {', '.join(SCHEDULES)}"
+        f"optim.lr_scheduler_type: {name!r} is not a schedule; did you mean {near!r}? One of {', '.join(names)}"
     )
 
 
@@ -185,11 +193,14 @@ def warn_of_long_warmup(config: OptimConfig, *, total_steps: int) -> None:
 
 
 def _schedule_options(name: str) -> list[str]:
-    """What ``optim.lr_scheduler_kwargs`` may name; transformers drops what constant schedules are given."""
-    if name in ("constant", "constant_with_warmup"):
-        return []
-    classes: dict[str, Any] = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
-    built_by: Any = classes.get(name) or TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    """What ``optim.lr_scheduler_kwargs`` may name."""
+    built_by: Any = SHARES.get(name)
+    if built_by is None:
+        from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
+        from transformers.trainer_utils import SchedulerType
+
+        classes: dict[str, Any] = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}
+        built_by = classes.get(name) or TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     return [option for option in inspect.signature(built_by).parameters if option not in _SET_HERE]
 
 
@@ -212,14 +223,20 @@ def build_schedule(
     Raises:
         UserError: an unknown name, or options that the schedule lacks or does not know.
     """
-    check_schedule_name(config.lr_scheduler_type)
-    with _schedule_errors(config.lr_scheduler_type):
+    name, options = config.lr_scheduler_type, dict(config.lr_scheduler_kwargs or {})
+    check_schedule_name(name)
+    warmup = config.num_warmup_steps(total_steps)
+    with _schedule_errors(name):
+        if name in SHARES:
+            return LambdaLR(optimizer, partial(SHARES[name], warmup=warmup, total=total_steps, **options))
+        from transformers import get_scheduler
+
         return get_scheduler(
-            config.lr_scheduler_type,
+            name,
             optimizer,
-            num_warmup_steps=config.num_warmup_steps(total_steps),
+            num_warmup_steps=warmup,
             num_training_steps=total_steps,
-            scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs=options,
         )
 
 
@@ -344,7 +361,7 @@ class GuardedUpdate:
 
     @property
     def moves_on_metric(self) -> bool:
-        return isinstance(self.schedule, (ReduceLROnPlateau, GreedyLR))
+        return not isinstance(self.schedule, LambdaLR)
 
     def evaluated(self, eval_loss: float) -> None:
         """Advance a schedule that moves on the evaluation loss."""

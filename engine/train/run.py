@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import set_seed
 
 from .. import distributed, stop
 from ..config import to_yaml
@@ -17,6 +16,7 @@ from ..durable import MANIFEST, remove_leftovers, write_atomically
 from ..errors import Stopped, UserError
 from ..model import load_sharded
 from ..run_folder import CONFIG_FILE
+from ..seeds import seed_generators
 from . import checkpoint as checkpoints
 from . import sharded
 from .best import Best
@@ -201,7 +201,7 @@ class Run:
             self.trackers = open_trackers(self.output_dir, self.config.train, first_step=self.done + 1)
             self.trackers += [CallbackTracker(callback) for callback in self.callbacks]
         # Processes draw different masks of dropout in adapters. In another number of them no old state fits.
-        set_seed((self.config.train.seed + distributed.rank() + distributed.size() * self.done) % 2**32)
+        seed_generators((self.config.train.seed + distributed.rank() + distributed.size() * self.done) % 2**32)
         if self._random is not None:
             checkpoints.restore_random_state(*self._random)
         self.policy.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -16,7 +17,13 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = (
     *("peft", "bitsandbytes", "torch._dynamo", "transformers.modeling_utils", "transformers.generation", "datasets"),
     *("torch.distributed.tensor", "transformers.core_model_loading", "transformers.integrations.hub_kernels"),
+    *("pandas", "matplotlib"),
 )
+NOT_FOR_MODELS = (
+    *("peft", "bitsandbytes", "torch._inductor.lowering", "transformers.trainer_utils", "transformers.optimization"),
+    *("pandas", "datasets", "matplotlib"),
+)
+"""What no full model needs to be trained."""
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -86,12 +93,55 @@ def test_the_command_alone_checks_without_torch_and_says_the_same(case, tiny_mod
     assert code == (2 if case == "margin" else 0)
 
 
-def test_every_name_of_the_models_is_where_it_is_said_to_be():
-    import engine.model as models
+IN_A_ROW = """
+import sys
+from engine import cli
+*words, run = sys.argv[1:]
+for word in words:
+    assert cli.main([word, run]) == 0, word
+    print(f"{word} imports", [name for name in %r if name in sys.modules])
+"""
+REPORT_ALONE = """
+import gc, sys
+from engine import cli, distributed
+distributed.leave = lambda code: print(code, gc.isenabled(), gc.get_freeze_count() > 10_000, *sys.modules)
+sys.argv[:1] = ["dpo", "report"]
+cli.command()
+"""
 
-    for module, names in models._PLACES.items():
+
+def test_a_full_model_needs_neither_adapters_nor_the_trainer_and_a_report_no_model(
+    tiny_model_dir, pairs_jsonl, tmp_path
+):
+    """The imports of those took longer than all else before step 1."""
+    with_problem = tmp_path / "rows.jsonl"
+    # A row that lint counts, so that the report has a problem to put into words.
+    with_problem.write_text(pairs_jsonl.read_text() + pairs_jsonl.read_text().splitlines()[0] + "\n")
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"model: {{model_name_or_path: {tiny_model_dir}, dtype: float32}}\n"
+        f"data: {{dataset_name: {with_problem}, eval_dataset_name: {pairs_jsonl}}}\n"
+        f"packing: {{pairs_per_step: 2}}\nreference: {{store: {tmp_path / 'store'}}}\n"
+        f"train: {{output_dir: {tmp_path / 'out'}, max_steps: 1}}\n"
+    )
+    words = ["plan", "precompute", "train", "evaluate"]
+    said = python(IN_A_ROW % (NOT_FOR_MODELS,), *words, run)
+    found = [line for line in said.stdout.splitlines() if " imports [" in line]
+    assert found == [f"{word} imports []" for word in words], said.stderr
+    report = python(REPORT_ALONE, tmp_path / "out")
+    code, collects, frozen, *modules = report.stdout.splitlines()[-1].split()
+    assert (code, collects, frozen) == ("0", "True", "True")
+    assert {"engine.report.page", "engine.data.problems"} <= set(modules)
+    assert not {"torch", "transformers", "pyarrow", "pandas", "datasets"} & set(modules)
+
+
+@pytest.mark.parametrize("package", ["engine.model", "engine.data"])
+def test_every_name_of_a_package_is_where_it_is_said_to_be(package):
+    found = importlib.import_module(package)
+    for module, names in found._PLACES.items():
+        place = importlib.import_module(f"{package}.{module}")
         for name in names:
-            assert getattr(models, name).__module__ in (f"engine.model.{module}", f"engine.model.{module}.choice"), name
-    assert sorted(models.__all__) == sorted(name for names in models._PLACES.values() for name in names)
-    with pytest.raises(AttributeError, match=r"module 'engine\.model' has no attribute 'nothing'"):
-        models.nothing  # noqa: B018
+            assert getattr(found, name) is getattr(place, name)
+    assert sorted(found.__all__) == sorted(name for names in found._PLACES.values() for name in names)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        found.nothing  # noqa: B018

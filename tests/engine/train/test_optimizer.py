@@ -9,14 +9,15 @@ from transformers.trainer_pt_utils import get_parameter_names
 from engine.config.schema import OptimConfig
 from engine.errors import UserError
 from engine.train.optimizer import (
-    SCHEDULES,
     GuardedUpdate,
     build_optimizer,
     build_schedule,
     check_schedule_name,
     decayed_names,
     parameter_groups,
+    schedule_names,
 )
+from engine.train.schedules import SHARES
 
 HF_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 KWARGS = {
@@ -53,7 +54,7 @@ def test_groups_hold_every_trainable_parameter_once_in_the_order_of_the_names(ti
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
 
 
-@pytest.mark.parametrize("name", [n for n in SCHEDULES if n not in ("reduce_lr_on_plateau", "greedy")])
+@pytest.mark.parametrize("name", [n for n in schedule_names() if n not in ("reduce_lr_on_plateau", "greedy")])
 @pytest.mark.parametrize("warmup", [0, 4, 0.3])
 def test_learning_rate_at_each_step_is_that_of_transformers(name, warmup):
     model, steps = nn.Linear(2, 2), 12
@@ -70,6 +71,10 @@ def test_learning_rate_at_each_step_is_that_of_transformers(name, warmup):
         update.step(torch.tensor(0.5))
         theirs.step()
         schedule.step()
+
+
+def test_those_made_here_are_among_the_names_of_transformers():
+    assert set(SHARES) < set(schedule_names())
 
 
 def test_unknown_schedule_names_the_nearest():
