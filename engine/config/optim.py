@@ -20,7 +20,7 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "rmsprop"] = "adamw"
     """adamw is torch's, fused; 8bit (smaller state) and paged (state leaves a full device for host memory) need
-    bitsandbytes; rmsprop is what the DPO paper used."""
+    bitsandbytes, and run sharded, too; rmsprop is what the DPO paper used."""
     master_weights: Literal["float32", "stochastic", "kahan"] = "float32"
     """What trained weights are kept in: float32; or bfloat16, half of it, whose updates are made in float32 and rounded
     back: up or down at random from train.seed (stochastic), or with the 16 bits that rounding leaves kept (kahan)."""

@@ -30,7 +30,7 @@ from .attention import workspace
 from .blocks import fused_blocks, no_launches
 from .heap import Heap
 from .live_storage import LiveStorage, is_op, storage_bytes
-from .sharding import SUM_BYTES, adding_bytes, gathered_bytes
+from .sharding import SUM_BYTES, adding_bytes, gathered_bytes, largest_share
 from .target import Target
 from .weights import (
     policy_without_data,
@@ -65,8 +65,6 @@ class Counts:
     """What a checkpoint holds, wherever that lies."""
     added: int
     """Numbers of the gradients that processes with whole copies of the model add up; 0 where they do not."""
-    largest: int
-    """Numbers of the largest of these gradients."""
     first: int
     """Most that is alive beside the weights until the second layer from the end is backward."""
     last: int
@@ -76,7 +74,7 @@ class Counts:
     def step_peak(self) -> int:
         """Most that is alive in a step: between these two moments what is alive changes evenly."""
         passes = max(self.first, self.last) + self.gathered + self.dequantized
-        update = max(self.update, adding_bytes(self.added, self.largest))
+        update = max(self.update, adding_bytes(self.added))
         return self.weights + max(passes, self.gradients + self.optimizer + update)
 
     def beyond(self, earlier: Counts, turns: int) -> Counts:
@@ -146,10 +144,11 @@ class Shapes:
             # The first step leaves holes in the heap, and the optimizer's state among them.
             with count:
                 objective.backward(policy, step)
-        state = [torch.empty(-(-size // shards), dtype=torch.uint8, device=device) for size in whole_state]
+        shares = [largest_share(size, p, shards) for size, p in zip(whole_state, trained, strict=True)]
+        state = [torch.empty(size, dtype=torch.uint8, device=device) for size in shares]
         count.watch(state)
         # Gradients of a step's other packs are there already; sharded ones only by their shares.
-        sizes = [-(-p.numel() // shards) for p in trained]
+        sizes = [largest_share(p.numel(), p, shards) for p in trained]
         # Several are summed in float32, whatever the weights are held in.
         before = sizes if self.several or shards > 1 else []
         earlier = [torch.empty(n, dtype=torch.float32, device=device) for n in before]
@@ -175,7 +174,6 @@ class Shapes:
             update=update // shards,
             stored=-(-stored_bytes(config, policy) // shards),
             added=sum(p.numel() for p in added),
-            largest=max((p.numel() for p in added), default=0),
             first=(moments.first or count.peak) - counted if heap is None else heap.peak,
             last=max(0, moments.last - counted) if heap is None else 0,
         )

@@ -36,13 +36,15 @@ def gathered_bytes(policy: Policy, shards: int) -> int:
     return weights + reduced
 
 
-def adding_bytes(numbers: int, largest: int) -> int:
-    """What is held beside gradients of so many numbers while processes with whole copies of a model add them up.
+def largest_share(size: int, parameter: nn.Parameter, shards: int) -> int:
+    """Of ``size`` that all rows of a parameter have alike, what the process with the most rows holds."""
+    rows = len(parameter) if parameter.ndim else 1
+    return size * -(-rows // shards) // rows
 
-    Args:
-        largest: numbers of the largest gradient, which is never cut.
-    """
-    return 3 * SUM_BYTES * min(numbers, max(BUCKET, largest))
+
+def adding_bytes(numbers: int) -> int:
+    """What is held beside gradients of so many numbers while processes with whole copies of a model add them up."""
+    return 3 * SUM_BYTES * min(numbers, BUCKET)
 
 
 def _units(policy: Policy) -> list[list[nn.Parameter]]:

@@ -14,7 +14,6 @@ from ..model.division import check_division, num_shards
 from ..model.policy import Layout
 from ..packing import PlanSummary, Step, describe_plan, plan_first_epoch, summarize_plan
 from ..train.objective import Objective
-from ..train.optimizer import check_processes
 from ..train.training_data import check_rows
 from .budget import Budget, largest_budget
 from .duration import Duration, forecast_duration, reason_of
@@ -45,7 +44,6 @@ def describe_forecast(
     target = target or Target.here()
     if target.processes > 1:
         check_division(config, target.processes)
-        check_processes(config.optim.optimizer, target.processes)
     check_rows(config, Objective(config.loss), dataset)
     target.backend(config)
     # What is not there cannot try anything out; which layout is exact is a matter of the model's code.

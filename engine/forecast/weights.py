@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,15 +17,16 @@ from ..model.head import output_layer
 from ..train.bfloat16 import PIECE
 from ..train.held_weights import TOGETHER
 from ..train.optimizer import build_optimizer, updates_at_once
+from ..train.row_blocks import BLOCK, blocks_of_row, is_eight_bits
+from ..train.row_blocks import PIECE as ROWS_PIECE
 from .live_storage import LiveStorage, storage_bytes
 from .target import DeviceKind, Target
 
 _PROBE_WIDTH = 128
 _SCALED_BLOCK, _SCALES_BLOCK = 64, 256
 """Weights of 4 bits that share a scale of 8 bits, and such scales that share one of 32 bits."""
-_STATE_BLOCK, _LEAST_STATE = 256, 4096
-"""Numbers of 8 bits that share a scale of 32 bits, and weights of a tensor below which its state keeps 32 bits."""
-
+_PADDED_BYTES = 10
+"""Weight and gradient in float32, and two moments of 8 bits."""
 _WIDENED_BYTES, _ROUNDED_BYTES = 8, 32
 """Of weights in bfloat16 that are updated together: weight and gradient in float32; and of those that are rounded
 together, what that takes."""
@@ -98,6 +100,8 @@ def state_bytes(config: OptimConfig, policy: Policy, *, kind: DeviceKind) -> tup
     elif config.optimizer == "adamw_8bit":
         embeddings = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)}
         state = [_adamw_8bit(p, whole=id(p) in embeddings) for p in trained]
+    if "8bit" in config.optimizer:
+        update += max((_padding(p.shape) for p in trained if is_eight_bits(p.shape)), default=0)
     if config.master_weights == "kahan":
         state = [size + 2 * p.numel() for size, p in zip(state, trained, strict=True)]
     if config.offload and kind == "cuda":
@@ -116,9 +120,17 @@ def stored_bytes(config: RunConfig, policy: Policy) -> int:
 
 
 def _adamw_8bit(parameter: nn.Parameter, *, whole: bool) -> int:
-    if whole or parameter.numel() < _LEAST_STATE:
+    if whole or not is_eight_bits(parameter.shape):
         return 8 * parameter.numel()
-    return 2 * (parameter.numel() + 4 * -(-parameter.numel() // _STATE_BLOCK))
+    return 2 * (parameter.numel() + 4 * len(parameter) * blocks_of_row(parameter.shape))
+
+
+def _padding(shape: torch.Size) -> int:
+    """What rows that are no whole blocks of 8-bit moments are copied into, some at a time."""
+    width = blocks_of_row(shape) * BLOCK
+    if width == math.prod(shape[1:]):
+        return 0
+    return _PADDED_BYTES * width * min(shape[0], max(1, ROWS_PIECE // width))
 
 
 def _measured_state(config: OptimConfig, trained: Sequence[Tensor], kind: DeviceKind) -> tuple[list[int], int]:

@@ -14,34 +14,56 @@ BUCKET = 2**26
 
 
 def sum_in_order(parameters: Sequence[Tensor], bucket: int = BUCKET) -> None:
-    """Replace the gradient of each parameter by its sum over all ranks, the same bits on every rank.
+    """Make the gradient of each parameter its sum over all ranks, float32, the same bits on every rank.
 
     Every rank adds up one part of the numbers in float32, in the order of the ranks, and tells the others: as much
-    traffic as an all-reduce has, whose order of additions depends on the machine. A gradient that is missing counts as
-    zero.
+    traffic as an all-reduce has, whose order of additions depends on the machine. A gradient that a rank lacks counts
+    as zero there; one that all ranks lack stays absent, as in one process.
     """
-    for members in _buckets(parameters, bucket):
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
-        total = _sum(torch.cat([g.reshape(-1).float() for g in grads]))
-        for parameter, grad, part in zip(members, grads, total.split([g.numel() for g in grads]), strict=True):
-            if parameter.dtype != torch.float32:
-                # Any dtype may then be assigned.
-                parameter.grad_dtype = None  # type: ignore[attr-defined]
-            parameter.grad = part.view_as(grad)
+    flat = []
+    for parameter, there in zip(parameters, _had_by_any(parameters), strict=True):
+        if there:
+            _make_room(parameter)
+            assert parameter.grad is not None
+            flat.append(parameter.grad.view(-1))
+    for pieces in _buckets(flat, bucket):
+        total = _sum(torch.cat(pieces))
+        for piece, part in zip(pieces, total.split([len(piece) for piece in pieces]), strict=True):
+            piece.copy_(part)
 
 
-def _buckets(parameters: Sequence[Tensor], bucket: int) -> Iterator[list[Tensor]]:
-    """Parameters in their order, so many that their numbers fill a bucket, or one alone that is larger."""
-    members: list[Tensor] = []
-    size = 0
-    for parameter in parameters:
-        if members and size + parameter.numel() > bucket:
-            yield members
-            members, size = [], 0
-        members.append(parameter)
-        size += parameter.numel()
-    if members:
-        yield members
+def _had_by_any(parameters: Sequence[Tensor]) -> list[bool]:
+    """Whether any rank has a gradient of each parameter."""
+    # In host memory: nobody waits for a device.
+    own = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    return torch.stack(distributed.each_rank(own)).any(0).tolist()
+
+
+def _make_room(parameter: Tensor) -> None:
+    """Let the gradient be a contiguous float32 tensor, of zeros where there is none."""
+    if parameter.dtype != torch.float32:
+        # Any dtype may then be assigned.
+        parameter.grad_dtype = None  # type: ignore[attr-defined]
+    if parameter.grad is None:
+        parameter.grad = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+    else:
+        parameter.grad = parameter.grad.float().contiguous()
+
+
+def _buckets(vectors: Sequence[Tensor], bucket: int) -> Iterator[list[Tensor]]:
+    """The vectors in their order, cut into pieces that fill one bucket after the other."""
+    pieces: list[Tensor] = []
+    room = bucket
+    for vector in vectors:
+        while len(vector):
+            pieces.append(vector[:room])
+            vector = vector[room:]
+            room -= len(pieces[-1])
+            if not room:
+                yield pieces
+                pieces, room = [], bucket
+    if pieces:
+        yield pieces
 
 
 def _sum(own: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +41,9 @@ from ..model.composites import put_in_whole
 from ..model.sources import MODEL_CONFIG, STATE_FILE
 from ..run_folder import CONFIG_FILE, METRICS_FILE
 from . import sharded
-from .held_weights import HeldWeights
-from .optimizer_state import page_state, slots_of, state_tensors
+from .host_memory import empty_rows
+from .optimizer_state import slots_of, state_tensors
+from .row_blocks import from_flat_blocks
 from .sharded import MODEL, OPTIMIZER, REFERENCE
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -309,12 +311,14 @@ def load_reference(path: Path, state: Mapping[str, Any], reference: Policy) -> N
 def load_optimizer(path: Path, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, names: list[str]) -> None:
     """Restore the optimizer of ``save_checkpoint``, bit for bit."""
     params = dict(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
-    empty = optimizer.empty_state if isinstance(optimizer, HeldWeights) else _empty_like
+    offload, paged = (getattr(optimizer, name, False) for name in ("offload", "is_paged"))
+    # The device may have no room for all of what is kept in host memory.
+    empty = partial(empty_rows, on_host=offload or paged, pinned=offload)
     if is_sharded(state):
         tensors = sharded.load_optimizer(path, params, empty)
     else:
-        saved_tensors = load_file(path / OPTIMIZER_FILE)
-        tensors = {key: _placed(tensor, params[key.split("/", 1)[1]], empty) for key, tensor in saved_tensors.items()}
+        stored = from_flat_blocks(load_file(path / OPTIMIZER_FILE), params)
+        tensors = {key: _placed(tensor, params[key.split("/", 1)[1]], empty) for key, tensor in stored.items()}
     slots = slots_of(tensors, names)
     groups = optimizer.state_dict()["param_groups"]
     merged = [{**saved, "params": group["params"]} for saved, group in zip(state["param_groups"], groups, strict=True)]
@@ -322,7 +326,6 @@ def load_optimizer(path: Path, state: Mapping[str, Any], optimizer: torch.optim.
         if "betas" in group:
             group["betas"] = tuple(group["betas"])
     optimizer.load_state_dict({"state": slots, "param_groups": merged})
-    page_state(optimizer)
 
 
 def restore_random_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -349,15 +352,11 @@ def restore_random_state(path: Path, state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
 
 
-def _empty_like(param: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(param, dtype=dtype)
-
-
-def _placed(tensor: Tensor, param: Tensor, empty: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
-    """A tensor of optimizer state, sharded as its parameter where it has the same shape."""
-    if tensor.shape != param.shape or not hasattr(param, "device_mesh"):
+def _placed(tensor: Tensor, param: Tensor, empty: sharded.Empty) -> Tensor:
+    """A tensor of optimizer state, sharded as its parameter where it has the same rows."""
+    if not (sharded.has_rows_of(param, tensor.shape) and hasattr(param, "device_mesh")):
         return tensor
-    placed = empty(param, tensor.dtype)
+    placed = empty(param, tensor.dtype, tensor.shape)
     distributed.copy_full(placed, tensor)
     return placed
 

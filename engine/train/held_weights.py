@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import distributed
 from .bfloat16 import joined, noise_key, round_at_random, split
-from .host_memory import SMALLEST, empty_on_host, page_locked, to_device, to_host
+from .host_memory import SMALLEST, empty_rows, page_locked, to_device, to_host
 
 UPDATES = "updates"
 """In the groups of an optimizer: how many updates it has made. Groups are part of checkpoints."""
@@ -49,22 +49,11 @@ class HeldWeights(torch.optim.Optimizer):
         self.names = dict(zip(self._parameters(), names, strict=True))
         self.seed = seed
         held = [p for p in self.names if compensated and p.dtype != torch.float32]
-        self.remainders = {p: self.empty_state(p, torch.int16).zero_() for p in held}
+        self.remainders = {p: empty_rows(p, torch.int16, p.shape, on_host=offload).zero_() for p in held}
         self.clip: Tensor | None = None
         """Factor of gradients, where the optimizer does not scale them by itself."""
         for group in self.param_groups:
             group[UPDATES] = 0
-        if (manager := getattr(self, "mng", None)) is not None:
-            # bitsandbytes looks for its exceptions among the parameters at its first step, when they are stood in for.
-            self.check_overrides()  # type: ignore[attr-defined]
-            self.initialized = True
-            manager.pid2config.clear()
-
-    def empty_state(self, p: Tensor, dtype: torch.dtype) -> Tensor:
-        """Room for a slot of the shape of a parameter, where it is kept between updates."""
-        if self.offload and p.numel() >= SMALLEST:
-            return empty_on_host(p, dtype)
-        return torch.empty_like(p, dtype=dtype, requires_grad=False)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -165,7 +154,8 @@ class HeldWeights(torch.optim.Optimizer):
         state = {index: dict(slots) for index, slots in state_dict["state"].items()}
         for index, p in enumerate(self.names):
             if p in self.remainders:
-                self.remainders[p].copy_(state[index].pop(_REMAINDER))
+                local = distributed.local_tensor
+                local(self.remainders[p]).copy_(local(state[index].pop(_REMAINDER)))
         stand_ins = {
             p: torch.zeros((), device="cpu" if self.offload else p.device).expand(p.shape)
             for p in self._parameters()

@@ -7,6 +7,8 @@ no order of operations changes. On the CPU they are made all the same.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +20,40 @@ SMALLEST = 1024
 """Elements below which a copy is not worth its launch."""
 
 
-def empty_on_host(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on the host of the shape of ``like``, sharded as that is."""
+def empty_rows(like: Tensor, dtype: torch.dtype, shape: Sequence[int], *, on_host: bool, pinned: bool = True) -> Tensor:
+    """A tensor with as many rows as ``like``, sharded as that is.
+
+    Args:
+        on_host: in host memory, where it is not small.
+        pinned: page-locked there.
+    """
     local = distributed.local_tensor(like)
-    pinned = local.device.type == "cuda"
-    held = torch.empty(local.shape, dtype=dtype or local.dtype, device="cpu", pin_memory=pinned)
+    host = on_host and math.prod(shape) >= SMALLEST
+    pin = host and pinned and local.device.type == "cuda"
+    device = torch.device("cpu") if host else local.device
+    own = torch.empty((*local.shape[:1], *shape[1:]), dtype=dtype, device=device, pin_memory=pin)
+    return sharded_rows(like, own)
+
+
+def sharded_rows(like: Any, local: Any) -> Any:
+    """The rows that this process has of a tensor, as a part of the whole, which is sharded as ``like`` is.
+
+    What has no rows, or is not sharded, stays as it is.
+    """
+    if not (hasattr(like, "device_mesh") and isinstance(local, Tensor) and local.ndim):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    mesh, shape = like.device_mesh, torch.Size((like.shape[0], *local.shape[1:]))
+    mesh = mesh if local.device.type == mesh.device_type else _mesh_on_host(mesh)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=shape, stride=stride)
+
+
+def empty_on_host(like: Tensor) -> Tensor:
+    """A tensor on the host of the shape and dtype of ``like``, sharded as that is."""
+    local = distributed.local_tensor(like)
+    held = torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=local.device.type == "cuda")
     return _sharded_as(like, held, _mesh_on_host(like.device_mesh)) if hasattr(like, "device_mesh") else held
 
 
@@ -45,7 +76,7 @@ def to_device(held: Tensor, device: torch.device, mesh: Any) -> Tensor:
     local = distributed.local_tensor(held)
     copy = torch.empty(local.shape, dtype=local.dtype, device=device)
     copy.copy_(local, non_blocking=True)
-    return copy if mesh is None else _sharded_as(held, copy, mesh)
+    return _sharded_as(held, copy, mesh) if hasattr(held, "device_mesh") else copy
 
 
 def _sharded_as(tensor: Any, local: Tensor, mesh: Any) -> Tensor:

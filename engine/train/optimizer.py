@@ -24,6 +24,7 @@ from .. import distributed, mesh
 from ..config.schema import OptimConfig
 from ..errors import UserError
 from .held_weights import HeldWeights, holding, sum_in_float32
+from .row_blocks import RowBlocks, by_rows
 from .schedules import SHARES
 
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -84,8 +85,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, seed: int = 0) -> 
     if config.master_weights != "float32" or config.offload:
         kind = holding(kind)
     optimizer = kind(groups, lr=config.learning_rate, **options)
-    if config.optimizer in _BITSANDBYTES:
-        _keep_embeddings(model, optimizer)
+    if isinstance(optimizer, RowBlocks):
+        # Rows of embeddings have gradients of very different sizes; the Trainer keeps 32 bits for them, too.
+        optimizer.keep_wide(module.weight for module in model.modules() if isinstance(module, nn.Embedding))
     if isinstance(optimizer, HeldWeights):
         compensated = config.master_weights == "kahan"
         optimizer.hold(names, seed, compensated=compensated, offload=config.offload)
@@ -102,7 +104,7 @@ def _optimizer_kind(config: OptimConfig, device: torch.device) -> tuple[Any, dic
     check_optimizer(config.optimizer)
     import bitsandbytes
 
-    return getattr(bitsandbytes.optim, _BITSANDBYTES[config.optimizer]), adam
+    return by_rows(getattr(bitsandbytes.optim, _BITSANDBYTES[config.optimizer])), adam
 
 
 def updates_at_once(config: OptimConfig, kind: str) -> bool:
@@ -111,31 +113,13 @@ def updates_at_once(config: OptimConfig, kind: str) -> bool:
 
 
 def check_optimizer(name: str) -> None:
-    """Raise a ``UserError`` when an optimizer cannot run: no package, or several processes."""
+    """Raise a ``UserError`` when the package of an optimizer is not there."""
     if name not in _BITSANDBYTES:
         return
-    check_processes(name, distributed.size())
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UserError(f"optim.optimizer={name} needs bitsandbytes: pip install dpo-kernels[qlora]") from error
-
-
-def check_processes(name: str, processes: int) -> None:
-    """Raise a ``UserError`` when an optimizer does not run in so many processes."""
-    if name in _BITSANDBYTES and processes > 1:
-        raise UserError(
-            f"optim.optimizer={name} runs in one process: its state cannot be sharded; set adamw, whose state is "
-            "spread over the processes, and with optim.offload waits in host memory"
-        )
-
-
-def _keep_embeddings(model: nn.Module, optimizer: Any) -> None:
-    """Rows of embeddings have gradients of very different sizes; the Trainer keeps 32 bits for them, too."""
-    if optimizer.args.optim_bits == 8:
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                optimizer.mng.register_module_override(module, "weight", {"optim_bits": 32})
 
 
 def schedule_names() -> tuple[str, ...]:

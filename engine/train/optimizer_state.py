@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def state_tensors(state: Mapping[int, Mapping[str, Any]], names: list[str]) -> d
     tensors: dict[str, Tensor] = {}
     stored: set[int] = set()
     for index, slots in state.items():
-        for slot, value in _flat(slots):
+        for slot, value in slots.items():
             if isinstance(value, int):
                 value = torch.tensor(value, dtype=torch.int64)
             if not isinstance(value, Tensor):
@@ -35,19 +35,10 @@ def state_tensors(state: Mapping[int, Mapping[str, Any]], names: list[str]) -> d
                 )
             value = value.contiguous()
             place = distributed.local_tensor(value).data_ptr()
-            # Parameters share tables of bitsandbytes, and a file holds no two tensors of one storage.
+            # A file holds no two tensors of one storage.
             tensors[f"{slot}/{names[index]}"] = value.clone() if place in stored else value
             stored.add(place)
     return tensors
-
-
-def _flat(slots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """bitsandbytes nests its tensors once more when it hands them out, and takes them flat."""
-    for slot, value in slots.items():
-        if isinstance(value, Mapping):
-            yield from value.items()
-        else:
-            yield slot, value
 
 
 def slots_of(tensors: Mapping[str, Tensor], names: list[str]) -> dict[int, dict[str, Any]]:
@@ -59,14 +50,3 @@ def slots_of(tensors: Mapping[str, Tensor], names: list[str]) -> dict[int, dict[
         whole = tensor.dtype == torch.int64 and tensor.ndim == 0
         slots.setdefault(position[name], {})[slot] = int(tensor) if whole else tensor
     return slots
-
-
-def page_state(optimizer: torch.optim.Optimizer) -> None:
-    """Move the moments of a paged optimizer, which were just loaded, to paged memory."""
-    if not getattr(optimizer, "is_paged", False):
-        return
-    for parameter, slots in optimizer.state.items():
-        for slot in ("state1", "state2"):
-            if slot in slots:
-                buffer = optimizer.get_state_buffer(parameter, dtype=slots[slot].dtype)  # type: ignore[attr-defined]
-                slots[slot] = buffer.copy_(slots[slot])

@@ -8,7 +8,7 @@ what is trained is stored; the base has not changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from ..model.sources import SHARDS
 
 MODEL, OPTIMIZER, REFERENCE = "model", "optimizer", "reference"
 """Parts of the state: what the names of its tensors begin with."""
+Empty = Callable[[Tensor, torch.dtype, Sequence[int]], Tensor]
+"""Makes room for a tensor of a shape that is sharded as a parameter is."""
 
 
 def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], group: Any = None) -> None:
@@ -49,22 +51,27 @@ def load(path: Path, policy: Policy, *, part: str = MODEL) -> None:
     _load(path, {f"{part}/{name}": tensor for name, tensor in model_tensors(policy).items()})
 
 
-def load_optimizer(
-    path: Path, params: Mapping[str, Tensor], empty: Callable[[Tensor, torch.dtype], Tensor]
-) -> dict[str, Tensor]:
+def has_rows_of(param: Tensor, shape: Sequence[int]) -> bool:
+    """Whether what has a shape is sharded as a parameter: moments are, and what belongs to its rows."""
+    return bool(shape) and bool(param.ndim) and shape[0] == param.shape[0]
+
+
+def load_optimizer(path: Path, params: Mapping[str, Tensor], empty: Empty) -> dict[str, Tensor]:
     """The optimizer's tensors by ``<slot>/<parameter>``, sharded as the parameters are.
 
     Args:
         params: by name.
-        empty: makes room for a slot of a parameter's shape.
+        empty: makes room for a slot.
     """
     state: dict[str, Tensor] = {}
     for key, entry in _reader(path).read_metadata().state_dict_metadata.items():
         if key.startswith(f"{OPTIMIZER}/"):
             assert isinstance(entry, TensorStorageMetadata)
             param, dtype = params[key.split("/", 2)[2]].detach(), entry.properties.dtype
-            same = entry.size == param.shape
-            state[key] = empty(param, dtype) if same else torch.empty(entry.size, dtype=dtype)
+            if has_rows_of(param, entry.size):
+                state[key] = empty(param, dtype, entry.size)
+            else:
+                state[key] = torch.empty(entry.size, dtype=dtype)
     _load(path, state)
     return {key.removeprefix(f"{OPTIMIZER}/"): tensor for key, tensor in state.items()}
 

@@ -200,21 +200,30 @@ def test_divisions_that_cannot_be_are_refused(size, changes, words, monkeypatch)
     assert "\n" not in str(error.value)
 
 
+BUCKET = 8
+SHAPES = [(5,), (), (7, 3), (2,), (4,)]
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_gradients_are_added_in_the_order_of_the_ranks(ranks, monkeypatch):
-    """Numbers whose sum depends on the order, in buckets of which one parameter fills more than one."""
+    """Numbers whose sum depends on the order; rank 0 lacks one gradient, and all lack another, which has no sum."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(5,), (), (7, 3), (2,)]
-    draws = [[torch.randn(s, generator=generator) * 10.0**r for s in shapes] for r in range(ranks)]
+    draws = [[torch.randn(s, generator=generator) * 10.0**r for s in SHAPES] for r in range(ranks)]
     draws[0][3] = torch.zeros(2)
+    longest = []
+    monkeypatch.setattr(replicas, "_sum", lambda own, sum_=replicas._sum: longest.append(len(own)) or sum_(own))
 
-    def work(rank: int) -> list[torch.Tensor]:
-        params = [torch.zeros(g.shape, requires_grad=True) for g in draws[rank]]
+    def work(rank: int) -> list[torch.Tensor | None]:
+        params = [torch.zeros(s, requires_grad=True) for s in SHAPES]
         for i, (param, grad) in enumerate(zip(params, draws[rank], strict=True)):
-            param.grad = None if rank == 0 and i == 3 else grad.clone()
-        replicas.sum_in_order(params, bucket=8)
+            param.grad = None if i == 4 or (rank == 0 < ranks - 1 and i == 3) else grad.clone()
+        params[2].grad = params[2].grad.t().contiguous().t()
+        replicas.sum_in_order(params, bucket=BUCKET)
         return [param.grad for param in params]
 
     for found in Ranks(ranks, monkeypatch).run(work):
-        for i, grad in enumerate(found):
+        assert found[4] is None
+        for i, grad in enumerate(found[:4]):
             assert torch.equal(grad, torch.stack([draw[i] for draw in draws]).sum(0))
+    # A parameter that fills more than a bucket is cut.
+    assert max(longest) == BUCKET

@@ -18,7 +18,6 @@ from engine.model import load_policy, shard_policy
 from engine.model.checks import check_packing
 from engine.train.checkpoint import complete_checkpoints, newest_checkpoint
 from engine.train.loop import train
-from engine.train.optimizer import check_optimizer
 from tests.engine.distributed.launch import launch, run_jobs
 
 
@@ -156,19 +155,13 @@ def test_a_failure_after_the_joint_work_of_others_is_said_once(values, tmp_path,
     assert not any("Traceback" in process.err for process in ended)
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
-def test_optimizers_of_one_process_are_refused(name, monkeypatch):
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    with pytest.raises(UserError, match=rf"optim\.optimizer={name} runs in one process"):
-        check_optimizer(name)
-
-
-def test_what_runs_in_one_process_is_refused_before_anything_is_read(values, tmp_path):
-    values["optim"] = {"optimizer": "adamw_8bit"}
+def test_what_several_processes_refuse_is_refused_before_anything_is_read(values, tmp_path):
+    values["model"] |= {"quantization": "nf4", "lora": {"r": 4}}
+    values["train"]["shards_per_replica"] = 2
     values["data"]["dataset_name"] = values["model"]["model_name_or_path"] = "/nowhere"
     ended = launch([command(values, tmp_path, "train")] * 2)
     (line,) = error_lines(ended)
-    assert line.startswith("error: optim.optimizer=adamw_8bit runs in one process: ")
+    assert line.startswith("error: train.shards_per_replica=2 does not fit model.quantization=nf4: ")
     assert [process.code for process in ended] == [2, 2]
     assert not (tmp_path / "run").exists()
 
@@ -183,27 +176,18 @@ def test_weights_that_the_first_process_cannot_read_end_all(values, tmp_path, ti
     assert [process.code for process in ended] == [2, 2]
 
 
-@pytest.mark.parametrize(
-    ("name", "key", "value", "why"),
-    [
-        ("train", "optim.optimizer", "adamw_8bit", "runs in one process: "),
-        *(
-            (name, "train.shards_per_replica", "2", "does not fit model.quantization=nf4: ")
-            for name in ("train", "precompute", "evaluate")
-        ),
-    ],
-)
-def test_every_command_refuses_it_first(name, key, value, why, values, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["train", "precompute", "evaluate"])
+def test_every_command_refuses_it_first(name, values, tmp_path, monkeypatch, capsys):
     values["model"] |= {"model_name_or_path": "/nowhere", "lora": {"r": 4}, "quantization": "nf4"}
     values["data"]["dataset_name"] = "/nowhere"
     monkeypatch.setattr(distributed, "size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     monkeypatch.setattr(distributed, "broadcast", lambda found: found)
     arguments = command(values, tmp_path, name)[2:]
-    assert cli.main([*arguments, f"--{key}", value]) == 2
+    assert cli.main([*arguments, "--train.shards_per_replica", "2"]) == 2
     # Behind the line that says what starts.
     first = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
-    assert first.startswith(f"error: {key}={value} {why}")
+    assert first.startswith("error: train.shards_per_replica=2 does not fit model.quantization=nf4: ")
 
 
 def test_a_model_that_is_stored_quantised_is_refused(tiny_model_dir, monkeypatch):

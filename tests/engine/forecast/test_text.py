@@ -162,7 +162,6 @@ def test_what_each_process_holds_of_the_weights(shards, words, config, dataset):
     [
         ({"train": {"shards_per_replica": 8}}, "train.shards_per_replica=8 does not divide the 2 processes"),
         ({"train": {"context_parallel": 3}}, "train.context_parallel=3 divides every pack over 3 processes"),
-        ({"optim": {"optimizer": "adamw_8bit"}}, "optim.optimizer=adamw_8bit runs in one process"),
     ],
 )
 def test_what_several_processes_refuse_is_not_forecast(changes, words, config, dataset):

@@ -15,7 +15,7 @@ from engine.config.schema import OptimConfig
 from engine.errors import UserError
 from engine.train.loop import train
 from engine.train.optimizer import build_optimizer
-from engine.train.optimizer_state import page_state, slots_of, state_tensors
+from engine.train.optimizer_state import slots_of, state_tensors
 from tests.engine.train.test_resume import assert_resumes_exactly, run_files
 
 BITSANDBYTES = ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
@@ -124,7 +124,6 @@ def test_embeddings_keep_32_bits():
     assert restored[0]["step"] == 1
     assert isinstance(restored[0]["step"], int)
     assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
-    page_state(optimizer)
 
 
 @pytest.mark.parametrize("name", BITSANDBYTES)
@@ -140,6 +139,6 @@ def test_state_that_cannot_be_stored_is_refused():
     with pytest.raises(UserError, match=r"keeps momentum of weight as str.*choose another optim\.optimizer"):
         state_tensors({0: {"momentum": "text"}}, ["weight"])
     shared = torch.ones(3)
-    tensors = state_tensors({0: {"table": shared, "step": 3}, 1: {"nested": {"table": shared}}}, ["a", "b"])
+    tensors = state_tensors({0: {"table": shared, "step": 3}, 1: {"table": shared}}, ["a", "b"])
     assert tensors["table/a"].data_ptr() != tensors["table/b"].data_ptr()
     assert slots_of(tensors, ["a", "b"])[0]["step"] == 3
