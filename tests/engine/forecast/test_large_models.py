@@ -7,6 +7,7 @@ import pytest
 from engine.config.schema import LoraConfig
 from engine.forecast import Target
 from engine.forecast.memory import forecast_pack
+from engine.model.replicas import BUCKET
 from tests.engine.forecast.large import LLAMA_8B, LLAMA_70B, groups, run_config, save_config
 
 GIB = 2**30
@@ -96,11 +97,12 @@ def test_eight_devices_hold_an_eighth_each(folders):
 
 
 def test_whole_copies_on_several_devices_add_up_float32_gradients(folders):
-    """In one pack they were bfloat16 before, and buckets are as large as the embedding."""
+    """In one pack they were bfloat16 before. Buckets are smaller than the embedding, which is cut."""
     train, optim = {**CHECKPOINTING, "shards_per_replica": 1}, {"master_weights": "stochastic"}
     config = run_config(folders[8], train=train, optim=optim)
     alone, found = (forecast(config, 2048, several=False, target=Target.of_kind("cuda", n)) for n in (1, 2))
     assert found.weights == alone.weights
     assert found.gradients == 2 * alone.gradients
     embedding = LLAMA_8B["vocab_size"] * LLAMA_8B["hidden_size"]
-    assert found.step_peak >= found.weights + found.gradients + found.optimizer + 3 * 4 * embedding
+    beside = found.step_peak - found.weights - found.gradients - found.optimizer
+    assert 3 * 4 * BUCKET <= beside < 3 * 4 * embedding
