@@ -104,7 +104,7 @@ def configs(folder: Path) -> dict[str, Path]:
     for name, values in MODELS.items():
         (folder / name).mkdir(parents=True)
         shared = {"max_position_embeddings": 131072, "tie_word_embeddings": False}
-        (folder / name / "config.json").write_text(json.dumps({**shared, **values}))
+        (folder / name / "config.json").write_text(json.dumps({**shared, **values}, allow_nan=False))
     return {name: folder / name for name in MODELS}
 
 

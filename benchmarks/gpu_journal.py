@@ -33,7 +33,7 @@ class Journal:
         self.path = path
 
     def append(self, kind: str, section: str, **values: Any) -> None:
-        line = json.dumps(plain({"kind": kind, "section": section, **values})) + "\n"
+        line = json.dumps(plain({"kind": kind, "section": section, **values}), allow_nan=False) + "\n"
         # One write to a file that is open for appending: lines of several processes do not mix.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_journal import RUNNING, Found, Journal, Row, replace_file
+from benchmarks.gpu_journal import RUNNING, Found, Journal, Row, plain, replace_file
 from benchmarks.gpu_table import Section
 from benchmarks.results import markdown_table
 from benchmarks.tasks import FROZEN, GRADIENTS, LEGEND, LOGPS, LOSS
@@ -112,7 +112,7 @@ def publish(folder: Path, sections: Mapping[str, Section], *, dry_run: bool) -> 
             for name, s in found.items()
         },
     }
-    replace_file(folder / "gpu.json", json.dumps(result, indent=1) + "\n")
+    replace_file(folder / "gpu.json", json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
     replace_file(folder / "gpu.md", page(found, sections, targets, failed))
 
 

@@ -243,7 +243,7 @@ def _save_job(folder: Path, *, tiny: bool) -> str:
     from benchmarks.end_to_end import generated_rows, save_model
 
     rows = generated_rows(24 if tiny else 20 * PAIRS_PER_STEP)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     save_model(folder / "model", [row["prompt"] + row["chosen"] for row in rows[:256]])
     sizes: dict[str, Any] = {
         "hidden_size": 64,

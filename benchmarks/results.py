@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_journal import plain
+
 RESULTS = Path(os.environ.get("DPO_BENCH_RESULTS") or Path(__file__).parent / "results")
 
 
@@ -53,6 +55,6 @@ def write_result(name: str, result: dict[str, Any], *, columns: Sequence[str], f
     header = "".join(f"- {key}: {value}\n" for key, value in result.items() if isinstance(value, str))
     (folder / f"{name}.md").write_text(f"# {name}\n\n{header}\n{table}")
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(plain(result), indent=1, allow_nan=False) + "\n")
     print(f"\n{table}")
     return path

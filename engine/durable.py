@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError, disk_fault
+from .plain_json import to_json
 
 MANIFEST = "manifest.json"
 FILE_SUFFIX = ".tmp"
@@ -127,7 +128,7 @@ def seal(folder: Path, *, editable: Collection[str] = ()) -> None:
     named = zip((p.relative_to(folder).as_posix() for p in files), entries, strict=True)
     manifest = {name: entry for name, entry in named if name not in editable}
     target = folder / MANIFEST
-    target.write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
+    target.write_text(to_json({"files": manifest}, indent=1) + "\n", encoding="utf-8")
     for place in (target, *(p for p in folder.rglob("*") if p.is_dir()), folder):
         sync(place)
 

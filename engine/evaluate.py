@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from .model.adapters import import_peft
 from .model.division import divide_work
 from .model.quantization import check_quantization
 from .packing import check_fits
+from .plain_json import to_json
 from .reference.template_date import with_template_date
 from .run_folder import (
     AS_TRAINED,
@@ -122,7 +122,7 @@ def evaluate(
     if distributed.is_main() and model_path is not None and (Path(model_path) / METRICS_FILE).exists():
         folder = Path(model_path)
         write_evaluation(folder, values | _as_trained(folder, values), elsewhere=_RERUN)
-        write_atomically(folder / DETAILS_FILE, json.dumps(details, indent=1) + "\n", elsewhere=_RERUN)
+        write_atomically(folder / DETAILS_FILE, to_json(details, indent=1) + "\n", elsewhere=_RERUN)
     return values
 
 
@@ -262,6 +262,10 @@ def _as_trained(run_dir: Path, values: dict[str, float]) -> dict[str, float]:
         return {}
     names = ("num_pairs", "logps/chosen", "logps/rejected", "loss")
     same = [name for prefix in eval_prefixes(values) for part in names if (name := prefix + part) in values]
-    if not all(math.isclose(before.get(name, math.nan), values[name], rel_tol=_SAME_ROWS) for name in same):
+    if not all(_close(before.get(name), values[name]) for name in same):
         return {}
     return {name: value for name, value in before.items() if name.startswith(AS_TRAINED)}
+
+
+def _close(before: float | None, value: float) -> bool:
+    return before is not None and math.isclose(before, value, rel_tol=_SAME_ROWS)

@@ -45,7 +45,7 @@ def write_entry(path: Path, arch: str, result: Result) -> None:
         rows.insert(0, {"bounds": bounds, "config": asdict(result.best), "measured": result.measured()})
     by_dtype[dtype_name(problem.dtype)] = rows
     try:
-        _replace(path, json.dumps(content, indent=2) + "\n")
+        _replace(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise TuningError(f"{path}: cannot be written: {error.strerror}") from error
 

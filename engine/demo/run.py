@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 import time
 from collections import Counter
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ..plain_json import to_json
 from ..run_folder import REPORT_PAGE
 from .corpus import STYLES, Pair, Subject, dialogues, preference_pairs, split_subjects, style_of
 from .size import DemoSize
@@ -154,7 +154,7 @@ def _make_data(
     pairs = preference_pairs(size.pairs, learned, SEED, "train")
     held_out = preference_pairs(size.held_out, unseen, SEED, "held-out")
     for path, rows in ((workspace.train_data, pairs), (workspace.held_out_data, held_out)):
-        path.write_text("".join(json.dumps(pair.row()) + "\n" for pair in rows), encoding="utf-8")
+        path.write_text("".join(to_json(pair.row()) + "\n" for pair in rows), encoding="utf-8")
     held = f"{len(held_out):,} held-out pairs about {len(unseen)} others"
     print(f"{len(pairs):,} pairs about {len(learned)} subjects; {held}")
     print(_wrapped("prompt", pairs[0].prompt))

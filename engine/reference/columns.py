@@ -7,7 +7,6 @@ Pairs have ``ref_chosen_logps`` and ``ref_rejected_logps``, rows of ranked respo
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from ..data.columns import is_scored
 from ..data.groups import PreferenceDataset, PreferenceGroup
 from ..data.sources import Row
 from ..errors import UserError, write_fault
+from ..plain_json import to_json
 
 PAIR_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 RANKED_COLUMN = "ref_logps"
@@ -133,7 +133,7 @@ def _write_json_lines(stream: IO[bytes], records: Records, path: Path) -> int:
     count = 0
     for record in records():
         try:
-            line = json.dumps(record, ensure_ascii=False)
+            line = to_json(record, ensure_ascii=False)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: a value cannot be written as JSON ({error}); export to .parquet") from error
         target.write(line.encode("utf-8") + b"\n")

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from ..durable import replace_file
+from ..plain_json import to_json
 from .keys import KEY_SCHEMA, ModelIdentity
 from .shards import cannot_write
 from .store import ReferenceStore
@@ -28,7 +29,7 @@ def note_profile(store: ReferenceStore, identity: ModelIdentity) -> None:
     record = {"schema": KEY_SCHEMA, "weights": identity.weights, "profile": identity.profile}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+        replace_file(path, (to_json(record, indent=1, sort_keys=True) + "\n").encode())
     except OSError as error:
         raise cannot_write(path.parent, error) from error
 

@@ -19,6 +19,7 @@ from ..data.tokenize import writes_date
 from ..durable import write_atomically
 from ..errors import UserError
 from ..paths import expanded
+from ..plain_json import to_json
 from .lookup import default_store_path
 
 DATE_FILE = "template_date.json"
@@ -57,7 +58,7 @@ def with_template_date(config: RunConfig, tokenizer: Any, saved: str | None = No
         )
         if keep and with_store and stored is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps({"date": day}) + "\n")
+            write_atomically(path, to_json({"date": day}) + "\n")
         log.info("the chat template writes today's date: pinned to %s, as %s (data.template_date)", day, origin)
         chosen = day
     chosen = distributed.broadcast(chosen)

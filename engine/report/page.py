@@ -248,7 +248,13 @@ def _answers(details: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def worst_rows(details: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows that lost the most of one evaluation set, with their change in words."""
-    return [{**row, "change": shown_number(row["chosen"])} for row in details.get("most_displaced", ())]
+    # No number is what JSON has for minus infinity.
+    rows = [{**row, "chosen": float("-inf") if row["chosen"] is None else row["chosen"]} for row in _displaced(details)]
+    return [{**row, "change": shown_number(row["chosen"])} for row in rows]
+
+
+def _displaced(details: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return details.get("most_displaced", ())
 
 
 def _of_bin(column: str, value: Any) -> str:

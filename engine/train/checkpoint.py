@@ -9,7 +9,6 @@ that a run wrote because it was asked to end; it goes when a later one is there.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterator, Mapping
@@ -39,6 +38,7 @@ from ..model.adapter_forms import ADAPTER_CONFIG, ADAPTER_FILE
 from ..model.adapters import TRAINED
 from ..model.composites import put_in_whole
 from ..model.sources import MODEL_CONFIG, STATE_FILE
+from ..plain_json import exact_json, read_exact_json
 from ..run_folder import CONFIG_FILE, METRICS_FILE
 from . import sharded
 from .host_memory import empty_rows
@@ -167,7 +167,7 @@ def collect(saved: Saved, *, step: int, state: dict[str, Any]) -> Content:
     tensors = {MODEL: _own_state(saved.policy), OPTIMIZER: optimizer}
     if saved.reference is not None:
         tensors[REFERENCE] = _parameters(saved.reference)
-    return Content(tensors, random_tensors, json.dumps(record, indent=1) + "\n")
+    return Content(tensors, random_tensors, exact_json(record, indent=1) + "\n")
 
 
 def save_checkpoint(
@@ -277,7 +277,7 @@ def read_state(path: Path) -> dict[str, Any]:
     earlier = [str(p) for s, p in complete_checkpoints(path.parent) if s < step]
     where = f"continue from {earlier[-1]}" if earlier else "start anew, since there is no earlier checkpoint"
     check_content(path, remedy=f"delete {path} and {where} with --resume")
-    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    state = read_exact_json((path / STATE_FILE).read_text(encoding="utf-8"))
     if state["format"] != FORMAT:
         raise UserError(
             f"{path} has format {state['format']}, this version reads {FORMAT}: resume it where it was made"
@@ -367,7 +367,7 @@ def _optimizer_tensors(
     state = optimizer.state_dict()
     tensors = state_tensors(state["state"], names)
     groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-    return tensors, json.loads(json.dumps(groups))
+    return tensors, read_exact_json(exact_json(groups))
 
 
 def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

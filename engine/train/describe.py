@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..model.kernels.choice import kernels_words
 from ..model.layouts import attention_words, describe_layout
 from ..model.quantization import num_weights
 from ..packing import mixer_padding_words
+from ..plain_json import to_json
 from ..run_folder import DATA_FILE
 from .setup import Setup
 
@@ -207,7 +207,7 @@ def write_data_file(setup: Setup, output_dir: Path) -> None:
         "plan": asdict(setup.plan),
         "layout": {**setup.policy.layout._asdict(), "words": describe_layout(setup.policy)},
     }
-    write_atomically(output_dir / DATA_FILE, json.dumps(record) + "\n")
+    write_atomically(output_dir / DATA_FILE, to_json(record) + "\n")
 
 
 def _lint(reports: dict[str, Report]) -> dict[str, Any]:

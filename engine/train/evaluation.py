@@ -6,7 +6,6 @@ the model gives the chosen response the higher log-prob, summed and per token; a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..durable import CONTINUE, write_atomically
 from ..model import Policy
 from ..model.layouts import settled
 from ..packing import Pack, build_batch, group_costs, pack_lengths
+from ..plain_json import to_json
 from ..run_folder import (
     BY_LENGTH,
     EVAL_SOURCE,
@@ -307,7 +307,7 @@ def scalar_metrics(values: dict[str, float]) -> dict[str, float]:
 
 def write_evaluation(run_dir: Path, values: dict[str, float], *, elsewhere: str = CONTINUE) -> None:
     """Write ``evaluation.json`` of a run folder; ``elsewhere`` is what to do where the disk does not take it."""
-    write_atomically(run_dir / EVALUATION_FILE, json.dumps(values, indent=1) + "\n", elsewhere=elsewhere)
+    write_atomically(run_dir / EVALUATION_FILE, to_json(values, indent=1) + "\n", elsewhere=elsewhere)
 
 
 def format_evaluation(values: dict[str, float]) -> str:

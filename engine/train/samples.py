@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ..errors import shortened
 from ..model import Policy
 from ..model.generation import generate
 from ..model.stops import stop_ids
+from ..plain_json import to_json
 from ..run_folder import SAMPLES_FILE, read_samples
 
 _SHOWN = 2
@@ -76,4 +76,4 @@ def keep_samples_until(output_dir: Path, step: int) -> None:
 
 
 def _write(output_dir: Path, samples: Sequence[dict[str, Any]]) -> None:
-    write_atomically(output_dir / SAMPLES_FILE, "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_atomically(output_dir / SAMPLES_FILE, "".join(to_json(sample) + "\n" for sample in samples))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from .. import distributed
 from ..config.schema import TrainConfig
 from ..durable import disk_errors, write_atomically
 from ..errors import UserError
+from ..plain_json import to_json
 from ..run_folder import AS_TRAINED, METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
 from .services import SERVICES, check_wandb_login, open_service
 
@@ -59,7 +59,7 @@ class JsonlTracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         with disk_errors(self.path):
-            self._file.write(json.dumps(dict(values)) + "\n")
+            self._file.write(to_json(dict(values)) + "\n")
             self._file.flush()
 
     def flush(self) -> None:
@@ -138,4 +138,4 @@ def keep_rows_until(output_dir: Path, step: int, *, evaluated_at: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= (step if "loss" in row else evaluated_at)]
         # That of rounded weights is made again, too: no checkpoint knows it.
         kept = [row for row in kept if not any(name.startswith(AS_TRAINED) for name in row)]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(path, "".join(to_json(row) + "\n" for row in kept))

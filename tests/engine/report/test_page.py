@@ -166,7 +166,8 @@ def test_rankings_calibration_and_the_worst_rows(make_run):
             "by_reference_margin": [{"from": None, "to": -50.0, "pairs": 3.0, "ranked_right": 1.0, "flipped": 1.0}],
             "calibration": [{"from": 0.5, "to": 0.55, "pairs": 3.0, "confidence": 0.52, "accuracy": 2 / 3}],
             "most_displaced": [
-                {"row": 7, "chosen": -31.25, "rejected": -40.0, "prompt": "Why?", "chosen_response": "<b>So</b>"}
+                {"row": 8, "chosen": None, "rejected": -40.0, "prompt": "What?", "chosen_response": "Impossible"},
+                {"row": 7, "chosen": -31.25, "rejected": -40.0, "prompt": "Why?", "chosen_response": "<b>So</b>"},
             ],
         }
     }
@@ -176,6 +177,7 @@ def test_rankings_calibration_and_the_worst_rows(make_run):
     assert page.row("below -50") == ["below -50", "3", "1", "1"]
     assert page.row("0.5 to 0.55") == ["0.5 to 0.55", "3", "0.5200", "0.6667"]
     assert "row 7: -31.25 nats" in text
+    assert "row 8: -inf nats" in text
     assert "&lt;b&gt;So&lt;/b&gt;" in text
 
 
