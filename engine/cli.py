@@ -39,7 +39,7 @@ _COMMANDS = {
 }
 
 
-_JOINT_COMMANDS = ("precompute", "train", "evaluate")
+_JOINT_COMMANDS = ("precompute", "train", "sweep", "evaluate")
 """What several processes that torchrun starts do together."""
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        takes_requests = arguments[:1] and arguments[0] in (*_JOINT_COMMANDS, "sweep")
+        takes_requests = arguments[:1] and arguments[0] in _JOINT_COMMANDS
         with stop.listening() if takes_requests else nullcontext(), distributed.process_group():
             code = run(arguments)
         sys.stdout.flush()

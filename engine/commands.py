@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from . import distributed
 from .config import load_config
 from .config.schema import RunConfig
 from .errors import UserError
@@ -145,11 +146,13 @@ def sweep(options: Namespace, overrides: Sequence[str]) -> int:
     from .config.sweep import load_sweep
 
     runs = load_sweep(options.config, overrides)
-    print(f"dpo sweep {options.config}: {len(runs)} runs; loading torch and transformers", file=sys.stderr, flush=True)
+    if distributed.is_main():
+        head = f"dpo sweep {options.config}: {len(runs)} runs"
+        print(f"{head}; loading torch and transformers", file=sys.stderr, flush=True)
     with importing():
         from .sweep import sweep
 
-    print(sweep(runs))
+    distributed.say(str(sweep(runs)))
     return 0
 
 

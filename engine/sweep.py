@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from . import distributed
 from .config.sweep import SweepRun
 from .errors import UserError, counted
-from .report import write_comparison
+from .report import default_path, write_comparison
 from .train.loop import train
 from .train.setup import check_settings
 
@@ -20,7 +21,8 @@ log = logging.getLogger(__name__)
 
 
 def sweep(runs: Sequence[SweepRun]) -> Path:
-    """Train each run, or go on with it where it was left, and write ``comparison.html`` beside them.
+    """Train each run, or go on with it where it was left, and write ``comparison.html`` beside them. Under
+    ``torchrun``, all processes train each of them together.
 
     Reference log-probs are those of one store, so that runs on the same data and model compute them once. A sweep that
     was killed is started again with the same call: finished runs are not touched.
@@ -47,7 +49,8 @@ def sweep(runs: Sequence[SweepRun]) -> Path:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        page = write_comparison([Path(done.config.train.output_dir) for done in runs[:number]])
+        folders = [Path(done.config.train.output_dir) for done in runs[:number]]
+        page = write_comparison(folders) if distributed.is_main() else default_path(folders)
     log.info("%s are compared in %s", counted(len(runs), "run"), page)
     return page
 

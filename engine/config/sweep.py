@@ -12,13 +12,15 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from .fields import iter_keys, nearest
-from .load import build_from, read_yaml
+from .fields import TypeMismatch, coerce, iter_keys, nearest
+from .load import build_from, read_yaml, to_yaml
 from .overrides import parse_overrides
 from .schema import RunConfig
 
@@ -55,7 +57,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> list[SweepRun
         _check(str(path), lines, str(key), tried, fixed)
     names = _short([str(key) for key in swept])
     runs = []
-    for combination in product(*swept.values()):
+    for combination in product(*(map(partial(_of_key, str(key)), tried) for key, tried in swept.items())):
         settings = dict(zip(map(str, swept), combination, strict=True))
         name = ",".join(f"{names[key]}={_plain(value)}" for key, value in settings.items())
         try:
@@ -66,6 +68,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> list[SweepRun
         except UserError as error:
             raise UserError(f"{path}, run {name}: {_from_sweep(str(error), settings)}") from error
     _check_names(str(path), [run.name for run in runs])
+    _check_same(str(path), runs)
     return runs
 
 
@@ -92,6 +95,18 @@ def _check(path: str, lines: dict[str, int], key: str, tried: Any, fixed: dict[s
         raise UserError(f"{where}: expected a list of values to try, got {tried!r}")
 
 
+def _of_key(key: str, value: Any) -> Any:
+    """A value as the key has it: YAML 1.1 reads ``1e-6`` as text, and ``1`` is 1.0 of a key of numbers.
+
+    What the key does not take is told as of any run.
+    """
+    try:
+        found = coerce(value, dict(iter_keys())[key])
+    except TypeMismatch:
+        return value
+    return value if isinstance(found, tuple | dict) else found
+
+
 def _short(keys: list[str]) -> dict[str, str]:
     """Each key without its section, where that names it alone."""
     leaves = [key.rsplit(".", 1)[-1] for key in keys]
@@ -104,6 +119,18 @@ def _plain(value: Any) -> str:
         return "+".join(map(_plain, value))
     text = f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
     return re.sub(r"[^\w.+-]+", "_", text)
+
+
+def _check_same(path: str, runs: Sequence[SweepRun]) -> None:
+    """Values that mean the same, such as two names of one loss, are one value."""
+    known: dict[str, str] = {}
+    for run in runs:
+        config = to_yaml(replace(run.config, train=replace(run.config.train, output_dir="same")))
+        if config in known:
+            raise UserError(
+                f"{path}: runs {known[config]} and {run.name} of the sweep are the same: give each value once"
+            )
+        known[config] = run.name
 
 
 def _check_names(path: str, names: list[str]) -> None:

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
     from .page import SavedPicture
 
-__all__ = ["write_comparison", "write_report"]
+__all__ = ["default_path", "write_comparison", "write_report"]
+
+
+def default_path(folders: Sequence[Path]) -> Path:
+    """Where the comparison of some runs is written: beside the first of them."""
+    return folders[0].resolve().parent / "comparison.html"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -75,7 +80,7 @@ def write_comparison(run_dirs: Sequence[Path], output: Path | None = None) -> Pa
     Raises:
         UserError: As of ``write_report``, or a folder is named twice.
     """
-    from .compare import default_path, names_of, pictures, render
+    from .compare import names_of, pictures, render
     from .records import read_run
 
     folders = [Path(folder) for folder in run_dirs]

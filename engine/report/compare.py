@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..run_folder import SAMPLED, tokens_of
@@ -198,8 +197,3 @@ def _worst(runs: Sequence[RunRecords], names: Sequence[str]) -> list[dict[str, A
         if rows:
             found.append({"name": name, "rows": sorted(rows, key=lambda row: row["chosen"])[:_WORST_SHOWN]})
     return found
-
-
-def default_path(folders: Sequence[Path]) -> Path:
-    """Beside the first run."""
-    return folders[0].resolve().parent / "comparison.html"

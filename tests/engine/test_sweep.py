@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from engine.config.sweep import load_sweep
 from engine.errors import UserError
 from engine.sweep import sweep
 from engine.train.loop import train
+from tests.engine.distributed.launch import launch
 
 FILE = """
 model: {{model_name_or_path: {model}, dtype: float32}}
@@ -82,6 +84,24 @@ def test_a_killed_sweep_goes_on(sweep_file):
     assert list(found) == list(whole)
     for name, tensors in whole.items():
         assert all((found[name][key] == value).all() for key, value in tensors.items()), name
+
+
+def test_processes_train_the_runs_of_a_sweep_together(sweep_file):
+    path = sweep_file("together")
+    text = path.read_text().replace("loss.beta: [0.1, 0.5], ", "").replace("max_steps: 3", "max_steps: 2")
+    path.write_text(text)
+    first, second = launch([["-m", "engine", "sweep", str(path)]] * 2)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    page = path.parent / "runs" / "comparison.html"
+    assert first.out.splitlines()[-1] == str(page)
+    assert str(page) not in second.out
+    alone = path.parent / "alone.yaml"
+    alone.write_text(text.replace(f"{path.parent}/runs", f"{path.parent}/alone"))
+    found, expected = weights(page), weights(sweep(load_sweep(alone)))
+    assert list(found) == list(expected) == ["loss_type=ipo", "loss_type=sigmoid"]
+    for name, tensors in expected.items():
+        for key, value in tensors.items():
+            torch.testing.assert_close(found[name][key], value, rtol=0, atol=1e-5, msg=f"{name} {key}")
 
 
 def test_a_wrong_run_is_named_before_the_first_one_is_trained(sweep_file):

@@ -49,6 +49,13 @@ def test_keys_of_one_name_and_odd_values(sweep_file):
     ]
 
 
+def test_values_are_those_of_their_key(sweep_file):
+    """YAML 1.1 reads ``1e-6`` as text and ``1`` as a whole number."""
+    runs = load_sweep(sweep_file("sweep: {optim.learning_rate: [1e-6, 2.0e-5], loss.beta: [1], loss.loss_type: [dpo]}"))
+    assert [run.name for run in runs] == [f"learning_rate={rate},beta=1,loss_type=dpo" for rate in ("1e-06", "2e-05")]
+    assert [run.config.optim.learning_rate for run in runs] == [1e-6, 2e-5]
+
+
 @pytest.mark.parametrize(
     ("sweep", "overrides", "words"),
     [
@@ -59,6 +66,9 @@ def test_keys_of_one_name_and_odd_values(sweep_file):
         ("sweep: {loss.beta: [0.1, low]}", [], "run beta=low: sweep.loss.beta: expected a number"),
         ("sweep: {loss.beta: [0.1, -1]}", [], "run beta=-1: sweep.loss.beta must be positive"),
         ("sweep: {loss.beta: [0.1, 0.10]}", [], "two runs of the sweep would be called beta=0.1"),
+        ("sweep: {optim.learning_rate: [1e-6, 1.0e-6]}", [], "would be called learning_rate=1e-06: give each"),
+        ("sweep: {loss.loss_type: [dpo, sigmoid]}", [], "runs loss_type=dpo and loss_type=sigmoid of the sweep"),
+        ("sweep: {loss.beta: ['0.10', 0.1]}", [], "two runs of the sweep would be called beta=0.1"),
         ("sweep: {train.output_dir: [a, b]}", [], "every run has a folder of its own"),
         ("sweep: {loss.beta: [0.1]}", ["--loss.beta", "1"], "it is swept and set by --loss.beta"),
     ],
