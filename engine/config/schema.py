@@ -42,9 +42,9 @@ class ModelConfig:
     """Run Python code that comes with the model. Only for models whose code you have read."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype; bfloat16 uses autocast. What trained parameters are held in is optim.master_weights."""
-    attention: Literal["auto", "flash3", "flash", "varlen", "native", "sdpa"] = "auto"
+    attention: Literal["auto", "flash3", "flash", "varlen", "flex", "native", "sdpa"] = "auto"
     """Attention backend: flash3 (FlashAttention 3, Hopper), flash (the flash-attn package), varlen (torch, CUDA),
-    native (C++ of this package, CPU), sdpa (torch, anywhere)."""
+    flex (FlexAttention, compiled, CUDA), native (C++ of this package, CPU), sdpa (torch, anywhere)."""
     kernels: KernelName = "auto"
     """What fuses small operations of a block: liger (Liger-Kernel's layers, never its loss), compile (torch.compile,
     once for all lengths), none; auto is the first that can be used on CUDA, and none on a CPU."""

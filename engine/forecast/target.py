@@ -57,7 +57,8 @@ class Target:
     def backend(self, config: RunConfig) -> Backend:
         """How attention is computed there.
 
-        Of an absent device it is the variable-length FlashAttention 2 that torch has, which holds what the others hold.
+        Of an absent device it is the variable-length FlashAttention 2 that torch has, which holds what the others hold,
+        and FlexAttention for layers that this cannot compute.
 
         Raises:
             UserError: the backend that is asked for does not run there.
@@ -69,8 +70,10 @@ class Target:
             raise UserError("model.attention=native runs on the CPU: set model.attention to auto, or forecast for cpu")
         if dtype not in (torch.bfloat16, torch.float16):
             return Backend("sdpa", "kernels are for half precision")
+        if asked == "flex":
+            return Backend("flex", "")
         reason = "as flash-attn has it" if asked == "flash" else f"in place of {asked}" if asked == "flash3" else ""
-        return Backend("varlen", reason, ("sdpa",))
+        return Backend("varlen", reason, ("flex", "sdpa"))
 
     def needed(self, peak: int) -> int:
         """Bytes that a process takes of its device, of which torch's allocator counts ``peak``."""

@@ -35,7 +35,8 @@ def is_selective(checkpoint: Any) -> bool:
 
 def is_kept(operator: Any) -> bool:
     """Whether selective checkpointing keeps what an operator gives: that of a product or of attention."""
-    name = operator._schema.name
+    # operators that take functions, such as FlexAttention where it is not compiled further, have no schema
+    name = operator._schema.name if hasattr(operator, "_schema") else operator.name()
     return name.rpartition("::")[2] in _PRODUCTS or any(part in name for part in _PARTS)
 
 

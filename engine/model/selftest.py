@@ -13,12 +13,16 @@ from dpo_kernels import linear_dpo_loss, preference_loss
 
 from ..data.groups import PreferenceGroup
 from ..packing.layout import Segment, build_batch, plan_attention
-from .attention import Backend, packed_attention, register_backends
+from .attention import Backend, flex, packed_attention, register_backends
+from .attention.interface import lack
+from .attention.scores import Scores
 from .attention.segments import open_attention
 from .policy import Policy
 
 _SEGMENTS = [Segment(0, 40, 0, 0), Segment(40, 61, 0, 17), Segment(61, 70, 0, 17), Segment(70, 90, 70, 70)]
-_WINDOWS = (None, 6)
+_CASES: tuple[dict[str, Any], ...] = ({}, {"sliding_window": 6}, {"softcap": 2.0}, {"s_aux": torch.linspace(-1, 1, 4)})
+_SHAPES = ((1, 4, 90, 64), (1, 2, 90, 64), (1, 2, 90, 64))
+"""Of queries, keys and values."""
 _VOCABULARY = 512
 
 
@@ -39,20 +43,33 @@ class Step(NamedTuple):
     loss_after: float
 
 
+def cannot_compile(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend that is compiled when a layer needs it would be passed over, or None."""
+    if name != "flex":
+        return None
+    query, key, value = (torch.empty(shape, device=device, dtype=dtype) for shape in _SHAPES)
+    return flex.failure(query, key, value, Scores(0.125, window=None, softcap=None, sinks=None, chunk=None))
+
+
 def attention_errors(name: str, device: torch.device, dtype: torch.dtype) -> Errors:
-    """Attention of one backend over a small pack, with and without a window, against scores in the open in float64."""
+    """Attention of one backend over a small pack, plain and with a window, a cap and sinks where it has them, against
+    scores in the open in float64."""
     generator = torch.Generator().manual_seed(0)
-    heads = (4, 2, 2)
-    inputs = [torch.randn(1, n, 90, 64, generator=generator).to(device, dtype).requires_grad_() for n in heads]
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in _SHAPES]
     upstream = torch.randn(1, 90, 4, 64, generator=generator).to(device, dtype)
     plan = plan_attention(_SEGMENTS).map_tensors(lambda tensor: tensor.to(device))
     worst = Errors(0.0, 0.0)
-    for window in _WINDOWS:
-        output, _ = packed_attention((name,), nn.Module(), *inputs, attention_plan=plan, sliding_window=window)
+    for case in _CASES:
+        window, softcap, sinks = case.get("sliding_window"), case.get("softcap"), case.get("s_aux")
+        sinks = None if sinks is None else sinks.to(device)
+        if lack(name, inputs[0], inputs[2], Scores(1 / 8, window, softcap, sinks, chunk=None)) is not None:
+            continue
+        options = case if sinks is None else {"s_aux": sinks}
+        output, _ = packed_attention((name,), nn.Module(), *inputs, attention_plan=plan, **options)
         gradients = torch.autograd.grad(output, inputs, upstream)
         exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
         q, k, v = exact_inputs
-        exact = open_attention(q, k, v, plan, scaling=1 / 8, window=window, softcap=None, sinks=None)
+        exact = open_attention(q, k, v, plan, scaling=1 / 8, window=window, softcap=softcap, sinks=sinks)
         exact_gradients = torch.autograd.grad(exact, exact_inputs, upstream.double())
         shares = [_share(a, b) for a, b in zip(gradients, exact_gradients, strict=True)]
         worst = Errors(max(worst.output, _share(output, exact)), max(worst.gradient, *shares))

@@ -42,8 +42,8 @@ class AttentionPlan:
     key_counts: tuple[int, ...] = ()
     divided: bool = False
     """Whether the tokens lie on several processes, which attention brings together."""
-    masks: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
-    """Masks that a backend made for this pack, so that layers share them."""
+    masks: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    """Masks, and what is like them, that a backend made for this pack, so that layers share them."""
     readers: set[str] = field(default_factory=set, init=False, repr=False)
     """Types of the modules that asked for attention over this pack, so that a check can name those that did not."""
 

@@ -13,10 +13,10 @@ from dpo_kernels import native as library
 from ...errors import UserError, out_of_memory
 from ...packing.layout import Segment, plan_attention
 from ..sources import first_line
-from . import kernels, native, sinks
+from . import flex, kernels, native, sinks
 
 # What names must not contain: transformers gives a meaning of its own to "flash" and "sdpa".
-_SHORT = {"flash3": "fa3", "flash": "fa", "varlen": "varlen", "native": "native", "sdpa": "segments"}
+_SHORT = {"flash3": "fa3", "flash": "fa", "varlen": "varlen", "flex": "flex", "native": "native", "sdpa": "segments"}
 _HOPPER = (9, 0)
 KERNEL_DEVICES = ("cuda",)
 NATIVE_DEVICES = ("cpu",)
@@ -42,8 +42,8 @@ KERNELS = {
     "varlen": Kernel(kernels.varlen, head_dim=256, softcap=False, sinks=sinks.VARLEN_SINKS),
 }
 """Kernels for CUDA devices, in order of preference."""
-NAMES = (*KERNELS, "native", "sdpa")
-"""All backends in order of preference; ``native`` is for the CPU, ``sdpa`` runs anywhere."""
+NAMES = (*KERNELS, "flex", "native", "sdpa")
+"""All backends in order of preference; ``flex`` is for CUDA, ``native`` for the CPU, ``sdpa`` runs anywhere."""
 
 
 class Backend(NamedTuple):
@@ -85,7 +85,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         if obstacle := _obstacle(requested, device, dtype):
             raise UserError(f"model.attention={requested} cannot run here: {obstacle}; set model.attention to auto")
         return Backend(requested, _REQUESTED)
-    obstacles = {name: _obstacle(name, device, dtype) for name in KERNELS}
+    obstacles = {name: _obstacle(name, device, dtype) for name in (*KERNELS, "flex")}
     if device.type in NATIVE_DEVICES:
         slow = "it has no vector instructions for this processor"
         obstacles["native"] = _native_obstacle(device, dtype) or (slow if library.isa() == "plain" else None)
@@ -108,6 +108,9 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None
         return f"a CUDA device is needed, and this is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"bfloat16 or float16 is needed, and the compute dtype is {str(dtype).removeprefix('torch.')}"
+    if name == "flex":
+        # compiling takes longer than most runs would gain: it is tried when a layer needs it
+        return flex.obstacle(device)
     return _probe(name, device, dtype)
 
 

@@ -25,6 +25,7 @@ from ...errors import BackendError, UserError, out_of_memory
 from ...packing.layout import AttentionPlan
 from ..layers import layer_configs
 from ..sources import first_line
+from . import flex
 from .choice import KERNELS, NAMES, implementation_name
 from .exchange import own_heads, own_tokens, whole_heads
 from .native import DTYPES, native_attention
@@ -108,7 +109,7 @@ def _attend(
     scores: Scores,
 ) -> torch.Tensor:
     """[1, T, H, D]: attention of the first of ``backends`` that can compute the layer."""
-    name = _first_able(backends, module, max(query.shape[-1], value.shape[-1]), query.dtype, scores)
+    name = _first_able(backends, module, query, key, value, scores)
     if name != "sdpa":
         return _run_kernel(name, module, query, key, value, plan, scores)
     options: dict[str, Any] = {"scaling": scores.scaling, "window": scores.window}
@@ -127,12 +128,25 @@ def _compute_dtype(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _first_able(
-    backends: tuple[str, ...], module: torch.nn.Module, head_dim: int, dtype: torch.dtype, scores: Scores
+    backends: tuple[str, ...],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: Scores,
 ) -> str:
     """The first backend that can compute a layer; what stands in for the chosen one is said once."""
-    lacks = {name: _lack(name, head_dim, dtype, scores) for name in backends}
-    able = next((name for name in backends if lacks[name] is None), None)
-    reasons = "; ".join(f"{name} {lack}" for name, lack in lacks.items() if lack)
+    head_dim = max(query.shape[-1], value.shape[-1])
+    lacks: dict[str, str | None] = {}
+    able = None
+    for name in backends:
+        lacks[name] = lack(name, query, value, scores)
+        if lacks[name] is None and name == "flex" and len(backends) > 1:
+            lacks[name] = flex.failure(query, key, value, scores)
+        if lacks[name] is None:
+            able = name
+            break
+    reasons = "; ".join(f"{name} {reason}" for name, reason in lacks.items() if reason)
     if able is None:
         raise BackendError(
             f"model.attention={backends[0]} cannot compute {type(module).__name__}: {reasons}; "
@@ -143,14 +157,16 @@ def _first_able(
     return able
 
 
-def _lack(name: str, head_dim: int, dtype: torch.dtype, scores: Scores) -> str | None:
+def lack(name: str, query: torch.Tensor, value: torch.Tensor, scores: Scores) -> str | None:
     """What a backend lacks for a layer, or None."""
     if name == "sdpa":
         return None
     if name == "native":
-        return None if dtype in DTYPES else f"does not compute in {str(dtype).removeprefix('torch.')}"
+        return None if query.dtype in DTYPES else f"does not compute in {str(query.dtype).removeprefix('torch.')}"
+    if name == "flex":
+        return flex.lack(query.shape[-1], value.shape[-1])
     kernel = KERNELS[name]
-    if head_dim > kernel.head_dim:
+    if max(query.shape[-1], value.shape[-1]) > kernel.head_dim:
         return f"takes head dimensions up to {kernel.head_dim}"
     if scores.chunk is not None:
         return "attends beyond chunks"
@@ -180,6 +196,8 @@ def _run_kernel(
         raise ValueError(f"{key.shape[2]} keys and {value.shape[2]} values for {query.shape[2]} queries")
     if name == "native":
         attend: Callable[[], torch.Tensor] = partial(native_attention, query, key, value, plan, scores)
+    elif name == "flex":
+        attend = partial(flex.flex_attention, query, key, value, plan, scores)
     else:
         attend = _varlen_call(name, query, key, value, plan, scores)
     try:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compiling import allow_variants, compile_for_all_lengths
 from ..experts import is_experts
 from ..layers import text_model
 from ..mixers import InRows, class_name
@@ -26,8 +27,6 @@ from ..recompute import is_selective
 from .exchange import ABSENT, Change
 
 BACKEND = "inductor"
-_VARIANTS = 64
-"""Of a block's code: by class of layer, by gradients or none, by adapters on or off. torch allows 8."""
 
 
 def compile_changes(policy: Policy, backend: Any = None) -> list[Change]:
@@ -39,7 +38,7 @@ def compile_changes(policy: Policy, backend: Any = None) -> list[Change]:
     Raises:
         ValueError: it has no blocks, or none that can be compiled.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    allow_variants()
     blocks = decoder_blocks(policy)
     if not blocks:
         raise ValueError(f"transformers does not say what the blocks of {type(policy.causal_lm).__name__} are")
@@ -91,12 +90,8 @@ class Opaque:
 
 @cache
 def _compile(forward: Callable[..., Any], backend: Any) -> Callable[..., Any]:
-    """One compiled function for all blocks of a class; lengths are symbols from the start."""
-    options: dict[str, Any] = {}
-    if backend == "inductor" and "deterministic" in torch._inductor.list_options():
-        # else it tries several kernels on the device and takes the fastest, whose sums may add in another order
-        options = {"options": {"deterministic": True}}
-    return torch.compile(forward, dynamic=True, backend=backend, **options)
+    """One compiled function for all blocks of a class."""
+    return compile_for_all_lengths(forward, backend)
 
 
 def _inside_checkpoint(forward: Callable[..., Any]) -> Callable[..., Any]:

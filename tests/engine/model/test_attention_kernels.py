@@ -208,11 +208,11 @@ def test_deterministic_algorithms_stay_as_the_user_set_them(kernels):
 
 def test_auto_takes_the_first_that_runs(kernels, monkeypatch):
     monkeypatch.setattr(choice, "_capability", lambda device: (9, 0))
-    assert choose_backend("auto", CPU, BF16) == Backend("flash3", "first choice", ("flash", "varlen", "sdpa"))
+    assert choose_backend("auto", CPU, BF16) == Backend("flash3", "first choice", ("flash", "varlen", "flex", "sdpa"))
     choice._probe.cache_clear()
     monkeypatch.setattr(choice, "_capability", lambda device: (10, 0))
     backend = choose_backend("auto", CPU, BF16)
-    assert (backend.name, backend.others) == ("flash", ("varlen", "sdpa"))
+    assert (backend.name, backend.others) == ("flash", ("varlen", "flex", "sdpa"))
     assert backend.reason == "passed over flash3: it is for Hopper (compute capability 9.0)"
     assert choose_backend("flash", CPU, BF16).others == ()
 
@@ -254,7 +254,7 @@ def test_what_does_not_run_is_passed_over_with_the_reason(kernels, monkeypatch, 
     monkeypatch.setattr(choice, "_capability", lambda device: (9, 0))
     backend = choose_backend("auto", CPU, BF16)
     assert backend.name == "varlen"
-    assert backend.others == ("sdpa",)
+    assert backend.others == ("flex", "sdpa")
     assert backend.reason.startswith("passed over flash3: FlashAttention 3 is not installed; flash: ")
     with pytest.raises(UserError, match=r"^model\.attention=flash cannot run here: .*" + reason) as caught:
         choose_backend("flash", CPU, BF16)
@@ -314,7 +314,7 @@ def test_a_backend_that_fails_is_blamed_and_not_the_family(kernels, monkeypatch)
         check_packing(policy)
     message = str(caught.value)
     assert message.startswith("attention backend flash fails in LlamaAttention: RuntimeError: CUDA error: an illegal")
-    assert "set model.attention to another of flash3, flash, varlen, native, sdpa" in message
+    assert "set model.attention to another of flash3, flash, varlen, flex, native, sdpa" in message
     assert "family" not in message
     assert "\n" not in message
 

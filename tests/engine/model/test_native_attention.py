@@ -353,7 +353,7 @@ def test_auto_takes_it_on_the_cpu(isa, dtype):
         assert "native: it has no vector instructions for this processor" in chosen.reason
     else:
         assert (chosen.name, chosen.others) == ("native", ("sdpa",))
-        assert chosen.reason == "passed over flash3, flash, varlen: a CUDA device is needed, and this is cpu"
+        assert chosen.reason == "passed over flash3, flash, varlen, flex: a CUDA device is needed, and this is cpu"
 
 
 def test_auto_goes_without(monkeypatch):
