@@ -41,6 +41,7 @@ def test_a_kind_of_device_is_here_or_absent():
     [
         ("auto", "bfloat16", "varlen"),
         ("flash", "bfloat16", "varlen"),
+        ("flex", "bfloat16", "flex"),
         ("sdpa", "bfloat16", "sdpa"),
         ("auto", "float32", "sdpa"),
     ],
