@@ -96,6 +96,17 @@ def test_eight_devices_hold_an_eighth_each(folders):
     assert 4 * head < found.gathered < 5 * head
 
 
+def test_each_of_several_processes_holds_its_rows_of_8_bit_moments(folders):
+    """Rows of Llama are whole blocks of 256, and four processes divide them evenly."""
+    config = run_config(folders[8], train=CHECKPOINTING, optim={"optimizer": "adamw_8bit"})
+    found = forecast(config, 2048, several=False, target=Target.of_kind("cuda", 4))
+    linear, rest = num_weights(**LLAMA_8B)
+    head = LLAMA_8B["vocab_size"] * LLAMA_8B["hidden_size"]
+    # The embedding and the norms keep 32 bits.
+    eight, kept = linear + head, rest - head
+    assert found.optimizer == (8 * kept + 2 * (eight + 4 * eight // 256)) // 4
+
+
 def test_whole_copies_on_several_devices_add_up_float32_gradients(folders):
     """In one pack they were bfloat16 before. Buckets are smaller than the embedding, which is cut."""
     train, optim = {**CHECKPOINTING, "shards_per_replica": 1}, {"master_weights": "stochastic"}

@@ -7,6 +7,7 @@ import torch
 
 from engine.config.schema import ModelConfig, OptimConfig
 from engine.forecast import weights
+from engine.forecast.sharding import largest_share
 from engine.forecast.weights import state_bytes
 from engine.model import load_policy
 from engine.train.optimizer import build_optimizer
@@ -14,8 +15,10 @@ from engine.train.optimizer_state import state_tensors
 
 
 @pytest.mark.parametrize("master_weights", ["float32", "stochastic", "kahan"])
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "adamw_8bit"])
 def test_state_is_what_the_optimizer_keeps(optimizer, master_weights, tiny_model_dir):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
     config = OptimConfig(optimizer=optimizer, master_weights=master_weights)
     model = ModelConfig(model_name_or_path=str(tiny_model_dir))
     policy = load_policy(model, device=torch.device("cpu"), weights_dtype=config.weights_dtype)
@@ -26,6 +29,9 @@ def test_state_is_what_the_optimizer_keeps(optimizer, master_weights, tiny_model
     real.step()
     kept = state_tensors(real.state_dict()["state"], names).values()
     assert sum(forecast) == sum(tensor.nbytes for tensor in kept if tensor.ndim)
+    # Rows are divided as FSDP divides them: the first process has the most.
+    shares = sum(largest_share(size, p, 3) for size, p in zip(forecast, policy.parameters(), strict=True))
+    assert shares == sum(tensor.chunk(3)[0].nbytes for tensor in kept if tensor.ndim)
 
 
 def test_offloaded_state_counts_while_it_is_on_the_device(tiny_model_dir):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,12 @@ CASES = {
         ranks=2,
         own_store=True,
     ),
+    "sharded 8 bits": Case(
+        "train",
+        {"optim": {"optimizer": "paged_adamw_8bit"}, "train": {"save_steps": 2, "save_total_limit": 1}},
+        ranks=2,
+        own_store=True,
+    ),
     "unpaired": Case(
         "train",
         {"loss": {"loss_type": "kto"}, "train": {"save_steps": 2, "eval_steps": 3, "logging_steps": 3}},
@@ -152,6 +159,9 @@ CASES = {
         model=HYBRID,
     ),
 }
+
+if importlib.util.find_spec("bitsandbytes") is None:
+    del CASES["sharded 8 bits"]
 
 
 def write_inputs(folder: Path) -> None:

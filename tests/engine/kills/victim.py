@@ -342,6 +342,8 @@ def import_everything() -> None:
     import transformers.models.lfm2.modeling_lfm2
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    with contextlib.suppress(ImportError):
+        import bitsandbytes  # noqa: F401
     import engine.cli
     import engine.commands
     import engine.reference
