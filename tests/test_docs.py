@@ -20,7 +20,7 @@ from engine.config import load_config
 from engine.config.losses import LossConfig, LossType
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/*/README.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("examples/**/README.md")])
 DATED = {"CHANGELOG.md", "experiments.md"}
 """They tell what was, too."""
 

@@ -19,7 +19,7 @@ from .figures import draw_training, draw_variance
 from .language import WINDOW, Language, make_language
 from .model import MaskedModel
 from .train import Evaluation, Size, learn_preferences, pretrain
-from .variance import NAIVE, SAMPLERS, Variance, measure
+from .variance import NAIVE, Variance, measure
 
 _SHOWN = 3
 _LINES = 6
@@ -108,10 +108,10 @@ def _answers(language: Language, models: dict[str, MaskedModel], count: int, see
 
 def _report_variances(variances: dict[str, Variance]) -> None:
     naive = variances[NAIVE].own
-    print(f"{'masks (8 passes a response)':<30}{'own masks':>12}{'shared masks':>15}   (nats^2; against the first)")
+    print(f"{'variance in nats^2 (factor)':<30}{'masks of their own':>18}{'shared masks':>18}")
     for name, found in variances.items():
         own, shared = (f"{value:.3g} ({naive / value:.3g}x)" for value in (found.own, found.shared))
-        print(f"{SAMPLERS[name].form + ': ' + name:<42}{own:>16}{shared:>18}")
+        print(f"{name:<30}{own:>18}{shared:>18}")
 
 
 @contextmanager

@@ -20,17 +20,17 @@ from .language import WINDOW, Pairs
 from .model import MaskedModel
 
 SAMPLERS = {
-    "one time, 8 masks": Sampler(form="bernoulli", times=1, masks=8),
+    "1 time, 8 masks": Sampler(form="bernoulli", times=1, masks=8),
     "8 times": Sampler(form="bernoulli", times=8),
-    "4 times, complements": Sampler(form="bernoulli", times=4, paired=True),
-    "one count, 8 masks": Sampler(form="count", times=1, masks=8),
+    "4 times + complements": Sampler(form="bernoulli", times=4, paired=True),
+    "1 count, 8 masks": Sampler(form="count", times=1, masks=8),
     "8 counts": Sampler(form="count", times=8),
-    "4 counts, complements": Sampler(form="count", times=4, paired=True),
-    "4 spread counts, complements": Sampler(form="count", times=4, paired=True, stratified=True),
+    "4 counts + complements": Sampler(form="count", times=4, paired=True),
+    "4 spread + complements": Sampler(form="count", times=4, paired=True, stratified=True),
 }
 """All take 8 forward passes of each response under each model. "Times": each token is masked with probability t, and
 counts 1/t; "counts": exactly l tokens of R are, and count R/l."""
-NAIVE, BEST = "one time, 8 masks", "4 spread counts, complements"
+NAIVE, BEST = "1 time, 8 masks", "4 spread + complements"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The example of a masked-diffusion model: a small form of all of it."""
+"""The example of a masked-diffusion model: a small form of all of it, and the whole with what its page claims."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from examples.masked_diffusion.__main__ import main, one_thread, run
 from examples.masked_diffusion.language import PROMPT, WINDOW, batches, make_language
 from examples.masked_diffusion.model import Shape
 from examples.masked_diffusion.train import Size
-from examples.masked_diffusion.variance import SAMPLERS
+from examples.masked_diffusion.variance import BEST, NAIVE, SAMPLERS
 
 SMALL = Size(
     shape=Shape(features=32, layers=1),
@@ -99,3 +99,20 @@ def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path, capsys, m
     assert ended.value.code == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last.endswith("choose another folder with --output")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [7, 8, 9])
+def test_the_whole_form_does_what_its_page_says(seed, tmp_path):
+    with one_thread():
+        result = run(tmp_path, Size(), seed)
+    first, last = result.evaluations[0], result.evaluations[-1]
+    assert 0.3 < first.ranking_accuracy < 0.65
+    assert last.ranking_accuracy > max(0.85, first.ranking_accuracy + 0.3)
+    assert last.reward_accuracy > 0.95
+    assert last.margin > 4
+    naive, best = result.variances[NAIVE], result.variances[BEST]
+    assert naive.own > 20 * best.shared
+    before, after = result.styles["before"], result.styles["after"]
+    assert after["kind"] > before["kind"] + 10
+    assert after.get("curt", 0) < before["curt"] / 4
