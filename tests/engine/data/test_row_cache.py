@@ -21,6 +21,7 @@ from engine.data import load_dataset_groups, read, row_cache
 from engine.data.sets import sets_of
 from engine.errors import UserError
 from tests.engine.conftest import CHAT_TEMPLATE, build_tokenizer, preference_rows
+from tests.engine.distributed.launch import launch
 
 ROWS = 12
 DATED = CHAT_TEMPLATE + "{{ strftime_now('%Y') }}"
@@ -351,6 +352,31 @@ def test_the_first_process_of_a_machine_makes_rows_for_the_others(data, tiny_tok
         load_dataset_groups(data, tiny_tokenizer, split="train")
     assert order == ["barrier 1", "barrier 1"]
     assert made == ["train"]
+
+
+OF_A_RANK = """
+import sys
+from engine import distributed
+from engine.config.schema import DataConfig, ModelConfig
+from engine.data import load_dataset_groups, read
+from engine.model import load_tokenizer
+model, rows, cache = sys.argv[1:]
+made, inner = [], read.stream_set
+read.stream_set = lambda one, *arguments, **options: made.append(one.split) or inner(one, *arguments, **options)
+with distributed.process_group():
+    data = DataConfig(dataset_name=rows, max_length=120, cache=cache)
+    dataset, report = load_dataset_groups(data, load_tokenizer(ModelConfig(model_name_or_path=model)), split="train")
+    print(len(made), dataset.digest, report.counts)
+"""
+
+
+def test_of_two_processes_one_makes_the_rows(data, tiny_model_dir):
+    one, other = launch([["-c", OF_A_RANK, str(tiny_model_dir), data.dataset_name, data.cache]] * 2)
+    assert (one.code, other.code) == (0, 0), one.err + other.err
+    (made, rows), (made_by_other, same) = (ended.out.split(maxsplit=1) for ended in (one, other))
+    assert (made, made_by_other) == ("1", "0")
+    assert rows == same
+    assert len(entries(data)) == 1
 
 
 def test_rows_of_unknown_files_are_made(data, tiny_tokenizer, monkeypatch):
