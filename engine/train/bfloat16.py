@@ -3,8 +3,14 @@
 bfloat16 is the upper half of float32. Numbers near a weight lie 2^-8 of it apart, farther than an update at a low
 learning rate moves it, so that rounding to nearest would leave most weights where they are.
 
-The noise of stochastic rounding is counted, not drawn: it depends on a key and on the place of an element in the whole
-tensor, and so neither on what was drawn before, nor on the device, nor on how the tensor is spread over processes.
+The noise of stochastic rounding is counted, not drawn: it depends on a key, on the place of an element in the whole
+tensor and on the number of the update, and so neither on what was drawn before, nor on the device, nor on how the
+tensor is spread over processes.
+
+Over updates the noise of an element goes around its range in steps of the golden ratio, from a random start. At each
+update it is uniform, as independent draws are, so that a result has the same expectation. But any updates in a row have
+it spread evenly over the range: what one of them rounds up too far, those after it round down. Errors of independent
+draws add up to a random walk, these stay within a few distances of numbers.
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ PIECE = 1 << 22
 _ROUNDS = ((16, 0x21F0AAAD), (15, 0x735A2D97))
 """Shifts and factors of a mixing of 32 bits (https://github.com/skeeto/hash-prospector). Factors below 2^31 keep the
 products of 64-bit integers exact."""
+_GOLDEN = 0x9E3779B9
+"""The golden ratio's part behind the point, in 32 bits: of all steps around a circle the one that spreads best."""
 
 
 def carried(values: Tensor, noise: Tensor) -> Tensor:
@@ -43,24 +51,26 @@ def noise_key(*parts: int | str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
-def counted_noise(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """int32 [count] in [0, 2^16), of the elements from ``start`` on."""
+def counted_noise(key: int, start: int, count: int, device: torch.device, *, update: int = 0) -> Tensor:
+    """int32 [count] in [0, 2^16), of the elements from ``start`` on at an update."""
+    turned = (update * _GOLDEN & _32_BITS) >> 16
     mixed = torch.arange(start, start + count, device=device).bitwise_xor_(key).bitwise_and_(_32_BITS)
     for shift, factor in _ROUNDS:
         mixed.bitwise_xor_(mixed >> shift).mul_(factor).bitwise_and_(_32_BITS)
-    return mixed.bitwise_xor_(mixed >> 15).bitwise_and_(_LOWER).int()
+    return mixed.bitwise_xor_(mixed >> 15).add_(turned).bitwise_and_(_LOWER).int()
 
 
-def round_at_random(target: Tensor, values: Tensor, *, key: int, start: int) -> None:
+def round_at_random(target: Tensor, values: Tensor, *, key: int, start: int, update: int = 0) -> None:
     """Write float32 ``values`` to ``target``, bfloat16 of the same shape, up or down with the probability that keeps
     their expectation.
 
     Args:
         key: from ``noise_key``.
         start: place of the first element in the whole tensor, of which these are a part.
+        update: how many times the tensor was rounded with this key before.
     """
     for begin, (into, part) in _pieces(target, values):
-        into.copy_(carried(part, counted_noise(key, start + begin, part.numel(), part.device)))
+        into.copy_(carried(part, counted_noise(key, start + begin, part.numel(), part.device, update=update)))
 
 
 def split(target: Tensor, remainder: Tensor, values: Tensor) -> None:

@@ -118,8 +118,8 @@ class HeldWeights(torch.optim.Optimizer):
         if p in self.remainders:
             split(target, distributed.local_tensor(self.remainders[p]), values)
             return
-        key = noise_key(self.seed, self.param_groups[0][UPDATES], self.names[p])
-        round_at_random(target, values, key=key, start=distributed.flat_offset(p))
+        key, update = noise_key(self.seed, self.names[p]), self.param_groups[0][UPDATES]
+        round_at_random(target, values, key=key, start=distributed.flat_offset(p), update=update)
 
     @contextmanager
     def _standing_in(self, stand_ins: Mapping[Tensor, Tensor]) -> Iterator[None]:

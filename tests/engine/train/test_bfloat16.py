@@ -28,6 +28,58 @@ def test_noise_of_another_step_name_or_seed_is_another(other):
     assert torch.corrcoef(torch.stack([one, two]))[0, 1].abs() < 2e-2
 
 
+@pytest.mark.parametrize("update", [0, 1, 2, 1000, (1 << 40) + 7])
+def test_noise_of_an_update_is_that_of_the_first_one_turned(update):
+    """So it is uniform where that is, and nothing but the number of the update has to be known for it."""
+    first = noise(7, 0, 1000)
+    turned = (counted_noise(7, 0, 1000, CPU, update=update) - first) % (1 << 16)
+    assert len(turned.unique()) == 1
+    assert int(turned[0]) == int(update * (5**0.5 - 1) / 2 % 1 * 2**16) or update > 1000
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 55, 200, 1000])
+def test_noise_of_updates_in_a_row_is_spread_over_its_range(count):
+    """Independent draws would leave gaps of log(count) times their mean distance, and have others fall together."""
+    for first in (1, 12_345):
+        one = [int(counted_noise(7, 0, 1, CPU, update=first + k)) for k in range(count)]
+        places = torch.tensor(sorted(one)).double() / (1 << 16)
+        gaps = torch.diff(torch.cat([places, places[:1] + 1]))
+        assert gaps.max() <= 2.7 / count + 2**-15
+        assert count == 1 or gaps.min() >= 0.38 / count - 2**-15
+
+
+def drift(independent: bool) -> float:
+    """How far weights that move steadily are from float32 ones after many updates, in distances of bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.rand(2000, generator=generator).add_(1).bfloat16().float()
+    rounded, moves = exact.clone(), torch.rand(2000, generator=generator) * 2**-11
+    for update in range(1, 1001):
+        exact += moves
+        key = noise_key("weight", update if independent else 0)
+        target = torch.empty(2000, dtype=torch.bfloat16)
+        round_at_random(target, rounded + moves, key=key, start=0, update=0 if independent else update)
+        rounded = target.float()
+    return ((rounded - exact).pow(2).mean().sqrt() * 2**7).item()
+
+
+def test_errors_of_many_updates_do_not_add_up():
+    assert drift(independent=True) > 4 > 1 > drift(independent=False)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("exponent", [0, 1, 2, 64, 126, 127, 128, 200, 253])
+def test_of_all_noise_the_mean_of_what_is_rounded_is_the_value(exponent, sign):
+    """Exactly, also where a number of another exponent is above, and below the smallest normal one."""
+    lower = torch.tensor([0, 1, 2, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF], dtype=torch.int32)
+    noise = torch.arange(1 << 16, dtype=torch.int32)
+    for upper in (0, 1, 0x3F, 0x7E, 0x7F):
+        bits = (exponent << 23) | (upper << 16) | lower
+        values = bits.view(torch.float32) * sign
+        # float64 holds the sum of 2^16 numbers of 8 bits, scaled by a power of two, without rounding.
+        got = torch.stack([carried(value.expand(1 << 16), noise).double().mean() for value in values])
+        assert torch.equal(got, values.double())
+
+
 def test_a_part_of_a_tensor_gets_the_noise_that_it_has_in_the_whole():
     whole = noise(7, 0, 1000)
     assert torch.equal(torch.cat([noise(7, start, 250) for start in range(0, 1000, 250)]), whole)

@@ -90,7 +90,7 @@ def test_an_update_is_that_of_float32_weights_rounded_at_random(name, monkeypatc
         norms = [update.step(torch.tensor(1.0)), plain.step(torch.tensor(1.0))]
         torch.testing.assert_close(*norms, rtol=1e-6, atol=0)
         for n, p, q in zip(names, ours.parameters(), exact.parameters(), strict=True):
-            noise = counted_noise(noise_key(5, step, n), 0, q.numel(), q.device).view(q.shape)
+            noise = counted_noise(noise_key(5, n), 0, q.numel(), q.device, update=step).view(q.shape)
             want = carried(q.detach(), noise)
             assert torch.equal(p.float(), want), n
             q.data.copy_(p.detach())
