@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo masked-diffusion test test-long compile-matrix check-install test-versions kill lint format bench conformance gpu sanitize clean
+.PHONY: demo frontier masked-diffusion test test-long compile-matrix check-install test-versions kill lint format bench conformance gpu sanitize clean
 
 # constraints.txt pins the versions that the tests pass with; torch comes first, so that a build that is there is kept.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
@@ -15,6 +15,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 
 demo: $(VENV)/.installed
 	$(BIN)/dpo demo
+
+# Five methods against the closed-form optimum, in exact reward and divergence: examples/frontier.
+frontier: $(VENV)/.installed
+	$(BIN)/python -m examples.frontier $(FRONTIER_ARGS)
 
 # A masked-diffusion model learns a preference: examples/masked_diffusion.
 masked-diffusion: $(VENV)/.installed

@@ -51,7 +51,7 @@ def sweep(runs: Sequence[SweepRun]) -> Path:
             torch.cuda.empty_cache()
         folders = [Path(done.config.train.output_dir) for done in runs[:number]]
         page = write_comparison(folders) if distributed.is_main() else default_path(folders)
-    log.info("%s are compared in %s", counted(len(runs), "run"), page)
+    log.info("comparison of %s: %s", counted(len(runs), "run"), page)
     return page
 
 
