@@ -43,7 +43,7 @@ class Masks(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How masks are drawn. All are unbiased; they differ in variance, at the same number of forward passes."""
+    """How masks are drawn. The mean of all is the ELBO, but for the cut of times; the variance differs."""
 
     form: Literal["bernoulli", "count"] = "count"
     times: int = 4
