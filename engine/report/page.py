@@ -37,7 +37,7 @@ SET_METRICS = ("num_pairs", "loss", "rewards/accuracies", "rewards/margins", "lo
 """Columns of the tables of a mixture's sets."""
 _LENGTH_HEADS = (BY_LENGTH, PAIRS_BY_LENGTH)
 _STEPS_SHOWN = 3
-_SHARES = ("confidence", "accuracy")
+_SHARES = ("confidence", "accuracy", "predicted", "observed")
 _ANSWER_TABLES = (
     (
         "nats by which the reference prefers the chosen response",
@@ -51,6 +51,12 @@ _ANSWER_TABLES = (
         "calibration",
         ("pairs", "confidence", "accuracy"),
         "A reward whose accuracy is below its confidence is too sure, one above it not sure enough.",
+    ),
+    (
+        "probability that the reward gives the side it prefers",
+        "preference_shares",
+        ("pairs", "votes", "predicted", "observed"),
+        "Pairs that were judged more than once: the share of votes for that side should be what was predicted.",
     ),
 )
 

@@ -32,6 +32,8 @@ _METRICS = {
     "logps_change/rejected": "how much likelier rejected responses became, nats",
     "chosen_fell": "share of chosen responses that became less likely",
     "calibration_error": "gap between how sure the reward is and how often it is right",
+    "preference_share_error": "squared distance of predicted and observed preference, pairs judged more than once",
+    "num_repeated_pairs": "pairs judged more than once",
     "length_bias": "correlation of the reward margin with the difference in length",
     "sampled/kl": "divergence from the reference on the model's own answers, nats",
     "sampled/kl_k3": "the same by an estimator that varies less, nats",

@@ -5,7 +5,6 @@ Definitions are in docs/evaluation.md. Shape suffixes: N tokens of all answers, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..model.generation import generate
 from ..model.layouts import settled
 from ..model.stops import stop_ids
 from ..packing import build_batch, pack_lengths
+from .measures import mean_and_error
 from .samples import distinct_prompts
 
 
@@ -81,20 +81,26 @@ def divergence(own: Sequence[np.ndarray], other: Sequence[np.ndarray], samples: 
     ratios = [a.astype(np.float64) - b for a, b in zip(own, other, strict=True)]
     k1_S = np.array([ratio.sum() for ratio in ratios])
     k3_S = np.array([(np.expm1(-ratio) + ratio).sum() for ratio in ratios])
-    tokens = sum(map(len, ratios))
+    lengths_S = np.array([len(ratio) for ratio in ratios], dtype=np.float64)
     return {
         **_mean_over_prompts("kl", k1_S, samples),
         **_mean_over_prompts("kl_k3", k3_S, samples),
-        "kl_per_token": float(k1_S.sum() / tokens),
+        **_of_tokens("kl_per_token", k1_S, lengths_S, samples),
         "num_samples": float(len(ratios)),
-        "sample_length": tokens / len(ratios),
+        **_mean_over_prompts("sample_length", lengths_S, samples),
     }
 
 
 def _mean_over_prompts(name: str, values_S: np.ndarray, samples: int) -> dict[str, float]:
-    means = values_S.reshape(-1, samples).mean(1)
-    error = {f"{name}_se": float(means.std(ddof=1) / math.sqrt(len(means)))} if len(means) > 1 else {}
-    return {name: float(means.mean()), **error}
+    return mean_and_error(name, values_S.reshape(-1, samples).mean(1))
+
+
+def _of_tokens(name: str, sums_S: np.ndarray, lengths_S: np.ndarray, samples: int) -> dict[str, float]:
+    """The sum of ``sums_S`` over all tokens; its error is that of a ratio of two means over prompts (delta method)."""
+    sums, lengths = (values.reshape(-1, samples).mean(1) for values in (sums_S, lengths_S))
+    ratio = float(sums.sum() / lengths.sum())
+    error = mean_and_error("", (sums - ratio * lengths) / lengths.mean()).get("_se")
+    return {name: ratio} | ({} if error is None else {f"{name}_se": error})
 
 
 @torch.no_grad()

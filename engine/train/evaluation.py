@@ -7,7 +7,7 @@ the model gives the chosen response the higher log-prob, summed and per token; a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +35,12 @@ from ..run_folder import (
     tokens_of,
 )
 from .by_source import evaluation_by_source, without_sources
-from .measures import by_reference_margin, calibration, measures, most_displaced, of_pairs
+from .measures import by_reference_margin, calibration, mean_and_error, measures, most_displaced, of_pairs
 from .metrics import PREFERENCE_NAMES, TOKEN_NAMES
 from .objective import Objective
 from .routing import Routing
 from .scored import RowTerms, Scored
+from .votes import Pair, judged_again, preference_shares, share_measures, share_table
 
 
 class _Scores(NamedTuple):
@@ -109,8 +110,8 @@ def evaluate_policy(
         values |= evaluation_by_source(dataset, scored, None, has_losses=True)
         return values | _by_length(scored.accuracies, torch.from_numpy(dataset.trained.longest))
     summed, per_token = _ranking(objective.unweighted(scores.logps_S, scores.sums_SK), lengths_S, per_group)
-    values["eval_ranking_accuracy"] = summed.mean().item()
-    values["eval_ranking_accuracy_per_token"] = per_token.mean().item()
+    values |= mean_and_error("eval_ranking_accuracy", summed.numpy())
+    values |= mean_and_error("eval_ranking_accuracy_per_token", per_token.numpy())
     values["eval_num_pairs"] = float(dataset.terms.sum())
     values |= evaluation_by_source(dataset, scored, summed, has_losses=not objective.couples_pairs)
     values |= _of_pairs(dataset, objective, scores, scored, lengths_S, places_P2, details)
@@ -181,10 +182,12 @@ def _of_pairs(
     reference_S = None if weighted else scores.ref_S
     pairs = of_pairs(objective.unweighted(scores.logps_S, scores.sums_SK), reference_S, lengths_S, places_P2)
     margins_P = (scored.chosen_rewards - scored.rejected_rewards).double().cpu().numpy()
+    groups_P = np.repeat(np.arange(len(dataset)), dataset.terms)
+    shares_D3 = preference_shares(margins_P, *judged_again(_sides(dataset, groups_P, places_P2)))
     if details is not None:
         details["calibration"] = calibration(margins_P)
+        details["preference_shares"] = share_table(shares_D3)
         if pairs.reference is not None:
-            groups_P = np.repeat(np.arange(len(dataset)), dataset.terms)
             change_P2 = pairs.policy - pairs.reference
             details["by_reference_margin"] = by_reference_margin(pairs)
             details["most_displaced"] = [
@@ -193,7 +196,14 @@ def _of_pairs(
             ]
     loss = objective.config
     found = measures(pairs, margins_P, beta=loss.beta, label_smoothing=loss.label_smoothing)
+    found |= share_measures(shares_D3)
     return {f"eval_{name}": value for name, value in found.items()}
+
+
+def _sides(dataset: PreferenceDataset, groups_P: np.ndarray, places_P2: np.ndarray) -> Iterator[Pair]:
+    first_G = np.cumsum(dataset.lengths.responses) - dataset.lengths.responses
+    for group, (chosen, rejected) in zip(groups_P, places_P2 - first_G[groups_P, None], strict=True):
+        yield dataset[int(group)], int(chosen), int(rejected)
 
 
 def _score_all(

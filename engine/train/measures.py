@@ -57,23 +57,28 @@ def measures(pairs: PairLogps, margins_P: Any, *, beta: float, label_smoothing: 
     right_P = margins_P > 0
     values = {
         "calibration_error": calibration_error(margins_P),
+        **_error("calibration_error", calibration_terms(margins_P)),
         "length_bias": correlation(margins_P, longer_P),
-        **_mean("rewards/accuracies_chosen_longer", right_P[longer_P > 0]),
-        **_mean("rewards/accuracies_chosen_shorter", right_P[longer_P < 0]),
+        **_error("length_bias", correlation_terms(margins_P, longer_P)),
+        **mean_and_error("rewards/accuracies_chosen_longer", right_P[longer_P > 0]),
+        **mean_and_error("rewards/accuracies_chosen_shorter", right_P[longer_P < 0]),
     }
     if pairs.reference is None:
         return values
     policy_P, reference_P = _gaps(pairs.policy), _gaps(pairs.reference)
     per_token_P = _gaps(pairs.reference / np.maximum(pairs.lengths, 1))
     change_P2 = pairs.policy - pairs.reference
-    values["reference_ranking_accuracy"] = float((reference_P > 0).mean())
-    values["reference_ranking_accuracy_per_token"] = float((per_token_P > 0).mean())
-    values["idealized_ranking_accuracy"] = float(idealized(reference_P, beta, label_smoothing).mean())
-    values["rankings_gained"] = float(((policy_P > 0) & (reference_P <= 0)).mean())
-    values["rankings_lost"] = float(((policy_P <= 0) & (reference_P > 0)).mean())
-    values |= _mean_and_error("logps_change/chosen", change_P2[:, 0])
-    values |= _mean_and_error("logps_change/rejected", change_P2[:, 1])
-    values["chosen_fell"] = float((change_P2[:, 0] < 0).mean())
+    for name, of_pairs_P in (
+        ("reference_ranking_accuracy", reference_P > 0),
+        ("reference_ranking_accuracy_per_token", per_token_P > 0),
+        ("idealized_ranking_accuracy", idealized(reference_P, beta, label_smoothing)),
+        ("rankings_gained", (policy_P > 0) & (reference_P <= 0)),
+        ("rankings_lost", (policy_P <= 0) & (reference_P > 0)),
+        ("logps_change/chosen", change_P2[:, 0]),
+        ("logps_change/rejected", change_P2[:, 1]),
+        ("chosen_fell", change_P2[:, 0] < 0),
+    ):
+        values |= mean_and_error(name, of_pairs_P)
     return values
 
 
@@ -102,6 +107,24 @@ def calibration_error(margins_P: np.ndarray) -> float:
     return sum(b["pairs"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / max(len(margins_P), 1)
 
 
+def calibration_terms(margins_P: np.ndarray) -> np.ndarray:
+    """float64 [P], whose mean is ``calibration_error``: right or not less the confidence, with the sign that the bin of
+    each has. The error is their standard error as long as no bin's sign is in doubt."""
+    confidence_P, place_P = _confidence(margins_P)
+    gap_P = (margins_P > 0) - confidence_P
+    sums = np.bincount(place_P, gap_P, minlength=CALIBRATION_BINS)
+    return np.sign(sums)[place_P] * gap_P
+
+
+def _confidence(margins_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How sure the reward of each pair is, float64 [P], and its bin, int64 [P]; a margin that is no number is in the
+    first."""
+    # A margin far from 0 is as sure as one of 700 is.
+    confidence_P = 1 / (1 + np.exp(-np.minimum(np.abs(margins_P), 700.0)))
+    sure_P = np.nan_to_num(confidence_P, nan=0.5)
+    return confidence_P, np.minimum(((sure_P - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+
+
 def calibration(margins_P: np.ndarray) -> list[dict[str, float]]:
     """How often the implicit reward is right, beside how sure it is, in bins of equal width; empty bins are left out,
     and so are margins that are no numbers.
@@ -109,8 +132,7 @@ def calibration(margins_P: np.ndarray) -> list[dict[str, float]]:
     The reward of a pair prefers one response with probability ``sigmoid(|margin|)``, the Bradley-Terry model's.
     """
     margins_P = margins_P[~np.isnan(margins_P)]
-    confidence_P = 1 / (1 + np.exp(-np.abs(margins_P)))
-    place_P = np.minimum(((confidence_P - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    confidence_P, place_P = _confidence(margins_P)
     found = []
     for place in np.unique(place_P):
         inside = place_P == place
@@ -181,6 +203,10 @@ def format_details(details: Mapping[str, Mapping[str, Any]]) -> str:
             lines += ["", f"{f'confidence of the reward{of}':<40} {'pairs':>8} {'confidence':>13} {'right':>8}"]
             for b in bins:
                 lines.append(f"{bin_words(b):<40} {b['pairs']:>8.0f} {b['confidence']:>13.3f} {b['accuracy']:>8.3f}")
+        if bins := found.get("preference_shares"):
+            lines += ["", f"{f'judged more than once{of}':<40} {'pairs':>8} {'predicted':>13} {'observed':>8}"]
+            for b in bins:
+                lines.append(f"{bin_words(b):<40} {b['pairs']:>8.0f} {b['predicted']:>13.3f} {b['observed']:>8.3f}")
         if worst := found.get("most_displaced"):
             lines += ["", f"chosen responses whose log-prob fell most{of}"]
             for r in worst[:_SHOWN]:
@@ -195,15 +221,30 @@ def correlation(a_P: np.ndarray, b_P: np.ndarray) -> float:
     return float(a_P @ b_P) / scale if scale else 0.0
 
 
+def correlation_terms(a_P: np.ndarray, b_P: np.ndarray) -> np.ndarray:
+    """float64 [P], whose standard error is that of ``correlation``: its influence function, by the delta method, which
+    needs no normal distribution. Empty where the correlation is 0 for want of spread."""
+    b_P = b_P.astype(np.float64)
+    if not (len(a_P) and np.ptp(a_P) > 0 and np.ptp(b_P) > 0):
+        return np.zeros(0)
+    a_P, b_P = ((values - values.mean()) / values.std() for values in (a_P, b_P))
+    return a_P * b_P - (a_P * b_P).mean() * (a_P**2 + b_P**2) / 2
+
+
 def _gaps(values_P2: np.ndarray) -> np.ndarray:
     return values_P2[:, 0] - values_P2[:, 1]
 
 
-def _mean(name: str, values: np.ndarray) -> dict[str, float]:
-    return {name: float(values.mean())} if len(values) else {}
+def mean_and_error(name: str, values: np.ndarray) -> dict[str, float]:
+    """The mean, and its standard error where there are two or more; nothing of nothing.
+
+    Args:
+        values: one of each pair that is independent of the others; of shares whether it is one.
+    """
+    return {name: float(values.mean()), **_error(name, values)} if len(values) else {}
 
 
-def _mean_and_error(name: str, values: np.ndarray) -> dict[str, float]:
-    """The mean, and its standard error over pairs where there are two or more."""
-    error = {f"{name}_se": float(values.std(ddof=1) / math.sqrt(len(values)))} if len(values) > 1 else {}
-    return _mean(name, values) | error
+def _error(name: str, values: np.ndarray) -> dict[str, float]:
+    if len(values) < 2:
+        return {}
+    return {f"{name}_se": float(values.astype(np.float64).std(ddof=1) / math.sqrt(len(values)))}

@@ -53,6 +53,14 @@ def test_errors_are_those_of_prompts():
     assert "kl_se" not in divergence(own[:2], other[:2], samples=2)
 
 
+def test_the_error_of_a_token_is_that_of_a_ratio():
+    """Answers of one and three tokens, whose log-ratios add up to 3 and 2: 5 / 4 a token, by hand."""
+    found = divergence([np.array([0.0]), np.zeros(3)], [np.array([-3.0]), np.array([-1.0, -1.0, 0.0])], samples=1)
+    assert found["kl_per_token"] == 1.25
+    assert found["kl_per_token_se"] == pytest.approx(np.std([(3 - 1.25) / 2, (2 - 3.75) / 2], ddof=1) / np.sqrt(2))
+    assert found["sample_length_se"] == pytest.approx(1.0)
+
+
 @pytest.fixture
 def policies(tiny_model_dir):
     """A model, and the same with other weights."""
