@@ -15,7 +15,7 @@ from ..config import to_yaml
 from ..durable import MANIFEST, remove_leftovers, write_atomically
 from ..errors import Stopped, UserError
 from ..model import load_sharded
-from ..run_folder import CONFIG_FILE
+from ..run_folder import CONFIG_FILE, read_samples
 from ..seeds import seed_generators
 from . import checkpoint as checkpoints
 from . import sharded
@@ -268,6 +268,8 @@ class Run:
         self.saver.finish()
         samples = draw_samples(self.policy, self.setup.tokenizer, self.config, dataset, step=self.done)
         add_samples(self.output_dir, samples)
+        for tracker in self.trackers:
+            tracker.show(self.done, read_samples(self.output_dir))
         log.info("%s", format_samples(samples))
         self.meter.watch.start()
 
@@ -305,8 +307,7 @@ class Run:
         self._track(row)
         run_here = self.done - (self.resumed_from or 0)
         left = (self.feed.total_steps - self.done) * self.meter.watch.seconds() / run_here
-        line = log_line(row, total_steps=self.feed.total_steps, seconds_left=left, width=terminal_width())
-        log.info("%s", line)
+        log.info("%s", log_line(row, total_steps=self.feed.total_steps, seconds_left=left, width=terminal_width()))
 
     def _track(self, row: Mapping[str, float]) -> None:
         for tracker in self.trackers:
@@ -357,15 +358,14 @@ class Run:
 
     def _final_evaluation(self) -> None:
         """Evaluate the weights as they will be written, which may be those of another step, or rounded ones."""
-        held_out = bool(self.setup.held_out)
-        if held_out and self.evaluated_at != self.done:
+        if self.setup.held_out and self.evaluated_at != self.done:
             self._evaluate()
         self._take_best()
         cost = round_and_measure(self.setup, self.evaluation)
         if cost is not None:
             self.rounding = cost.text
             log.warning("stored as %s", cost.text)
-        if not held_out:
+        if not self.setup.held_out:
             return
         if cost is not None:
             self.evaluation = cost.values

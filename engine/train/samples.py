@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from ..model.stops import stop_ids
 from ..plain_json import to_json
 from ..run_folder import SAMPLES_FILE, read_samples
 
+Sample = Mapping[str, Any]
+"""``step``, ``row`` and the texts ``prompt``, ``greedy`` and ``sampled``."""
 _SHOWN = 2
 
 
@@ -60,6 +62,31 @@ def format_samples(samples: Sequence[dict[str, Any]]) -> str:
     for sample in samples[:_SHOWN]:
         lines += [f"  row {sample['row']}, {name}: {shortened(sample[name])}" for name in ("greedy", "sampled")]
     return "\n".join(lines)
+
+
+def by_prompt(samples: Sequence[Sample]) -> list[Sample]:
+    """Those of one prompt beside each other, by step."""
+    places: dict[tuple[Any, str], int] = {}
+    for sample in samples:
+        places.setdefault((sample["row"], sample["prompt"]), len(places))
+    return sorted(samples, key=lambda sample: (places[sample["row"], sample["prompt"]], sample["step"]))
+
+
+def as_markdown(samples: Sequence[Sample]) -> str:
+    """Each prompt once, with its answers by step, in blocks that no text ends early."""
+    parts: list[str] = []
+    before = None
+    for sample in by_prompt(samples):
+        if (sample["row"], sample["prompt"]) != before:
+            before = sample["row"], sample["prompt"]
+            parts += [f"## Row {sample['row']}", _block(sample["prompt"])]
+        parts += [f"### Step {sample['step']}", "most likely", _block(sample["greedy"])]
+        parts += ["drawn", _block(sample["sampled"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _block(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
 
 
 def add_samples(output_dir: Path, samples: Sequence[dict[str, Any]]) -> None:

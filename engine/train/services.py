@@ -9,19 +9,23 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..config.schema import TrainConfig
 from ..durable import write_atomically
 from ..errors import UserError
 from ..run_folder import read_settings, tracker_id_file
+from .samples import Sample, as_markdown, by_prompt
 
 PROJECT = "dpo-kernels"
 _FAILURES = 3
 """So many calls that fail in a row, and no more are made: some wait minutes for a server that is gone."""
+_SAMPLES = "samples"
+_COLUMNS = ("row", "prompt", "step", "most likely", "drawn")
 _PARAMS_PER_CALL = 100
 _PARAM_LENGTH = 500
 """Of MLflow: parameters in one call, and characters of a value that every version takes."""
@@ -36,6 +40,8 @@ class Service(Protocol):
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
+    def show(self, step: int, samples: Sequence[Sample]) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -45,6 +51,7 @@ class _Wandb:
     def __init__(self, folder: Path, project: str, name: str, known: str | None):
         import wandb
 
+        self._table = wandb.Table
         self._run = wandb.init(
             project=project, name=name, id=known, resume="allow", dir=str(folder), config=read_settings(folder)
         )
@@ -53,6 +60,9 @@ class _Wandb:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         # Not wandb's own step: it drops rows of steps that it has seen, as after a resume.
         self._run.log({**values, "train/step": step})
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        self._run.log({_SAMPLES: self._table(columns=list(_COLUMNS), data=_cells(samples)), "train/step": step})
 
     def close(self) -> None:
         self._run.finish()
@@ -86,6 +96,10 @@ class _Mlflow:
         metrics = [self._entities.Metric(key, float(value), now, step) for key, value in values.items()]
         self._client.log_batch(self.id, metrics=metrics)
 
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        # Not log_table: that adds to the rows that are there, after a resume those of the same steps.
+        self._client.log_text(self.id, as_markdown(samples), f"{_SAMPLES}.md")
+
     def close(self) -> None:
         self._client.set_terminated(self.id)
 
@@ -96,6 +110,7 @@ class _Trackio:
     def __init__(self, folder: Path, project: str, name: str, known: str | None):
         import trackio
 
+        self._table = trackio.Table
         self._run = trackio.init(
             project=project,
             name=known or name,
@@ -108,6 +123,9 @@ class _Trackio:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({key: value for key, value in values.items() if key != "step"}, step=step)
 
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        self._run.log({_SAMPLES: self._table(columns=list(_COLUMNS), data=_cells(samples))}, step=step)
+
     def close(self) -> None:
         self._run.finish()
 
@@ -118,6 +136,7 @@ class _Swanlab:
     def __init__(self, folder: Path, project: str, name: str, known: str | None):
         import swanlab
 
+        self._text = swanlab.Text
         again = {} if known is None else {"id": known, "resume": "allow"}
         self._run = swanlab.init(project=project, name=name, config=read_settings(folder), **again)
         self.id = str(self._run.id)
@@ -125,8 +144,18 @@ class _Swanlab:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({key: value for key, value in values.items() if key != "step"}, step=step)
 
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        # It shows the texts of one name by step.
+        drawn = [sample for sample in samples if sample["step"] == step]
+        self._run.log({f"{_SAMPLES}/row {s['row']}": self._text(as_markdown([s])) for s in drawn}, step=step)
+
     def close(self) -> None:
         self._run.finish()
+
+
+def _cells(samples: Sequence[Sample]) -> list[list[Any]]:
+    """Rows of ``_COLUMNS``; what an answer was drawn for stands beside those before it."""
+    return [[str(s["row"]), s["prompt"], s["step"], s["greedy"], s["sampled"]] for s in by_prompt(samples)]
 
 
 _OPENED: dict[str, Callable[[Path, str, str, str | None], Service]] = {
@@ -194,15 +223,21 @@ class ServiceTracker:
         self._failures = self._lost = 0
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._hand(f"step {step}", partial(self._service.log, step, values))
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        self._hand(f"the samples of step {step}", partial(self._service.show, step, samples))
+
+    def _hand(self, what: str, give: Callable[[], None]) -> None:
         if self._failures >= _FAILURES:
             self._lost += 1
             return
         try:
-            self._service.log(step, values)
+            give()
         except Exception as error:
             self._failures += 1
             self._lost += 1
-            self._tell(f"did not take step {step}", error)
+            self._tell(f"did not take {what}", error)
         else:
             self._failures = 0
 

@@ -15,6 +15,7 @@ from ..durable import disk_errors, write_atomically
 from ..errors import UserError
 from ..plain_json import to_json
 from ..run_folder import AS_TRAINED, METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
+from .samples import Sample, as_markdown
 from .services import SERVICES, check_wandb_login, open_service
 
 
@@ -22,6 +23,9 @@ class Tracker(Protocol):
     """Where metrics go."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        """Answers of all steps until this one, those of one prompt beside each other."""
 
     def flush(self) -> None:
         """Make durable what was logged: a resume from a checkpoint written after this logs none of it again."""
@@ -42,6 +46,9 @@ class CallbackTracker:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.callback(step, dict(values))
 
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        """Nothing: it is told of numbers."""
+
     def flush(self) -> None:
         """Nothing: what it keeps is its own."""
 
@@ -61,6 +68,9 @@ class JsonlTracker:
         with disk_errors(self.path):
             self._file.write(to_json(dict(values)) + "\n")
             self._file.flush()
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        """Nothing: they have a file of their own."""
 
     def flush(self) -> None:
         with disk_errors(self.path):
@@ -88,6 +98,13 @@ class TensorBoardTracker:
             for name, value in values.items():
                 if name != "step":
                     self._writer.add_scalar(name, value, step)
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        with disk_errors(self.path):
+            for sample in samples:
+                if sample["step"] == step:
+                    # One tag for each prompt: TensorBoard lists the steps of a tag below each other.
+                    self._writer.add_text(f"samples/row {sample['row']}", as_markdown([sample]), step)
 
     def flush(self) -> None:
         with disk_errors(self.path):

@@ -17,6 +17,7 @@ from engine.train.loop import train
 from engine.train.measures import with_text
 from engine.train.resume import check_same_run, config_values
 from engine.train.samples import distinct_prompts
+from engine.train.trackers import JsonlTracker
 
 OPTIONS = {"sample_steps": 2, "sample_prompts": 2, "sample_max_new_tokens": 5, "save_steps": 3}
 
@@ -26,10 +27,14 @@ def sampling(make_config, pairs_jsonl, folder, **options):
     return make_config(data={"eval_dataset_name": str(pairs_jsonl)}, optim={"learning_rate": 0.05}, train=train)
 
 
-def test_a_run_draws_before_while_and_after(make_config, pairs_jsonl, tmp_path):
+def test_a_run_draws_before_while_and_after(make_config, pairs_jsonl, tmp_path, monkeypatch):
     train(sampling(make_config, pairs_jsonl, tmp_path / "plain", sample_steps=None))
+    shown = []
+    monkeypatch.setattr(JsonlTracker, "show", lambda tracker, step, samples: shown.append((step, len(samples))))
     train(sampling(make_config, pairs_jsonl, tmp_path / "run"))
     samples = read_samples(tmp_path / "run")
+    # Each time those of all steps so far.
+    assert shown == [(0, 2), (2, 4), (4, 6)]
     assert [sample["step"] for sample in samples] == [0, 0, 2, 2, 4, 4]
     assert len({sample["row"] for sample in samples}) == 2
     assert len({sample["prompt"] for sample in samples}) == 2

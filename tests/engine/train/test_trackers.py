@@ -38,6 +38,10 @@ SIGNATURES = {
     "mlflow.get_experiment_by_name": "name",
     "mlflow.Metric": "key value timestamp step model_id dataset_name dataset_digest run_id",
     "mlflow.Param": "key value",
+    "mlflow.log_text": "run_id text artifact_file",
+    "wandb.Table": "columns data rows dataframe dtype optional allow_mixed_types log_mode",
+    "trackio.Table": "columns data dataframe rows optional allow_mixed_types log_mode",
+    "swanlab.Text": "content caption",
 }
 
 
@@ -59,12 +63,16 @@ class Stand:
         self.begun: list[dict] = []
         self.rows: list[tuple[int, dict]] = []
         self.ended = 0
+        self.texts: dict[str, str] = {}
+        """Of MLflow, by the names of files."""
 
     def module(self) -> SimpleNamespace:
         if self.name == "mlflow":
             made = {kind: lambda *a, k=kind, **o: bound(f"mlflow.{k}", a, o) for kind in ("Metric", "Param")}
             return SimpleNamespace(MlflowClient=lambda: self, entities=SimpleNamespace(**made), __spec__=object())
-        return SimpleNamespace(init=self.init, login=lambda **_: True, __spec__=object())
+        kinds = [kind for kind in ("Table", "Text") if f"{self.name}.{kind}" in SIGNATURES]
+        made = {kind: lambda *a, k=kind, **o: bound(f"{self.name}.{k}", a, o) for kind in kinds}
+        return SimpleNamespace(init=self.init, login=lambda **_: True, __spec__=object(), **made)
 
     def init(self, *args, **options):
         begun = bound(f"{self.name}.init", args, options)
@@ -77,7 +85,7 @@ class Stand:
         self._may_fail()
         found = bound(f"{self.name}.log", args, options)
         values = found.get("data", found.get("metrics"))
-        self.rows.append((found.get("step") or values["train/step"], values))
+        self.rows.append((found["step"] if "step" in found else values["train/step"], values))
 
     def finish(self):
         self._may_fail()
@@ -108,6 +116,11 @@ class Stand:
             self.begun[-1].setdefault("config", {}).update({p["key"]: p["value"] for p in found["params"]})
         else:
             self.rows.append((found["metrics"][0]["step"], {m["key"]: m["value"] for m in found["metrics"]}))
+
+    def log_text(self, *args, **options):
+        self._may_fail()
+        found = bound("mlflow.log_text", args, options)
+        self.texts[found["artifact_file"]] = found["text"]
 
     def set_terminated(self, *args, **options):
         bound("mlflow.set_terminated", args, options)
@@ -149,6 +162,68 @@ def test_a_service_continues_its_run_after_a_resume(name, services, tmp_path):
     else:
         assert [begun.get("id"), again.get("id")] == [None, "first"]
         assert begun.get("run_name", begun.get("name")) == "mine"
+
+
+SAMPLES = [
+    {"step": step, "row": row, "prompt": f"Why {row}?", "greedy": f"{row} at {step}\n```", "sampled": "no"}
+    for step in (0, 20)
+    for row in (3, "4 of a set")
+]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_samples_of_all_steps_stand_beside_each_other(name, services, tmp_path):
+    stand = services[name]
+    tracker = open_trackers(tmp_path, TrainConfig(report_to=(name,)), first_step=1)[1]
+    for step in (0, 20):
+        tracker.show(step, [sample for sample in SAMPLES if sample["step"] <= step])
+    if name == "mlflow":
+        text = stand.texts["samples.md"]
+        parts = (
+            "## Row 3",
+            "    Why 3?",
+            "### Step 0",
+            "    3 at 0\n    ```",
+            "### Step 20",
+            "3 at 20",
+            "## Row 4 of a set",
+        )
+        assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
+        assert text.count("## Row 3") == 1
+        return
+    (_, first), (_, last) = stand.rows[-2:]
+    if name == "swanlab":
+        assert list(last) == ["samples/row 3", "samples/row 4 of a set"]
+        assert "3 at 20" in last["samples/row 3"]["content"]
+        assert "3 at 0" in first["samples/row 3"]["content"]
+        return
+    assert last["samples"]["columns"] == ["row", "prompt", "step", "most likely", "drawn"]
+    assert [row[:1] + row[2:4] for row in last["samples"]["data"]] == [
+        [str(row), step, f"{row} at {step}\n```"] for row in (3, "4 of a set") for step in (0, 20)
+    ]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_samples_that_a_service_does_not_take_do_not_end_the_run(name, services, tmp_path, caplog):
+    tracker = open_trackers(tmp_path, TrainConfig(report_to=(name,)), first_step=1)[1]
+    services[name].broken = True
+    tracker.show(0, SAMPLES)
+    assert f"report_to {name} did not take the samples of step 0 (ConnectionError" in caplog.text
+
+
+def test_tensorboard_has_a_text_for_each_prompt(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = open_trackers(tmp_path, TrainConfig(report_to=("tensorboard",)), first_step=1)[1]
+    for step in (0, 20):
+        tracker.show(step, SAMPLES)
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert sorted(events.Tags()["tensors"]) == ["samples/row 3/text_summary", "samples/row 4 of a set/text_summary"]
+    found = events.Tensors("samples/row 3/text_summary")
+    assert [event.step for event in found] == [0, 20]
+    assert b"3 at 20" in found[1].tensor_proto.string_val[0]
 
 
 @pytest.mark.parametrize("name", SERVICES)
