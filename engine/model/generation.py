@@ -32,7 +32,8 @@ def generate(
 
     No token is left out of what is drawn from (no top-k, no top-p), nor made less likely as the model's
     generation_config.json may ask, so that the answers are samples of the policy at temperature 1. The model runs with
-    its own attention and in evaluation mode meanwhile.
+    its own attention and in evaluation mode meanwhile. Of a sharded policy every rank must call this, and all draw the
+    same answers, for each token of which all weights are gathered.
 
     Args:
         prompts: token ids, each at least one.
@@ -45,7 +46,6 @@ def generate(
     Returns:
         int32 arrays in the order of ``prompts``, each of one token or more.
     """
-    model: Any = policy.causal_lm
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     with _generating(policy, seed):
@@ -53,7 +53,7 @@ def generate(
             places = [order[i] for i in batch]
             ids_BT, mask_BT = _padded([prompts[i] for i in places], min(stops, default=0))
             with policy.autocast():
-                output_BT = model.generate(
+                output_BT = policy.generate_ids(
                     input_ids=ids_BT.to(policy.device),
                     attention_mask=mask_BT.to(policy.device),
                     generation_config=_settings(stops, max_new_tokens, temperature),

@@ -162,6 +162,12 @@ class Policy(nn.Module):
         kept = torch.is_grad_enabled() and not (self.sharded or self.recomputes)
         return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=kept)
 
+    def generate_ids(self, **options: Any) -> torch.Tensor:
+        """transformers' ``generate`` of the model, int64 [B, T]. Of a sharded policy every rank must call this with the
+        same arguments; it goes on until all of them are at the end."""
+        model: Any = self.causal_lm
+        return model.generate(**options, synced_gpus=self.sharded)
+
     def rows_of(self, batch: PackedBatch) -> RowPlan | None:
         """The rows of a batch that the layout of this policy asks for."""
         blocks = self.layout.blocks

@@ -72,6 +72,7 @@ def shard_policy(policy: Policy, device: torch.device) -> Policy:
     shard(policy)
     register_fsdp_forward_method(policy, "plain_logits")
     register_fsdp_forward_method(policy, "plain_routers")
+    register_fsdp_forward_method(policy, "generate_ids")
     for unit in policy.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)

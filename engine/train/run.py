@@ -175,8 +175,7 @@ class Run:
 
     def _broken(self, end: FeedError) -> UserError:
         """Make durable what is done before data that cannot be read."""
-        where = self._saved()
-        return UserError(f"{end}; the run ended{where}: correct this, then {GO_ON}")
+        return UserError(f"{end}; the run ended{self._saved()}: correct this, then {GO_ON}")
 
     def _saved(self) -> str:
         """Save what is done, and say where that is."""
@@ -258,8 +257,8 @@ class Run:
         self.meter.watch.stop()
 
     def _sample(self) -> None:
-        """Answers of the model as it is, where they are asked for."""
-        if self.config.train.sample_steps is None or not distributed.is_main():
+        """Answers of the model as it is, where they are asked for; of a sharded one on all ranks together."""
+        if self.config.train.sample_steps is None or not (distributed.is_main() or self.policy.sharded):
             return
         self.meter.watch.stop()
         dataset = self.setup.datasets[self.setup.held_out[0]]
@@ -267,10 +266,11 @@ class Run:
         # Tokenizer and configuration are in use there, too.
         self.saver.finish()
         samples = draw_samples(self.policy, self.setup.tokenizer, self.config, dataset, step=self.done)
-        add_samples(self.output_dir, samples)
-        for tracker in self.trackers:
-            tracker.show(self.done, read_samples(self.output_dir))
-        log.info("%s", format_samples(samples))
+        if distributed.is_main():
+            add_samples(self.output_dir, samples)
+            for tracker in self.trackers:
+                tracker.show(self.done, read_samples(self.output_dir))
+            log.info("%s", format_samples(samples))
         self.meter.watch.start()
 
     def _move_reference(self) -> None:

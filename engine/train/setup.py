@@ -138,11 +138,6 @@ def prepare(config: RunConfig, start: Start | None = None, *, on_data: OnData | 
         train=config.train,
         weights_dtype=config.optim.weights_dtype,
     )
-    if policy.sharded and config.train.sample_steps is not None:
-        raise UserError(
-            "train.sample_steps needs the whole model in each process, and here it is sharded over them: set it to "
-            "null, and draw answers from the trained model with one process"
-        )
     balance = Balance.of(policy, config.loss.router_aux_loss_coef)
     if start is not None:
         check_balance(start, balance)

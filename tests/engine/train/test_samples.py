@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
+from engine.config.load import to_dict
 from engine.data.groups import PreferenceDataset, PreferenceGroup
 from engine.errors import UserError
 from engine.report import write_report
@@ -18,6 +21,7 @@ from engine.train.measures import with_text
 from engine.train.resume import check_same_run, config_values
 from engine.train.samples import distinct_prompts
 from engine.train.trackers import JsonlTracker
+from tests.engine.distributed.launch import run_jobs
 
 OPTIONS = {"sample_steps": 2, "sample_prompts": 2, "sample_max_new_tokens": 5, "save_steps": 3}
 
@@ -65,6 +69,23 @@ def test_a_resumed_run_has_the_samples_of_one_that_was_not_cut(make_config, pair
     (tmp_path / "cut" / "samples.jsonl").open("a").write(json.dumps({"step": 4, "row": 0}) + "\n")
     train(cut, resume=True)
     assert read_samples(tmp_path / "cut") == read_samples(tmp_path / "whole")
+
+
+def test_processes_that_share_a_model_draw_what_one_draws(make_config, pairs_jsonl, tmp_path):
+    """Weights are gathered for each token; all processes end together."""
+    options = {"max_steps": 2, "sample_steps": 1, "save_steps": None, "sample_max_new_tokens": 6}
+    runs = [sampling(make_config, pairs_jsonl, tmp_path / name, **options) for name in ("alone", "together", "silent")]
+    silent = replace(runs[2], train=replace(runs[2].train, sample_steps=None))
+    jobs = [{"kind": "train", "config": to_dict(config), "resume": False} for config in (runs[1], silent)]
+    ended = run_jobs(tmp_path, 2, jobs)
+    assert [end.code for end in ended] == [0, 0], ended[0].err + ended[1].err
+    train(runs[0])
+    alone, together = (read_samples(tmp_path / name) for name in ("alone", "together"))
+    assert [sample["step"] for sample in together] == [0, 0, 1, 1, 2, 2]
+    assert together[:2] == alone[:2]
+    # What is learned does not depend on them.
+    models = [load_file(tmp_path / name / "model.safetensors") for name in ("together", "silent")]
+    assert all((models[0][key] == value).all() for key, value in models[1].items())
 
 
 def test_a_resumed_run_may_draw_other_samples(make_config, pairs_jsonl, tmp_path):
