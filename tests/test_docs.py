@@ -48,6 +48,13 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), target
 
 
+def test_every_example_is_on_their_page():
+    folder = ROOT / "examples"
+    links = re.findall(r"\]\(([\w.]+)", (folder / "README.md").read_text(encoding="utf-8"))
+    found = {p.name for p in folder.iterdir() if p.name[0] not in "._"}
+    assert found - {"README.md"} == set(links) - {".."}
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in DATED], ids=lambda p: p.name)
 def test_commands_are_understood(page, tmp_path, monkeypatch):
     """Every ``dpo`` line of the page is one that the command line takes, keys and values included."""
