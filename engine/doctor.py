@@ -12,7 +12,8 @@ from pathlib import Path
 
 PACKAGES = (
     "dpo-kernels", "torch", "triton", "transformers", "datasets", "peft", "bitsandbytes", "accelerate", "trl",
-    "flash-attn", "numpy", "pyarrow", "safetensors", "tyro",
+    "flash-attn", "flash-attn-3", "liger-kernel", "flash-linear-attention", "causal-conv1d", "mamba-ssm", "numpy",
+    "pyarrow", "safetensors", "tyro",
 )  # fmt: skip
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
@@ -20,6 +21,8 @@ ENVIRONMENT = (
     "WORLD_SIZE",
 )  # fmt: skip
 
+MIXER_KERNELS = ("fla", "causal_conv1d", "mamba_ssm")
+"""Packages whose kernels transformers takes for state space models, gated delta nets and their convolutions."""
 LOGP_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-3}
 """Largest error of one token's log-prob, in nats, against float64 on the same inputs."""
 GRADIENT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -117,6 +120,25 @@ def _choices() -> Rows:
             yield f"{op} {name}", f"{choice.impl} ({choice.reason})"
         backend = choose_backend("auto", device, dtype)
         yield f"attention {name}", f"{backend.name} ({backend.reason})"
+    yield from _blocks(device.type)
+
+
+def _blocks(device_type: str) -> Rows:
+    """What computes decoder blocks, and mixers of tokens that are no attention."""
+    from importlib.util import find_spec
+
+    from .model.kernels.choice import auto_words
+    from .model.kernels.compiled import compile_lack
+    from .model.kernels.liger import DEVICES, liger_lack
+
+    yield "model.kernels auto", auto_words(device_type)
+    lack = liger_lack() or ("" if device_type in DEVICES else f"runs on {', '.join(DEVICES)} alone")
+    yield "model.kernels liger", lack or f"liger-kernel {metadata.version('liger-kernel')}"
+    yield "model.kernels compile", compile_lack(device_type) or "torch.compile can generate code"
+    found = [name for name in MIXER_KERNELS if find_spec(name) is not None]
+    reason = "" if device_type == "cuda" else f", on {device_type} by torch alone"
+    words = f"{', '.join(found)}{reason}" if found else "no kernels are installed: transformers computes it by torch"
+    yield "linear attention", words
 
 
 def _places() -> Rows:

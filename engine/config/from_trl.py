@@ -28,6 +28,7 @@ from .trl_keys import (
     SAME_RESULT,
     STOPS,
 )
+from .trl_processes import ProcessKeys
 from .trl_sets import Entry, as_sets
 
 _SAME_OPTIMIZER = {
@@ -120,7 +121,7 @@ def _is_unpaired(keys: Mapping[str, Any]) -> bool:
     )
 
 
-class _Converter(EvaluationKeys):
+class _Converter(EvaluationKeys, ProcessKeys):
     """Takes keys out of ``trl`` one topic at a time; what is left has no counterpart."""
 
     def run(self, num_processes: int | None) -> None:
@@ -128,6 +129,8 @@ class _Converter(EvaluationKeys):
             self.result.values[section] = dict(self.given.get(section, {}))
         self.unpaired = _is_unpaired(self.trl.keys)
         self._model()
+        self._kernels()
+        self._division()
         self._data()
         self._batch(num_processes)
         self._loss()
@@ -182,6 +185,13 @@ class _Converter(EvaluationKeys):
         accumulation = self.trl.whole("gradient_accumulation_steps", 1)
         listed = self.trl.take("num_processes")
         processes = num_processes or (self.trl.as_whole("num_processes", listed) if listed is not None else 1)
+        train = {**self.result.values["train"], **self.given.get("train", {})}
+        if (ranks := train.get("context_parallel", 1)) > 1 and processes > 1:
+            if processes % ranks:
+                self._stop("num_processes", f"{processes} processes are no multiple of train.context_parallel {ranks}")
+            # They have the same rows.
+            processes = max(1, processes // ranks)
+            self._same("num_processes", f"{ranks} work on the same rows: {processes} times the batch of one")
         packing = self.result.values["packing"]
         if "pairs_per_step" not in packing:
             self._pairs(per_device, accumulation, processes, listed is None and num_processes is None)

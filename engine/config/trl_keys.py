@@ -55,7 +55,7 @@ _same(
 )
 _same(
     FUSED,
-    "use_liger_kernel liger_kernel_config torch_compile torch_compile_backend torch_compile_mode",
+    "liger_kernel_config torch_compile_backend torch_compile_mode",
 )
 _same("runs are deterministic as they are", "full_determinism")
 _same("the device is found when the run starts", "use_cpu no_cuda use_mps_device")
@@ -185,6 +185,7 @@ _converted(
     "datasets dataset_name dataset_config dataset_train_split dataset_test_split max_length truncation_mode "
     "per_device_train_batch_size gradient_accumulation_steps num_processes accelerate_config train_sampling_strategy"
 )
+_converted("use_liger_kernel torch_compile")
 _converted("loss_type loss_weights label_smoothing precompute_ref_log_probs")
 _converted(" ".join(LOSS_OPTIONS))
 _converted("lora_modules_to_save lora_target_parameters sync_ref_model ref_model_mixup_alpha ref_model_sync_steps")

@@ -13,6 +13,7 @@ import dpo_kernels
 from engine import doctor
 from engine.model import selftest
 from engine.model.attention import choice
+from engine.model.kernels import compiled, liger
 from tests.engine.model import stand_ins
 
 
@@ -21,13 +22,14 @@ def test_a_healthy_machine():
     assert healthy
     assert text.isascii()
     for part in (
-        f"torch         {metadata.version('torch')}", "threads", "linear_dpo_loss float32", "linear_logps_filtered",
+        "none (none pays on cpu)", "linear attention", "threads", "linear_dpo_loss float32", "linear_logps_filtered",
         "attention bfloat16",
         "log-probs float32", "weight gradient bfloat16", "offline", "reference store",
         "loss after a step bfloat16  ok",
     ):  # fmt: skip
         assert part in text
     assert re.search(r"sdpa bfloat16, gradients +ok", text)
+    assert re.search(rf"^  torch +{re.escape(metadata.version('torch'))}$", text, re.M)
     assert text.endswith("healthy")
 
 
@@ -44,6 +46,28 @@ def test_a_machine_without_a_gpu(monkeypatch, cuda, hip, words):
         monkeypatch.setattr(torch.version, name, version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ("gpu", words) in list(doctor._machine())
+
+
+@pytest.mark.parametrize(
+    ("installed", "words"),
+    [
+        (("liger_kernel", "triton"), "liger, else compile, else none (first choice; compared"),
+        (("triton",), "compile, else none (passed over liger: liger-kernel is not installed"),
+        (
+            (),
+            "none (passed over liger: liger-kernel is not installed (pip install dpo-kernels[liger]); compile: ",
+        ),
+    ],
+)
+def test_what_computes_blocks_on_a_gpu(installed, words, monkeypatch):
+    if "liger_kernel" in installed:
+        pytest.importorskip("liger_kernel")
+    for module in (liger, compiled):
+        monkeypatch.setattr(module, "find_spec", lambda name: name if name in installed else None)
+    rows = dict(doctor._blocks("cuda"))
+    assert rows["model.kernels auto"].startswith(words)
+    assert ("liger_kernel" in installed) == ("not installed" not in rows["model.kernels liger"])
+    assert ("triton" in installed) == (rows["model.kernels compile"] == "torch.compile can generate code")
 
 
 def test_wrong_numbers_are_found(monkeypatch):

@@ -9,6 +9,7 @@ from ...errors import UserError
 from ..fields import show
 from .axolotl_keys import MARKS, NAMES, PROJECTS, RULES, SAME_NAMES, TRACKERS
 from .entries import Entry, hold_out, name_run, put_data, put_evaluation, stop_early
+from .processes import read_division, read_kernels
 from .reading import Reading, Trainer
 
 _LOSSES = {"dpo": None, "ipo": "ipo", "simpo": "simpo", "orpo": "orpo", "kto": "kto"}
@@ -27,6 +28,9 @@ def read(reading: Reading) -> None:
     _optimizer(reading)
     _cadence(reading)
     _model(reading)
+    read_kernels(reading, "liger_rope liger_rms_norm liger_glu_activation", "torch_compile")
+    sizes = {"shards": "dp_shard_size", "copies": "dp_replicate_size"}
+    read_division(reading, "context_parallel_size sequence_parallel_degree", **sizes)
 
 
 def _loss(reading: Reading) -> None:

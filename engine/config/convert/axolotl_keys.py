@@ -40,6 +40,9 @@ RULES: dict[str, Rule] = {
     **each(f"{PROJECTS} {NAMES}", Read("`train.project`, `train.run_name`")),
     **each("base_model_config tokenizer_config special_tokens", Read("`model`; changed tokens are told")),
     **each("overrides_of_model_config model_config", Read("`loss.router_aux_loss_coef`; other keys stop")),
+    **each("liger_rope liger_rms_norm liger_glu_activation torch_compile", Read("`model.kernels` liger, compile")),
+    **each("context_parallel_size sequence_parallel_degree", Read("`train.context_parallel`")),
+    **each("dp_shard_size dp_replicate_size", Read("`train.shards_per_replica`, of several copies")),
     **each("flash_attention sdp_attention eager_attention", Read("`model.attention`")),
     **each(" ".join(f"use_{name}" for name in TRACKERS), Read("`train.report_to`; wandb where it has a project")),
     **each(
@@ -76,8 +79,8 @@ RULES: dict[str, Rule] = {
     ),
     **each(
         "fsdp_version ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers "
-        "ddp_find_unused_parameters fsdp_final_state_dict_type dp_shard_size dp_replicate_size context_parallel_size "
-        "tensor_parallel_size sequence_parallel_degree heads_k_stride ring_attn_func local_rank world_size",
+        "ddp_find_unused_parameters fsdp_final_state_dict_type "
+        "tensor_parallel_size heads_k_stride ring_attn_func local_rank world_size",
         Left("told", "several processes are started with torchrun, and share the weights out by FSDP2"),
     ),
     "streaming": Left("told", "the set is read whole; data.streaming reads one that is larger than the disk"),
@@ -97,8 +100,8 @@ RULES: dict[str, Rule] = {
         Left("told", "no part in what is learned"),
     ),
     **each(
-        "torch_compile torch_compile_backend torch_compile_mode dpo_use_liger_kernel liger_rope liger_rms_norm "
-        "liger_glu_activation liger_layer_norm liger_fused_linear_cross_entropy",
+        "torch_compile_backend torch_compile_mode dpo_use_liger_kernel liger_layer_norm "
+        "liger_fused_linear_cross_entropy",
         Left("told", FUSED),
     ),
     **each(

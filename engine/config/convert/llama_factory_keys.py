@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..trl_keys import FUSED
 from .rules import Left, Read, Rule, To, each, words
 from .transformers_keys import TRANSFORMERS_KEYS
 
@@ -61,7 +60,7 @@ RULES: dict[str, Rule] = {
         "preprocessing_num_workers preprocessing_batch_size overwrite_cache buffer_size data_shared_file_system",
         Left("told", "tokenisation is one streaming pass"),
     ),
-    **each("enable_liger_kernel", Left("told", FUSED)),
+    "enable_liger_kernel": To("use_liger_kernel"),
     **each(
         "use_unsloth use_unsloth_gc use_reentrant_gc upcast_layernorm upcast_lmhead_output "
         "use_v1_kernels low_cpu_mem_usage use_fast_tokenizer split_special_tokens use_kv_cache infer_backend "

@@ -11,6 +11,7 @@ from ..fields import show
 from ..losses import UNPAIRED_LOSSES
 from .entries import Entry, hold_out, name_run, put_data, put_evaluation, stop_early, weighted
 from .ms_swift_keys import MARKS, RULES, SAME_NAMES
+from .processes import read_division
 from .reading import Reading, Trainer, as_list
 
 _LOSSES = {"dpo": "sigmoid", "simpo": "simpo", "orpo": "orpo", "cpo": "cpo", "kto": "kto"}
@@ -23,6 +24,7 @@ def read(reading: Reading) -> None:
     if not isinstance(kind, str) or kind not in _LOSSES:
         raise UserError(f"{reading.file.where('rlhf_type')}: {show(kind)} does not train on preferences; "
                         f"{', '.join(_LOSSES)} are converted")  # fmt: skip
+    read_division(reading, "sequence_parallel_size context_parallel_size")
     _batch(reading, "rows" if kind == "kto" else "pairs")
     if kind == "kto":
         _labels(reading)

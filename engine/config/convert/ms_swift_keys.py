@@ -49,6 +49,7 @@ RULES: dict[str, Rule] = {
     **each("eval_strategy eval_steps", Read("`train.eval_steps`")),
     "early_stop_interval": Read("`train.early_stopping_patience`"),
     **each("swanlab_project swanlab_exp_name", Read("`train.project`, `train.run_name`")),
+    **each("sequence_parallel_size context_parallel_size", Read("`train.context_parallel`")),
     **each("ref_model", Read("`reference.model_name_or_path`")),
     **each(
         "lora_bias lorap_lr_ratio lora_ga_batch_size layers_to_transform lora_dtype use_swift_lora",
@@ -81,13 +82,13 @@ RULES: dict[str, Rule] = {
         "add_version create_checkpoint_symlink task_type device_map max_memory safe_serialization max_shard_size "
         "hub_token ignore_args_error load_args swanlab_mode swanlab_token "
         "tuner_backend freeze_vit freeze_aligner vit_gradient_checkpointing temperature max_new_tokens check_model "
-        "zero_hpz_partition_size deepspeed_autotp_size sequence_parallel_size template_backend use_ray "
+        "zero_hpz_partition_size deepspeed_autotp_size template_backend use_ray "
         "bnb_4bit_compute_dtype use_logits_to_keep resume_only_model experts_impl",
         Left("told", "no part in what DPO learns, or decided here"),
     ),
     **each(
         "tensor_model_parallel_size expert_tensor_parallel_size expert_model_parallel_size "
-        "pipeline_model_parallel_size context_parallel_size sequence_parallel "
+        "pipeline_model_parallel_size sequence_parallel "
         "moe_permute_fusion moe_grouped_gemm moe_shared_expert_overlap "
         "recompute_granularity recompute_method recompute_num_layers finetune cross_entropy_loss_fusion no_save_optim "
         "no_save_rng attention_backend optimizer_cpu_offload use_precision_aware_optimizer optimizer_offload_fraction "

@@ -6,8 +6,8 @@ from typing import Any
 
 from ...errors import UserError
 from ..fields import show
-from ..trl_keys import FUSED
 from .entries import Entry, name_run, put_data
+from .processes import read_division, read_kernels
 from .reading import Reading, Trainer, as_list
 from .rules import Left, Read, Rule, To, each, words
 
@@ -58,10 +58,12 @@ RULES: dict[str, Rule] = {
         "target_columns cache_logprobs_only use_slow_tokenizer tokenizer_revision data_loader_seed",
         Left("told", "rows are tokenised in one pass, and reference log-probs are stored by row"),
     ),
-    **each("compile_model use_liger_kernel", Left("told", FUSED)),
+    **each("compile_model use_liger_kernel", Read("`model.kernels` compile, liger")),
+    **each("context_parallel_degree cp_degree", Read("`train.context_parallel`")),
+    **each("fsdp_shard_degree fsdp_num_replicas", Read("`train.shards_per_replica`, of several copies")),
     **each(
         "zero_stage offload_optimizer offload_param zero_hpz_partition_size sync_each_batch timeout profiling "
-        "fsdp_shard_degree fsdp_num_replicas tensor_parallel_degree context_parallel_degree cp_degree cp_strategy "
+        "tensor_parallel_degree cp_strategy "
         "fused_optimizer low_cpu_mem_usage use_flash_attn rope_scaling_beta_fast "
         "rope_scaling_beta_slow activation_checkpointing_mode activation_checkpointing_modules",
         Left("told", "how it is computed, which this project decides"),
@@ -75,6 +77,9 @@ def read(reading: Reading) -> None:
     _data(reading)
     _adapter(reading)
     _run(reading)
+    read_kernels(reading, "use_liger_kernel", "compile_model")
+    sizes = {"shards": "fsdp_shard_degree", "copies": "fsdp_num_replicas"}
+    read_division(reading, "context_parallel_degree cp_degree", **sizes)
     reading.hand("bf16", True)
     reading.tell("dtype", "bfloat16 over float32 weights, as DeepSpeed keeps them -> model.dtype bfloat16")
 

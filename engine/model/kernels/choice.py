@@ -12,9 +12,9 @@ from ..checks import probe_groups
 from ..policy import Policy
 from ..sources import first_line
 from .comparison import difference
-from .compiled import compile_changes
+from .compiled import compile_changes, compile_lack
 from .exchange import Change, Exchange, Kernels
-from .liger import liger_changes
+from .liger import liger_changes, liger_lack
 
 CHANGES: dict[str, Callable[[Policy], list[Change]]] = {"liger": liger_changes, "compile": compile_changes}
 """What each kind changes in a model, in order of preference."""
@@ -62,6 +62,16 @@ def use_kernels(policy: Policy, kernels: Kernels) -> None:
     if kernels.name != "none":
         policy.exchange = Exchange(CHANGES[kernels.name](policy))
         policy.exchange.on()
+
+
+def auto_words(device_type: str) -> str:
+    """What ``auto`` tries for a model on a kind of device, before there is one."""
+    if device_type not in DEVICES:
+        return f"none (none pays on {device_type})"
+    lacks = {"liger": liger_lack(), "compile": compile_lack(device_type)}
+    able = [name for name in CHANGES if not lacks[name]]
+    reasons = _passed([f"{name}: {lack}" for name, lack in lacks.items() if lack]) or "first choice"
+    return f"{', else '.join([*able, 'none'])} ({reasons}; compared on a small pack when a model is loaded)"
 
 
 def kernels_words(policy: Policy) -> str:

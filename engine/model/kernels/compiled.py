@@ -11,8 +11,12 @@ beside attention, since these would then keep everything.
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
@@ -49,6 +53,18 @@ def compile_changes(policy: Policy, backend: Any = None) -> list[Change]:
     changes += [Change(vars(part), "forward", ABSENT, Opaque(part)) for block in compiled for part in _mixtures(block)]
     selective = [block for block in compiled if _checkpoints_selectively(block)]
     return changes + [Change(vars(block), "gradient_checkpointing", True, False) for block in selective]
+
+
+def compile_lack(device_type: str) -> str:
+    """Why no block of any model can be compiled for a kind of device; empty where one can."""
+    if not torch._dynamo.is_dynamo_supported():
+        return f"torch.compile does not run on Python {platform.python_version()}"
+    if device_type != "cpu" and find_spec("triton") is None:
+        return "triton is not installed, which torch.compile generates code for"
+    compilers = (os.environ.get("CXX", ""), "g++", "clang++")
+    if device_type == "cpu" and not any(which(name) for name in compilers if name):
+        return "there is no C++ compiler, which torch.compile generates code for"
+    return ""
 
 
 def decoder_blocks(policy: Policy) -> list[nn.Module]:

@@ -48,8 +48,8 @@ def liger_layers(policy: Policy) -> list[Change]:
     Raises:
         ValueError: there are none for this model, or in this environment.
     """
-    if find_spec("liger_kernel") is None:
-        raise ValueError("liger-kernel is not installed (pip install dpo-kernels[liger])")
+    if lack := liger_lack():
+        raise ValueError(lack)
     from liger_kernel.transformers import monkey_patch
 
     model: Any = policy.causal_lm
@@ -65,6 +65,11 @@ def liger_layers(policy: Policy) -> list[Change]:
     if not any(change.name == "forward" for change in changes):
         raise ValueError(f"liger-kernel exchanges no layer of {type(model).__name__}")
     return changes
+
+
+def liger_lack() -> str:
+    """Why there are no layers of Liger's for any model; empty where there are."""
+    return "" if find_spec("liger_kernel") else "liger-kernel is not installed (pip install dpo-kernels[liger])"
 
 
 def _snapshot(model: torch.nn.Module) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:

@@ -274,6 +274,7 @@ EXPECTED = {
     "handbook-smollm3-apo.yaml": {
         "model.model_name_or_path": "HuggingFaceTB/SmolLM3-3B-checkpoints",
         "model.revision": "it-SFT",
+        "model.kernels": "liger",
         "model.attention": "flash",
         "model.trust_remote_code": True,
         "data.datasets": [
