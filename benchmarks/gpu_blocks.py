@@ -51,10 +51,10 @@ def block_checks(context: Context) -> Iterator[Check]:
     # a quick run tries each kind of kernels once
     for shape, layers in list(SHAPES.items())[: 1 if context.quick else None]:
         for name, options in list(WAYS.items())[: 3 if context.quick else None]:
-            yield Check(f"{shape}: {name}", partial(_measure, context, options, layers), seconds=60)
+            yield Check(f"{shape}: {name}", partial(measure, context, options, layers), seconds=60)
 
 
-def _measure(context: Context, options: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
+def measure(context: Context, options: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second, shares of both peak rates, memory, and whether a step waits for the device."""
     if context.dry_run:
         from engine.model.kernels import compiled

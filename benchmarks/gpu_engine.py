@@ -106,8 +106,19 @@ def step_checks(context: Context) -> Iterator[Check]:
         yield Check(name, partial(_train_steps, context, way))
 
 
-def build_policy(context: Context, config: dict[str, Any], dtype: str, *, checkpointing: Any = False, **model: Any):
+def build_policy(
+    context: Context,
+    config: dict[str, Any],
+    dtype: str,
+    *,
+    checkpointing: Any = False,
+    weights_dtype: Any = "float32",
+    **model: Any,
+):
     """A policy of random weights on the device, the same for the same config.
+
+    Args:
+        weights_dtype: of weights that are trained.
 
     Raises:
         SkippedError: it cannot run here, with the engine's own reason.
@@ -126,7 +137,13 @@ def build_policy(context: Context, config: dict[str, Any], dtype: str, *, checkp
         torch.manual_seed(0)
         try:
             with context.device:
-                policy = load_policy(settings, device=context.device, gradient_checkpointing=checkpointing, empty=True)
+                policy = load_policy(
+                    settings,
+                    device=context.device,
+                    gradient_checkpointing=checkpointing,
+                    empty=True,
+                    weights_dtype=weights_dtype,
+                )
         except UserError as reason:
             raise SkippedError(str(reason)) from reason
     return policy.train()

@@ -29,5 +29,8 @@ SECTIONS = {
     "sizes": Section("Sizes past 2^31", _from("gpu_limits:size_checks"), 5, 35),
     "shapes": Section("The head at other shapes", _from("gpu_numbers:shape_checks"), 6, 40),
     "blocks": Section("Fused blocks and checkpointing, on and off", _from("gpu_blocks:block_checks"), 7, 160),
+    "ways": Section("Memory and precision, on and off", _from("gpu_ways:way_checks"), 8, 160),
+    "saves": Section("Checkpoints beside the steps, several devices", _from("gpu_ways:save_checks"), 9, 90),
 }
-"""In order of importance; the seconds add up to one command on a lent machine."""
+"""In order of importance. All up to the head at other shapes fit one command on a lent machine; each of those behind
+them wants a command of its own."""

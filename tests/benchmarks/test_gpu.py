@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from benchmarks import gpu_ways
 from benchmarks.gpu_cuda import find_sanitizer, read_sanitizer
 from benchmarks.gpu_journal import Found, Journal
 from benchmarks.gpu_report import TARGETS, compare_targets, failures, page
 from benchmarks.gpu_sections import SECTIONS
-from benchmarks.gpu_table import Context
+from benchmarks.gpu_table import Context, SkippedError
 from benchmarks.inputs import make_inputs
 from benchmarks.shapes import HeadShape
 
@@ -115,6 +116,17 @@ ASKED = {
     "sanitizer": [f"{tool}: {path}" for tool in ("memcheck", "racecheck") for path in ("stats", "pairs", "filter")],
     "attention": [f"{backend}: qwen3, head dim 128, heads 8:1" for backend in ("flash3", "flash", "varlen", "sdpa")],
     "steps": ["full", "LoRA", "gradient checkpointing", "mixture of experts", "K = 3"],
+    "blocks": ["0.5B: none", "0.5B: liger", "8B, 4 layers: compile, selective"],
+    "ways": [
+        "8B: stochastic, adamw_8bit",
+        *(
+            f"{shape}: {way}"
+            for shape in ("0.5B", "8B, 4 layers")
+            for way in ("none", "master_weights stochastic", "master_weights kahan", "optim.offload", "kernels liger")
+        ),
+        *("0.5B: gradient_checkpointing selective", "8B, 4 layers: activation_offload", "0.5B: kernels compile"),
+    ],
+    "saves": ["saves: async_save", "saves: no checkpoint", "several processes: param_dtype bfloat16"],
     "limits": ["float16, frozen head, slope ", "NaN reaches the hinge loss", "variants over random batches"],
 }
 """How checks begin that no list may lose."""
@@ -125,6 +137,14 @@ def test_what_is_asked_of_a_card(section: str, tmp_path: Path) -> None:
     context = Context(Journal(tmp_path / "gpu.jsonl"), tmp_path, dry_run=True, quick=False, deadline=0.0)
     names = [check.name for check in SECTIONS[section].checks(context)]
     assert [asked for asked in ASKED[section] if not any(name.startswith(asked) for name in names)] == []
+
+
+def test_what_does_not_fit_is_skipped_with_what_is_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = Context(Journal(tmp_path / "gpu.jsonl"), tmp_path, dry_run=True, quick=True, deadline=0.0)
+    check = next(iter(SECTIONS["ways"].checks(context)))
+    monkeypatch.setattr(gpu_ways, "_capacity", lambda context: 2**29)
+    with pytest.raises(SkippedError, match=r"^dpo plan forecasts 0\.\d GiB, and the device has 0\.5 GiB$"):
+        check.run()
 
 
 def our_rows(ms: float) -> list[dict]:
