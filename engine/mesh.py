@@ -136,16 +136,32 @@ def data_rank() -> int:
     return distributed.rank() // context_size()
 
 
+def copies() -> int:
+    """Copies of the model that the ranks hold between them."""
+    return distributed.size() // shards()
+
+
 def shard_mesh(device_type: str) -> DeviceMesh:
-    """The mesh that ``fully_shard`` takes: replicas and shards, or shards alone. Every rank must call this."""
+    """The ranks that hold one copy of the model with this one. Every rank must call this."""
+    return _mesh(device_type)["shard"]
+
+
+def copy_group(device_type: str) -> ProcessGroup | None:
+    """The ranks that hold what this one does of each copy, in the order of the copies; None for all ranks.
+
+    Every rank must call this.
+    """
+    return None if copies() == distributed.size() else _mesh(device_type).get_group("copy")
+
+
+def _mesh(device_type: str) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
     key = (device_type, shards())
     if key not in _division.meshes:
-        replicas = distributed.size() // shards()
         shape, names = (shards(),), ("shard",)
-        if replicas > 1:
-            shape, names = (replicas, *shape), ("replicate", *names)  # type: ignore[assignment]
+        if copies() > 1:
+            shape, names = (copies(), *shape), ("copy", *names)  # type: ignore[assignment]
         _division.meshes[key] = init_device_mesh(device_type, shape, mesh_dim_names=names)
     return _division.meshes[key]
 

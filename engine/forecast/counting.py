@@ -131,7 +131,7 @@ class Shapes:
         heap = Heap() if target.kind == "cpu" and Heap.available() else None
         count = LiveStorage(device, held, heap)
         trained = [p for p in policy.parameters() if p.requires_grad]
-        added = trained if shards == 1 < target.processes else []
+        added = trained if shards < target.processes else []
         whole_state, update = state_bytes(config.optim, policy, kind=target.kind)
         counted = count.watch([*policy.parameters(), *policy.buffers()], mapped=True)
         step = step_of(self.pack.map_tensors(partial(_moved, device=device)))
@@ -173,7 +173,7 @@ class Shapes:
             dequantized=max((w.nbytes for w in small), default=0),
             update=update // shards,
             stored=-(-stored_bytes(config, policy) // shards),
-            added=sum(p.numel() for p in added),
+            added=sum(sizes) if added else 0,
             first=(moments.first or count.peak) - counted if heap is None else heap.peak,
             last=max(0, moments.last - counted) if heap is None else 0,
         )

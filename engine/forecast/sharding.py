@@ -43,7 +43,7 @@ def largest_share(size: int, parameter: nn.Parameter, shards: int) -> int:
 
 
 def adding_bytes(numbers: int) -> int:
-    """What is held beside gradients of so many numbers while processes with whole copies of a model add them up."""
+    """What is held beside gradients of so many numbers while processes with copies of a model add them up."""
     return 3 * SUM_BYTES * min(numbers, BUCKET)
 
 

@@ -77,7 +77,11 @@ def division_words() -> str:
     together = f"; {ranks} work on each pack, by heads" if ranks > 1 else ""
     if shards == 1:
         return f"each holds the whole model; gradients are added up once a step{together}"
-    among = "them" if shards == size else f"{shards} of them, in {size // shards} copies of the model"
+    among = (
+        "them"
+        if shards == size
+        else f"{shards} of them, in {size // shards} copies of the model, whose gradients are added up once a step"
+    )
     dtype = mesh.gathered_dtype()
     gathered = "" if dtype is None else f", gathered in {str(dtype).removeprefix('torch.')}"
     return f"parameters, gradients and optimizer state are sharded over {among} (FSDP2){gathered}{together}"

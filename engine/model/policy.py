@@ -103,8 +103,8 @@ class Policy(nn.Module):
         """Whether backward runs the layers once more instead of keeping what they made (gradient checkpointing)."""
         self.sharded = False
         """Whether the parameters are spread over processes: see ``engine/model/shard.py``."""
-        self.replicated = False
-        """Whether each of several processes holds all parameters, whose gradients ``sum_gradients`` then adds."""
+        self.has_copies = False
+        """Whether several processes hold the same parameters, whose gradients ``sum_gradients`` then adds."""
         self.layout = Layout()
         """How packs are computed: see ``engine/model/layouts.py``."""
         self.head_use: HeadUse | None = None
@@ -283,8 +283,8 @@ class Policy(nn.Module):
         return logps
 
     def sum_gradients(self) -> None:
-        """Add up the gradients of a step over processes that hold whole models; sharded, it is done after each pack."""
-        if self.replicated:
+        """Add up the gradients of a step over copies of the model; over shards of one it is done after each pack."""
+        if self.has_copies:
             sum_in_order([p for p in self.model.parameters() if p.requires_grad])
 
     @contextmanager

@@ -4,7 +4,8 @@ Each transformer block is one unit, gathered around its own forward and backward
 the head gathered around the loss alone, which runs in a forward method of the head; tied, they stay with the rest of
 the model. Gradients are summed, not averaged: the loss of a step is already divided by its pairs over all ranks. They
 are summed after every pack, since to keep a whole model's gradients on every rank would undo the sharding. Where the
-ranks hold several copies of the model between them (``mesh.shards``), shards are gathered within a copy.
+ranks hold several copies of the model between them (``mesh.shards``), shards are gathered and summed within a copy,
+and added up over the copies once a step (``replicas.py``).
 
 Rank 0 alone reads the weights. Unit by unit they go to all processes, each of which then keeps its share: none of the
 others ever holds more than its shares and one unit (where transformers names no blocks, the whole model is one). What
@@ -77,7 +78,7 @@ def shard_policy(policy: Policy, device: torch.device) -> Policy:
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-    policy.sharded = True
+    policy.sharded, policy.has_copies = True, mesh.copies() > 1
     return policy
 
 
@@ -95,7 +96,7 @@ def _copy_policy(policy: Policy, device: torch.device, *, read_by_each: bool) ->
         _take_layout(policy)
         _fill(policy, "_buffers", device)
         _fill(policy, "_parameters", device)
-    policy.replicated = True
+    policy.has_copies = True
     return policy
 
 

@@ -6,7 +6,6 @@ no order of operations changes. On the CPU they are made all the same.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
+from ..mesh import shard_mesh
 
 SMALLEST = 1024
 """Elements below which a copy is not worth its launch."""
@@ -86,9 +86,6 @@ def _sharded_as(tensor: Any, local: Tensor, mesh: Any) -> Tensor:
     return DTensor.from_local(local, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
-@functools.lru_cache
 def _mesh_on_host(mesh: Any) -> Any:
     """The same processes, for tensors on their hosts. Every rank must ask at the same time, the first time."""
-    from torch.distributed.device_mesh import DeviceMesh
-
-    return mesh if mesh.device_type == "cpu" else DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+    return mesh if mesh.device_type == "cpu" else shard_mesh("cpu")

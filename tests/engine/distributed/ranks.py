@@ -27,6 +27,7 @@ class Ranks:
             (mesh, "context_size", lambda: size),
             (mesh, "context_rank", lambda: self._local.rank),
             (mesh, "context_group", lambda: None),
+            (mesh, "shards", lambda: 1),
             (torch.distributed, "all_to_all_single", self._all_to_all),
             (torch.distributed, "all_gather", self._all_gather),
         ):

@@ -100,7 +100,9 @@ def lab(tmp_path_factory, tiny_model_dir, tiny_tokenizer, tiny_mixture_dir) -> D
     with alone():
         for case in CASES:
             train(build_config(lab.values(case, "1"), "test"))
-    spawn(lab, 4, [*(lab.job(case, run) for case, run in RUNS if run == "4"), *lab.resumptions("1 to 4")])
+    several = lab.job("replicas", "4", kind="traffic", output=str(lab.folder / "traffic-copies"))
+    several["config"]["packing"]["pairs_per_step"] = 12
+    spawn(lab, 4, [*(lab.job(case, run) for case, run in RUNS if run == "4"), *lab.resumptions("1 to 4"), several])
     traffic = [traffic_job(lab, dtype) for dtype in ("float32", "bfloat16")]
     runs = [lab.job(case, run) for case, run in RUNS if run == "2"]
     spawn(lab, 2, [*runs, *traffic, *lab.resumptions("1 to 2", "4 to 2")])
@@ -142,6 +144,16 @@ def check_run(case: str, run: str, lab: Divided) -> None:
     moved = torch.cat([(weights[name].float() - exact[name].float()).abs().view(-1) for name in exact])
     # Without the state that was stored, the steps after it would move them by 7e-4.
     assert moved.mean() < 2e-5
+
+
+def test_copies_of_shards_add_up_once_a_step(lab):
+    """However many packs they have; within a copy shards are summed after each of them."""
+    for rank in range(4):
+        found = torch.load(lab.folder / f"traffic-copies.{rank}")
+        assert found["packs"] > 1
+        assert "c10d::allreduce_" not in found["calls"]
+        assert found["calls"]["c10d::alltoall_base_"] == 1
+        assert found["calls"]["c10d::_reduce_scatter_base_"] % found["packs"] == 0
 
 
 def test_bfloat16_needs_two_thirds_of_the_traffic(lab):

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -44,8 +45,10 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name] += 1
         whole = {"c10d::_allgather_base_": 0, "c10d::_reduce_scatter_base_": 1}.get(func._schema.name)
         if whole is not None:
             self.bytes += args[whole].numel() * args[whole].element_size()
@@ -61,6 +64,7 @@ def traffic(config, output: str) -> None:
         run.objective.backward(run.policy, step)
     named = run.policy.model.named_parameters()
     found = {"grads": {n: distributed.full_tensor(p.grad) for n, p in named}, "bytes": counted.bytes}
+    found |= {"calls": dict(counted.calls), "packs": len(step.packs)}
     torch.save(found | {"digest": model_digest(run.policy)}, f"{output}.{distributed.rank()}")
 
 
