@@ -31,6 +31,7 @@ SECTIONS = {
     "blocks": Section("Fused blocks and checkpointing, on and off", _from("gpu_blocks:block_checks"), 7, 160),
     "ways": Section("Memory and precision, on and off", _from("gpu_ways:way_checks"), 8, 160),
     "saves": Section("Checkpoints beside the steps, several devices", _from("gpu_ways:save_checks"), 9, 90),
+    "flex": Section("FlexAttention beside flash kernels and scores in the open", _from("gpu_flex:flex_checks"), 10, 90),
 }
 """In order of importance. All up to the head at other shapes fit one command on a lent machine; each of those behind
 them wants a command of its own."""

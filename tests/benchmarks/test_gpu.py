@@ -114,7 +114,10 @@ ASKED = {
     ],
     "options": ["statistics ", "statistics frozen head ", "filter ", "weight_grad ", "vocab-parallel "],
     "sanitizer": [f"{tool}: {path}" for tool in ("memcheck", "racecheck") for path in ("stats", "pairs", "filter")],
-    "attention": [f"{backend}: qwen3, head dim 128, heads 8:1" for backend in ("flash3", "flash", "varlen", "sdpa")],
+    "attention": [
+        f"{backend}: qwen3, head dim 128, heads 8:1" for backend in ("flash3", "flash", "varlen", "flex", "sdpa")
+    ],
+    "flex": ["Gemma 2 9B, global: sdpa", "gpt-oss-20b, global: flex", "Llama 4 Scout, chunks: varlen"],
     "steps": ["full", "LoRA", "gradient checkpointing", "mixture of experts", "K = 3"],
     "blocks": ["0.5B: none", "0.5B: liger", "8B, 4 layers: compile, selective"],
     "ways": [

@@ -69,6 +69,18 @@ def test_what_runs_is_what_a_gpu_runs(config, monkeypatch):
     assert found.weights == here.weights
 
 
+def test_capped_scores_are_not_held(tmp_path):
+    """Layers that flash attention cannot compute hold what FlexAttention holds, and no scores."""
+    sizes = {**SMALL, "num_hidden_layers": 1, "head_dim": 64}
+    folder = save_config(tmp_path / "gemma2", model_type="gemma2", sliding_window=1024, **sizes)
+    found = {
+        name: forecast_pack(run_config(folder, attention=name), groups(4096), several=False, target=ABSENT)
+        for name in ("auto", "flex", "sdpa")
+    }
+    assert found["auto"].activations == found["flex"].activations < found["sdpa"].activations / 2
+    assert found["auto"].backend == "varlen"
+
+
 def test_a_device_gives_more_than_tensors_take():
     assert Target.on(torch.device("cpu")).needed(10 * GIB) == 10 * GIB
     assert ABSENT.needed(10 * GIB) == int((10 * 1.05 + 0.7) * GIB)

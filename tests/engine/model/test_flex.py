@@ -249,24 +249,30 @@ def test_checkpoints(on_cpu, how, monkeypatch):
         torch.testing.assert_close(got, want)
 
 
+def saved_bytes(run) -> dict[torch.Size, int]:
+    """Bytes of what ``run`` leaves for its backward pass, by shape; of masks and numbers nothing."""
+    held: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        held[id(tensor.untyped_storage())] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return {x.shape: x.numel() * x.element_size() for x in held.values() if x.is_floating_point() and x.ndim}
+
+
 @pytest.mark.parametrize("sinks", [False, True])
-def test_shapes_alone_hold_what_its_kernels_hold(sinks):
-    """Queries, keys and values as they are, the output, and a row of sums; nothing of a square of the length."""
+def test_shapes_alone_hold_what_is_compiled(on_cpu, sinks, monkeypatch):
+    """As a backend cuts it into a forward and a backward graph."""
+    monkeypatch.setattr(flex, "BACKEND", "aot_eager_decomp_partition")
+    given = {"softcap": 2.0, "sinks": sinks}
+    inputs, plan, scores = problem(LONG, BF16, heads=(5, 1), widths=(16, 24), **given)
+    compiled = saved_bytes(lambda: flex.flex_attention(*inputs[:3], plan, scores).sum())
     with FakeTensorMode():
-        tokens, heads, width = 1000, 4, 32
-        query, key, value = (torch.empty(1, n, tokens, width, dtype=BF16, requires_grad=True) for n in (heads, 2, 2))
-        sink = torch.empty(heads, requires_grad=True) if sinks else None
-        plan = plan_attention([Segment(0, tokens, 0, 0)])
-        scores = Scores(scaling=0.1, window=None, softcap=30.0, sinks=sink, chunk=None)
-        held: dict[int, int] = {}
-
-        def keep(tensor):
-            held[id(tensor.untyped_storage())] = tensor.numel() * tensor.element_size()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = flex.flex_attention(query, key, value, plan, scores)
-        output.sum().backward()
-        assert output.shape == (1, tokens, heads, width)
-        assert all(x.grad.shape == x.shape for x in (query, key, value, *([sink] if sinks else [])))
-    assert sum(held.values()) <= tokens * width * 2 * (heads + 2 + 2 + heads) + tokens * heads * 4 + 4 * heads
+        inputs, _, scores = problem(LONG, BF16, heads=(5, 1), widths=(16, 24), **given)
+        output = flex.flex_attention(*inputs[:3], plan, scores)
+        assert saved_bytes(lambda: flex.flex_attention(*inputs[:3], plan, scores)) == compiled
+        grads = torch.autograd.grad(output.sum(), inputs)
+    assert [x.shape for x in grads] == [x.shape for x in inputs]
+    assert output.shape == (1, LONG[-1].stop, 5, 24)
