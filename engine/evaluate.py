@@ -134,9 +134,12 @@ def _divergences(
     tokenizer: Any,
     samples: int,
 ) -> dict[str, float]:
-    """``sampled_divergence`` from the reference, or from the model before training, for each evaluation set."""
-    if trained.sharded:
-        raise UserError("--samples needs the whole model in one process: evaluate without torchrun, or leave it out")
+    """``sampled_divergence`` from the reference, or from the model before training, for each evaluation set. Processes
+    draw and score the same answers, which a sharded model needs."""
+    if config.train.context_parallel > 1:
+        raise UserError(
+            "--samples scores whole answers in each process: set train.context_parallel to 1, or leave it out"
+        )
     other = config.reference.model_name_or_path is not None
     reference = load_reference(config, trained.device, list(datasets.values())) if other else before
     values: dict[str, float] = {}

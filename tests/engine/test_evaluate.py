@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 from dpo_kernels import preference_loss
-from engine.config import build_config
+from engine.config import build_config, to_yaml
 from engine.config.schema import LoraConfig
 from engine.data import load_dataset_groups
 from engine.errors import UserError
@@ -18,6 +18,7 @@ from engine.model import load_tokenizer
 from engine.model.adapters import quiet_loading
 from engine.train.evaluation import format_evaluation
 from engine.train.loop import train
+from tests.engine.distributed.launch import launch
 
 peft = pytest.importorskip("peft")
 
@@ -260,3 +261,26 @@ def test_samples_of_an_adapter_are_compared_with_the_model_without_it(config, tm
     assert evaluate(config, samples=2)["eval_sampled/kl"] == 0
     written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert written["eval_sampled/kl"] == values["eval_sampled/kl"]
+
+
+def test_processes_that_share_a_model_measure_the_divergence_of_one(config, tmp_path):
+    """From answers that all of them draw."""
+    config = replace(config, train=replace(config.train, max_steps=2, sample_prompts=3, sample_max_new_tokens=6))
+    train(config)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    command = [
+        "-m",
+        "engine",
+        "evaluate",
+        str(tmp_path / "run.yaml"),
+        "--model",
+        config.train.output_dir,
+        "--samples",
+        "2",
+    ]
+    ended = launch([command] * 2)
+    assert [end.code for end in ended] == [0, 0], ended[0].err + ended[1].err
+    together = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    alone = evaluate(config, config.train.output_dir, samples=2)
+    assert together["eval_sampled/num_samples"] == 6
+    assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)
