@@ -46,7 +46,8 @@ def with_error(name: str, value: Any, error: Any) -> str:
     if not (_is_finite(value) and _is_finite(error)) or error == 0:
         return shown(name, value)
     decimals = min(max(1 - math.floor(math.log10(error)), 0), _MOST_DECIMALS)
-    return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
+    # A narrow screen may break the line before the sign, and not behind it.
+    return f"{value:,.{decimals}f} ±\u00a0{error:,.{decimals}f}"
 
 
 def shown(name: str, value: Any) -> str:

@@ -47,7 +47,7 @@ def test_counts_are_whole():
     ],
 )
 def test_an_error_says_how_many_digits_a_value_has(value, error, words):
-    assert with_error("x", value, error) == words
+    assert with_error("x", value, error) == words.replace("± ", "±\u00a0")
 
 
 def test_rows_of_sets_have_words_and_errors_beside_their_values():
@@ -65,7 +65,7 @@ def test_rows_of_sets_have_words_and_errors_beside_their_values():
     )
     assert [(row["name"], row["values"]) for row in found] == [
         ("safety_rewards/accuracies", ["0.7500"]),
-        ("safety_logps_change/chosen", ["-2.00 ± 0.50"]),
+        ("safety_logps_change/chosen", ["-2.00 ±\u00a00.50"]),
         ("as_trained/loss", ["0.2500"]),
         ("odd", ["1.000"]),
     ]
