@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from engine.errors import UserError
 
 from .curves import by_pairs, compare
-from .exact import Point, answer_logps, best_reward, point, rewards
+from .exact import Point, answer_logps, best_reward, by_reward, point, rewards
 from .methods import Evaluation, Workspace, run_method, write_sweeps
 from .picture import LABELS, draw_by_pairs, draw_frontiers
 from .reference import make_reference, write_pairs
@@ -79,9 +79,9 @@ def run(folder: Path, size: Size, *, jobs: int) -> Result:
             f"{LABELS[method]}: {len(evaluations)} evaluations, after {time.perf_counter() - began:.0f} s", flush=True
         )
     evaluations = [one for method in METHODS for one in found[method]]
-    given = (evaluations, start, ref_logps, values)
+    given = (evaluations, start, *by_reward(ref_logps, values))
     result = Result(evaluations, start, ref_logps, compare(*given), by_pairs(*given))
-    _write(folder, result, values)
+    _write(folder, result, *by_reward(ref_logps, values))
     return result
 
 
@@ -110,24 +110,25 @@ def _methods(folder: Path, size: Size, ref_logps: Tensor, jobs: int) -> Iterator
 
 def _in_child(method: str, folder: Path, size: Size, ref_logps: object) -> list[Evaluation]:
     """``run_method`` with a thread and a log file of its own."""
-    log = os.open(folder / f"{method}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(folder / f"{method}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log, stream.fileno())
     torch.set_num_threads(1)
     return run_method(method, folder, size, torch.as_tensor(ref_logps))
 
 
-def _write(folder: Path, result: Result, values: Tensor) -> None:
+def _write(folder: Path, result: Result, ref_logps: Tensor, values: Tensor) -> None:
+    """Files and pictures, from what ``by_reward`` gives."""
     with (folder / POINTS).open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(("method", "run", "pairs", "step", "kl", "reward", "best_reward_at_kl"))
         for one in result.evaluations:
-            best = best_reward(one.point.kl, result.ref_logps, values)
+            best = best_reward(one.point.kl, ref_logps, values)
             numbers = (f"{number:.6f}" for number in (*one.point, best))
             table.writerow((one.method, one.run, one.pairs, one.step, *numbers))
     record = {"reference_reward": result.start.reward, "against": result.against, "by_pairs": result.shares}
     (folder / RESULT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    drawn = (result.start, result.ref_logps, values)
+    drawn = (result.start, ref_logps, values)
     draw_frontiers(folder / "frontier.png", result.evaluations, *drawn)
     draw_by_pairs(folder / "by-pairs.png", result.evaluations, result.shares, *drawn)
 

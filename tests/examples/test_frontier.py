@@ -93,6 +93,15 @@ def test_the_closed_form_satisfies_its_identities(ref_logps, values, beta):
     assert exact.best_reward(found.kl, ref_logps, values) == pytest.approx(found.reward, rel=1e-9)
 
 
+@pytest.mark.parametrize("beta", [8.0, 1.0, 0.2])
+def test_answers_of_one_reward_are_one_answer_to_the_closed_form(ref_logps, values, beta):
+    classes = exact.by_reward(ref_logps, values)
+    assert classes[0].shape[1] < 60
+    whole, short = (exact.point(exact.optimum(*of, beta)[0], *of) for of in ((ref_logps, values), classes))
+    assert short == pytest.approx(whole, rel=1e-9)
+    assert exact.best_reward(0.7, *classes) == pytest.approx(exact.best_reward(0.7, ref_logps, values), rel=1e-9)
+
+
 def test_a_large_beta_leaves_the_reference_and_a_small_one_takes_the_best(ref_logps, values):
     start = exact.point(ref_logps, ref_logps, values)
     assert start.kl == 0
