@@ -11,29 +11,20 @@ import json
 import re
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.layer_work import PROCESSES, groups, layer_of, spread_of, update_of
 from engine.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig
 from engine.config.training import TrainConfig
-from engine.data.groups import PreferenceDataset, PreferenceGroup
+from engine.data.groups import PreferenceDataset
 from engine.forecast import Target
 from engine.forecast.budget import largest_budget
-from engine.forecast.counting import Shapes, step_of
-from engine.forecast.memory import pack_of
-from engine.forecast.weights import policy_without_data
 from engine.model.policy import Layout
 from engine.packing import plan_first_epoch
-from engine.train.objective import Objective
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB, MIB = 2**30, 2**20
@@ -70,6 +61,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """Qwen2.5-0.5B, Llama-3.1-8B, Mixtral-8x7B and Llama-3.1-70B."""
+LAYERS_OF = ("0.5B", "8B", "8x7B")
+UPDATED = ("0.5B", "8B")
 LORA = LoraConfig(r=16)
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -77,9 +70,30 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "`gradient_checkpointing: true`": {"train": {"gradient_checkpointing": True}},
     "`activation_offload: true`": {"train": {"activation_offload": True}},
     "`master_weights: stochastic`": {"optim": {"master_weights": "stochastic"}},
+    "`kernels: liger`": {"kernels": "liger"},
+    "`kernels: compile`": {"kernels": "compile"},
+    "`context_parallel: 2`": {"train": {"context_parallel": 2}},
     "`lora`": {"lora": LORA},
 }
-LAYER_TOKENS = 16384
+"""What changes the forward and backward pass."""
+UPDATES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "`master_weights: stochastic`": {"master_weights": "stochastic"},
+    "`master_weights: kahan`": {"master_weights": "kahan"},
+    "`offload: true`": {"offload": True},
+    "`master_weights: kahan`, `offload: true`": {"master_weights": "kahan", "offload": True},
+    "`optimizer: adamw_8bit`": {"optimizer": "adamw_8bit"},
+    "`optimizer: paged_adamw`": {"optimizer": "paged_adamw"},
+    "`optimizer: paged_adamw_8bit`": {"optimizer": "paged_adamw_8bit"},
+}
+"""What changes the update: the ``optim`` section."""
+SPREADS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "`param_dtype: bfloat16`": {"param_dtype": "bfloat16"},
+    "`shards_per_replica: 4`": {"shards_per_replica": 4},
+    "`shards_per_replica: 1`": {"shards_per_replica": 1},
+}
+"""What changes how several processes hold a model: the ``train`` section."""
 _SAVING = {"gradient_checkpointing": True}
 _ROUNDED = {"master_weights": "stochastic"}
 FITS: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -117,67 +131,36 @@ def run_config(model: Path, *, train: dict | None = None, optim: dict | None = N
     )
 
 
-def groups(count: int, prompt: int = 512, response: int = 256) -> list[PreferenceGroup]:
-    ids = [np.arange(n, dtype=np.int32) for n in (prompt, response)]
-    return [PreferenceGroup(i, ids[0], (ids[1], ids[1])) for i in range(count)]
-
-
-class Work(TorchDispatchMode):
-    """Operations that compute, and what they read and write; views do neither. Attention is one, whatever is in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches = self.traffic = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        # Attention's flat results are told of as views by no schema.
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if made and not view and not func._schema.name.startswith(("aten::empty", "aten::detach")):
-            self.launches += 1
-            read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            self.traffic += sum(t.nbytes for t in [*read, *made])
-        return out
-
-
-class Layer(NamedTuple):
-    """What one more layer adds to a step of one pack."""
-
-    saved: int
-    """Bytes that lie on the device from its forward pass to its backward pass."""
-    traffic: int
-    """Bytes that its operations read and write, forward and backward."""
-    launches: int
-
-
-def layer_of(config: RunConfig, tokens: int = LAYER_TOKENS) -> Layer:
-    """The third layer of a model, on an absent CUDA device."""
-    target = Target.of_kind("cuda", 1)
-    pack = pack_of(config, groups(tokens // 1024), Layout())
-    found = []
-    for layers in (2, 3):
-        saved = Shapes(config, pack, target, Layout(), False).count(layers).activations
-        work = Work()
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
-            warnings.simplefilter("ignore")
-            policy = policy_without_data(config, target, layers)
-            objective = Objective(config.loss, token_metrics=False)
-            with work:
-                objective.backward(policy, step_of(pack.to(target.device)))
-        found.append((saved, work.traffic, work.launches))
-    return Layer(*(more - fewer for fewer, more in zip(*found, strict=True)))
-
-
 def layer_table(folders: dict[str, Path]) -> Iterator[str]:
     """Of three models, each option."""
     yield "| a layer, 16,384 tokens | option | saved for backward, MiB | traffic, GiB | launches |"
     yield "|---|---|---|---|---|"
-    for model in ("0.5B", "8B", "8x7B"):
+    for model in LAYERS_OF:
         for option, values in OPTIONS.items():
             layer = layer_of(run_config(folders[model], **values))
             numbers = f"{max(layer.saved, 0) / MIB:,.0f} | {layer.traffic / GIB:.1f} | {layer.launches}"
             yield f"| {model} | {option} | {numbers} |"
+
+
+def update_table(folders: dict[str, Path]) -> Iterator[str]:
+    """Of two models, each option of an update: bytes a weight are the same for others."""
+    yield "| an update of a layer | option | held, bytes a weight | on the host | traffic | over the bus | launches |"
+    yield "|---|---|---|---|---|---|---|"
+    for model in UPDATED:
+        for option, values in UPDATES.items():
+            found = update_of(run_config(folders[model], optim=values))
+            numbers = (found.resident, found.host, found.traffic, found.bus)
+            yield f"| {model} | {option} | {' | '.join(f'{abs(n):.2f}' for n in numbers)} | {found.launches} |"
+
+
+def spread_table(folders: dict[str, Path]) -> Iterator[str]:
+    """Of three models, each way to hold them on several devices."""
+    yield f"| a layer on each of {PROCESSES} GPUs | option | held, bytes a weight | gathered a pack | gradients sent |"
+    yield "|---|---|---|---|---|"
+    for model in LAYERS_OF:
+        for option, values in SPREADS.items():
+            found = spread_of(run_config(folders[model], train=values))
+            yield f"| {model} | {option} | {' | '.join(f'{n:.2f}' for n in found)} |"
 
 
 def fits(folders: dict[str, Path], name: str) -> list[int | None]:
@@ -200,17 +183,22 @@ def fits_table(folders: dict[str, Path]) -> Iterator[str]:
         yield f"| {model} | {processes} | {name} | {cells} |"
 
 
-TABLES = {"README.md": ("what fits where", fits_table), "docs/experiments.md": ("what a layer holds", layer_table)}
-"""The file of each table, and what the comments say that stand around it."""
+TABLES = {
+    "what fits where": ("README.md", fits_table),
+    "what a layer holds": ("docs/experiments.md", layer_table),
+    "what an update moves": ("docs/experiments.md", update_table),
+    "what several processes send": ("docs/experiments.md", spread_table),
+}
+"""What the comments say that stand around each table, and its file."""
 
 
-def written(page: str) -> list[str]:
+def written(name: str) -> list[str]:
     """The lines of a table as a file has it."""
-    return _parts(page)[1].strip().splitlines()
+    return _parts(name)[1].strip().splitlines()
 
 
-def _parts(page: str) -> tuple[str, str, str]:
-    name = TABLES[page][0]
+def _parts(name: str) -> tuple[str, str, str]:
+    page = TABLES[name][0]
     begin, end = f"<!-- {name}: python -m benchmarks.forecast_tables -->\n", f"<!-- end of {name} -->\n"
     found = re.fullmatch(f"(.*{re.escape(begin)})(.*)({re.escape(end)}.*)", (ROOT / page).read_text("utf-8"), re.S)
     assert found is not None, f"{page} has no place for the table"
@@ -218,15 +206,16 @@ def _parts(page: str) -> tuple[str, str, str]:
 
 
 def main() -> int:
-    """Rewrite all tables."""
+    """Rewrite the tables that are named, or all."""
     with tempfile.TemporaryDirectory() as folder:
         folders = configs(Path(folder))
-        for page, (_, table) in TABLES.items():
-            before, _, after = _parts(page)
+        for name in sys.argv[1:] or TABLES:
+            page, table = TABLES[name]
             lines = []
             for line in table(folders):
                 print(line, flush=True)
                 lines.append(line)
+            before, _, after = _parts(name)
             (ROOT / page).write_text(before + "\n".join(lines) + "\n" + after, encoding="utf-8")
     return 0
 
