@@ -48,7 +48,7 @@ def draw_frontiers(
     end = SHOWN_KL * frontier(curves["dpo"], start)[-1, 0]
     figure, (axes,) = new_figure(
         "Reward against divergence, exactly",
-        f"expectations over all answers; a point for each evaluation; {most:,} pairs",
+        f"expectations over all answers; each evaluation a point; {most:,} pairs",
         labels=[CLOSED_FORM, *LABELS.values()],
     )
     _closed_form(axes, end, ref_logps, rewards)
@@ -72,7 +72,7 @@ def draw_by_pairs(
     names = [f"{pairs:,} pairs: {share:.0%}" for pairs, share in shares.items()]
     figure, (axes,) = new_figure(
         "DPO nears the closed form with data",
-        "equally many steps; share of the gain in reward at equal divergence",
+        "equally many steps; share of the gain at equal divergence",
         labels=[CLOSED_FORM, *names],
     )
     _closed_form(axes, end, ref_logps, rewards)
@@ -98,6 +98,7 @@ def _finish(axes: Axes, end: float, start: Point) -> None:
     axes.plot(0, start.reward, "o", color=MUTED, markersize=8, zorder=5)
     axes.annotate("reference", (0, start.reward), xytext=(9, -3), textcoords="offset points", va="top", color=MUTED)
     axes.set_xlim(-0.02 * end, end)
+    axes.set_ylim(bottom=start.reward - 1.5)
     axes.set_xlabel("KL(policy || reference) of an answer, nats")
     axes.set_ylabel("expected reward of an answer")
     legend(axes)
