@@ -46,8 +46,8 @@ def check(size: int, *, shards: int | None, context: int, gathered: dtype | None
     if size % context:
         raise UserError(
             f"train.context_parallel={context} divides every pack over {context} processes, and there "
-            f"{'is' if size == 1 else 'are'} {size}: start a multiple of {context} with torchrun --nproc-per-node, or "
-            "set it to 1"
+            f"{'is' if size == 1 else 'are'} {size}: start a multiple of {context} with torchrun --nproc-per-node "
+            "(dpo plan: --processes), or set it to 1"
         )
     if size > 1 and shards is not None and size % shards:
         raise UserError(
@@ -55,10 +55,12 @@ def check(size: int, *, shards: int | None, context: int, gathered: dtype | None
             "or to null for all of them"
         )
     if gathered is not None and (size == 1 or shards == 1):
-        have = "one process holds its parameters whole" if size == 1 else "every process holds the whole model"
+        have, several = "every process holds the whole model", ""
+        if size == 1:
+            have, several = "one process holds its parameters whole", ", or start several (dpo plan: --processes)"
         raise UserError(
             f"train.param_dtype={str(gathered).removeprefix('torch.')} is what shards of parameters are gathered in, "
-            f"and {have}: set it to float32"
+            f"and {have}: set it to float32{several}"
         )
 
 

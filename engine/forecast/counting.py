@@ -18,7 +18,7 @@ from dpo_kernels.dispatch import implementation
 from ..config.schema import RunConfig
 from ..model import Policy
 from ..model.before_head import HeadUse
-from ..model.division import num_shards
+from ..model.division import gathered_dtype, num_shards
 from ..model.layouts import use_layout
 from ..model.policy import Layout
 from ..model.shard import transformer_blocks
@@ -30,7 +30,7 @@ from .attention import workspace
 from .blocks import fused_blocks, no_launches
 from .heap import Heap
 from .live_storage import LiveStorage, is_op, storage_bytes
-from .sharding import SUM_BYTES, adding_bytes, gathered_bytes, largest_share
+from .sharding import SUM_BYTES, adding_bytes, gathered_bytes, largest_share, share_bytes
 from .target import Target
 from .weights import (
     policy_without_data,
@@ -132,7 +132,7 @@ class Shapes:
         count = LiveStorage(device, held, heap)
         trained = [p for p in policy.parameters() if p.requires_grad]
         added = trained if shards < target.processes else []
-        whole_state, update = state_bytes(config.optim, policy, kind=target.kind)
+        state_sizes, update = state_bytes(config.optim, policy, kind=target.kind, shards=shards)
         counted = count.watch([*policy.parameters(), *policy.buffers()], mapped=True)
         step = step_of(self.pack.map_tensors(partial(_moved, device=device)))
         activations = _Activations(policy, count)
@@ -144,8 +144,7 @@ class Shapes:
             # The first step leaves holes in the heap, and the optimizer's state among them.
             with count:
                 objective.backward(policy, step)
-        shares = [largest_share(size, p, shards) for size, p in zip(whole_state, trained, strict=True)]
-        state = [torch.empty(size, dtype=torch.uint8, device=device) for size in shares]
+        state = [torch.empty(size, dtype=torch.uint8, device=device) for size in state_sizes]
         count.watch(state)
         # Gradients of a step's other packs are there already; sharded ones only by their shares.
         sizes = [largest_share(p.numel(), p, shards) for p in trained]
@@ -164,15 +163,15 @@ class Shapes:
         small = quantized_weights(policy) if config.model.quantization else []
         saved = storage_bytes(small) - sum(map(quantized_bytes, small))
         return Counts(
-            weights=-(-(counted - saved) // shards),
+            weights=counted - saved if shards == 1 else share_bytes(policy, shards),
             gradients=SUM_BYTES * sum(sizes) if earlier or added else _gradient_bytes(trained),
             optimizer=storage_bytes(state),
             activations=activations.bytes,
             workspace=count.largest_workspace,
-            gathered=gathered_bytes(policy, shards),
+            gathered=gathered_bytes(policy, shards, gathered_dtype(config)),
             dequantized=max((w.nbytes for w in small), default=0),
-            update=update // shards,
-            stored=-(-stored_bytes(config, policy) // shards),
+            update=update,
+            stored=stored_bytes(config, policy, shards=shards),
             added=sum(sizes) if added else 0,
             first=(moments.first or count.peak) - counted if heap is None else heap.peak,
             last=max(0, moments.last - counted) if heap is None else 0,

@@ -42,8 +42,7 @@ def describe_forecast(
             as configured.
     """
     target = target or Target.here()
-    if target.processes > 1:
-        check_division(config, target.processes)
+    check_division(config, target.processes)
     check_rows(config, Objective(config.loss), dataset)
     target.backend(config)
     # What is not there cannot try anything out; which layout is exact is a matter of the model's code.

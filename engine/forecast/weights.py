@@ -17,9 +17,10 @@ from ..model.head import output_layer
 from ..train.bfloat16 import PIECE
 from ..train.held_weights import TOGETHER
 from ..train.optimizer import build_optimizer, updates_at_once
-from ..train.row_blocks import BLOCK, blocks_of_row, is_eight_bits
+from ..train.row_blocks import BLOCK, blocks_of_row, is_eight_bits, moment_bytes, wide_parameters
 from ..train.row_blocks import PIECE as ROWS_PIECE
 from .live_storage import LiveStorage, storage_bytes
+from .sharding import largest_share
 from .target import DeviceKind, Target
 
 _PROBE_WIDTH = 128
@@ -86,54 +87,56 @@ def quantized_bytes(weight: nn.Parameter) -> int:
     return -(-weight.numel() // 2) + scales + 4 * -(-scales // _SCALES_BLOCK)
 
 
-def state_bytes(config: OptimConfig, policy: Policy, *, kind: DeviceKind) -> tuple[list[int], int]:
+def state_bytes(config: OptimConfig, policy: Policy, *, kind: DeviceKind, shards: int = 1) -> tuple[list[int], int]:
     """What the optimizer keeps on the device for each trained parameter, and the most that an update holds beside it.
 
     Paged state is in host memory where the device is full, so it counts nothing. Offloaded state is there, too, where
     the host is not the device; what is updated together is on the device meanwhile.
+
+    Args:
+        shards: processes of which each keeps and updates its share.
     """
     trained = [p for p in policy.parameters() if p.requires_grad]
     plain = replace(config, optimizer="adamw") if "8bit" in config.optimizer or "paged" in config.optimizer else config
-    state, update = _measured_state(plain, trained, kind)
+    state, update = _measured_state(plain, trained, kind, shards)
     if config.optimizer.startswith("paged"):
         state = [0] * len(trained)
     elif config.optimizer == "adamw_8bit":
-        embeddings = {id(m.weight) for m in policy.modules() if isinstance(m, nn.Embedding)}
-        state = [_adamw_8bit(p, whole=id(p) in embeddings) for p in trained]
+        wide = {id(p) for p in wide_parameters(policy)}
+        state = [largest_share(moment_bytes(p.shape, wide=id(p) in wide), p, shards) for p in trained]
     if "8bit" in config.optimizer:
-        update += max((_padding(p.shape) for p in trained if is_eight_bits(p.shape)), default=0)
+        update += max((_padding(p.shape, shards) for p in trained if is_eight_bits(p.shape)), default=0)
+    numbers = [largest_share(p.numel(), p, shards) for p in trained]
     if config.master_weights == "kahan":
-        state = [size + 2 * p.numel() for size, p in zip(state, trained, strict=True)]
+        state = [size + 2 * n for size, n in zip(state, numbers, strict=True)]
     if config.offload and kind == "cuda":
-        fetched = max(*state, min(sum(state), TOGETHER * max(state) // max(p.numel() for p in trained)))
+        fetched = max(*state, min(sum(state), TOGETHER * max(state) // max(numbers)))
         return [0] * len(trained), update + fetched
     return state, update
 
 
-def stored_bytes(config: RunConfig, policy: Policy) -> int:
-    """What checkpoints hold: what is trained, a reference that moves, the optimizer's state, wherever these lie."""
+def stored_bytes(config: RunConfig, policy: Policy, *, shards: int = 1) -> int:
+    """What a process writes of a checkpoint: what is trained, a reference that moves, the optimizer's state, wherever
+    these lie."""
     resident: Any = config.optim.optimizer.removeprefix("paged_")
     optim = replace(config.optim, offload=False, optimizer=resident)
-    weights = sum(p.nbytes for p in policy.parameters() if p.requires_grad or not policy.has_adapter)
+    stored = [p for p in policy.parameters() if p.requires_grad or not policy.has_adapter]
     models = 2 if config.reference.sync_ref_model else 1
-    return models * weights + sum(state_bytes(optim, policy, kind="cpu")[0])
+    weights = sum(largest_share(p.nbytes, p, shards) for p in stored)
+    return models * weights + sum(state_bytes(optim, policy, kind="cpu", shards=shards)[0])
 
 
-def _adamw_8bit(parameter: nn.Parameter, *, whole: bool) -> int:
-    if whole or not is_eight_bits(parameter.shape):
-        return 8 * parameter.numel()
-    return 2 * (parameter.numel() + 4 * len(parameter) * blocks_of_row(parameter.shape))
-
-
-def _padding(shape: torch.Size) -> int:
+def _padding(shape: torch.Size, shards: int) -> int:
     """What rows that are no whole blocks of 8-bit moments are copied into, some at a time."""
     width = blocks_of_row(shape) * BLOCK
     if width == math.prod(shape[1:]):
         return 0
-    return _PADDED_BYTES * width * min(shape[0], max(1, ROWS_PIECE // width))
+    return _PADDED_BYTES * width * min(-(-shape[0] // shards), max(1, ROWS_PIECE // width))
 
 
-def _measured_state(config: OptimConfig, trained: Sequence[Tensor], kind: DeviceKind) -> tuple[list[int], int]:
+def _measured_state(
+    config: OptimConfig, trained: Sequence[nn.Parameter], kind: DeviceKind, shards: int
+) -> tuple[list[int], int]:
     """Of one update of a small layer, by the optimizer as it runs on a kind of device, which need not be there."""
     with unset_fake_temporarily():
         device = trained[0].device
@@ -148,7 +151,7 @@ def _measured_state(config: OptimConfig, trained: Sequence[Tensor], kind: Device
             optimizer.step()
         tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor) and v.ndim]
         state = storage_bytes(tensors)
-    numbers = [p.numel() for p in trained]
+    numbers = [largest_share(p.numel(), p, shards) for p in trained]
     unit = layer.weight.numel()
     kept = [state * n // unit for n in numbers]
     together = sum(numbers) if at_once else max(numbers)

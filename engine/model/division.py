@@ -19,7 +19,7 @@ def divide_work(config: RunConfig) -> None:
     """
     size = distributed.size()
     check_division(config, size)
-    mesh.divide(shards=num_shards(config, size), context=config.train.context_parallel, gathered=_gathered(config))
+    mesh.divide(shards=num_shards(config, size), context=config.train.context_parallel, gathered=gathered_dtype(config))
 
 
 def num_shards(config: RunConfig, processes: int) -> int:
@@ -53,10 +53,11 @@ def check_division(config: RunConfig, processes: int) -> None:
             f"train.context_parallel={train.context_parallel} divides packs of pairs and rankings, and "
             f"loss.loss_type={config.loss.loss_name} takes unpaired rows: set it to 1"
         )
-    mesh.check(processes, shards=shards, context=train.context_parallel, gathered=_gathered(config))
+    mesh.check(processes, shards=shards, context=train.context_parallel, gathered=gathered_dtype(config))
 
 
-def _gathered(config: RunConfig) -> torch.dtype | None:
+def gathered_dtype(config: RunConfig) -> torch.dtype | None:
+    """What shards of parameters are gathered in, where that is not what they are kept in."""
     return None if config.train.param_dtype == "float32" else DTYPES[config.train.param_dtype]
 
 

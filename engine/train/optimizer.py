@@ -24,7 +24,7 @@ from .. import distributed, mesh
 from ..config.schema import OptimConfig
 from ..errors import UserError
 from .held_weights import HeldWeights, holding, sum_in_float32
-from .row_blocks import RowBlocks, by_rows
+from .row_blocks import RowBlocks, by_rows, wide_parameters
 from .schedules import SHARES
 
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -86,8 +86,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, seed: int = 0) -> 
         kind = holding(kind)
     optimizer = kind(groups, lr=config.learning_rate, **options)
     if isinstance(optimizer, RowBlocks):
-        # Rows of embeddings have gradients of very different sizes; the Trainer keeps 32 bits for them, too.
-        optimizer.keep_wide(module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+        optimizer.keep_wide(wide_parameters(model))
     if isinstance(optimizer, HeldWeights):
         compensated = config.master_weights == "kahan"
         optimizer.hold(names, seed, compensated=compensated, offload=config.offload)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import distributed
 from .host_memory import sharded_rows
@@ -42,6 +42,23 @@ def is_eight_bits(shape: Sequence[int]) -> bool:
 def blocks_of_row(shape: Sequence[int]) -> int:
     """Scales of each row of a parameter; all dimensions but the first are its row."""
     return -(-math.prod(shape[1:]) // BLOCK)
+
+
+def moment_bytes(shape: Sequence[int], *, wide: bool) -> int:
+    """Of both moments of a parameter and their scales, in an optimizer of 8 bits.
+
+    Args:
+        wide: whether they keep 32 bits, whatever the shape is.
+    """
+    if wide or not is_eight_bits(shape):
+        return 2 * 4 * math.prod(shape)
+    return 2 * (math.prod(shape) + 4 * shape[0] * blocks_of_row(shape))
+
+
+def wide_parameters(model: nn.Module) -> list[Tensor]:
+    """Those whose moments keep 32 bits: rows of embeddings have gradients of very different sizes, as the Trainer has
+    it, too."""
+    return [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
 
 
 class RowBlocks(torch.optim.Optimizer):
@@ -197,7 +214,7 @@ def from_flat_blocks(tensors: Mapping[str, Tensor], params: Mapping[str, Tensor]
 
         found[moment] = values = dequantize_blockwise(found[moment], absmax=scales, code=table, blocksize=BLOCK)
         if is_eight_bits(shape):
-            rows = torch.nn.functional.pad(values.view(shape[0], width), (0, -width % BLOCK))
+            rows = nn.functional.pad(values.view(shape[0], width), (0, -width % BLOCK))
             codes, quantised = quantize_blockwise(rows, code=table, blocksize=BLOCK)
             found[moment] = codes.view(rows.shape)[:, :width].reshape(shape)
             found[scale] = quantised.absmax.view(shape[0], -1)

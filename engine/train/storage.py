@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
+from torch import Tensor
 
 from .. import distributed, mesh
 from ..config.schema import OptimConfig, RunConfig
@@ -20,9 +22,10 @@ from ..errors import UserError, counted
 from ..model import Policy
 from ..model.load import DTYPES
 from .checkpoint import passing_checkpoints
+from .row_blocks import moment_bytes, wide_parameters
 
-_STATE_BYTES = {"adamw": 8, "rmsprop": 4, "adamw_8bit": 2, "paged_adamw": 8, "paged_adamw_8bit": 2}
-"""Of the optimizer's state, for each trained weight."""
+_STATE_BYTES = {"adamw": 8, "rmsprop": 4, "paged_adamw": 8}
+"""Of the optimizer's state, for each trained weight, where that is the same for all."""
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +53,12 @@ class DiskNeed(NamedTuple):
         return max(self.model + min(self.due, self.kept) * self.checkpoint, self.once)
 
 
-def _state_bytes(optim: OptimConfig) -> int:
-    """Of a trained weight, what rounding leaves of it included."""
-    return _STATE_BYTES[optim.optimizer] + (2 if optim.master_weights == "kahan" else 0)
+def _moment_bytes(policy: Policy, optim: OptimConfig) -> Callable[[Tensor], int]:
+    """Of what an optimizer keeps of each trained parameter."""
+    if (each := _STATE_BYTES.get(optim.optimizer)) is not None:
+        return lambda parameter: each * parameter.numel()
+    wide = {id(parameter) for parameter in wide_parameters(policy)}
+    return lambda parameter: moment_bytes(parameter.shape, wide=id(parameter) in wide)
 
 
 def save_points(every: int | None, *, done: int, total: int) -> range | list[int]:
@@ -69,7 +75,8 @@ def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> Di
         policy: before or after it is sharded; tied weights count once.
     """
     dtypes = stored_dtypes(policy, config)
-    model = weights = state = moments = 0
+    model = weights = remainders = moments = 0
+    moments_of = _moment_bytes(policy, config.optim)
     seen: set[int] = set()
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
         if id(tensor) in seen or (policy.has_adapter and not tensor.requires_grad):
@@ -77,8 +84,10 @@ def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> Di
         seen.add(id(tensor))
         model += tensor.numel() * dtypes.get(name, tensor.dtype).itemsize
         weights += tensor.numel() * tensor.dtype.itemsize
-        state += tensor.numel() * _state_bytes(config.optim) if tensor.requires_grad else 0
-        moments += tensor.numel() * _STATE_BYTES[config.optim.optimizer] if tensor.requires_grad else 0
+        if tensor.requires_grad:
+            moments += moments_of(tensor)
+            # what rounding leaves of weights in bfloat16
+            remainders += 2 * tensor.numel() if config.optim.master_weights == "kahan" else 0
     if config.reference.sync_ref_model:
         weights *= 2
     due = len(save_points(config.train.every("save_steps", total), done=done, total=total))
@@ -88,7 +97,7 @@ def disk_need(policy: Policy, config: RunConfig, *, done: int, total: int) -> Di
         limit = max(limit, 2)
     # The one that goes is there until the next one is durable.
     kept = due if limit is None else min(due, limit + 1)
-    return DiskNeed(model, weights + state, due, kept, moments)
+    return DiskNeed(model, weights + moments + remainders, due, kept, moments)
 
 
 def check_disk(policy: Policy, config: RunConfig, *, done: int, total: int) -> None:

@@ -17,10 +17,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from engine.config.schema import LoraConfig
 from engine.forecast import Target
 from engine.forecast.counting import Shapes
-from engine.forecast.live_storage import LiveStorage
+from engine.forecast.live_storage import LiveStorage, storage_bytes
 from engine.forecast.memory import pack_of
-from engine.forecast.sharding import gathered_bytes
 from engine.forecast.weights import policy_without_data
+from engine.model.division import gathered_dtype
 from engine.model.policy import Layout
 from engine.model.shard import transformer_blocks
 from tests.engine.forecast.large import groups, run_config, save_config
@@ -55,8 +55,8 @@ def folders(tmp_path_factory):
     return {name: save_config(path / str(i), **values) for i, (name, values) in enumerate(MODELS.items())}
 
 
-def shapes(config, *, several=False, processes=1, tokens=2048):
-    pack = pack_of(config, groups(tokens, prompt=128, response=64), Layout())
+def shapes(config, *, several=False, processes=1, tokens=2048, prompt=128):
+    pack = pack_of(config, groups(tokens, prompt=prompt, response=prompt // 2), Layout())
     return Shapes(config, pack, replace(ABSENT, processes=processes), Layout(), several)
 
 
@@ -121,9 +121,9 @@ def follow(function, count: LiveStorage):
     return wrapped
 
 
-def fsdp_peak(policy, batch, mesh, monkeypatch) -> int:
-    """Most bytes beside this process's shares in two steps of FSDP, whose collectives do nothing."""
-    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+def fsdp_bytes(policy, batch, mesh, gathered, monkeypatch) -> tuple[int, int]:
+    """What a process has of weights, and most beside its shares in two steps of FSDP, whose collectives do nothing."""
+    precision = MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model = policy.causal_lm
     head = model.get_output_embeddings()
     for unit in (*transformer_blocks(model), model.get_input_embeddings(), head, policy):
@@ -131,23 +131,32 @@ def fsdp_peak(policy, batch, mesh, monkeypatch) -> int:
     count = LiveStorage(torch.device("cpu"), lambda func, args: 0)
     for name in ("free_storage", "alloc_storage"):
         monkeypatch.setattr(_fsdp_param, name, follow(getattr(_fsdp_param, name), count))
-    shares = 2 * count.watch([p._local_tensor for p in policy.parameters()])
+    shares = count.watch([p._local_tensor for p in policy.parameters()])
     with count:
         for _ in range(2):
             policy(batch, lambda hidden, _: head(hidden)).sum().backward()
-    return count.peak - shares
+    # The gradients are float32, as the weights are.
+    return shares + storage_bytes(policy.buffers()), count.peak - 2 * shares
 
 
-def test_fsdp_gathers_no_more_than_is_forecast(folders, monkeypatch):
-    asked = shapes(run_config(folders["llama"], dtype="float32", attention="sdpa"), tokens=256)
-    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+@pytest.mark.parametrize(
+    ("model", "processes", "gathered"),
+    [("llama", 4, "float32"), ("llama", 4, "bfloat16"), ("mixture", 8, "float32")],
+    ids=["rows", "rows, in bfloat16", "fewer experts than processes"],
+)
+def test_fsdp_holds_and_gathers_no_more_than_is_forecast(model, processes, gathered, folders, monkeypatch):
+    config = run_config(folders[model], dtype=gathered, attention="sdpa", train={"param_dtype": gathered})
+    # Few tokens, so that activations are small beside units.
+    asked = shapes(config, tokens=16, prompt=8, processes=processes)
+    dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
     try:
-        mesh = init_device_mesh("cpu", (4,))
+        mesh = init_device_mesh("cpu", (processes,))
         with FakeTensorMode(allow_non_fake_inputs=True):
-            alone, forecast = (gathered_bytes(policy_without_data(asked.config, ABSENT), n) for n in (1, 4))
-            counted = fsdp_peak(policy_without_data(asked.config, ABSENT), asked.pack.batch, mesh, monkeypatch)
+            policy, batch = policy_without_data(config, ABSENT), asked.pack.batch
+            held, counted = fsdp_bytes(policy, batch, mesh, gathered_dtype(config), monkeypatch)
     finally:
         dist.destroy_process_group()
-    activations = asked.count(None).activations
-    assert alone == 0
-    assert counted - activations < forecast < 1.5 * counted
+    found = asked.count(None)
+    assert found.weights == held
+    assert 0.85 * counted < found.gathered < 1.1 * counted
+    assert replace(asked, target=ABSENT).count(None).gathered == 0

@@ -54,3 +54,14 @@ def test_an_update_of_all_weights_together_counts_where_no_gpu_is(optim, bytes_e
     together = 20_000 if optim else sum(p.numel() for p in policy.parameters())
     _, found = state_bytes(OptimConfig(optimizer="rmsprop", **optim), policy, kind="cuda")
     assert bytes_each * together <= found < (bytes_each + 1) * together
+
+
+def test_what_is_updated_together_is_as_much_where_each_process_has_a_share(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(weights, "TOGETHER", 20_000)
+    monkeypatch.setattr(weights, "PIECE", 1)
+    policy = load_policy(ModelConfig(model_name_or_path=str(tiny_model_dir)), device=torch.device("cpu"))
+    largest, whole = max(p.numel() for p in policy.parameters()), sum(p.numel() for p in policy.parameters())
+    assert largest < 20_000 < whole / 2
+    for optim, each in (({"master_weights": "stochastic"}, 8), ({"offload": True}, 8)):
+        (_, alone), (_, shared) = (state_bytes(OptimConfig(**optim), policy, kind="cuda", shards=n) for n in (1, 2))
+        assert each * 20_000 <= alone == shared

@@ -158,17 +158,19 @@ def test_what_each_process_holds_of_the_weights(shards, words, config, dataset):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("processes", "changes", "words"),
     [
-        ({"train": {"shards_per_replica": 8}}, "train.shards_per_replica=8 does not divide the 2 processes"),
-        ({"train": {"context_parallel": 3}}, "train.context_parallel=3 divides every pack over 3 processes"),
+        (2, {"shards_per_replica": 8}, "train.shards_per_replica=8 does not divide the 2 processes"),
+        (2, {"context_parallel": 3}, "train.context_parallel=3 divides every pack over 3 processes"),
+        (1, {"context_parallel": 2}, r"start a multiple of 2 with torchrun --nproc-per-node \(dpo plan: --processes\)"),
+        (1, {"param_dtype": "bfloat16"}, r"set it to float32, or start several \(dpo plan: --processes\)"),
     ],
 )
-def test_what_several_processes_refuse_is_not_forecast(changes, words, config, dataset):
-    for section, values in changes.items():
-        config = replace(config, **{section: replace(getattr(config, section), **values)})
+def test_what_processes_refuse_is_not_forecast(processes, changes, words, config, dataset):
+    model = replace(config.model, dtype="bfloat16")
+    config = replace(config, model=model, train=replace(config.train, **changes))
     with pytest.raises(UserError, match=words):
-        describe_forecast(dataset, config, Target.of_kind("cuda", 2))
+        describe_forecast(dataset, config, Target.of_kind("cuda", processes))
 
 
 def test_a_model_that_does_not_run_without_data_leaves_the_rest(config, dataset, monkeypatch):

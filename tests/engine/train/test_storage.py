@@ -29,11 +29,14 @@ def tensor_bytes(folder) -> int:
         ({}, "rmsprop", {"save_dtype": "bfloat16"}, {}),
         ({"lora": {"r": 4}}, "adamw", {"save_dtype": "bfloat16"}, {}),
         ({"dtype": "bfloat16"}, "adamw", {}, {"sync_ref_model": True}),
+        ({}, "adamw_8bit", {}, {}),
     ],
-    ids=["full", "rmsprop, bfloat16", "lora, bfloat16", "computed in bfloat16, beside a moving reference"],
+    ids=["full", "rmsprop, bfloat16", "lora, bfloat16", "computed in bfloat16, beside a moving reference", "8 bits"],
 )
 def test_the_forecast_is_what_is_written(model, optimizer, train_section, reference, make_config, tmp_path):
     train_section = {"save_steps": 2, **train_section}
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
     config = make_config(model=model, optim={"optimizer": optimizer}, train=train_section, reference=reference)
     need = disk_need(prepare(config).policy, config, done=0, total=4)
     train(config)
