@@ -12,6 +12,8 @@ import pyarrow as pa
 
 def arrow_of(values: np.ndarray) -> pa.Array:
     """An Arrow array of the numbers of a flat array, which is copied only where it is not contiguous."""
+    # Arrow has eight truth values in a byte.
+    assert values.dtype != bool
     buffer = pa.py_buffer(np.ascontiguousarray(values))
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, buffer])
 
@@ -19,6 +21,7 @@ def arrow_of(values: np.ndarray) -> pa.Array:
 def numpy_of(values: pa.Array) -> np.ndarray:
     """The numbers of an Arrow array without nulls, on its buffer, which cannot be written to."""
     assert not values.null_count
+    assert not pa.types.is_boolean(values.type)
     dtype = np.dtype(values.type.to_pandas_dtype())
     if not len(values):
         return np.empty(0, dtype)

@@ -23,3 +23,10 @@ def test_numbers_are_the_same_on_both_sides(dtype):
 def test_what_is_absent_is_no_number():
     with pytest.raises(AssertionError):
         numpy_of(pa.array([1.0, None]))
+
+
+def test_truth_values_are_no_numbers():
+    with pytest.raises(AssertionError):
+        numpy_of(pa.array([True] * 9))
+    with pytest.raises(AssertionError):
+        arrow_of(np.ones(9, bool))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import cli
+from engine import cli, commands
 from tests.engine.conftest import preference_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +134,30 @@ def test_a_full_model_needs_neither_adapters_nor_the_trainer_and_a_report_no_mod
     assert (code, collects, frozen) == ("0", "True", "True")
     assert {"engine.report.page", "engine.data.problems"} <= set(modules)
     assert not {"torch", "transformers", "pyarrow", "pandas", "datasets"} & set(modules)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["a program that imports this", "a command"])
+def test_the_collector_rests_in_commands_alone_and_never_for_good(alone, monkeypatch):
+    frozen = []
+    monkeypatch.setattr(commands, "is_whole_process", alone)
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+
+    def fail():
+        with commands.importing():
+            assert gc.isenabled() != alone
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        fail()
+    assert gc.isenabled()
+    assert len(frozen) == alone
+    gc.disable()
+    try:
+        with commands.importing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("package", ["engine.model", "engine.data"])
