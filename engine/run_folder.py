@@ -138,13 +138,18 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl`` in the order of the file; ``step`` of each is an int.
+    """The rows of a ``metrics.jsonl`` in the order of the file. ``step`` of each is an int; what was not finite, for
+    which JSON has null, is not a number.
 
     A last line without its end is left out: a run is writing it, or was killed while it did.
 
     Raises:
         UserError: another line cannot be read, or has no step.
     """
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in _read_lines(path)]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
@@ -163,7 +168,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
         UserError: the file is damaged.
     """
     path = folder / SAMPLES_FILE
-    return read_metrics(path) if path.exists() else []
+    return _read_lines(path) if path.exists() else []
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

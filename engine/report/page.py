@@ -198,7 +198,12 @@ def _evaluation(run: RunRecords) -> dict[str, Any]:
 
 def _same(row: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:
     """Whether an evaluation while training has nothing that ``evaluation`` has not."""
-    return all(evaluation.get(name) == value for name, value in row.items() if name.startswith("eval_"))
+    # Null in the one is not a number in the other.
+    return all(
+        evaluation.get(name) in (value, None if math.isnan(value) else value)
+        for name, value in row.items()
+        if name.startswith("eval_")
+    )
 
 
 def _bare(name: str) -> str:

@@ -69,8 +69,9 @@ def share_measures(shares_D3: np.ndarray) -> dict[str, float]:
 
 
 def share_table(shares_D3: np.ndarray) -> list[dict[str, Any]]:
-    """Means over bins of the predicted probability, as wide as those of the calibration; empty ones are left out."""
-    predicted, share, votes = shares_D3.T
+    """Means over bins of the predicted probability, as wide as those of the calibration; empty ones are left out, and
+    so are pairs whose margin is no number."""
+    predicted, share, votes = shares_D3[~np.isnan(shares_D3[:, 0])].T
     place = np.minimum(((predicted - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     found = []
     for each in np.unique(place):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from engine.plain_json import to_json
 
 
 def metric_rows(steps: int, *, every: int = 1, eval_every: int | None = None) -> list[dict[str, Any]]:
@@ -35,7 +36,6 @@ def metric_rows(steps: int, *, every: int = 1, eval_every: int | None = None) ->
                 "num_tokens": 21_000 * step,
                 "perf/tokens_per_second": 8_400 + rng.normal(0, 300),
                 "perf/pairs_per_second": 21 + rng.normal(0, 1),
-                "perf/mfu": None,
                 "perf/padding_fraction": 0.0,
                 "perf/shared_fraction": 0.41 + rng.normal(0, 0.01),
                 "perf/peak_memory_gib": 2.25,
@@ -64,7 +64,7 @@ def check_words() -> Callable[[Any], None]:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a run folder; every piece but the metrics can be left out."""
+    """Writes a run folder as a run does; every piece but the metrics can be left out."""
 
     def write(
         rows: list[dict[str, Any]],
@@ -77,7 +77,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         run = tmp_path / name
         run.mkdir()
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (run / "metrics.jsonl").write_text("".join(to_json(row) + "\n" for row in rows))
         if config:
             (run / "config.yaml").write_text(config)
         for name, content in (
@@ -86,7 +86,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             ("evaluation_details.json", details),
         ):
             if content is not None:
-                (run / name).write_text(json.dumps(content))
+                (run / name).write_text(to_json(content))
         return run
 
     return write

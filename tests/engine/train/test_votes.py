@@ -51,6 +51,15 @@ def test_shares_of_four_pairs_by_hand():
     assert share_measures(shares[:0]) == {}
 
 
+def test_pairs_whose_reward_is_no_number_are_in_no_bin():
+    """Infinite log-probs leave none; the error of all pairs is then none, too."""
+    shares = preference_shares(np.array([math.nan, 1.0, 1.0, 1.0]), np.array([0, 0, 1, 1]), np.full(4, True))
+    (row,) = share_table(shares)
+    assert (row["from"], row["pairs"], row["observed"]) == (0.7, 1, 1)
+    assert math.isnan(share_measures(shares)["preference_share_error"])
+    assert share_table(shares[:1]) == []
+
+
 def test_a_reward_that_knows_the_shares_has_no_error():
     """However few the votes are; one that is twice as sure has that of its probabilities."""
     generator = np.random.default_rng(0)
