@@ -62,11 +62,19 @@ def pictures(runs: Sequence[RunRecords], names: Sequence[str]) -> list[tuple[str
     words = {"unit": " or ".join(unit[:-1] for unit in units), "units": " or ".join(units)}
     for metric, title, form in CURVES:
         subtitle = form.format(**words)
-        if (figure := _overlay(runs, names, metric, title, subtitle)) is not None:
-            found.append((f"{title}: {subtitle}.", figure))
-    if (scatter := _frontier(runs, names)) is not None:
-        found.append(scatter)
-    return found
+        for own, named in _of_sets(runs, metric, title):
+            if (figure := _overlay(runs, names, own, named, subtitle)) is not None:
+                found.append((f"{named}: {subtitle}.", figure))
+    return [*found, *_frontiers(runs, names)]
+
+
+def _of_sets(runs: Sequence[RunRecords], metric: str, title: str) -> list[tuple[str, str]]:
+    """The metric and its title, for each evaluation set that a run has; those of training as they are."""
+    bare = metric.removeprefix("eval_")
+    if bare == metric:
+        return [(metric, title)]
+    sets = {prefix: name for run in runs for prefix, name in run.eval_sets.items()}
+    return [(f"{prefix}{bare}", title if prefix == "eval_" else f"{title}, {name}") for prefix, name in sets.items()]
 
 
 def render(runs: Sequence[RunRecords], names: Sequence[str], pictures: Sequence[SavedPicture]) -> str:
@@ -118,27 +126,33 @@ def _overlay(runs: Sequence[RunRecords], names: Sequence[str], metric: str, titl
     return figure
 
 
-def _frontier(runs: Sequence[RunRecords], names: Sequence[str]) -> tuple[str, Figure] | None:
+def _frontiers(runs: Sequence[RunRecords], names: Sequence[str]) -> list[tuple[str, Figure]]:
     """Held-out accuracy against the distance from the reference: one point for each evaluation that has both.
 
     The distance is the KL divergence where every run was evaluated with samples, and else how far the log-probs of
     held-out chosen responses fell.
     """
-    drawn = f"eval_{SAMPLED}kl"
+    sets = _of_sets(runs, "eval_rewards/accuracies", "Reward against divergence")
+    return [found for accuracy, title in sets if (found := _frontier(runs, names, accuracy, title)) is not None]
+
+
+def _frontier(runs: Sequence[RunRecords], names: Sequence[str], accuracy: str, title: str) -> tuple[str, Figure] | None:
+    prefix = accuracy.removesuffix("rewards/accuracies")
+    drawn = f"{prefix}{SAMPLED}kl"
     samples = all(drawn in run.evaluation for run in runs)
-    metric = drawn if samples else "eval_logps_change/chosen"
+    metric = drawn if samples else f"{prefix}logps_change/chosen"
     points = [
         [
-            (row[metric] if samples else -row[metric], row["eval_rewards/accuracies"])
+            (row[metric] if samples else -row[metric], row[accuracy])
             for row in ([run.evaluation] if samples else run.rows)
-            if _is_finite(row.get(metric)) and _is_finite(row.get("eval_rewards/accuracies"))
+            if _is_finite(row.get(metric)) and _is_finite(row.get(accuracy))
         ]
         for run in runs
     ]
     if not any(points):
         return None
     words = "KL(policy || reference), nats" if samples else "fall of the log-prob of chosen responses, nats"
-    title, units = "Reward against divergence", " or ".join(sorted({run.unit for run in runs}))
+    units = " or ".join(sorted({run.unit for run in runs}))
     figure, (axes,) = new_figure(title, f"held-out {units}, one point for each evaluation", labels=names)
     for of_run, name, colour in zip(points, names, _colours(len(runs)), strict=True):
         if of_run:

@@ -78,7 +78,7 @@ class RunRecords:
     @property
     def eval_sets(self) -> dict[str, str]:
         """What the metrics of each evaluation set begin with, and what it is called: ``held-out``, or its name."""
-        prefixes = eval_prefixes(name for row in self.rows for name in row) or ["eval_"]
+        prefixes = eval_prefixes(name for row in (*self.rows, self.evaluation) for name in row) or ["eval_"]
         return {prefix: prefix.removeprefix("eval_").removesuffix("_") or "held-out" for prefix in prefixes}
 
     @property

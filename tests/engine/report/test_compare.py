@@ -80,6 +80,24 @@ def test_the_frontier_has_a_point_for_each_evaluation(runs):
     assert [list(line.get_xdata()) for line in figure.axes[0].get_lines()] == [[3.0], [3.0]]
 
 
+def test_each_of_several_evaluation_sets_has_pictures_of_its_own(make_run, rows):
+    def of_sets(row):
+        own = {name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")}
+        own |= {"logps_change/chosen": -1.0} if own else {}
+        rest = {name: value for name, value in row.items() if not name.startswith("eval_")}
+        return rest | {f"eval_{name}_{key}": value for name in ("easy", "hard") for key, value in own.items()}
+
+    metrics = [of_sets(row) for row in rows(20, every=5, eval_every=10)]
+    found = [read_run(make_run(metrics, name=name)) for name in ("a", "b")]
+    captions = [caption.partition(":")[0] for caption, _ in pictures(found, names_of(found))]
+    for title in ("Held-out loss", "Held-out reward accuracy", "Reward against divergence"):
+        assert [caption for caption in captions if caption.startswith(title)] == [f"{title}, easy", f"{title}, hard"]
+    drawn = {f"eval_easy_{name}": 3.0 for name in ("sampled/kl", "rewards/accuracies")}
+    evaluated = [make_run(rows(2), evaluation=drawn, name=name) for name in ("c", "d")]
+    found = [read_run(folder) for folder in evaluated]
+    assert pictures(found, names_of(found))[-1][0].startswith("Reward against divergence, easy: held-out reward")
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(make_run, rows, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
