@@ -153,7 +153,7 @@ def _train(context: Context, options: dict[str, Any], processes: int) -> dict[st
             "loss": {"loss_type": "simpo", "beta": 2.0},
             "train": train,
         }
-        (folder / "run.json").write_text(json.dumps(sections))
+        (folder / "run.json").write_text(json.dumps(sections, allow_nan=False))
         if processes == 1:
             if not context.dry_run:
                 torch.cuda.reset_peak_host_memory_stats()

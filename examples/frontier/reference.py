@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from engine.plain_json import to_json
 
 from .exact import answers, rewards
 from .language import END, MAX_TOKENS, PROMPTS, TOKEN, VOCABULARY, dialogue
@@ -84,7 +85,7 @@ def write_pairs(path: Path, prompts: int, ref_logps: Tensor, size: Size, name: s
         The number of pairs.
     """
     rows = list(_pairs(prompts, ref_logps, size, name))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
     return len(rows)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from engine.errors import UserError
+from engine.plain_json import to_json
 
 from .curves import by_pairs, compare
 from .exact import Point, answer_logps, best_reward, by_reward, point, rewards
@@ -86,7 +86,7 @@ def run(folder: Path, size: Size, *, jobs: int) -> Result:
 
 
 def _prepare(folder: Path, size: Size) -> None:
-    settings = json.dumps(dataclasses.asdict(size), indent=1) + "\n"
+    settings = to_json(dataclasses.asdict(size), indent=1) + "\n"
     path = folder / SETTINGS
     if folder.is_dir() and any(folder.iterdir()):
         if not path.is_file() or path.read_text(encoding="utf-8") != settings:
@@ -127,7 +127,7 @@ def _write(folder: Path, result: Result, ref_logps: Tensor, values: Tensor) -> N
             numbers = (f"{number:.6f}" for number in (*one.point, best))
             table.writerow((one.method, one.run, one.pairs, one.step, *numbers))
     record = {"reference_reward": result.start.reward, "against": result.against, "by_pairs": result.shares}
-    (folder / RESULT).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / RESULT).write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
     drawn = (result.start, ref_logps, values)
     draw_frontiers(folder / "frontier.png", result.evaluations, *drawn)
     draw_by_pairs(folder / "by-pairs.png", result.evaluations, result.shares, *drawn)

@@ -61,7 +61,7 @@ def test_metrics_and_samples_are_json(tmp_path):
     assert strictly((tmp_path / "samples.jsonl").read_text())["score"] is None
 
 
-@pytest.mark.parametrize("package", ["engine", "dpo_kernels", "benchmarks"])
+@pytest.mark.parametrize("package", ["engine", "dpo_kernels", "benchmarks", "examples"])
 def test_nothing_else_writes_json(package):
     """Calls of ``json.dumps`` that would write NaN as NaN."""
     found: dict[str, int] = {}
