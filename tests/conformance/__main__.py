@@ -1,7 +1,8 @@
 """Every causal-LM family of transformers on packs: ``python -m tests.conformance [MODEL_TYPE ...]``.
 
-Without model types: the whole sweep, which writes the table of the installed transformers. Exit code 1 when a family is
-silently wrong or fails. Each family runs in a process of its own, with a time limit and a memory limit.
+Without model types: the whole sweep, which writes the table of the installed transformers. With ``--kernels`` blocks
+are computed by these, and nothing is written. Exit code 1 when a family is silently wrong or fails. Each family runs in
+a process of its own, with a time limit and a memory limit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import warnings
 
 import transformers
 
-from tests.conformance.arguments import chosen_types
+from engine.config.schema import KernelName
+from tests.conformance.arguments import Chosen, chosen
 from tests.conformance.families import model_types
 from tests.conformance.table import path_of, render
 from tests.conformance.trial import FAILS, WRONG, Result, first_line, try_family
@@ -38,21 +40,21 @@ class _Trial(NamedTuple):
     deadline: float
 
 
-def main(chosen: list[str]) -> int:
+def main(asked: Chosen) -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     start = time.monotonic()
-    results = _sweep(chosen or model_types(), jobs=os.cpu_count() or 1)
-    if not chosen:
+    results = _sweep(asked.types or model_types(), asked.kernels, jobs=os.cpu_count() or 1)
+    if not asked.types and asked.kernels == "none":
         path_of(transformers.__version__).write_text(render(results), encoding="ascii")
     counts = {v: sum(r.verdict == v for r in results) for v in dict.fromkeys(r.verdict for r in results)}
     print(f"{', '.join(f'{n} {v}' for v, n in counts.items())}, in {time.monotonic() - start:.0f} s")
     return int(any(r.verdict in (FAILS, WRONG) for r in results))
 
 
-def _sweep(types: list[str], jobs: int) -> list[Result]:
+def _sweep(types: list[str], kernels: KernelName, jobs: int) -> list[Result]:
     """Each family in a fork of this process, so that the imports are paid once; in the order of ``types``."""
     context = multiprocessing.get_context("fork")
     waiting = types[::-1]
@@ -62,7 +64,7 @@ def _sweep(types: list[str], jobs: int) -> list[Result]:
         while waiting and len(running) < jobs:
             model_type = waiting.pop()
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(model_type, sender))
+            process = context.Process(target=_child, args=(model_type, kernels, sender))
             process.start()
             sender.close()
             running[receiver] = _Trial(model_type, process, time.monotonic() + SECONDS)
@@ -95,10 +97,10 @@ def _report(result: Result) -> None:
     print(f"{result.model_type:<26}{result.verdict:<11}{error:<17}{result.reason}", flush=True)
 
 
-def _child(model_type: str, sender: Connection) -> None:
+def _child(model_type: str, kernels: KernelName, sender: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     try:
-        sender.send(try_family(model_type))
+        sender.send(try_family(model_type, kernels))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{os.path.basename(place.filename)}:{place.lineno}"
@@ -106,4 +108,4 @@ def _child(model_type: str, sender: Connection) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(chosen_types()))
+    sys.exit(main(chosen()))

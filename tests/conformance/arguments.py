@@ -5,15 +5,26 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import transformers
 
+from engine.config.schema import KernelName
 from tests.conformance.families import model_types
 from tests.conformance.table import path_of
 
 
-def chosen_types(arguments: Sequence[str] | None = None) -> list[str]:
-    """The model types that a command line names, each a known one; none for the whole sweep."""
+class Chosen(NamedTuple):
+    """What a command line asks for."""
+
+    types: list[str]
+    """Each a known one; none for the whole sweep."""
+    kernels: KernelName
+    """What computes the blocks."""
+
+
+def chosen(arguments: Sequence[str] | None = None) -> Chosen:
+    """What a command line asks for."""
     path = path_of(transformers.__version__)
     parser = argparse.ArgumentParser(
         prog="python -m tests.conformance", description="Try causal-LM families of transformers on packs."
@@ -24,10 +35,17 @@ def chosen_types(arguments: Sequence[str] | None = None) -> list[str]:
         nargs="*",
         help=f"such as llama; without any the whole sweep, which writes {path.parent.name}/{path.name}",
     )
-    types = parser.parse_args(arguments).types
+    parser.add_argument(
+        "--kernels",
+        choices=("none", "compile", "liger"),
+        default="none",
+        help="what computes the blocks, as model.kernels; the page is written with none alone",
+    )
+    options = parser.parse_args(arguments)
+    types = options.types
     known = model_types()
     for name in types:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             parser.error(f"unknown model type {name}" + (f"; did you mean {close[0]}?" if close else ""))
-    return types
+    return Chosen(types, options.kernels)

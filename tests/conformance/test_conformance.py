@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from tests.conformance.arguments import chosen_types
+from tests.conformance.arguments import chosen
 from tests.conformance.table import read_rows, tables
 from tests.conformance.trial import EQUAL, GRAD_BOUND, LOGPS_BOUND, NOT_BUILT, NOT_CAUSAL, try_family
 
@@ -94,11 +94,19 @@ def test_committed_tables_hold_what_the_readme_promises(path):
             assert row["what the user is told"], row
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "gemma2", "mixtral", "phi3"])
+def test_equal_with_compiled_blocks(model_type):
+    """Code that inductor generates; Liger's layers are tried in ``tests/engine/model/kernels/interpreted``."""
+    result = try_family(model_type, "compile")
+    assert result.verdict == EQUAL, result
+
+
 def test_the_command_line(capsys):
-    assert chosen_types([]) == []
-    assert chosen_types(["llama", "qwen3"]) == ["llama", "qwen3"]
+    assert chosen([]) == ([], "none")
+    assert chosen(["llama", "qwen3", "--kernels", "compile"]) == (["llama", "qwen3"], "compile")
     for arguments, text in ((["--help"], "docs/conformance.md"), (["lama"], "did you mean llama?")):
         with pytest.raises(SystemExit):
-            chosen_types(arguments)
+            chosen(arguments)
         captured = capsys.readouterr()
         assert text in captured.out + captured.err

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.config.schema import ModelConfig
+from engine.config.schema import KernelName, ModelConfig
 from engine.data.groups import PreferenceGroup
 from engine.errors import UserError
 from engine.model import Policy, check_packing, load_policy
 from engine.model.checks import has_experts
+from engine.model.kernels.choice import fuse_blocks
 from engine.model.layouts import count_mixers
 from engine.model.policy import Layout
 from engine.packing import build_batch
@@ -74,8 +75,10 @@ class Measured:
         return self.logps_error <= LOGPS_BOUND and self.grad_error <= GRAD_BOUND and self.isolated
 
 
-def try_family(model_type: str) -> Result:
+def try_family(model_type: str, kernels: KernelName = "none") -> Result:
     """Build a family, measure it, and hold its start-up check to what was measured.
+
+    With ``kernels`` its blocks are computed by them from the check on; where that is refused, so is the family.
 
     The check runs on the model with short windows and on one whose windows are longer than any sequence of the check:
     it must not be the probe's luck that a wrong model is found.
@@ -90,7 +93,7 @@ def try_family(model_type: str) -> Result:
     except Exception as error:
         return Result(model_type, _class_name(model_type), NOT_BUILT, reason=f"{task}: {first_line(error)}")
     with tempfile.TemporaryDirectory() as folder:
-        return _judge(model_type, model, long, expected, Path(folder))
+        return _judge(model_type, model, long, expected, Path(folder), kernels)
 
 
 def _expected(model: nn.Module) -> Expected:
@@ -101,7 +104,9 @@ def _expected(model: nn.Module) -> Expected:
         return one_by_one(model.train(), sample_groups())
 
 
-def _judge(model_type: str, model: nn.Module, long: nn.Module, expected: Expected, folder: Path) -> Result:
+def _judge(
+    model_type: str, model: nn.Module, long: nn.Module, expected: Expected, folder: Path, kernels: KernelName
+) -> Result:
     name = type(model).__name__
     reasons: list[str] = []
     layouts: list[Layout] = []
@@ -111,6 +116,7 @@ def _judge(model_type: str, model: nn.Module, long: nn.Module, expected: Expecte
         try:
             policy = _load(candidate, folder / label)
             check_packing(policy)
+            fuse_blocks(policy, kernels)
         except UserError as error:
             reasons.append(str(error).replace(str(folder / label), model_type))
             continue

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime import interpreter
 
 from engine.config.schema import LoraConfig
 from engine.errors import UserError
@@ -23,8 +20,10 @@ from engine.model.kernels.exchange import Kernels
 from engine.model.policy import Layout
 from engine.reference import model_digest
 from tests.conformance.families import tiny_config, tiny_model
+from tests.conformance.trial import EQUAL, try_family
 from tests.engine.forecast.large import groups, run_config, save_config
 from tests.engine.forecast.test_counting import SMALL
+from tests.engine.model.kernels.liger_interpreted import liger_on_the_cpu
 from tests.engine.model.kernels.policies import assert_close, gradients, packs, policy_of
 from tests.engine.model.test_attention import make_policy
 
@@ -34,19 +33,7 @@ pytest.importorskip("liger_kernel")
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """Whatever the device, and everything as it was afterwards."""
-    monkeypatch.setattr(liger, "DEVICES", ("cpu",))
-    convert = interpreter._implicit_cvt
-
-    def with_scalars(arg):
-        # as a compiled kernel is given them; the interpreter leaves a Python float as it is
-        if isinstance(arg, float):
-            return tl.tensor(interpreter.TensorHandle(np.array([arg], dtype=np.float32), tl.float32), tl.float32)
-        return convert(arg)
-
-    monkeypatch.setattr(interpreter, "_implicit_cvt", with_scalars)
-    # of the device's library, which the interpreter does not have
-    monkeypatch.setattr("liger_kernel.ops.rms_norm.rsqrt", lambda x: 1 / tl.sqrt(x))
-    monkeypatch.setattr("liger_kernel.ops.geglu.tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
+    liger_on_the_cpu(monkeypatch)
     yield
     for (module, name), function in liger._functions.items():
         setattr(sys.modules[module], name, function)
@@ -104,6 +91,16 @@ def test_an_activation_that_liger_does_not_have_is_found_out(monkeypatch):
     fuse_blocks(policy, "auto")
     assert policy.kernels.name == "none"
     assert torch.isfinite(policy.logps(packs(1)[0])).all()
+
+
+_SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "gemma2", "mixtral", "phi3")]
+
+
+@pytest.mark.parametrize("family", ["qwen2", *_SLOW])
+def test_families_conform(family):
+    """Packs against the model's own forward on each sequence, isolation and gradients, as `make conformance` has it."""
+    result = try_family(family, "liger")
+    assert result.verdict == EQUAL, result
 
 
 @pytest.mark.parametrize("how", [False, "selective"])
