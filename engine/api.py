@@ -23,7 +23,7 @@ from .config.schema import RunConfig
 from .errors import UserError
 from .evaluate import evaluate as _evaluate
 from .precompute import check_settings, fill_store
-from .run_folder import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, read_metrics, read_record
+from .run_folder import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, read_metrics, read_record, with_nan
 from .train.loop import train as _train
 from .train.resume import TrainResult
 from .train.trackers import Callback
@@ -121,5 +121,5 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
             f"{path} is not the folder of a run: it has no {CONFIG_FILE}; give the train.output_dir of a run"
         )
     metrics = read_metrics(path / METRICS_FILE) if (path / METRICS_FILE).exists() else []
-    evaluation = read_record(path / EVALUATION_FILE) if (path / EVALUATION_FILE).exists() else None
+    evaluation = with_nan(read_record(path / EVALUATION_FILE)) if (path / EVALUATION_FILE).exists() else None
     return Run(path, load_config(path / CONFIG_FILE), metrics, evaluation)

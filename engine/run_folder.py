@@ -146,7 +146,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: another line cannot be read, or has no step.
     """
-    return [{key: math.nan if value is None else value for key, value in row.items()} for row in _read_lines(path)]
+    return [with_nan(row) for row in _read_lines(path)]
+
+
+def with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of a file of JSON, as the numbers that they were."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

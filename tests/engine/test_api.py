@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def test_a_run_from_python(config, tmp_path):
     assert run.evaluation["eval_num_pairs"] == api.evaluate(config, run.folder)["eval_num_pairs"]
     again = api.train(config, resume=True)
     assert (again.steps, again.output_dir) == (2, tmp_path / "run")
+    # As files have a number that is not finite.
+    (run.folder / "evaluation.json").write_text('{"eval_loss": null}')
+    (run.folder / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
+    odd = api.load_run(run.folder)
+    assert math.isnan(odd.evaluation["eval_loss"])
+    assert math.isnan(odd.metrics[0]["loss"])
 
 
 def test_what_a_callback_raises_ends_the_run(config):
