@@ -9,6 +9,7 @@ from .trl_model import Keys
 
 LIGER = "-> model.kernels liger: its layers, and never its loss, since the head and the loss are fused here"
 COMPILE = "-> model.kernels compile: each block by itself, for packs of every length"
+ONE_KIND = "blocks have one kind of kernels: model.kernels liger"
 PREFIX = "parallelism_config_"
 """Of sizes in a file of accelerate."""
 
@@ -22,7 +23,7 @@ class ProcessKeys(Keys):
             self.result.values["model"]["kernels"] = "liger"
             self._same("use_liger_kernel", LIGER)
         if compiled and liger:
-            self._same("torch_compile", "blocks have one kind of kernels: model.kernels liger")
+            self._same("torch_compile", ONE_KIND)
         elif compiled:
             self.result.values["model"]["kernels"] = "compile"
             self._same("torch_compile", COMPILE)
@@ -43,7 +44,7 @@ class ProcessKeys(Keys):
         if sizes.get("tp_size", 1) > 1:
             self._same("parallelism_config", "tp_size: products are not divided; FSDP2 shares the weights out")
         strategy = self._strategy()
-        if strategy in ("NO_SHARD", "DDP"):
+        if strategy.endswith("NO_SHARD"):
             train["shards_per_replica"] = 1
             self._same("fsdp", f"{strategy} -> train.shards_per_replica 1, the whole model on each")
         elif strategy.startswith(("HYBRID_SHARD", "_HYBRID_SHARD")):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..trl_processes import COMPILE, LIGER
+from ..trl_processes import COMPILE, LIGER, ONE_KIND
 from .reading import Reading
 
 
@@ -14,7 +14,7 @@ def read_kernels(reading: Reading, liger: str, compiled: str = "") -> None:
     """
     wanted = [name for name in liger.split() if reading.file.flag(name)]
     built = [name for name in compiled.split() if reading.file.flag(name)]
-    for names, kind, text in ((built, "compile", COMPILE), (wanted, "liger", LIGER)):
+    for names, kind, text in ((built, "compile", ONE_KIND if wanted else COMPILE), (wanted, "liger", LIGER)):
         for name in names:
             reading.put("model.kernels", kind)
             reading.tell(name, text)
@@ -26,8 +26,10 @@ def read_division(reading: Reading, context: str, *, shards: str = "", copies: s
     Args:
         context, shards, copies: names of one key each, the newest first.
     """
-    ranks = _size(reading, context, "train.context_parallel {}, by heads")
-    several, among = _size(reading, copies, "{} copies of the model"), _size(reading, shards, "shards of {}")
+    ranks = _size(reading, context, "-> train.context_parallel {}, by heads")
+    among = _size(reading, shards, "-> shards of {}")
+    of_one = "" if among else "; set train.shards_per_replica to the processes of one, else all share the model out"
+    several = _size(reading, copies, f"{{}} copies of the model{of_one}")
     if several > 1 and among:
         # Processes that work on a pack together are shards, too.
         held = among * max(ranks, 1)
@@ -44,5 +46,5 @@ def _size(reading: Reading, names: str, text: str) -> int:
     if given is None:
         return 0
     size = reading.file.as_whole(named, given)
-    reading.tell(named, f"-> {text.format(size)}" if size > 1 else "1 is how it is here")
+    reading.tell(named, text.format(size) if size > 1 else "1 is how it is here")
     return size

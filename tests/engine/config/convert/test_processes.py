@@ -52,14 +52,17 @@ def test_kernels_and_sizes_are_converted(file, text, processes, expected, tmp_pa
 @pytest.mark.parametrize(
     ("text", "key", "words"),
     [
-        ("use_liger_kernel: true\n", "use_liger_kernel", "its layers, and never its loss"),
-        ("fsdp: hybrid_shard auto_wrap\n", "fsdp", "the GPUs of a machine"),
-        ("parallelism_config: {tp_size: 2}\n", "parallelism_config", "products are not divided"),
-        ("liger_kernel_config: {rope: false}\n", "liger_kernel_config", "never by Liger"),
+        (TRL + "use_liger_kernel: true\n", "use_liger_kernel", "its layers, and never its loss"),
+        (TRL + "use_liger_kernel: true\ntorch_compile: true\n", "torch_compile", "one kind of kernels"),
+        (TRL + "fsdp: hybrid_shard auto_wrap\n", "fsdp", "the GPUs of a machine"),
+        (TRL + "parallelism_config: {tp_size: 2}\n", "parallelism_config", "products are not divided"),
+        (TRL + "liger_kernel_config: {rope: false}\n", "liger_kernel_config", "never by Liger"),
+        (AXOLOTL + "liger_rope: true\ntorch_compile: true\n", "torch_compile", "one kind of kernels"),
+        (AXOLOTL + "dp_replicate_size: 2\n", "dp_replicate_size", "set train.shards_per_replica to the processes of"),
     ],
 )
 def test_what_is_not_taken_over_is_said(text, key, words, tmp_path):
-    conversion = convert(tmp_path / "trl.yaml", TRL + text)
+    conversion = convert(tmp_path / "other.yaml", text)
     assert words in " ".join(note.text for note in conversion.notes if note.key == key)
     assert not notes(conversion, "new").keys() & {key}
 
