@@ -17,7 +17,7 @@ from ..model.head import output_layer
 from ..train.bfloat16 import PIECE
 from ..train.held_weights import TOGETHER
 from ..train.optimizer import build_optimizer, updates_at_once
-from ..train.row_blocks import BLOCK, blocks_of_row, is_eight_bits, moment_bytes, wide_parameters
+from ..train.row_blocks import BLOCK, LEAST_PAGED, blocks_of_row, is_eight_bits, moment_bytes, wide_parameters
 from ..train.row_blocks import PIECE as ROWS_PIECE
 from .live_storage import LiveStorage, storage_bytes
 from .sharding import largest_share
@@ -90,8 +90,8 @@ def quantized_bytes(weight: nn.Parameter) -> int:
 def state_bytes(config: OptimConfig, policy: Policy, *, kind: DeviceKind, shards: int = 1) -> tuple[list[int], int]:
     """What the optimizer keeps on the device for each trained parameter, and the most that an update holds beside it.
 
-    Paged state is in host memory where the device is full, so it counts nothing. Offloaded state is there, too, where
-    the host is not the device; what is updated together is on the device meanwhile.
+    Moments that a GPU pages are in host memory where it is full, so they count nothing. Offloaded state is there, too,
+    where the host is not the device; what is updated together is on the device meanwhile.
 
     Args:
         shards: processes of which each keeps and updates its share.
@@ -99,14 +99,18 @@ def state_bytes(config: OptimConfig, policy: Policy, *, kind: DeviceKind, shards
     trained = [p for p in policy.parameters() if p.requires_grad]
     plain = replace(config, optimizer="adamw") if "8bit" in config.optimizer or "paged" in config.optimizer else config
     state, update = _measured_state(plain, trained, kind, shards)
-    if config.optimizer.startswith("paged"):
-        state = [0] * len(trained)
-    elif config.optimizer == "adamw_8bit":
-        wide = {id(p) for p in wide_parameters(policy)}
-        state = [largest_share(moment_bytes(p.shape, wide=id(p) in wide), p, shards) for p in trained]
-    if "8bit" in config.optimizer:
-        update += max((_padding(p.shape, shards) for p in trained if is_eight_bits(p.shape)), default=0)
     numbers = [largest_share(p.numel(), p, shards) for p in trained]
+    wide = {id(p) for p in wide_parameters(policy)}
+    in_eight = ["8bit" in config.optimizer and is_eight_bits(p.shape) and id(p) not in wide for p in trained]
+    if "8bit" in config.optimizer:
+        state = [largest_share(moment_bytes(p.shape, wide=id(p) in wide), p, shards) for p in trained]
+        update += max(
+            (_padding(p.shape, shards) for p, eight in zip(trained, in_eight, strict=True) if eight), default=0
+        )
+    if config.optimizer.startswith("paged") and kind == "cuda":
+        # Scales of 8 bits stay on the device, and so does what is small.
+        moments = [2 * n * (1 if eight else 4) * (n >= LEAST_PAGED) for n, eight in zip(numbers, in_eight, strict=True)]
+        state = [size - paged for size, paged in zip(state, moments, strict=True)]
     if config.master_weights == "kahan":
         state = [size + 2 * n for size, n in zip(state, numbers, strict=True)]
     if config.offload and kind == "cuda":

@@ -25,6 +25,8 @@ BLOCK = 256
 """Numbers that share a scale."""
 LEAST = 4096
 """Numbers of a parameter below which its moments keep 32 bits, as in bitsandbytes."""
+LEAST_PAGED = 100_000
+"""Numbers that a process holds of a parameter below which its moments are not paged, as in bitsandbytes."""
 PIECE = 1 << 22
 """Numbers that are updated at a time, where single rows are not longer: what padding takes stays small."""
 MOMENTS, SCALES = ("state1", "state2"), ("absmax1", "absmax2")

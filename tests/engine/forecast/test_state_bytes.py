@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from engine.config.schema import ModelConfig, OptimConfig
 from engine.forecast import weights
@@ -18,6 +19,8 @@ from engine.train.optimizer_state import state_tensors
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "adamw_8bit"])
 def test_state_is_what_the_optimizer_keeps(optimizer, master_weights, tiny_model_dir):
     if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    if optimizer not in ("adamw", "rmsprop"):
         pytest.importorskip("bitsandbytes")
     config = OptimConfig(optimizer=optimizer, master_weights=master_weights)
     model = ModelConfig(model_name_or_path=str(tiny_model_dir))
@@ -65,3 +68,16 @@ def test_what_is_updated_together_is_as_much_where_each_process_has_a_share(tiny
     for optim, each in (({"master_weights": "stochastic"}, 8), ({"offload": True}, 8)):
         (_, alone), (_, shared) = (state_bytes(OptimConfig(**optim), policy, kind="cuda", shards=n) for n in (1, 2))
         assert each * 20_000 <= alone == shared
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "shards", "kept"),
+    [
+        ("paged_adamw", 1, [0, 8 * 400, 8 * 4096, 8 * 64]),
+        ("paged_adamw_8bit", 1, [2 * 4 * 400 * 2, 8 * 400, 2 * (4096 + 4 * 64), 8 * 64]),
+        ("paged_adamw_8bit", 4, [2 * (51_200 + 4 * 100 * 2), 8 * 100, 2 * (1024 + 4 * 16), 8 * 16]),
+    ],
+)
+def test_scales_and_small_moments_are_not_paged(optimizer, shards, kept):
+    model = nn.Sequential(nn.Linear(512, 400), nn.Linear(64, 64))
+    assert state_bytes(OptimConfig(optimizer=optimizer), model, kind="cuda", shards=shards)[0] == kept
