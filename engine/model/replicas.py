@@ -81,5 +81,8 @@ def _sum(own: Tensor) -> Tensor:
     given.view(-1)[: own.numel()] = own
     taken = torch.empty_like(given)
     dist.all_to_all_single(taken, given, group=group)
-    dist.all_gather(list(given.unbind()), taken.sum(0), group=group)
+    summed, *others = taken.unbind()
+    for other in others:
+        summed += other
+    dist.all_gather(list(given.unbind()), summed, group=group)
     return given.view(-1)[: own.numel()]

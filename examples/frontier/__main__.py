@@ -20,6 +20,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each; 0: all in this one")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     options = parser.parse_args()
+    if not 0 <= options.seed < 2**32:
+        parser.error("--seed takes a number from 0 to 4294967295")
     size = replace(QUICK if options.quick else Size(), seed=options.seed)
     try:
         result = run(options.output, size, jobs=options.jobs)

@@ -140,6 +140,8 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=7, help="of the language, the models and all masks (default: 7)")
     options = parser.parse_args()
+    if not 0 <= options.seed < 2**32:
+        parser.error("--seed takes a number from 0 to 4294967295")
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 
@@ -99,6 +100,15 @@ def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path, capsys, m
     assert ended.value.code == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last.endswith("choose another folder with --output")
+
+
+@pytest.mark.parametrize("module", ["masked_diffusion", "frontier"])
+def test_a_seed_that_no_generator_takes_is_said_in_one_line(module, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [module, "--seed", "99999999999999999999"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"examples.{module}.__main__").main()
+    assert ended.value.code == 2
+    assert "--seed takes a number from 0 to 4294967295" in capsys.readouterr().err
 
 
 @pytest.mark.slow
