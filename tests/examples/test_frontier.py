@@ -21,7 +21,7 @@ from examples.frontier.exact import Point
 from examples.frontier.language import END, PROMPTS, TOKEN, VOCABULARY, reward
 from examples.frontier.methods import Evaluation, run_method
 from examples.frontier.run import POINTS, RESULT, format_result, run
-from examples.frontier.size import METHODS, QUICK
+from examples.frontier.size import METHODS, QUICK, Size
 
 TOKENS = QUICK.max_tokens
 
@@ -196,3 +196,16 @@ def test_again_trains_nothing_and_another_size_is_refused(ran):
         UserError, match="holds other files than this run's: remove it, or choose another with --output"
     ):
         run(folder, replace(QUICK, steps=6), jobs=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_dpo_is_above_the_others_and_nears_the_closed_form(tmp_path, seed):
+    """Above IPO only within the noise of 14,000 pairs, which is up to five points either way."""
+    result = run(tmp_path / "runs", Size(seed=seed), jobs=2)
+    for method, row in result.against.items():
+        assert row["dpo"] - row["other"] > (-0.05 if method == "ipo" else 0.02), method
+    shares = list(result.shares.values())
+    assert shares == sorted(shares)
+    assert shares[-1] - shares[0] > 0.05
+    assert shares[-1] > 0.85
