@@ -67,7 +67,7 @@ def sweeps(size: Size, pairs: int) -> dict[str, dict[str, list[Any]]]:
         "dpo": {**one("sigmoid", beta=size.dpo_betas), "data.max_rows": rows},
         # Of whole responses, as the paper has it; `ipo` is TRL's, a mean over tokens.
         "ipo": one("ipo_sum", beta=size.ipo_betas),
-        "simpo": one("simpo", beta=size.simpo_betas),
+        "simpo": {**one("simpo", beta=size.simpo_betas), "optim.learning_rate": list(size.simpo_rates)},
         "preferred-ft": one("sft"),
     }
 
@@ -112,6 +112,8 @@ def run_method(method: str, folder: Path, size: Size, ref_logps: Tensor) -> list
     for run in load_sweep(path):
         trained = len(pairs) if run.config.data.max_rows is None else run.config.data.max_rows
         swept = f"beta={run.config.loss.beta:g}" if "loss.beta" in sweeps(size, len(pairs))[method] else ""
+        if method == "simpo":
+            swept = f"learning_rate={run.config.optim.learning_rate:g}"
         checkpoints = Path(run.config.train.output_dir).glob("checkpoint-*")
         steps = sorted((int(path.name.rpartition("-")[2]), path) for path in checkpoints)
         for step, checkpoint in steps:

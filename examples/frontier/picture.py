@@ -48,7 +48,7 @@ def draw_frontiers(
     end = SHOWN_KL * frontier(curves["dpo"], start)[-1, 0]
     figure, (axes,) = new_figure(
         "Reward against divergence, exactly",
-        f"expectations over all answers; each evaluation a point; {most:,} pairs",
+        f"means over all answers; a point per evaluation; {most:,} pairs",
         labels=[CLOSED_FORM, *LABELS.values()],
     )
     _closed_form(axes, end, ref_logps, rewards)

@@ -30,7 +30,9 @@ class Size:
     """Points of each run, at equal distances."""
     dpo_betas: tuple[float, ...] = (8.0, 4.0, 2.0, 1.0)
     ipo_betas: tuple[float, ...] = (0.5, 0.25, 0.12, 0.06)
-    simpo_betas: tuple[float, ...] = (2.0, 5.0)
+    simpo_betas: tuple[float, ...] = (2.0,)
+    simpo_rates: tuple[float, ...] = (1e-4, 3e-4, 2e-3)
+    """Learning rates of SimPO, which has no reference to stay near: at that of the others its first point is far away."""
     alphas: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Weights of unlikelihood."""
 
@@ -48,5 +50,6 @@ QUICK = Size(
     dpo_betas=(1.0,),
     ipo_betas=(0.5,),
     simpo_betas=(2.0,),
+    simpo_rates=(2e-3,),
     alphas=(0.5,),
 )
