@@ -32,7 +32,7 @@ class Size:
     ipo_betas: tuple[float, ...] = (0.5, 0.25, 0.12, 0.06)
     simpo_betas: tuple[float, ...] = (2.0,)
     simpo_rates: tuple[float, ...] = (1e-4, 3e-4, 2e-3)
-    """Learning rates of SimPO, which has no reference to stay near: at that of the others its first point is far away."""
+    """Learning rates of SimPO, which has no reference to stay near: at that of the others it is far away at once."""
     alphas: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Weights of unlikelihood."""
 
