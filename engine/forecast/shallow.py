@@ -50,7 +50,8 @@ def check_room(needed: int, layers: str, device: torch.device) -> None:
     """Raise a ``MemoryError`` where ``needed`` bytes are much of what is free."""
     free = free_bytes(device)
     if needed > MEMORY_SHARE * free:
-        raise MemoryError(f"{layers} would take {needed / 2**30:.1f} of {free / 2**30:.1f} GiB that are free")
+        sizes = f"{needed / 2**30:.1f} of {free / 2**30:.1f} GiB that are free"
+        raise MemoryError(f"{layers} would take {sizes}, more than the {MEMORY_SHARE:.0%} that a trial may")
 
 
 def free_bytes(device: torch.device) -> int:

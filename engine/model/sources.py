@@ -128,7 +128,8 @@ def first_line(error: BaseException) -> str:
     """The line of a message that says most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # a heading alone says nothing
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line.rstrip(" ,;")
 
 
 def not_found(what: str, error: BaseException) -> UserError:

@@ -14,6 +14,8 @@ from ..paths import expanded
 from .adapter_forms import base_of_adapter, is_adapter
 from .sources import check_folder, first_line, hub_options, needs_own_code, not_found
 
+_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
 
 def leave_torch_out() -> None:
     """Have transformers take torch for absent, in a process that does nothing but read data: most of what reading
@@ -79,8 +81,10 @@ def load_tokenizer(model: ModelConfig):
             raise own_code from error
         if not Path(source).is_dir():
             raise not_found(f"model.{field}={source}", error) from error
+        has_files = any(next(Path(source).glob(names), None) for names in _FILES)
+        why = first_line(error) if has_files else "the folder has no file of one, such as tokenizer.json"
         raise UserError(
-            f"model.{field}={source} has no tokenizer that loads: {first_line(error)}; "
+            f"model.{field}={source} has no tokenizer that loads: {why}; "
             "set model.tokenizer_name_or_path to a folder or Hub id that has one"
         ) from error
 

@@ -31,6 +31,8 @@ CURVES = (
 )
 """Metric, title and subtitle of each picture."""
 _WORST_SHOWN = 3
+_DIVERGENCE = "Reward against divergence"
+_FALL = "Reward against fall of chosen"
 WHERE = ("train.output_dir", "train.run_name")
 """Keys that differ between any two runs."""
 
@@ -132,7 +134,7 @@ def _frontiers(runs: Sequence[RunRecords], names: Sequence[str]) -> list[tuple[s
     The distance is the KL divergence where every run was evaluated with samples, and else how far the log-probs of
     held-out chosen responses fell.
     """
-    sets = _of_sets(runs, "eval_rewards/accuracies", "Reward against divergence")
+    sets = _of_sets(runs, "eval_rewards/accuracies", _DIVERGENCE)
     return [found for accuracy, title in sets if (found := _frontier(runs, names, accuracy, title)) is not None]
 
 
@@ -151,6 +153,8 @@ def _frontier(runs: Sequence[RunRecords], names: Sequence[str], accuracy: str, t
     ]
     if not any(points):
         return None
+    if not samples:
+        title = title.replace(_DIVERGENCE, _FALL, 1)
     words = "KL(policy || reference), nats" if samples else "fall of the log-prob of chosen responses, nats"
     units = " or ".join(sorted({run.unit for run in runs}))
     figure, (axes,) = new_figure(title, f"held-out {units}, one point for each evaluation", labels=names)

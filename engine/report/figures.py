@@ -326,7 +326,7 @@ PICTURES = (
     ),
     Picture(
         "accuracies",
-        "How often the chosen response has the higher reward.",
+        "How often the chosen response has the higher reward. Ties count as wrong: before training, all pairs.",
         accuracies,
         of_rows=f"How often the reward of a row {_RIGHT}.",
     ),

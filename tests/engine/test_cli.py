@@ -151,6 +151,7 @@ def test_missing_models_data_and_runs(refused, run_file, tmp_path):
     assert "tokens_per_pack" in refused("plan", run_file, "--packing.tokens_per_pack", "4")
     assert "must be a size such as 80GiB, got 80" in refused("plan", run_file, "--memory", "80")
     assert "must be at least 1" in refused("plan", run_file, "--processes", "0")
+    assert "--processes: must be a whole number, got two" in refused("plan", run_file, "--processes", "two")
     assert "native runs on the CPU" in refused("plan", run_file, "--device", "cuda", "--model.attention", "native")
     assert "--export" in refused("precompute", run_file, "--export", tmp_path / "rows.csv")
     assert "no reference" in refused("precompute", run_file, "--loss.loss_type", "orpo")

@@ -89,7 +89,7 @@ def test_without_a_device(module, tmp_path):
     [
         (["--hidden-size", "64"], "--hidden-size and --vocab-size go together"),
         (["--rows", "0"], "must be at least 1, got 0"),
-        (["--rows", "x"], "argument --rows: invalid"),
+        (["--rows", "x"], "argument --rows: must be a whole number, got x"),
         (["--kernels", "linear"], "invalid choice: 'linear'"),
         (["--hidden", "64"], "unrecognized arguments: --hidden 64; see `dpo bench tune --help`"),
     ],

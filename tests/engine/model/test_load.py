@@ -172,7 +172,9 @@ def test_what_does_not_load_is_named(tiny_model_dir, tmp_path):
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_model_dir / name, bare)
-    with pytest.raises(UserError, match=r"bare has no tokenizer that loads.*model\.tokenizer_name_or_path"):
+    with pytest.raises(
+        UserError, match=r"bare has no tokenizer that loads: the folder has no file of one.*model\.token"
+    ):
         load_tokenizer(ModelConfig(model_name_or_path=str(bare)))
 
 
