@@ -101,6 +101,11 @@ def evaluate(
     )
     for dataset in datasets.values():
         fits(dataset)
+    if model_path is None:
+        log.info(
+            "evaluating %s, the model before training",
+            config.model.adapter_name_or_path or config.model.model_name_or_path,
+        )
     policy, trained = _load_both(config, model_path, list(datasets.values()))
     objective = Objective(config.loss, token_metrics=config.train.token_metrics)
     for dataset in datasets.values():

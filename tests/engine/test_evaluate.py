@@ -119,8 +119,10 @@ def test_a_trained_model_against_one_sequence_at_a_time(config, tiny_model_dir, 
     assert "33-64" in table
 
 
-def test_the_base_model_has_no_margin_and_does_rank(config, tmp_path):
-    values = evaluate(config)
+def test_the_base_model_has_no_margin_and_does_rank(config, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        values = evaluate(config)
+    assert f"evaluating {config.model.model_name_or_path}, the model before training" in caplog.text
     assert values["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert values["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert 0 < values["eval_ranking_accuracy"] < 1
