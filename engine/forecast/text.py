@@ -87,7 +87,8 @@ def _memory_lines(
         held = _held_words(num_shards(config, target.processes), target.processes)
         lines = [*_parts(memory, target, held, config), *_copy_lines(memory, config, target)]
         if room is not None:
-            lines.append(_budget_line(largest_budget(config, dataset, steps, room=room, **options), room))
+            budget = largest_budget(config, dataset, steps, room=room, **options)
+            lines.append(_budget_line(budget, room, config.packing.tokens_per_pack))
         return lines
     except UserError:
         raise
@@ -140,12 +141,16 @@ def _parts(m: Memory, target: Target, held: str, config: RunConfig) -> list[Line
     return lines
 
 
-def _budget_line(budget: Budget, room: int) -> Line:
+def _budget_line(budget: Budget, room: int, asked: int) -> Line:
     name = f"fits {_size(room)}"
     if not budget.tokens:
         return (name, "nothing", f"not even a pack of the longest row, {budget.memory.pack_tokens:,} tokens")
     note = "largest packing.tokens_per_pack"
-    return (name, f"{budget.tokens:,}", f"{note}: all pairs of a step in one pack" if budget.whole_step else note)
+    if budget.whole_step:
+        note += ": all pairs of a step in one pack"
+    elif budget.tokens < asked:
+        note += f": the run's {asked:,} do not fit"
+    return (name, f"{budget.tokens:,}", note)
 
 
 def _for_here(config: RunConfig) -> RunConfig:

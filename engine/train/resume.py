@@ -129,7 +129,7 @@ def find_start(config: RunConfig, output_dir: Path, resume: bool) -> tuple[Start
     elif saved is not None:
         check_same_run(saved, config, output_dir)
     if not is_complete(output_dir):
-        if start is None:
+        if start is None and output_dir.exists():
             log.info("no complete checkpoint in %s: training starts at step 1", output_dir)
         return start, None
     steps = int(_last_metrics(output_dir)["step"])

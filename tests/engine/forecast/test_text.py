@@ -12,6 +12,7 @@ from engine.config.schema import DataConfig, LoraConfig, LossConfig
 from engine.data import load_dataset_groups
 from engine.errors import UserError
 from engine.forecast import Target, describe_forecast, text, trial
+from engine.forecast.budget import Budget
 from engine.model import load_policy
 from engine.packing import plan_first_epoch
 from engine.train.checkpoint import save_weights
@@ -140,6 +141,20 @@ def test_another_device_and_what_fits_in_it(config, dataset):
     ]
     assert "nothing" in short
     assert "not even a pack of the longest row" in short
+
+
+@pytest.mark.parametrize(
+    ("whole_step", "asked", "words"),
+    [
+        (False, 512, "largest packing.tokens_per_pack"),
+        (False, 65_536, "largest packing.tokens_per_pack: the run's 65,536 do not fit"),
+        (True, 65_536, "largest packing.tokens_per_pack: all pairs of a step in one pack"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_told(whole_step, asked, words, config, dataset):
+    steps = plan_first_epoch(dataset, config)
+    memory = text.forecast_memory(config, dataset, steps, target=Target.of_kind("cpu", 1), resident=0)
+    assert text._budget_line(Budget(512, whole_step, memory), 2**30, asked) == ("fits 1.00 GiB", "512", words)
 
 
 @pytest.mark.parametrize(
