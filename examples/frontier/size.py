@@ -28,8 +28,8 @@ class Size:
     """A thousand times the usual one, for a model a hundred thousand times smaller."""
     evaluations: int = 6
     """Points of each run, at equal distances."""
-    dpo_betas: tuple[float, ...] = (8.0, 4.0, 2.0, 1.0)
-    ipo_betas: tuple[float, ...] = (0.5, 0.25, 0.12, 0.06)
+    dpo_betas: tuple[float, ...] = (16.0, 8.0, 4.0, 2.0, 1.0)
+    ipo_betas: tuple[float, ...] = (1.0, 0.5, 0.25, 0.12, 0.06)
     simpo_betas: tuple[float, ...] = (2.0,)
     simpo_rates: tuple[float, ...] = (1e-4, 3e-4, 2e-3)
     """Learning rates of SimPO, which has no reference to stay near: at that of the others it is far away at once."""
