@@ -56,11 +56,6 @@ def block_checks(context: Context) -> Iterator[Check]:
 
 def measure(context: Context, options: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second, shares of both peak rates, memory, and whether a step waits for the device."""
-    if context.dry_run:
-        from engine.model.kernels import compiled
-
-        # the same calls without generated code, which takes a minute to compile
-        compiled.BACKEND = "eager"
     found = measure_steps(context, options, layers)
     name = "" if context.dry_run else torch.cuda.get_device_name(context.device)
     peak = next((peak for part, peak in PEAKS.items() if part in name), None)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -57,6 +58,18 @@ EXPERTS = {
     "moe_intermediate_size": 128,
 }
 
+HYBRID = {
+    "model_type": "qwen3_5_text",
+    **SIZES,
+    "num_hidden_layers": 4,
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+"""Three layers of linear attention, then one of attention."""
+
 
 @dataclass(frozen=True)
 class Way:
@@ -66,8 +79,10 @@ class Way:
     loss: dict[str, Any] = field(default_factory=dict)
     responses: int = 2
     pairs: tuple[tuple[int, int], ...] | None = None
-    checkpointing: bool = False
+    optim: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool | Literal["selective"] = False
     offload: bool = False
+    kernels: str = "none"
     family: str = "qwen3, head dim 128, heads 8:1"
     dtype: str = "bfloat16"
 
@@ -85,6 +100,16 @@ WAYS = {
     "pairs coupled": Way(loss={"loss_type": "aot"}),
     "no reference": Way(loss={"loss_type": "simpo"}),
     "LoRA, loss by lengths": Way(model={"lora": {"r": 4}}, loss={"loss_type": "simpo"}),
+    "linear attention": Way(family="qwen3_5_text"),
+    "selective checkpointing": Way(checkpointing="selective"),
+    "kernels liger": Way(kernels="liger"),
+    "kernels compile": Way(kernels="compile"),
+    "LoRA, kernels compile, checkpointing": Way(model={"lora": {"r": 4}}, kernels="compile", checkpointing=True),
+    "master_weights stochastic": Way(optim={"master_weights": "stochastic"}),
+    "master_weights kahan, optim.offload": Way(optim={"master_weights": "kahan", "offload": True}),
+    "stochastic, adamw_8bit": Way(optim={"master_weights": "stochastic", "optimizer": "adamw_8bit"}),
+    "paged_adamw": Way(optim={"optimizer": "paged_adamw"}),
+    "paged_adamw_8bit": Way(optim={"optimizer": "paged_adamw_8bit"}),
 }
 
 
@@ -228,14 +253,24 @@ def step_of_groups(groups: Any, objective: Any, device: torch.device) -> Any:
 def _train_steps(context: Context, way: Way) -> dict[str, Any]:
     """Loss and gradient against float32 with segments one by one, bits of two passes, and steps that never wait."""
     from engine.config.schema import LossConfig, OptimConfig
+    from engine.errors import UserError
+    from engine.model import check_packing
+    from engine.model.layouts import describe_layout
     from engine.train.objective import Objective
     from engine.train.optimizer import GuardedUpdate, build_optimizer, build_schedule
 
     scale = 1 if context.dry_run else 20
-    family = EXPERTS if way.family == "qwen3_moe" else FAMILIES[way.family]
+    family = {"qwen3_moe": EXPERTS, "qwen3_5_text": HYBRID}.get(way.family) or FAMILIES[way.family]
+    optim = OptimConfig(learning_rate=1e-4, **way.optim)
     sizes: dict[str, Any] = {"prompt": (3 * scale, 9 * scale), "response": (2 * scale, 7 * scale), "vocab": 512}
     groups = random_groups(4, **sizes, responses=way.responses, pairs=way.pairs)
-    policy = build_policy(context, family, way.dtype, checkpointing=way.checkpointing, **way.model)
+    options = {"checkpointing": way.checkpointing, "weights_dtype": optim.weights_dtype, **way.model}
+    policy = build_policy(context, family, way.dtype, **options)
+    if family is HYBRID:
+        # which modules want rows is found out by trying
+        check_packing(policy)
+        policy.train()
+    fuse(context, policy, way.kernels)
     plain_attention = {**way.model, "attention": "sdpa"}
     policy.activation_offload = way.offload
     objective = Objective(LossConfig(**way.loss))
@@ -252,8 +287,10 @@ def _train_steps(context: Context, way: Way) -> dict[str, Any]:
     error, allowed = (((g - exact).norm() / exact.norm()).item() for g in (gradient, plain))
     same = torch.equal(gradient, again)
 
-    optim = OptimConfig(learning_rate=1e-4)
-    optimizer, _ = build_optimizer(policy.model, optim)
+    try:
+        optimizer, _ = build_optimizer(policy.model, optim)
+    except UserError as reason:
+        raise SkippedError(str(reason)) from reason
     update = GuardedUpdate(optimizer, build_schedule(optimizer, optim, total_steps=10), max_grad_norm=1.0)
     policy.zero_grad(set_to_none=True)
     losses = []
@@ -264,7 +301,8 @@ def _train_steps(context: Context, way: Way) -> dict[str, Any]:
         update.step(losses[-1])
 
     train()
-    with no_wait(context):
+    # some optimizers take no verdict on the device, so the host asks for it in every step
+    with no_wait(context) if update.deferred else nullcontext():
         for _ in range(3):
             train()
     ok = same and update.ok() and losses[-1].item() < losses[0].item() and error <= 2 * allowed + 1e-4
@@ -272,10 +310,33 @@ def _train_steps(context: Context, way: Way) -> dict[str, Any]:
     ok = ok and abs(loss - exact_loss) <= 2 * abs(plain_loss - exact_loss) + 0.01 * abs(exact_loss)
     columns = {"loss": loss, "loss in float32": exact_loss, "gradient error": error, "of sdpa": allowed}
     columns |= {"same bits twice": same, "loss after 3 steps": losses[-1].item()}
-    return {"ok": ok, **columns, "note": policy.backend.name}
+    words = describe_layout(policy) if policy.layout.kind == "mixers" else ""
+    return {"ok": ok, **columns, "note": ", ".join(filter(None, [policy.backend.name, words]))}
+
+
+def fuse(context: Context, policy: Any, kernels: Any) -> None:
+    """Kernels for the blocks of a policy.
+
+    Raises:
+        SkippedError: they cannot be used here, with the engine's own reason.
+    """
+    from engine.errors import UserError
+    from engine.model.kernels import compiled
+    from engine.model.kernels.choice import fuse_blocks
+
+    if context.dry_run:
+        # the same calls without generated code, which takes a minute to compile
+        compiled.BACKEND = "eager"
+    try:
+        fuse_blocks(policy, kernels)
+    except UserError as reason:
+        raise SkippedError(str(reason)) from reason
 
 
 def _like(policy: Any, other: Any) -> Any:
-    """``other`` with the weights of ``policy``: drawn in another dtype they are others."""
+    """``other`` with the weights of ``policy``, as those drawn in another dtype are others, and padded rows."""
+    from engine.model.layouts import use_layout
+
     other.load_state_dict(policy.state_dict())
+    use_layout(other, policy.layout._replace(joined=False))
     return other

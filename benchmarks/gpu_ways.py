@@ -29,31 +29,32 @@ WAYS: dict[str, dict[str, Any]] = {
     "none": {},
     "master_weights stochastic": {"optim": {"master_weights": "stochastic"}},
     "master_weights kahan": {"optim": {"master_weights": "kahan"}},
-    "optim.offload": {"optim": {"offload": True}},
-    "gradient_checkpointing selective": {"checkpointing": "selective"},
     "activation_offload": {"activation_offload": True},
-    "kernels liger": {"kernels": "liger"},
-    "kernels compile": {"kernels": "compile"},
-    "gradient_checkpointing": SAVING,
     "adamw_8bit": {"optim": {"optimizer": "adamw_8bit"}},
     "paged_adamw": {"optim": {"optimizer": "paged_adamw"}},
     "paged_adamw_8bit": {"optim": {"optimizer": "paged_adamw_8bit"}},
+    "optim.offload": {"optim": {"offload": True}},
+    "gradient_checkpointing": SAVING,
+    "gradient_checkpointing selective": {"checkpointing": "selective"},
+    "kernels liger": {"kernels": "liger"},
+    "kernels compile": {"kernels": "compile"},
 }
+"""Those behind ``gradient_checkpointing`` are measured beside each other in the section of blocks, too."""
 WHOLE: dict[str, dict[str, Any]] = {
     "stochastic, adamw_8bit, checkpointing": {
         **SAVING,
         "optim": {"master_weights": "stochastic", "optimizer": "adamw_8bit"},
     },
+    "LoRA, selective": {"checkpointing": "selective", "lora": {"r": 16}},
+    "LoRA, checkpointing": {**SAVING, "lora": {"r": 16}},
+    "LoRA, checkpointing, liger": {**SAVING, "kernels": "liger", "lora": {"r": 16}},
+    "LoRA, checkpointing, compile": {**SAVING, "kernels": "compile", "lora": {"r": 16}},
     "kahan, offload, checkpointing": {**SAVING, "optim": {"master_weights": "kahan", "offload": True}},
     "kahan, offload, checkpointing, liger": {
         **SAVING,
         "kernels": "liger",
         "optim": {"master_weights": "kahan", "offload": True},
     },
-    "LoRA, selective": {"checkpointing": "selective", "lora": {"r": 16}},
-    "LoRA, checkpointing": {**SAVING, "lora": {"r": 16}},
-    "LoRA, checkpointing, liger": {**SAVING, "kernels": "liger", "lora": {"r": 16}},
-    "LoRA, checkpointing, compile": {**SAVING, "kernels": "compile", "lora": {"r": 16}},
 }
 """Of all layers of the larger model."""
 SAVES: dict[str, dict[str, Any]] = {
