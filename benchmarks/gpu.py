@@ -6,8 +6,9 @@ Needs torch, triton, transformers and this repository, which is run in place; pe
 packages import. First come checks of everything, side by side, then measurements, one at a time, in the order of their
 importance. Every check and every contender is a row that is written when it is known, to gpu.jsonl, and from there to
 gpu.json and gpu.md; each section has processes of its own, which are replaced when they die, hang, or lose the device.
-A further run with the same folder replaces the sections that it runs and keeps the others; ``--continue`` runs those
-alone that did not end. ``--dry-run`` runs the same on the CPU, on tiny sizes, with the kernels in Triton's interpreter.
+A further run with the same folder replaces the sections that it runs and keeps the others; ``--continue`` runs what
+did not end well, and of a section the checks that failed or were not reached. ``--dry-run`` runs the same on the CPU,
+on tiny sizes, with the kernels in Triton's interpreter.
 The exit code is 1 when a check failed or a section did not end.
 """
 
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             seconds=options.seconds or (DRY_SECONDS if options.dry_run else SECONDS),
             dry_run=options.dry_run,
             one_process=options.one_process,
+            go_on=options.go_on,
             render=lambda: publish(folder, sections, dry_run=options.dry_run),
         )
         if options.go_on:
@@ -72,9 +74,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", "--output", type=Path, help="folder for the results; $OUT, or results/<device>")
     found.add_argument("--seconds", type=float, help=f"for everything; {SECONDS:g} by default")
     found.add_argument("--sections", help="run only these, with commas between them")
-    found.add_argument(
-        "--continue", action="store_true", dest="go_on", help="run only sections that have not ended well"
-    )
+    found.add_argument("--continue", action="store_true", dest="go_on", help="run only what has not ended well")
     found.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, kernels interpreted")
     found.add_argument("--one-process", action="store_true", help="everything in one process, and less of it")
     found.add_argument("--table", default="benchmarks.gpu_sections", help="module with the sections")

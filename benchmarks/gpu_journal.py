@@ -4,6 +4,7 @@ Nothing that was appended is lost when a process is killed, at whatever moment; 
 
 ``due``    a section is to run; what an earlier run found of it stays until it starts
 ``start``  a section begins anew: its earlier rows do not count
+``again``  a section goes on: earlier rows count that said what there was to say
 ``plan``   the checks of a section, by name
 ``fact``   a value that belongs to a section as a whole
 ``row``    what one check or contender gave; a later row with the same key takes its place
@@ -66,7 +67,10 @@ class Journal:
             if kind == "start" or name not in found:
                 found[name] = Found()
             section = found[name]
-            if kind == "plan":
+            if kind == "again":
+                section.by_key = {key: row for key, row in section.by_key.items() if settled(row)}
+                section.status = "unfinished"
+            elif kind == "plan":
                 section.plan += [check for check in line["names"] if check not in section.plan]
             elif kind == "fact":
                 section.facts[line["name"]] = line["value"]
@@ -95,6 +99,11 @@ class Found:
         """Checks that were planned and never begun."""
         begun = {key for key, row in self.by_key.items() if row["status"] != NO_TIME}
         return [name for name in self.plan if name not in begun]
+
+
+def settled(row: Row) -> bool:
+    """Whether there is nothing to find out by running a check once more."""
+    return row["status"] == "ok" or (row["status"].startswith("skipped") and row["status"] != NO_TIME)
 
 
 def plain(value: Any) -> Any:

@@ -180,6 +180,7 @@ class Run:
         seconds: float,
         dry_run: bool,
         one_process: bool = False,
+        go_on: bool = False,
         render: Callable[[], Any],
     ):
         self.table = table
@@ -188,6 +189,7 @@ class Run:
         self.scratch = scratch
         self.dry_run = dry_run
         self.one_process = one_process
+        self.go_on = go_on
         self.render = render
         self.journal = Journal(folder / "gpu.jsonl")
         self.end = time.monotonic() + seconds
@@ -234,8 +236,9 @@ class Run:
                 left = f"skipped: {max(0.0, end - start):.0f} s were left"
                 self.journal.append("end", name, status=left, seconds=0.0)
             return
+        known = self.journal.read()
         for name in names:
-            self.journal.append("start", name)
+            self.journal.append("again" if self.go_on and known[name].rows else "start", name)
         if self.one_process:
             self.workers = [Worker(self, names, 0, 1)]
         else:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from concurrent.futures import Future
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import distributed
 from . import checkpoint as checkpoints
 from .checkpoint import Content, Saved
+from .host_memory import to_host
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Saver:
         checkpoints.prune_checkpoints(self._output_dir, self._limit, best=best)
 
     def before_update(self) -> None:
-        """Wait until the state is copied, before it changes.
+        """Have the update that comes wait until the state is copied.
 
         Raises:
             UserError: the last checkpoint could not be written.
@@ -145,40 +147,57 @@ class _Writer(threading.Thread):
 
 
 class _Stager:
-    """Copies the state into host memory; on CUDA into page-locked memory, on a stream of its own, in a thread."""
+    """Copies the state into host memory, where each tensor has its place; on CUDA beside the steps, on a stream."""
 
     def __init__(self, device: torch.device):
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-        cuda = device.type == "cuda"
         self._device = device
-        self._copying: Future | None = None
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda,
-                use_shared_memory=False,
-                use_async_staging=cuda,
-                use_non_blocking_copy=cuda,
-            )
-        )
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._places: dict[tuple[str, str], Tensor] = {}
+        self._copied: Any = None
+        """The event that the last copy ends with, until an update has waited for it."""
+        self._sources: Content | None = None
 
-    def copy(self, content: Content) -> Any:
+    def copy(self, content: Content) -> Callable[[], Content]:
         """A function that waits for a copy of ``content`` and returns it."""
-        if self._device.type == "cuda":
-            # The stream of the copies does not wait for that of the steps.
-            torch.cuda.current_stream().synchronize()
-        found = self._stager.stage(content.tensors)
-        if not isinstance(found, Future):
-            return lambda: content._replace(tensors=found)
-        self._copying = found
-        return lambda: content._replace(tensors=found.result())
+        if self._stream is None:
+            copy = self._copy(content)
+            return lambda: copy
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            copy = self._copy(content)
+        copied = self._stream.record_event()
+        # some tensors may be nobody else's, and would make room for others while they are read
+        self._copied, self._sources = copied, content
+
+        def wait() -> Content:
+            copied.synchronize()
+            return copy
+
+        return wait
+
+    def _copy(self, content: Content) -> Content:
+        made: dict[Any, Tensor] = {}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for part, named in content.tensors.items():
+            tensors[part] = {}
+            for name, tensor in named.items():
+                # tied weights are one, as they are in the model
+                local = distributed.local_tensor(tensor)
+                key = (local.data_ptr(), local.dtype, local.shape, local.stride()) if local.numel() else (part, name)
+                if key not in made:
+                    made[key] = to_host(tensor, self._places.get((part, name)))
+                    self._places[part, name] = made[key]
+                tensors[part][name] = made[key]
+        return content._replace(tensors=tensors)
 
     def wait(self) -> None:
-        copying, self._copying = self._copying, None
-        if copying is not None:
-            copying.result()
+        """Let the device change the state only when it is copied. The host goes on."""
+        copied, self._copied = self._copied, None
+        if copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(copied)
+            self._sources = None
 
     def close(self) -> None:
-        # What copying failed by, writing has failed by.
-        self._copying = None
-        self._stager.close()
+        """Free the copy, when nobody writes it any more."""
+        self._places.clear()
+        self._sources = None

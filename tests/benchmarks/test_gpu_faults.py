@@ -152,6 +152,9 @@ def test_killed_and_continued(tmp_path: Path) -> None:
     assert {name: section.status for name, section in journal.read().items()} == dict.fromkeys(
         ("later", "waiting", "last"), "ok"
     )
+    assert kinds.count(("again", "waiting")) == 1
+    befores = [line for line in journal.lines() if line.get("key") == "before" and line.get("status") == "ok"]
+    assert len(befores) == 1, "a check that had ended well was run again"
 
 
 def rows(journal: Journal, section: str) -> dict[str, Any]:

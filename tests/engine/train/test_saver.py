@@ -6,12 +6,12 @@ import errno
 import os
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributed.checkpoint import staging
 
 from engine import cli, distributed, mesh
 from engine.config import build_config, to_yaml
@@ -85,37 +85,71 @@ def test_all_that_a_run_leaves_is_the_same(case, make_config, pairs_jsonl, tmp_p
     compare(leavings(tmp_path / "beside"), leavings(tmp_path / "waits"))
 
 
-def test_weights_wait_for_a_copy_that_is_made_by_a_thread(make_config, pairs_jsonl, tmp_path, monkeypatch, request):
-    """As on a GPU: nothing is copied before the next update waits for it."""
+class LateStream:
+    """A CUDA stream that does nothing before somebody waits for it."""
+
+    def __init__(self, device=None):
+        self.work = []
+        self.lock = threading.Lock()
+
+    def wait_stream(self, other):
+        pass
+
+    def record_event(self):
+        return SimpleNamespace(synchronize=self.run)
+
+    def run(self):
+        # waiting returns when all is done, whoever waits
+        with self.lock:
+            while self.work:
+                self.work.pop(0)()
+
+
+def test_weights_wait_for_a_copy_that_a_gpu_makes_late(make_config, pairs_jsonl, tmp_path, monkeypatch, request):
+    """Nothing is copied before the next update, or the writer, waits for it; and nothing is copied twice."""
     train(config_of(make_config, {}, tmp_path / "waits", pairs_jsonl))
     request.getfixturevalue("beside")
-    due = threading.Event()
-    options, copy, wait = staging.StagingOptions, staging.StateDictStager.stage, saver._Stager.wait
+    streams, waits = [], []
 
-    def copied(*arguments, **keywords):
-        assert due.wait(60)
-        due.clear()
-        return copy(*arguments, **keywords)
+    def stager(device):
+        found = plain(device)
+        found._stream = LateStream()
+        streams.append(found._stream)
+        return found
 
-    def waited(stager):
-        if stager._copying is not None:
-            due.set()
-        wait(stager)
+    def late_copy(tensor, held):
+        held = torch.empty_like(tensor) if held is None else held
+        streams[-1].work.append(lambda: held.copy_(tensor))
+        return held
 
-    finish = Saver.finish
+    def wait_event(event):
+        waits.append(len(streams[-1].work))
+        event.synchronize()
 
-    def finished(writer):
-        if writer._stager is not None and writer._stager._copying is not None:
-            due.set()
-        finish(writer)
-
-    in_a_thread = options(False, False, True, False)
-    monkeypatch.setattr(staging, "StagingOptions", lambda **_: in_a_thread)
-    monkeypatch.setattr(staging.StateDictStager, "stage", copied)
-    monkeypatch.setattr(saver._Stager, "wait", waited)
-    monkeypatch.setattr(Saver, "finish", finished)
+    plain = saver._Stager
+    current = SimpleNamespace(wait_event=wait_event)
+    monkeypatch.setattr(saver, "_Stager", stager)
+    monkeypatch.setattr(saver, "to_host", late_copy)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     train(config_of(make_config, {}, tmp_path / "beside", pairs_jsonl))
     compare(leavings(tmp_path / "beside"), leavings(tmp_path / "waits"))
+    assert len(waits) > 1
+
+
+def test_tied_weights_and_places_in_host_memory_are_kept():
+    """One copy of what is one tensor, in the memory that the copy before had."""
+    weight, moment = torch.arange(6.0).view(2, 3), torch.ones(3)
+    content = checkpoint.Content({"model": {"a": weight, "b": weight}, "optimizer": {"m/a": moment}}, {}, "")
+    stager = saver._Stager(torch.device("cpu"))
+    first = stager.copy(content)().tensors
+    assert first["model"]["a"] is first["model"]["b"]
+    weight += 1
+    assert torch.equal(first["model"]["a"], weight - 1)
+    second = stager.copy(content)().tensors
+    assert second["model"]["a"] is first["model"]["a"]
+    assert torch.equal(second["model"]["a"], weight)
+    assert second["optimizer"]["m/a"] is first["optimizer"]["m/a"] is not moment
 
 
 @pytest.mark.usefixtures("beside")
