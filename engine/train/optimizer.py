@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 import re
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -287,7 +288,9 @@ class GuardedUpdate:
         self.failed = torch.zeros((), device=self.params[0].device)
         self.passes = 1
         """Backward passes of the step in progress."""
-        sum_in_float32(self.params, passes=lambda: self.passes)
+        # hooks of tensors are no garbage that Python finds: by one that held it, an update would keep the model forever
+        update = weakref.ref(self)
+        sum_in_float32(self.params, passes=lambda: getattr(update(), "passes", 1))
 
     @property
     def deferred(self) -> bool:

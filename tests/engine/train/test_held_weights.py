@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -131,6 +133,21 @@ def test_a_gradient_of_several_passes_is_summed_in_float32():
             for p, *parts in zip(model.parameters(), *alone, strict=True):
                 assert torch.equal(p.grad, parts[0] + parts[1] + parts[2])
         model.zero_grad()
+
+
+@pytest.mark.parametrize("options", [{}, *({"master_weights": held} for held in HELD)], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_outlives_a_run(options, name):
+    """The next run of a process has the memory of the model and its optimizer."""
+    model = small_model(torch.bfloat16 if options else torch.float32)
+    paged = name.startswith("paged")
+    update = update_of(model, OptimConfig(optimizer=name, offload=not paged, **options))
+    model(torch.ones(3, 96, dtype=model[0].weight.dtype)).sum().backward()
+    update.step(torch.zeros(()))
+    kept = [weakref.ref(x) for x in (update, update.optimizer, model, *model.parameters())]
+    del model, update
+    gc.collect()
+    assert [ref() for ref in kept if ref() is not None] == []
 
 
 @pytest.mark.parametrize("held", HELD)
