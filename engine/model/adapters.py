@@ -18,6 +18,7 @@ from ..config.fields import nearest
 from ..config.schema import LoraConfig
 from ..errors import UserError, out_of_memory
 from .adapter_forms import READ_ERRORS, check_form, stored_names
+from .adapter_products import join_products
 from .layers import text_model
 from .sources import check_folder, first_line
 
@@ -312,30 +313,8 @@ def _in_float32(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if re.search(r"\.lora_", name):
             parameter.data = parameter.data.float()
-    _leave_casts_to_autocast(model)
+    join_products(model)
     return model
-
-
-def _leave_casts_to_autocast(model: nn.Module) -> None:
-    """Have plain adapters take their input as it is where autocast would narrow it again.
-
-    peft widens the input of each adapted layer to float32 first, and the product of autocast then casts that back: the
-    same bits, after 12 more bytes of traffic an element. What drops or scales the input in between needs it wide.
-    """
-    from peft.tuners.lora.layer import Linear
-
-    for module in model.modules():
-        if isinstance(module, Linear):
-            vars(module).pop("_cast_input_dtype", None)
-            if not module.lora_variant and all(isinstance(d, nn.Identity) for d in module.lora_dropout.values()):
-                vars(module)["_cast_input_dtype"] = _cast_unless_autocast
-
-
-def _cast_unless_autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind):
-        return x
-    return x.to(dtype)
 
 
 def hold_adapters(model: nn.Module, dtype: torch.dtype) -> None:
