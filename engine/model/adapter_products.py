@@ -1,7 +1,8 @@
 """The products of low-rank adapters on linear layers, under autocast: fewer passes over what a layer takes and gives.
 
-Of a layer y = W x with an adapter, y + s B A x, peft widens x to float32, which autocast narrows again; then it writes
-B A x, scales it and adds it, each in a pass of its own, and backward takes such passes as well. Here x goes into the
+Of a layer y = W x with an adapter, y + s B A x, peft widens x to float32, which autocast narrows again (of a quantised
+layer it copies y instead); then it writes B A x, scales it and adds it, each in a pass of its own, and backward takes
+such passes as well. Here x goes into the
 product as it is, and the second product adds to y what it gives, scaled (``torch.addmm``), rounded once. On the way back
 y's gradient serves both. Without autocast, and for adapters that are more than these two products, peft's own forward runs.
 """
@@ -15,13 +16,18 @@ import torch
 from torch import nn
 
 
+_KINDS = (
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+)
+"""peft's classes of adapted linear layers; naming them imports no bitsandbytes."""
+
+
 def join_products(model: nn.Module) -> None:
     """Have the adapted linear layers of a model compute as above. Call it again when adapters were added."""
-    from peft.tuners.lora.layer import Linear
-
     for module in model.modules():
-        # kinds of layers that are quantised have forwards of their own
-        if isinstance(module, Linear) and "forward" not in vars(module):
+        kind = type(module)
+        if (kind.__module__, kind.__name__) in _KINDS and "forward" not in vars(module):
             vars(module)["forward"] = MethodType(_forward, module)
 
 

@@ -125,6 +125,18 @@ def test_passes_that_are_saved(base):
     assert joined["addmm"] - own["addmm"] == ADAPTED
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_on_quantised_layers(quantization, base):
+    pytest.importorskip("bitsandbytes")
+    quantised = replace(base, quantization=quantization)
+    runs = [backward(policy_of(quantised, KINDS["lora"], own=own)) for own in (False, True)]
+    (found, joined), (plain, own) = runs
+    for ours, theirs in zip(found, plain, strict=True):
+        assert (ours - theirs).norm() <= 0.1 * theirs.norm()
+    assert joined["addmm"] - own["addmm"] == ADAPTED
+    assert own["add"] - joined["add"] >= ADAPTED
+
+
 @pytest.mark.parametrize("kind", MORE)
 def test_adapters_that_are_more_run_as_peft_has_them(kind, base):
     (found, joined), (plain, own) = (backward(policy_of(base, MORE[kind], own=own)) for own in (False, True))
