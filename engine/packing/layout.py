@@ -24,7 +24,8 @@ from .slices import Slice, own_slice
 from .transfer import send
 
 
-@dataclass(frozen=True)
+# not frozen: of frozen ones torch 2.11 compiles every field in, so that each pack would compile compiled blocks again
+@dataclass(eq=False)
 class AttentionPlan:
     """Everything that an attention backend needs to know of a pack. Queries are in packed order."""
 

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ...errors import out_of_memory
 from ...packing.layout import AttentionPlan
 from ...packing.rows import Segment
-from ..compiling import allow_variants, compile_for_all_lengths
+from ..compiling import compile_for_all_lengths
 from ..sources import first_line
 from .ranges import TILE, Ranges, Tiles, seen_keys
 from .scores import Scores
@@ -64,7 +64,6 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPla
 
 @cache
 def _compiled(backend: str) -> Any:
-    allow_variants()
     return compile_for_all_lengths(_attend, backend, fullgraph=True)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compiling import allow_variants, compile_for_all_lengths
+from ..compiling import compile_for_all_lengths
 from ..experts import is_experts
 from ..layers import text_model
 from ..mixers import InRows, class_name
@@ -42,7 +42,6 @@ def compile_changes(policy: Policy, backend: Any = None) -> list[Change]:
     Raises:
         ValueError: it has no blocks, or none that can be compiled.
     """
-    allow_variants()
     blocks = decoder_blocks(policy)
     if not blocks:
         raise ValueError(f"transformers does not say what the blocks of {type(policy.causal_lm).__name__} are")

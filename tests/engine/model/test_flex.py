@@ -109,10 +109,30 @@ def test_no_pack_compiles_again(on_cpu):
         run(40, softcap=30.0, chunk=64)
         with torch.autocast("cpu"):
             run(41, softcap=30.0, chunk=64)
-    for length in (50, 128, 2):
+    for length in (16, 50, 4, 128, 2):
         inputs, plan, scores = problem([Segment(0, length, 0, 0)], torch.float32, softcap=2.0)
         flex.flex_attention(*inputs[:3], plan, scores).sum().backward()
     assert flex_stand_in.graphs() == 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width"),
+    [(512, (4, 2), 16), (256, (4, 2), 16), (144, (2, 1), 144), (384, (3, 3), 16)],
+    ids=["tiles are heads", "tiles are key heads", "tokens are features", "tiles are all heads"],
+)
+def test_sizes_that_happen_to_be_equal_compile_nothing_again(on_cpu, tokens, heads, width):
+    """As 8192 tokens have as many tiles as a layer of gpt-oss has heads."""
+
+    def run(tokens: int) -> None:
+        segments = [Segment(0, tokens - 70, 0, 0), Segment(tokens - 70, tokens, 0, 20)]
+        inputs, plan, scores = problem(segments, torch.float32, heads=heads, widths=(width, width), sinks=True)
+        flex.flex_attention(*inputs[:3], plan, scores).sum().backward()
+
+    run(tokens)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for other in (tokens + 130, 2 * tokens, 640):
+            run(other)
+    assert flex_stand_in.graphs() == 1
 
 
 def test_layers_share_a_mask(on_cpu):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from engine.config.schema import LoraConfig
+from engine.data.groups import PreferenceGroup
 from engine.errors import UserError
 from engine.model import check_packing
 from engine.model.kernels import choice, compiled
 from engine.model.kernels.choice import fuse_blocks, kernels_words, use_kernels
 from engine.model.kernels.exchange import ABSENT, Change, Kernels
+from engine.packing import build_batch
 from engine.reference import model_digest
 from tests.conformance.families import tiny_config, tiny_model
 from tests.engine.model.kernels.policies import assert_close, gradients, packs, policy_of
@@ -59,6 +62,29 @@ def test_gradients_are_those_of_plain_blocks_and_no_pack_compiles_again(how, opt
     policy.exchange.off()
     assert not any("forward" in vars(block) for block in compiled.decoder_blocks(policy))
     assert_close(gradients(policy, batches[0]), plain[0], 0.0)
+
+
+@pytest.mark.parametrize("tokens", [4, 8, 32])
+def test_no_pack_compiles_again_where_tokens_are_as_many_as_features(tokens, tiny_model_dir):
+    """Heads, features of a head, and features of the model."""
+    policy = policy_of(tiny_model_dir, dtype="float32")
+    use_kernels(policy, Kernels("compile"))
+
+    def run(tokens: int) -> None:
+        responses = (np.full(1, 5), np.full(tokens // 4, 6))
+        prompt = np.full(tokens - sum(map(len, responses)), 7)
+        gradients(policy, build_batch([PreferenceGroup(0, prompt, responses)]))
+
+    run(tokens)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for other in (tokens + 3, 40, 128):
+            run(other)
+
+
+def test_the_plan_of_a_pack_is_not_compiled_in():
+    """Of frozen dataclasses torch 2.11 compiles every field in, such as the number of segments."""
+    (batch,) = packs(1)
+    assert not torch._dynamo.utils.is_frozen_dataclass(batch.plan)
 
 
 def test_selective_checkpointing_is_left_to_the_compiler(tiny_model_dir, monkeypatch):
