@@ -21,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_table import Check, Context
+from benchmarks.gpu_table import Check, Context, SkippedError
 from dpo_kernels import LOSS_TYPES, linear_dpo_loss, linear_logps, preference_loss
 from dpo_kernels.head import Head
+from dpo_kernels.kernels import bfloat16_weights
 from dpo_kernels.kernels.frozen_head import frozen_head
 from dpo_kernels.kernels.slice_grad import slice_grad
 from dpo_kernels.kernels.softmax_grad import softmax_grad_
 from dpo_kernels.kernels.tile_logps import empty_exps, score_rows
 from dpo_kernels.linear_dpo import triton_pairs
+from engine.train import bfloat16
 
 IGNORED = -100
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -46,6 +48,7 @@ PLAN = (
 )
 """Few enough that compiling their kernels takes no more than a minute or two."""
 TINY_PLAN = ((torch.bfloat16, (5, 33, 70), "everything"), (torch.float32, (5, 33, 70), "plain"))
+WEIGHTS, TINY_WEIGHTS, WINDOW = (1, 2**20 + 77, 2**31 + 5000), (1, 5000), 2**22
 RESPONSES = (3, 170, 90, 1, 300, 20, 64, 64)
 TINY_RESPONSES = (3, 7, 5, 1)
 
@@ -63,7 +66,11 @@ class Inputs(NamedTuple):
 def kernel_checks(context: Context) -> list[Check]:
     """Checks in the order in which a fault is best found: kernels, then ops."""
     device, tiny = context.device, context.dry_run
-    return [*_rounding_checks(device, tiny=tiny), *_pair_checks(device, tiny=tiny)]
+    weights = [
+        Check(f"kernels of bfloat16 weights, {n:,} of them", partial(_weights_error, device, n), 0.0)
+        for n in (TINY_WEIGHTS if tiny else WEIGHTS)
+    ]
+    return [*_rounding_checks(device, tiny=tiny), *weights, *_pair_checks(device, tiny=tiny)]
 
 
 def _rounding_checks(device: torch.device, *, tiny: bool) -> Iterator[Check]:
@@ -239,6 +246,42 @@ def _logps_error(device, dtype, shape, option, *, trainable: bool) -> float:
         for function, i in ((our_logps, inputs), (plain_logps, inputs), (plain_logps, inputs.raised()))
     )
     return max(nats(ours[0], exact[0]), *itertools.starmap(multiple, zip(ours[1:], plain[1:], exact[1:], strict=True)))
+
+
+def _weights_error(device, size) -> float:
+    """First and last weights that are rounded, divided or put together to other bits than operators of torch give."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 10 * size:
+        raise SkippedError(f"{10 * size / 2**30:.0f} GiB are not free")
+    draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(size), "device": device}
+    values = torch.randint(-(2**31), 2**31, (size,), dtype=torch.int32, **draw).view(torch.float32)
+    upper, rest = (torch.empty(size, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.int16))
+    ends = [slice(0, WINDOW), slice(max(0, size - WINDOW), size)]
+    before, wrong = [(end, values[end].clone()) for end in ends], 0
+    numbers, start = {"key": 0xC0FFEE11, "update": 1000}, 2**31 - 100
+    with mock.patch.object(bfloat16, "kernels_for", return_value=bfloat16_weights):
+        bfloat16.round_at_random(upper, values, start=start, **numbers)
+    with mock.patch.object(bfloat16, "kernels_for", return_value=None):
+        for end, part in before:
+            expected = torch.empty_like(upper[end])
+            bfloat16.round_at_random(expected, part, start=start + end.start, **numbers)
+            wrong += _unlike(upper[end], expected)
+    with mock.patch.object(bfloat16, "kernels_for", return_value=bfloat16_weights):
+        bfloat16.split(upper, rest, values)
+        bfloat16.joined(upper, rest, out=values.zero_())
+    with mock.patch.object(bfloat16, "kernels_for", return_value=None):
+        for end, part in before:
+            bfloat16.split(expected := torch.empty_like(upper[end]), rests := torch.empty_like(rest[end]), part)
+            pairs = ((upper[end].view(torch.int16), expected.view(torch.int16)), (rest[end], rests))
+            wrong += sum(_unlike(*pair) for pair in (*pairs, (values[end].view(torch.int32), part.view(torch.int32))))
+    return float(wrong)
+
+
+def _unlike(found: Tensor, expected: Tensor) -> int:
+    """Elements of other bits, or of numbers; one NaN is like another."""
+    unlike = found != expected
+    if found.is_floating_point():
+        unlike = (found.view(torch.int16) != expected.view(torch.int16)) & ~(found.isnan() & expected.isnan())
+    return int(unlike.sum())
 
 
 def _pair_error(device, dtype, loss_type, responses, *, chunk_rows: int | None, tiny: bool) -> float:

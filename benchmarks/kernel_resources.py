@@ -25,6 +25,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from dpo_kernels.head import Head
 from dpo_kernels.kernels import (
+    bfloat16_weights,
     filtered_products,
     frozen_head,
     paired_loss,
@@ -37,6 +38,7 @@ from dpo_kernels.kernels import (
 from dpo_kernels.kernels.offline import SHARED_MEMORY, Resources, compiling_for, inspect_kernel
 from dpo_kernels.kernels.tile_config import TileConfig, shipped_archs, table_entries
 from dpo_kernels.pairs import F_DIVERGENCES, LossOptions
+from engine.train.bfloat16 import ROUNDS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -138,6 +140,7 @@ def other_cases(*, every_option: bool = True) -> list[Case]:
         cases.append(Case("frozen_head", dtype, _frozen_launch(DTYPES[dtype])))
         cases.append(Case("filter", dtype, _filter_launch(DTYPES[dtype])))
         cases.append(Case("scale", dtype, functools.partial(_scale, DTYPES[dtype])))
+    cases.append(Case("bfloat16_weights", "float32", _weights_launch))
     names = paired_loss.KERNEL_LOSSES if every_option else ("sigmoid", "nca_pair", "orpo")
     cases += [Case(f"paired_loss-{name}", "float32", _pair_launch(name)) for name in names]
     divergences = F_DIVERGENCES[1:] if every_option else ("alpha_divergence",)
@@ -222,6 +225,14 @@ def _filter_launch(dtype: torch.dtype) -> Callable[[], Any]:
 
 def _scale(dtype: torch.dtype) -> None:
     scale.scale_(_meta(TABLE_SHAPE.V, TABLE_SHAPE.D, dtype=dtype), torch.empty((), device="meta"))
+
+
+def _weights_launch() -> None:
+    values = _meta(TABLE_SHAPE.V, TABLE_SHAPE.D)
+    upper, rest = (_meta(*values.shape, dtype=dtype) for dtype in (torch.bfloat16, torch.int16))
+    bfloat16_weights.stochastic_round(upper, values, key=1 << 31, start=1 << 40, turned=1, rounds=ROUNDS)
+    bfloat16_weights.split(upper, rest, values)
+    bfloat16_weights.join(values, upper, rest)
 
 
 def _softmax_grad_launch(dtype: torch.dtype) -> Callable[[], Any]:

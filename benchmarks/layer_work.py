@@ -34,7 +34,7 @@ from engine.forecast.weights import policy_without_data, state_bytes
 from engine.model.load import DTYPES
 from engine.model.policy import Layout
 from engine.model.shard import transformer_blocks
-from engine.train import held_weights
+from engine.train import bfloat16, held_weights
 from engine.train.objective import Objective
 from engine.train.optimizer import build_optimizer
 
@@ -168,7 +168,7 @@ def update_of(config: RunConfig) -> Update:
             with _tables_of_8_bits():
                 optimizer, _ = build_optimizer(policy.model, config.optim)
             work = Work()
-            with _bus(work) as moved:
+            with _as_on_a_gpu(work), _bus(work) as moved:
                 for _ in range(2):
                     for p in trained:
                         p.grad = torch.empty_like(p)
@@ -209,6 +209,14 @@ def _tensors(optimizer: Any) -> list[Tensor]:
     found = [v for slots in optimizer.state.values() for v in slots.values()]
     found += getattr(optimizer, "remainders", {}).values()
     return [v for v in found if isinstance(v, Tensor) and v.numel() >= 256 and v.shape != (256,)]
+
+
+@contextmanager
+def _as_on_a_gpu(work: Work) -> Iterator[None]:
+    """Weights are rounded by kernels, whose launches are counted."""
+    kernels = bfloat16.kernels_for(torch.device("cuda"))
+    with mock.patch.object(bfloat16, "kernels_for", return_value=kernels), no_launches(work.told):
+        yield
 
 
 @contextmanager

@@ -8,6 +8,7 @@ result has a size that only the device knows. Ops of this project run as their b
 
 Copies between page-locked memory and the device are done late, as a GPU does them: writing to the source of a copy, or
 reading what a copy has yet to fill, raises ``UnsafeCopyError``. Fused optimizers refuse what their CUDA kernels refuse.
+Kernels of Triton are run by its interpreter.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -24,7 +26,7 @@ import torch.nn.utils.clip_grad as clip_grad
 import torch.optim.optimizer as optimizer
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.pretended_streams import Streams, is_empty
@@ -205,6 +207,19 @@ class PretendedCuda(TorchDispatchMode):
             _check(func, short, args, kwargs)
         self._check_host_reads(short, args)
         return self._run(func, short, args, kwargs)
+
+    def launch(self, kernel: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
+        """Run a kernel of Triton, which may read and write what it is given."""
+        from triton.runtime.interpreter import InterpretedFunction
+
+        tensors = [a for a in (*arguments, *options.values()) if isinstance(a, Tensor)]
+        if not all(isinstance(t, OnDevice) for t in tensors):
+            raise RuntimeError(f"{kernel.__name__} is given memory of the host")
+        self.operations[kernel.__name__] += 1
+        if self.streams is not None:
+            self.streams.run(kernel.__name__, [], self._of_device(tensors))
+        with _disable_current_modes():
+            InterpretedFunction(kernel.fn).run(*map(on_host, arguments), grid=grid, warmup=warmup, **options)
 
     def _on_device(self, args: Any, kwargs: Any) -> bool:
         return any(isinstance(leaf, OnDevice) for leaf in tree_leaves((args, kwargs)))
@@ -423,6 +438,9 @@ def pretended_cuda() -> Iterator[PretendedCuda]:
         mock.patch.object(clip_grad, grouping, by_device(getattr(clip_grad, grouping))),
     ]
     device_mode = PretendedCuda()
+    if find_spec("triton") is not None:
+        launch = lambda kernel, *arguments, **options: device_mode.launch(kernel, *arguments, **options)  # noqa: E731
+        patches.append(mock.patch("triton.runtime.jit.JITFunction.run", launch))
     lifts = torch._C._only_lift_cpu_tensors()
     for patch in patches:
         patch.start()

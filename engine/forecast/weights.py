@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ..config.schema import OptimConfig, RunConfig
 from ..model import Policy, load_policy
 from ..model.head import output_layer
-from ..train.bfloat16 import PIECE
+from ..train.bfloat16 import PIECE, kernels_for
 from ..train.held_weights import TOGETHER
 from ..train.optimizer import build_optimizer, updates_at_once
 from ..train.row_blocks import BLOCK, LEAST_PAGED, blocks_of_row, is_eight_bits, moment_bytes, wide_parameters
@@ -29,8 +29,8 @@ _SCALED_BLOCK, _SCALES_BLOCK = 64, 256
 _PADDED_BYTES = 10
 """Weight and gradient in float32, and two moments of 8 bits."""
 _WIDENED_BYTES, _ROUNDED_BYTES = 8, 32
-"""Of weights in bfloat16 that are updated together: weight and gradient in float32; and of those that are rounded
-together, what that takes."""
+"""Of weights in bfloat16 that are updated together: weight and gradient in float32; and of those that operators of
+torch round together, what that takes. Kernels take nothing."""
 
 
 def without_memory(config: RunConfig, target: Target, layers: int | None = None) -> Policy:
@@ -163,5 +163,6 @@ def _measured_state(
         together = max(*numbers, min(sum(numbers), TOGETHER))
     update = max(0, count.peak - state) * together // unit
     if config.master_weights != "float32":
-        update = _WIDENED_BYTES * together + max(update, _ROUNDED_BYTES * min(together, PIECE))
+        rounded = _ROUNDED_BYTES * min(together, PIECE) if kernels_for(torch.device(kind)) is None else 0
+        update = _WIDENED_BYTES * together + max(update, rounded)
     return kept, update

@@ -102,10 +102,11 @@ class HeldWeights(torch.optim.Optimizer):
 
     def _widened(self, p: Tensor, grad: Tensor) -> Tensor:
         """A float32 copy of a parameter with its gradient; of one that is float32 already, an alias."""
-        wide = p.detach().float()
-        if (remainder := self.remainders.get(p)) is not None:
-            local = distributed.local_tensor
-            local(wide).copy_(joined(local(p.detach()), local(remainder)))
+        if (remainder := self.remainders.get(p)) is None:
+            wide = p.detach().float()
+        else:
+            local, wide = distributed.local_tensor, torch.empty_like(p.detach(), dtype=torch.float32)
+            joined(local(p.detach()), local(remainder), out=local(wide))
         wide.grad = grad.float()
         if self.clip is not None:
             wide.grad *= self.clip

@@ -25,7 +25,8 @@ MIB, GIB = 2**20, 2**30
 FAST = (
     *("8B | `gradient_checkpointing: selective`", "8B | `activation_offload: true`", "8B | `context_parallel: 2`"),
     *("8B | `kernels: liger`", "8x7B | none"),
-    *("8B | `offload: true`", "8B | `optimizer: adamw_8bit`", "0.5B | `master_weights: kahan`"),
+    *("8B | `offload: true`", "8B | `optimizer: adamw_8bit`"),
+    *("0.5B | `master_weights: kahan`", "8B | `master_weights: stochastic`"),
     *("8B | `param_dtype: bfloat16`", "8B | `shards_per_replica: 4`"),
 )
 NEEDS = {"liger": "liger_kernel", "8bit": "bitsandbytes", "paged": "bitsandbytes"}
@@ -104,6 +105,10 @@ def test_bytes_of_an_update_are_those_by_hand():
         assert held[option][3] == pytest.approx(bus, abs=0.01)
     # Fused: weight, gradient and moments read, all of them written.
     assert held["none"][2] == pytest.approx(2 * 16, abs=0.01)
+    # Besides, weight and gradient from bfloat16 to float32, and a kernel that reads float32 and writes bfloat16 ...
+    assert held["`master_weights: stochastic`"][2] == pytest.approx(2 * 16 + 2 * (2 + 4) + (4 + 2), abs=0.01)
+    # ... or two, with what rounding leaves.
+    assert held["`master_weights: kahan`"][2] == pytest.approx(2 * 16 + (4 + 4) + (2 + 4) + (4 + 4), abs=0.01)
 
 
 def test_bytes_between_processes_are_those_by_hand():

@@ -17,7 +17,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from dpo_kernels.head import Head, Needs
-from dpo_kernels.kernels import launch, offline, tile_logps
+from dpo_kernels.kernels import bfloat16_weights, launch, offline, tile_logps
 from dpo_kernels.linear_dpo import triton_pairs
 from dpo_kernels.linear_dpo.interface import PairScorer, Want
 from dpo_kernels.linear_logps import tile_filter, triton_tiles
@@ -96,6 +96,13 @@ class Batch:
         needs = Needs(True, True, False, tiles=tiles)
         triton_tiles.backward(torch.empty(T), self.hidden, self.head, *rows, ignore_index=-100, needs=needs)
 
+    def rounding(self) -> None:
+        """Of weights of another name, from another place on, at another update."""
+        values = torch.empty(len(self.labels), D)
+        key, start, turned = (int(torch.randint(1 << bits, ())) for bits in (32, 40, 16))
+        upper = torch.empty_like(values, dtype=torch.bfloat16)
+        bfloat16_weights.stochastic_round(upper, values, key=key, start=start, turned=turned, rounds=((16, 3),))
+
 
 CALLS = {
     "paired loss": lambda batch: batch.loss(),
@@ -105,6 +112,7 @@ CALLS = {
     "frozen head": lambda batch: batch.log_probs(frozen=True),
     "frozen head with statistics": lambda batch: batch.log_probs(frozen=True, stats=STATS),
     "filter": lambda batch: batch.log_probs(frozen=False, filtered=True),
+    "rounding": lambda batch: batch.rounding(),
 }
 
 

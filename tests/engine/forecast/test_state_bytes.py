@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
@@ -57,6 +59,20 @@ def test_an_update_of_all_weights_together_counts_where_no_gpu_is(optim, bytes_e
     together = 20_000 if optim else sum(p.numel() for p in policy.parameters())
     _, found = state_bytes(OptimConfig(optimizer="rmsprop", **optim), policy, kind="cuda")
     assert bytes_each * together <= found < (bytes_each + 1) * together
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_operators_that_round_take_room_and_kernels_none(kind, tiny_model_dir, monkeypatch):
+    pytest.importorskip("triton")
+    policy = load_policy(ModelConfig(model_name_or_path=str(tiny_model_dir)), device=torch.device("cpu"))
+    numbers = [p.numel() for p in policy.parameters()]
+    pieces = min(sum(numbers), weights.PIECE)
+    for without, rounded in ((False, 0 if kind == "cuda" else 32 * pieces), (True, 32 * pieces)):
+        if without:
+            monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert state_bytes(OptimConfig(master_weights="stochastic"), policy, kind=kind)[1] == pytest.approx(
+            8 * sum(numbers) + rounded, rel=1e-3
+        )
 
 
 def test_what_is_updated_together_is_as_much_where_each_process_has_a_share(tiny_model_dir, monkeypatch):

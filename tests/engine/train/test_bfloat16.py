@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from engine.train.bfloat16 import carried, counted_noise, joined, noise_key, round_at_random, split
+from tests.pretended_cuda import CUDA, OnDevice, on_host, pretended_cuda
 
 CPU = torch.device("cpu")
 
@@ -121,3 +125,28 @@ def test_what_is_not_finite_stays_so():
     got = carried(values, torch.full((4,), 0xFFFF, dtype=torch.int32))
     assert torch.equal(got.isnan(), values.isnan())
     assert got[:2].tolist() == values[:2].tolist()
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_on_a_gpu_each_is_one_kernel_of_the_same_bits(triton, monkeypatch):
+    """Without Triton the operators of torch do it there, too."""
+    if triton:
+        pytest.importorskip("triton")
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(3))
+    found = []
+    for device in (CPU, CUDA):
+        with pretended_cuda() if device == CUDA else nullcontext() as cuda:
+            given = OnDevice(values) if cuda else values
+            rounded, upper = (torch.zeros(5000, dtype=torch.bfloat16, device=device) for _ in range(2))
+            rest = torch.zeros(5000, dtype=torch.int16, device=device)
+            if cuda:
+                cuda.operations.clear()
+            round_at_random(rounded, given, key=1 << 31, start=(1 << 31) - 7, update=5)
+            split(upper, rest, given)
+            found.append([on_host(t) for t in (rounded, upper, rest, joined(upper, rest))])
+    launched = {name: count for name, count in cuda.operations.items() if name.endswith("_kernel")}
+    assert launched == (dict.fromkeys(("stochastic_round_kernel", "split_kernel", "join_kernel"), 1) if triton else {})
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert torch.equal(found[1][3], values)
