@@ -328,6 +328,8 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"dpo {options.command} runs in one process: start it without torchrun")
     # peft imports it where it is installed, and it warns of kernels for the CPU that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # torch.compile imports it, and it warns of a CUDA toolkit without a GPU, which nothing here is built with
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # deprecations inside other packages are nothing that a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning)
     if options.command in ("train", "sweep", "evaluate", "precompute", "demo", "merge"):
@@ -344,11 +346,17 @@ def _split_overrides(arguments: list[str], command: _Parser) -> tuple[list[str],
     overrides: list[str] = []
     target = own
     for argument in arguments:
+        # argparse would take it for an option of its own
+        if re.match(r"-[\d.]", argument) and target is own and own[-1:] and own[-1] in flags:
+            own[-1] += f"={argument}"
+            continue
         if argument.startswith("--"):
             flag = argument.partition("=")[0]
             target = own if flag in flags else overrides
             if target is overrides and "." not in flag:
                 known = flags + (keys if command.takes_config else [])
+                if key := next((k for k in known if k.startswith(f"{flag}.")), None):
+                    raise UserError(f"unknown option {flag}, which is a section: name a key of it, such as {key}")
                 close = nearest(flag[2:].replace("-", "_"), [k[2:].replace("-", "_") for k in known])
                 match = next((k for k in known if k[2:].replace("-", "_") == close), None)
                 raise UserError(
@@ -386,7 +394,8 @@ def _positive(text: str) -> int:
 def _size(text: str) -> int:
     found = re.fullmatch(rf"([0-9]+(?:\.[0-9]+)?) ?({'|'.join(_UNITS)})", text.strip())
     if found is None or not (size := int(float(found[1]) * _UNITS[found[2]])):
-        raise argparse.ArgumentTypeError(f"must be a size such as 80GiB, got {text}")
+        units = ", ".join(_UNITS)
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and a unit ({units}), such as 80GiB, got {text}")
     return size
 
 

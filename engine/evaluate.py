@@ -27,6 +27,7 @@ from .model.adapter_forms import changes_base, is_adapter
 from .model.adapters import import_peft
 from .model.division import divide_work
 from .model.quantization import check_quantization
+from .model.sources import named_by
 from .packing import check_fits
 from .plain_json import to_json
 from .reference.template_date import with_template_date
@@ -233,11 +234,9 @@ def put_adapter(base: Policy, model_path: str) -> None:
     Raises:
         UserError: the adapter does not fit the base.
     """
-    try:
-        with torch.device("meta") if base.device.type == "meta" else nullcontext():
-            load_adapter(base, Path(model_path))
-    except UserError as error:
-        raise UserError(f"--model {model_path}: {error}") from error
+    on_meta = torch.device("meta") if base.device.type == "meta" else nullcontext()
+    with named_by("--model ", model_path), on_meta:
+        load_adapter(base, Path(model_path))
 
 
 def _changes_base(model: ModelConfig, adapter: str) -> bool:
@@ -251,10 +250,8 @@ def _ready_trained(ready: Callable[[ModelConfig], Policy], model: ModelConfig, m
     """The full model at ``model_path``; ``model`` says how it is held, but for its adapters and quantization."""
     if model.trains_adapter:
         log.info("%s is a full model: the adapters and quantization of model are not applied", model_path)
-    try:
+    with named_by("--model ", model_path):
         return ready(replace(full_model(model), model_name_or_path=model_path, revision=None))
-    except UserError as error:
-        raise UserError(f"--model {model_path}: {error}") from error
 
 
 def _as_trained(run_dir: Path, values: dict[str, float]) -> dict[str, float]:

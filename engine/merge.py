@@ -24,7 +24,7 @@ from .model.companions import describe_trained
 from .model.layouts import eager_attention
 from .model.load import DTYPES, load_policy
 from .model.quantization import check_quantization, stored_quantization
-from .model.sources import ADAPTER_CONFIG, MODEL_CONFIG, check_folder, hub_options
+from .model.sources import ADAPTER_CONFIG, MODEL_CONFIG, check_folder, hub_options, named_by
 from .paths import expanded, names_a_path
 from .run_folder import CARD_FILE, CONFIG_FILE
 from .train.checkpoint import complete_checkpoints
@@ -74,7 +74,8 @@ def merge(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} is there already: name another folder with --output")
     model = _base_model(folder, base)
-    kind = stored_quantization(model)
+    with named_by("--base ", base):
+        kind = stored_quantization(model)
     if kind is not None:
         raise UserError(
             f"the base {model.model_name_or_path} is stored quantised ({kind}), and an adapter cannot be put into such "
@@ -84,7 +85,8 @@ def merge(
     has_tokenizer = (folder / "tokenizer_config.json").exists()
     named = replace(model, tokenizer_name_or_path=str(folder)) if has_tokenizer else model
     tokenizer = load_tokenizer(named)
-    policy = _load_base(model)
+    with named_by("--base ", base):
+        policy = _load_base(model)
     stored = _stored_dtype(model) if dtype == "auto" else _DTYPES[dtype]
     before = _put_in(policy, folder)
     describe_trained(policy.causal_lm, tokenizer)

@@ -12,7 +12,7 @@ import torch
 
 from . import distributed
 from .config.sweep import SweepRun
-from .errors import UserError, counted
+from .errors import UserError
 from .report import default_path, write_comparison
 from .train.loop import train
 from .train.setup import check_settings
@@ -51,7 +51,6 @@ def sweep(runs: Sequence[SweepRun]) -> Path:
             torch.cuda.empty_cache()
         folders = [Path(done.config.train.output_dir) for done in runs[:number]]
         page = write_comparison(folders) if distributed.is_main() else default_path(folders)
-    log.info("comparison of %s: %s", counted(len(runs), "run"), page)
     return page
 
 

@@ -55,6 +55,14 @@ def test_every_example_is_on_their_page():
     assert found - {"README.md"} == set(links) - {".."}
 
 
+def test_every_recipe_says_how_to_run_it():
+    recipes = sorted((ROOT / "examples").rglob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        name = path.relative_to(ROOT).as_posix()
+        assert path.read_text(encoding="utf-8").splitlines()[0] == f"# dpo train {name}", name
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name not in DATED], ids=lambda p: p.name)
 def test_commands_are_understood(page, tmp_path, monkeypatch):
     """Every ``dpo`` line of the page is one that the command line takes, keys and values included."""

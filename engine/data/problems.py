@@ -179,8 +179,7 @@ PROBLEMS = {
         Problem(
             "odd_roles",
             False,
-            "turns of unknown roles, a speaker twice in a row, a late system turn, or a completion that does not begin "
-            "and end with the assistant, or begins with the mark of another speaker",
+            "turns out of order, of unknown roles, or a completion that is not the assistant's alone",
             "correct the turns",
         ),
         Problem(

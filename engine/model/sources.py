@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,25 @@ def check_folder(source: str, option: str) -> None:
         return
     if names_a_path(source):
         raise UserError(f"{option}{source} is not a folder: give a model folder or a Hub id such as org/name")
+
+
+@contextmanager
+def named_by(option: str, source: str | None) -> Iterator[None]:
+    """Errors inside about a model or adapter say once, and by the option that gave it, which one; None is no other than
+    that of ``model``.
+
+    Args:
+        option: what the user wrote before ``source``, such as ``--model ``.
+    """
+    try:
+        yield
+    except UserError as error:
+        if source is None:
+            raise
+        named = f"{option}{source}"
+        of_source = rf"(?:model\.(?:model|adapter)_name_or_path=|the adapter ){re.escape(source)}(?![\w/-]|\.\w)"
+        text = re.sub(of_source, lambda _: named, str(error))
+        raise UserError(text if named in text else f"{named}: {text}") from error
 
 
 def _refuse_shards(folder: Path, what: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from ..data.groups import PreferenceDataset
 from ..errors import UserError
 from ..model import Policy, ready_policy
 from ..model.adapter_forms import base_of_adapter
+from ..model.sources import named_by
 from ..packing import Pack, PackedBatch, build_batch
 from ..reference import (
     ReferenceStore,
@@ -238,14 +238,8 @@ def load_reference(config: RunConfig, device: torch.device, datasets: Sequence[P
         UserError: the model cannot be loaded, or used on them.
     """
     model, name = reference_model(config), config.reference.model_name_or_path
-    try:
+    with named_by("reference.model_name_or_path=", name):
         return ready_policy(model, device, datasets, packing=config.packing, weights_dtype=config.optim.weights_dtype)
-    except UserError as error:
-        if name is None:
-            raise
-        key = f"reference.model_name_or_path={name}"
-        text = re.sub(rf"model\.(model|adapter)_name_or_path={re.escape(name)}(?!\S)", key, str(error))
-        raise UserError(text if key in text else f"{key}: {text}") from error
 
 
 def _live_references(

@@ -149,7 +149,10 @@ def test_missing_models_data_and_runs(refused, run_file, tmp_path):
     assert "absent.jsonl" in refused("plan", run_file, "--data.dataset_name", tmp_path / "absent.jsonl")
     assert "absent" in refused("report", tmp_path / "absent")
     assert "tokens_per_pack" in refused("plan", run_file, "--packing.tokens_per_pack", "4")
-    assert "must be a size such as 80GiB, got 80" in refused("plan", run_file, "--memory", "80")
+    for size in ("80", "0GiB", "-1GiB", "abc", "-.5GB"):
+        expected = f"must be a number above 0 and a unit (GiB, MiB, GB, MB), such as 80GiB, got {size};"
+        assert expected in refused("plan", run_file, "--memory", size)
+    assert "name a key of it, such as --model.model_name_or_path" in refused("check", run_file, "--model", "m")
     assert "must be at least 1" in refused("plan", run_file, "--processes", "0")
     assert "--processes: must be a whole number, got two" in refused("plan", run_file, "--processes", "two")
     assert "native runs on the CPU" in refused("plan", run_file, "--device", "cuda", "--model.attention", "native")
@@ -390,3 +393,14 @@ def test_a_broken_tile_table_is_one_line():
 def test_bench_outside_a_checkout_explains(refused, monkeypatch, tmp_path):
     monkeypatch.setattr(commands, "__file__", str(tmp_path / "engine" / "commands.py"))
     assert "source checkout" in refused("bench")
+
+
+def test_no_command_lets_torch_warn_of_a_cuda_toolkit(monkeypatch, refused, caplog):
+    """``torch.compile`` imports what looks for one, on the CPU, too."""
+    from torch.utils import cpp_extension
+
+    refused("report", "absent")
+    monkeypatch.setenv("CUDA_HOME", "/usr/local/cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cpp_extension._find_cuda_home() == "/usr/local/cuda"
+    assert caplog.text == ""

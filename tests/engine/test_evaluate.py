@@ -16,6 +16,7 @@ from engine.errors import UserError
 from engine.evaluate import evaluate
 from engine.model import load_tokenizer
 from engine.model.adapters import quiet_loading
+from engine.model.sources import named_by
 from engine.train.evaluation import format_evaluation
 from engine.train.loop import train
 from tests.engine.distributed.launch import launch
@@ -207,6 +208,28 @@ def test_no_evaluation_data_is_an_error(config):
 def test_a_missing_model_is_an_error(config, tmp_path):
     with pytest.raises(UserError, match=r"^--model .*nowhere is not a folder"):
         evaluate(config, str(tmp_path / "nowhere"))
+
+
+def test_a_model_that_does_not_load_is_named_once_by_the_option_that_gave_it(config, tmp_path):
+    with pytest.raises(UserError, match=rf"^--model {tmp_path} does not load") as found:
+        evaluate(config, str(tmp_path))
+    assert str(found.value).count("model.model_name_or_path") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("model.model_name_or_path=a/b: gone", "--model a/b: gone"),
+        ("model.adapter_name_or_path=a/b is of another base", "--model a/b is of another base"),
+        ("the adapter a/b does not fit Llama", "--model a/b does not fit Llama"),
+        ("model.model_name_or_path=a/b/c is gone", "--model a/b: model.model_name_or_path=a/b/c is gone"),
+        ("Llama leaks", "--model a/b: Llama leaks"),
+    ],
+)
+def test_errors_of_a_model_are_under_its_option(words, said):
+    with pytest.raises(UserError) as found, named_by("--model ", "a/b"):
+        raise UserError(words)
+    assert str(found.value) == said
 
 
 def test_what_was_measured_before_rounding_goes_with_other_rows(config, tmp_path):

@@ -79,6 +79,7 @@ def test_a_killed_sweep_goes_on(sweep_file):
     process.wait()
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("comparison.html") == 1
     whole = weights(sweep(load_sweep(sweep_file("whole"))))
     found = weights(Path(done.stdout.splitlines()[-1]))
     assert list(found) == list(whole)

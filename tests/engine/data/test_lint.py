@@ -90,3 +90,9 @@ def test_unknown_problem_is_a_programming_error():
         "no_completion_tokens",
         "nothing_counts",
     }
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_what_is_said_of_a_problem_is_short(name):
+    problem = PROBLEMS[name]
+    assert len(f"{problem.meaning}; {problem.advice}") <= 180
