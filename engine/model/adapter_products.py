@@ -2,9 +2,9 @@
 
 Of a layer y = W x with an adapter, y + s B A x, peft widens x to float32, which autocast narrows again (of a quantised
 layer it copies y instead); then it writes B A x, scales it and adds it, each in a pass of its own, and backward takes
-such passes as well. Here x goes into the
-product as it is, and the second product adds to y what it gives, scaled (``torch.addmm``), rounded once. On the way back
-y's gradient serves both. Without autocast, and for adapters that are more than these two products, peft's own forward runs.
+such passes as well. Here x goes into the product as it is, and the second product adds to y what it gives, scaled
+(``torch.addmm``) and rounded once; on the way back the gradient of the sum serves both. Without autocast, and for
+adapters that are more than these two products, peft's own forward runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
 
 _KINDS = (
     ("peft.tuners.lora.layer", "Linear"),
