@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +24,7 @@ from ..data.groups import PreferenceGroup
 from ..errors import BackendError, UserError, out_of_memory
 from ..packing.layout import PackedBatch, build_batch
 from .attention import Backend
-from .diagnosis import first_difference
+from .diagnosis import first_difference, innermost_module
 from .end_to_end import gradient_difference, take_boundaries
 from .layers import largest
 from .layouts import eager_attention, use_layout
@@ -48,7 +47,7 @@ _REACH = re.compile(
 _PROBE_REACH = 3
 _ROW_PROBES = 3
 """Probes that a model in rows is given: what picks the best of several keys may be unequal only where two are even."""
-_ADVICE = "choose a family that docs/conformance.md lists as equal"
+ADVICE = "choose a family that docs/conformance.md lists as equal"
 Shapes = tuple[tuple[int, tuple[int, ...]], ...]
 """Tokens of the prompt and of each response of each group."""
 _SMALL: Shapes = ((7, (5, 9)), (3, (4, 1, 6)))
@@ -173,8 +172,7 @@ def _join_rows(policy: Policy, share_prompts: bool, seed: int) -> None:
     fault = _difference(policy, share_prompts, seed)
     words = fault.words if fault is not None else None
     if words is None:
-        batch = build_batch(probe_groups(policy.config, seed, _shapes(policy)), share_prompts=share_prompts)
-        words = gradient_difference(policy, batch.to(policy.device))
+        words = gradient_difference(policy, probe_batch(policy, share_prompts, seed))
     if words is not None:
         use_layout(policy, padded._replace(padded_for=words))
 
@@ -185,7 +183,7 @@ def _float32_or(policy: Policy, share_prompts: bool, seed: int) -> str:
         use_layout(policy, Layout())
     if _equal_in_float32(policy, share_prompts, seed):
         return "in float32 it is equal: set model.dtype to float32"
-    return _ADVICE
+    return ADVICE
 
 
 def _equal_in_float32(policy: Policy, share_prompts: bool, seed: int) -> bool:
@@ -207,9 +205,8 @@ def _difference(policy: Policy, share_prompts: bool, seed: int) -> Fault | None:
     """Why this model cannot train in its layout, or None."""
     name = _name(policy)
     groups = probe_groups(policy.config, seed, _shapes(policy))
-    # Whole models in rows are never given a prompt for all of its responses.
     share_prompts = share_prompts and not policy.layout.in_rows
-    batch = build_batch(groups, share_prompts=share_prompts).to(policy.device)
+    batch = probe_batch(policy, share_prompts, seed)
     try:
         packed = policy.logps(batch)
         return (
@@ -220,24 +217,20 @@ def _difference(policy: Policy, share_prompts: bool, seed: int) -> Fault | None:
     except BackendError:
         raise
     except UserError as error:
-        return Fault(f"{name} cannot run {_on(policy)}: {error}")
+        return Fault(f"{name} cannot run {place_words(policy)}: {error}")
     except _MODEL_ERRORS as error:
         if distributed.lost_connection(error) or out_of_memory(error) is not None:
             raise
         words = str(error).strip().splitlines() or [""]
-        place = f"{type(error).__name__} in {_innermost_module(error)}"
-        return Fault(f"{name} cannot run {_on(policy)}: {place}: {words[0]}")
+        module = innermost_module(error)
+        place = f"{type(error).__name__} in {'its forward' if module is None else type(module).__name__}"
+        return Fault(f"{name} cannot run {place_words(policy)}: {place}: {words[0]}")
 
 
-def _on(policy: Policy) -> str:
+def place_words(policy: Policy) -> str:
+    """Where a policy computes packs, such as ``in padded rows``."""
     places = {"rows": "in padded rows", "single": "one row at a time"}
     return "with rows end to end" if policy.layout.joined else places.get(policy.layout.kind, "on packs")
-
-
-def _innermost_module(error: BaseException) -> str:
-    """The type of the module whose method raised."""
-    frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((type(owner).__name__ for owner in reversed(frames) if isinstance(owner, nn.Module)), "its forward")
 
 
 def _name(policy: Policy) -> str:
@@ -274,6 +267,13 @@ def _shapes(policy: Policy) -> Shapes:
     return _WIDE if policy.layout.kind == "rows" else _SMALL
 
 
+def probe_batch(policy: Policy, share_prompts: bool, seed: int = 0) -> PackedBatch:
+    """A small pack as a policy will be given packs, on its device."""
+    groups = probe_groups(policy.config, seed, _shapes(policy))
+    # Whole models in rows are never given a prompt for all of its responses.
+    return build_batch(groups, share_prompts=share_prompts and not policy.layout.in_rows).to(policy.device)
+
+
 def probe_groups(config: Any, seed: int, shapes: Shapes = _SMALL) -> list[PreferenceGroup]:
     """Small groups of random tokens, none of which has a meaning of its own, such as padding or an image."""
     text = config.get_text_config()
@@ -305,7 +305,7 @@ def _leak(policy, groups, batch: PackedBatch, packed: torch.Tensor, share_prompt
         return _placed(policy, groups, f"{_name(policy)} leaks tokens between {where}")
     if not _unchanged(policy, packed[start : start + kept], other[start : start + kept]):
         words = "what it says of a token depends on the tokens behind it"
-        return Fault(f"{_name(policy)} is not causal {_on(policy)}: {words}")
+        return Fault(f"{_name(policy)} is not causal {place_words(policy)}: {words}")
     if torch.equal(packed[start + kept : stop], other[start + kept : stop]):
         return Fault(f"{_name(policy)} ignores its input in the isolation check")
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,12 @@ class Place(NamedTuple):
     """Such as ``model.layers.0.mixer (MambaMixer), which depends on the rest of a pack``."""
     mixer: str | None
     """The class of that module, where it may be right in rows."""
+
+
+def innermost_module(error: BaseException) -> nn.Module | None:
+    """The module whose method raised; None where it was none, as in most backward passes."""
+    frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((owner for owner in reversed(frames) if isinstance(owner, nn.Module)), None)
 
 
 def first_difference(policy: Policy, batch: PackedBatch, start: int) -> Place:

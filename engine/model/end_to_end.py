@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import distributed
+from ..errors import BackendError, out_of_memory
 from ..packing.layout import PackedBatch
 from ..packing.rows import RowPlan, Segment, plan_rows
 from .mixers import InRows, boundary_arguments, class_name
 from .policy import Policy
 from .side_by_side import results
+from .sources import first_line
 
 _ALLOWED = {torch.float32: 1e-2, torch.bfloat16: 0.2}
 """Largest difference of an output or gradient that is rounding, in tensor cores too, relative to its largest element.
@@ -48,6 +51,14 @@ def gradient_difference(policy: Policy, batch: PackedBatch) -> str | None:
     policy.train()
     try:
         policy.logps(batch)
+    except BackendError:
+        raise
+    except Exception as error:
+        # kernels and compilers raise what they will
+        if distributed.lost_connection(error) or out_of_memory(error) is not None:
+            raise
+        where = next((class_name(c.in_rows.module) for c in comparisons if c.runs), "the model")
+        return f"{where} raises {type(error).__name__} with its gradients: {first_line(error)}"
     finally:
         policy.eval()
         for module, comparison in zip(wrapped, comparisons, strict=True):
@@ -64,14 +75,17 @@ class _Comparison:
         self.plans = padded, joined
         self.allowed = allowed
         self.found = ""
+        self.runs = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.runs = True
         (output, padded), (_, joined) = (self._run(plan, args, kwargs) for plan in self.plans)
         for name, want in padded.items():
             got = joined.get(name)
             # written so that NaN counts as different
             if got is None or not bool((got - want).abs().max() <= self.allowed * want.abs().max()):
                 self.found = self.found or f"another {name}"
+        self.runs = False
         return output
 
     def _run(self, plan: RowPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:

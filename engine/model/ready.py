@@ -11,6 +11,7 @@ from ..config.schema import ModelConfig, PackingConfig, TrainConfig
 from ..config.training import Recomputed
 from ..data.groups import PreferenceDataset
 from ..seeds import seed_generators
+from .backward import check_backward
 from .checks import check_packing
 from .fresh import check_fresh, score_fresh
 from .kernels.choice import fuse_blocks, use_kernels
@@ -83,8 +84,8 @@ def ready_policy(
         weights_dtype: as in ``load_policy``.
 
     Raises:
-        UserError: as in ``load_sharded``; the model gives other numbers on packs than on its own, or the data does not
-            fit its vocabulary or length; or the adapter is not loaded rightly.
+        UserError: as in ``load_sharded``; the model gives other numbers on packs than on its own, or cannot be trained
+            on them; the data does not fit its vocabulary or length; or the adapter is not loaded rightly.
     """
     fresh = score_fresh(model, datasets[0], device) if compare else None
     memory: dict[str, Any] = {}
@@ -96,6 +97,8 @@ def ready_policy(
         }
     policy = load_sharded(model, device, change=change, weights_dtype=weights_dtype, **memory)
     check_packing(policy, share_prompts=packing.share_prompts, requested=packing.layout)
+    if train is not None:
+        check_backward(policy, share_prompts=packing.share_prompts)
     fuse_blocks(policy, model.kernels, share_prompts=packing.share_prompts)
     for dataset in datasets:
         check_dataset(policy, dataset)

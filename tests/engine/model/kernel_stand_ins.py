@@ -24,7 +24,14 @@ FAULTS = {
     "state": "the recurrence goes on across boundaries",
     "chunks": "the recurrence goes on across boundaries where a chunk of 64 tokens begins",
     "backward": "the backward pass of the convolution reads across boundaries",
+    "refusal": "the recurrence has no gradients where it is given boundaries",
 }
+NO_GRADIENTS: Fault = "hopper"
+"""The recurrence has no gradients at all, in the words of flash-linear-attention on Hopper GPUs."""
+HOPPER = (
+    "Triton >= 3.4.0 and < 3.7.1 on Hopper GPUs produces incorrect results for gated chunk_bwd_dqkwg (see #640). "
+    "Please upgrade Triton to >= 3.7.1 or install tilelang: `pip install tilelang`"
+)
 
 
 def original(function: Callable) -> Callable:
@@ -80,6 +87,21 @@ class _WrongBackward(torch.autograd.Function):
         with torch.enable_grad():
             out = convolve(x, weight, None, None)
         return *torch.autograd.grad(out, (x, weight), grad), None
+
+
+class _NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(HOPPER)
+
+
+def recurrence(out: torch.Tensor, fault: Fault | None, *, bounded: bool) -> torch.Tensor:
+    """What a recurrence gives, of rows end to end or not; by a kernel at fault without gradients."""
+    return _NoBackward.apply(out) if fault == NO_GRADIENTS or (fault == "refusal" and bounded) else out
 
 
 def causal_conv1d(fault: Fault | None = None) -> Callable:
@@ -145,7 +167,8 @@ def gated_delta_rule(torch_function: Callable, fault: Fault | None = None) -> Ca
     ):
         options = {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
         if cu_seqlens is None:
-            return torch_function(q, k, v, g=g, beta=beta, **options)
+            out, state = torch_function(q, k, v, g=g, beta=beta, **options)
+            return recurrence(out, fault, bounded=False), state
         if q.shape[0] != 1:
             raise ValueError(f"The batch size is expected to be 1 rather than {q.shape[0]} when using `cu_seqlens`.")
         require(not cu_seqlens.is_floating_point() and cu_seqlens.device == q.device, "cu_seqlens is read as integers")
@@ -156,7 +179,7 @@ def gated_delta_rule(torch_function: Callable, fault: Fault | None = None) -> Ca
             torch_function(q[:, at], k[:, at], v[:, at], g=g[:, at], beta=beta[:, at], **options)[0]
             for at in spans(cu_seqlens.tolist(), fault)
         ]
-        return torch.cat(parts, 1), None
+        return recurrence(torch.cat(parts, 1), fault, bounded=True), None
 
     return chunk_gated_delta_rule
 
@@ -187,13 +210,13 @@ def mamba_chunk_scan(torch_function: Callable, fault: Fault | None = None) -> Ca
     ):
         options = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
         if seq_idx is None:
-            return torch_function(x, dt, A, B, C, chunk_size, **options)
+            return recurrence(torch_function(x, dt, A, B, C, chunk_size, **options), fault, bounded=False)
         assert seq_idx.shape == x.shape[:2] == (1, x.shape[1])
         parts = [
             torch_function(x[:, at], dt[:, at], A, B[:, at], C[:, at], chunk_size, **options)
             for at in spans(ends_of(seq_idx), fault)
         ]
-        return torch.cat(parts, 1)
+        return recurrence(torch.cat(parts, 1), fault, bounded=True)
 
     return mamba_chunk_scan_combined
 

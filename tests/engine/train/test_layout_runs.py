@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from engine.config.schema import RunConfig
+from engine.errors import UserError
 from engine.evaluate import evaluate
 from engine.train.loop import train
 from tests.engine.distributed.launch import run_jobs
-from tests.engine.model.kernel_stand_ins import install_all
+from tests.engine.model.kernel_stand_ins import NO_GRADIENTS, install_all
 from tests.engine.train.conftest import assert_same_trajectory, read_rows, save_family
 from tests.engine.train.test_resume import assert_resumes_exactly
 
@@ -73,6 +74,16 @@ def test_rows_end_to_end_train_as_padded_ones(make_config, rows_of, tmp_path, ti
         assert all((row["perf/mixer_padding"] == 0) == kernels for row in rows[-1])
         assert (data["plan"]["mixer_cells"] == data["plan"]["unshared_tokens"]) == kernels
     assert_same_trajectory(rows[0], rows[1], 1e-4)
+
+
+def test_kernels_without_gradients_end_a_run_before_it_begins(make_config, tmp_path, tiny_tokenizer, monkeypatch):
+    model_dir = save_family("qwen3_5_text", tmp_path / "model", tiny_tokenizer)
+    install_all(monkeypatch, modeling_qwen3_5, NO_GRADIENTS)
+    store = tmp_path / "store"
+    config = make_config(model={"model_name_or_path": str(model_dir)}, reference={"store": str(store)})
+    with pytest.raises(UserError, match="the backward pass of Qwen3_5GatedDeltaNet raises RuntimeError: Triton"):
+        train(config)
+    assert not store.exists()
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "dropout": 0.3}])
