@@ -37,6 +37,8 @@ LAYERS: dict[str, Any] = {
 }
 DRY_LAYERS = {**LAYERS, "vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 DRY_LAYERS |= {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16}
+JOB = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 12}
+TINY_JOB = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 STEPS = 8
 STEPS_SECONDS = 6.0
 """Longer steps are fewer, of which at least three."""
@@ -232,8 +234,12 @@ def _demo(context: Context) -> dict[str, Any]:
         return {"ok": code == 0, "note": f"{len(list(folder.rglob('*')))} files"}
 
 
-def save_job(folder: Path, *, tiny: bool) -> str:
-    """Write a model with tokenizer and a file of pairs; returns the model in words."""
+def save_job(folder: Path, *, tiny: bool, sizes: dict[str, int] | None = None) -> str:
+    """Write a model with tokenizer and a file of pairs; returns the model in words.
+
+    Args:
+        sizes: of a model that is not tiny; those of ``JOB`` by default.
+    """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from benchmarks.end_to_end import generated_rows, save_model
@@ -241,14 +247,7 @@ def save_job(folder: Path, *, tiny: bool) -> str:
     rows = generated_rows(24 if tiny else 20 * PAIRS_PER_STEP)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     save_model(folder / "model", [row["prompt"] + row["chosen"] for row in rows[:256]])
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    if not tiny:
-        sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 12}
+    sizes = TINY_JOB if tiny else sizes or JOB
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     torch.manual_seed(0)
     model = LlamaForCausalLM(

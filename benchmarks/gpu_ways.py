@@ -59,9 +59,12 @@ WHOLE: dict[str, dict[str, Any]] = {
 """Of all layers of the larger model."""
 SAVES: dict[str, dict[str, Any]] = {
     "no checkpoint": {"save_steps": None},
-    "async_save": {"save_steps": 2, "async_save": True},
-    "saved in the step": {"save_steps": 2, "async_save": False},
+    "async_save": {"save_steps": 4, "async_save": True},
+    "saved in the step": {"save_steps": 4, "async_save": False},
 }
+"""Of twelve steps: three checkpoints."""
+JOB = {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 8, "num_attention_heads": 10}
+"""60 M parameters: with the optimizer's state a checkpoint is 0.7 GB, which a slow disk takes within a few steps."""
 SPREADS: dict[str, dict[str, Any]] = {
     "sharded": {},
     "param_dtype bfloat16": {"param_dtype": "bfloat16"},
@@ -145,7 +148,7 @@ def _train(context: Context, options: dict[str, Any], processes: int) -> dict[st
     """What a run of some steps says of itself: how long its steps take, the longest of them, and its memory."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        note = save_job(folder, tiny=context.dry_run)
+        note = save_job(folder, tiny=context.dry_run, sizes=JOB)
         train = {"output_dir": str(folder / "run"), "logging_steps": 1, "report_to": [], "max_steps": 12, **options}
         sections = {
             "model": {"model_name_or_path": str(folder / "model"), "dtype": context.dtype_name},
