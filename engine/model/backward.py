@@ -71,6 +71,9 @@ def _take_gradient(policy: Policy, batch: PackedBatch) -> None:
             logps = policy.train().logps(batch)
             if embedded and logps.requires_grad:
                 torch.autograd.grad(logps.sum(), embedded, allow_unused=True)
+        if policy.device.type == "cuda":
+            # what fails on the device is known only then
+            torch.cuda.synchronize(policy.device)
     finally:
         handle.remove()
         policy.train(training)
