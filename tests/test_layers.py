@@ -18,7 +18,7 @@ _ORDER = {
     """,
     "engine": """
         __init__ errors endings distributed mesh stop plain_json durable shared_folders paths hub run_folder seeds
-        arrow config data packing model
+        arrow digits config data packing model
         inputs memory_errors reference train forecast report check precompute evaluate sweep merge push api doctor demo
         commands cli
         __main__

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..digits import shown_number
 from .size import ModelSize
 
 END = "<|end|>"
@@ -125,7 +126,7 @@ def _fit(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         if step % said == 0:
-            tqdm.write(f"  step {step}/{size.steps}  {losses[-1]:.3f} nats per token")
+            tqdm.write(f"  step {step}/{size.steps}  {shown_number(losses[-1])} nats per token")
             sys.stdout.flush()
     model.eval()
     return losses

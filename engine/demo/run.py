@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ..digits import shown_number
 from ..plain_json import to_json
 from ..run_folder import REPORT_PAGE
 from .corpus import STYLES, Pair, Subject, dialogues, preference_pairs, split_subjects, style_of
@@ -144,7 +145,7 @@ def _make_model(workspace: Workspace, size: DemoSize) -> None:
     loss, parameters = pretrain(texts, size.model, seed=SEED, folder=workspace.starting_model)
     print(
         f"{len(texts):,} dialogues, half of them kind and half curt; a Llama of {parameters:,} parameters trained for "
-        f"{size.model.steps} steps in {time.perf_counter() - start:.0f} s to {loss:.3f} nats per token"
+        f"{size.model.steps} steps in {time.perf_counter() - start:.0f} s to {shown_number(loss)} nats per token"
     )
 
 
@@ -219,8 +220,8 @@ def _format_result(result: DemoResult, workspace: Workspace, held_out: int, subj
     table = [
         ("accuracy: chosen has the higher log-prob per token", f"{before[per_token]:.1%}", f"{after[per_token]:.1%}"),
         ("accuracy: chosen has the higher reward", "(all 0)", f"{after[rewards]:.1%}"),
-        ("reward margin", f"{before[margin]:.3f}", f"{after[margin]:.3f}"),
-        ("loss (nats)", f"{before['eval_loss']:.4f}", f"{after['eval_loss']:.4f}"),
+        ("reward margin", shown_number(before[margin]), shown_number(after[margin])),
+        ("loss (nats)", shown_number(before["eval_loss"]), shown_number(after["eval_loss"])),
         *(
             (
                 f"answers that open with a {style} phrase, of {len(samples)}",

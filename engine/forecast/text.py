@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..model.division import check_division, num_shards
 from ..model.policy import Layout
 from ..packing import PlanSummary, Step, describe_plan, plan_first_epoch, summarize_plan
+from ..train.describe import unneeded_rows
 from ..train.objective import Objective
 from ..train.training_data import check_rows
 from .budget import Budget, largest_budget
@@ -86,6 +87,7 @@ def _memory_lines(
         target = options["target"]
         held = _held_words(num_shards(config, target.processes), target.processes)
         lines = [*_parts(memory, target, held, config), *_copy_lines(memory, config, target)]
+        lines += [("  no effect", "", words) for _, words in unneeded_rows(config, target.kind)]
         if room is not None:
             budget = largest_budget(config, dataset, steps, room=room, **options)
             lines.append(_budget_line(budget, room, config.packing.tokens_per_pack))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..config.schema import RunConfig
+from ..digits import ERROR, shown, shown_number, with_error
 from ..run_folder import (
     BY_LENGTH,
     EVAL_SOURCE,
@@ -29,7 +30,7 @@ from ..run_folder import (
 )
 from .figures import token_counts
 from .records import RunRecords
-from .tables import flat_config, metric_rows, shown, shown_number, shown_setting
+from .tables import flat_config, metric_rows, shown_setting
 from .words import glossary
 
 TEMPLATE = "page.html.jinja"
@@ -157,12 +158,22 @@ def _cards(run: RunRecords) -> list[dict[str, str]]:
         series = run.series(name)
         return None if series is None else series.last
 
+    def add_figure(name: str, label: str, *, percent: bool = False) -> None:
+        value, error = last(name), last(name + ERROR)
+        if value is None or not math.isfinite(value):
+            return
+        scale, sign = (100, "%") if percent else (1, "")
+        words = f"{value:.1%}" if percent else shown_number(value)
+        if error:
+            words = with_error(name, scale * value, scale * error) + sign
+        cards.append({"value": words, "label": label})
+
     for prefix, name in run.eval_sets.items():
-        add(last(f"{prefix}rewards/accuracies"), f"{name} reward accuracy", "{:.1%}")
-        add(last(f"{prefix}loss"), f"{name} loss (nats)", "{:.4f}")
-    add(last("rewards/accuracies"), "training reward accuracy", "{:.1%}")
-    add(last("loss"), "training loss (nats)", "{:.4f}")
-    add(last("rewards/margins"), "training reward margin", "{:.3f}")
+        add_figure(f"{prefix}rewards/accuracies", f"{name} reward accuracy", percent=True)
+        add_figure(f"{prefix}loss", f"{name} loss (nats)")
+    add_figure("rewards/accuracies", "training reward accuracy", percent=True)
+    add_figure("loss", "training loss (nats)")
+    add_figure("rewards/margins", "training reward margin")
     for name, label in (("perf/pairs_per_second", f"{run.unit} / s"), ("perf/tokens_per_second", "tokens / s")):
         series = run.series(name)
         if series is not None and len(series.finite):

@@ -15,6 +15,7 @@ from .. import distributed
 from ..config.fields import nearest
 from ..config.mixture import labels_of
 from ..config.schema import RunConfig
+from ..digits import shown_number
 from ..errors import UserError
 from ..run_folder import EVAL_SOURCE
 from .metrics import PREFERENCE_NAMES, TOKEN_NAMES
@@ -32,6 +33,11 @@ class Kept(NamedTuple):
     step: int
     value: float
     evaluation: dict[str, float]
+
+    @property
+    def shown_value(self) -> str:
+        """For people."""
+        return shown_number(self.value)
 
 
 class Best:
@@ -91,7 +97,7 @@ class Best:
     @property
     def words(self) -> str:
         """Why the run ends, for people."""
-        best = "no value" if self.value is None else f"{self.value:.6g}"
+        best = "no value" if self.value is None else shown_number(self.value)
         by = f" by more than {self.threshold:g}" if self.threshold else ""
         times = "evaluation" if self.waited == 1 else "evaluations in a row"
         return (

@@ -69,6 +69,7 @@ def describe_run(setup: Setup) -> str:
         ("reference", setup.references.source),
         *_weights_rows(config),
         *_storage_rows(config),
+        *unneeded_rows(config, setup.device.type),
         ("start-up check", _first_loss_words(setup)),
         ("matmul peak", f"{setup.peak_flops / 1e12:.3g} TFLOP/s here in {dtype}, what perf/mfu is a share of"),
     ]
@@ -136,6 +137,17 @@ def _storage_rows(config: RunConfig) -> list[tuple[str, str]]:
     nearest = config.train.save_rounding == "nearest"
     advice = "; small updates are lost, train.save_rounding stochastic keeps their sum" if nearest else ""
     return [("stored as", rounding_words(config) + advice)]
+
+
+def unneeded_rows(config: RunConfig, device_type: str) -> list[tuple[str, str]]:
+    """Options that keep something in host memory, where a run's memory is that already."""
+    if device_type != "cpu":
+        return []
+    options = (
+        ("optim.offload", config.optim.offload, "the optimizer's state is in host memory without it"),
+        ("train.activation_offload", config.train.activation_offload, "it copies what is in host memory without it"),
+    )
+    return [("no effect", f"{name} saves nothing on the CPU: {why}") for name, is_on, why in options if is_on]
 
 
 def _dropout_words(config: RunConfig, disabled: int) -> str:

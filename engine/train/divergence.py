@@ -13,6 +13,7 @@ import torch
 
 from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset, PreferenceGroup
+from ..digits import ERROR
 from ..errors import UserError
 from ..model import Policy
 from ..model.generation import generate
@@ -99,8 +100,8 @@ def _of_tokens(name: str, sums_S: np.ndarray, lengths_S: np.ndarray, samples: in
     """The sum of ``sums_S`` over all tokens; its error is that of a ratio of two means over prompts (delta method)."""
     sums, lengths = (values.reshape(-1, samples).mean(1) for values in (sums_S, lengths_S))
     ratio = float(sums.sum() / lengths.sum())
-    error = mean_and_error("", (sums - ratio * lengths) / lengths.mean()).get("_se")
-    return {name: ratio} | ({} if error is None else {f"{name}_se": error})
+    error = mean_and_error("", (sums - ratio * lengths) / lengths.mean()).get(ERROR)
+    return {name: ratio} | ({} if error is None else {name + ERROR: error})
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from dpo_kernels.chunks import to_device
 from .. import distributed, mesh, stop
 from ..config.schema import RunConfig
 from ..data.groups import PreferenceDataset, pair_places
+from ..digits import ERROR, figures, shown, shown_number
 from ..durable import CONTINUE, write_atomically
 from ..model import Policy
 from ..model.layouts import settled
@@ -98,6 +99,10 @@ def evaluate_policy(
     aux_loss = routing.aux_loss()
     means = routing.add_to(scored.means().to(policy.device), aux_loss)
     values = dict(zip((f"eval_{n}" for n in names), means.tolist(), strict=True))
+    if not objective.unpaired:
+        # A loss that couples pairs, or has one of all tokens in it, is no mean over pairs.
+        left_out = {"loss"} if objective.couples_pairs or aux_loss is not None else set()
+        values |= _errors(scored, left_out)
     if objective.unpaired:
         # What there is no row for is not a number.
         values = {name: value for name, value in values.items() if not math.isnan(value) or name == "eval_loss"}
@@ -118,6 +123,13 @@ def evaluate_policy(
     terms_G = torch.from_numpy(dataset.terms)
     right = summed.repeat_interleave(terms_G) if scores.ref_S is None else scored.accuracies
     return values | _by_length(right, torch.from_numpy(lengths.longest).repeat_interleave(terms_G))
+
+
+def _errors(scored: Scored, left_out: set[str]) -> dict[str, float]:
+    """Standard errors of the means over pairs, or rankings, that training has, too."""
+    columns = zip(PREFERENCE_NAMES, scored.columns().cpu().numpy(), strict=True)
+    found = (mean_and_error(f"eval_{name}", values_G) for name, values_G in columns if name not in left_out)
+    return {name: value for of_one in found for name, value in of_one.items() if name.endswith(ERROR)}
 
 
 def evaluate_splits(
@@ -305,7 +317,7 @@ def _source_lines(values: dict[str, float]) -> list[str]:
     width = max(30, *map(len, of_sets))
     lines = ["", f"{'set':<{width}} " + " ".join(f"{head:>12}" for head in columns)]
     for label, metrics in of_sets.items():
-        cells = (f"{shown_number(metrics[name]) if name in metrics else '-':>12}" for name in columns.values())
+        cells = (f"{shown(name, metrics.get(name)):>12}" for name in columns.values())
         lines.append(f"{label:<{width}} " + " ".join(cells))
     return lines
 
@@ -338,7 +350,7 @@ def _owner(name: str, metrics: Iterable[str]) -> str:
 def _set_lines(values: dict[str, float], of_mixture: list[str]) -> list[str]:
     totals = without_sources(scalar_metrics(values))
     width = max(30, *(len(name.removeprefix("eval_")) for name in totals))
-    lines = [f"{name.removeprefix('eval_'):<{width}} {shown_number(value):>12}" for name, value in totals.items()]
+    lines = [f"{name.removeprefix('eval_'):<{width}} {_aligned(words)}" for name, words in figures(totals).items()]
     lines += of_mixture
     lengths = [key.removeprefix(BY_LENGTH) for key in values if key.startswith(BY_LENGTH)]
     if lengths:
@@ -346,23 +358,22 @@ def _set_lines(values: dict[str, float], of_mixture: list[str]) -> list[str]:
         lines += ["", f"{'tokens of the longest response':<30} {'accuracy':>12} {unit:>8}"]
         for bucket in lengths:
             count = values[f"{PAIRS_BY_LENGTH}{bucket}"]
-            lines.append(f"{bucket:<30} {values[BY_LENGTH + bucket]:>12.4f} {count:>8.0f}")
+            lines.append(f"{bucket:<30} {shown_number(values[BY_LENGTH + bucket]):>12} {count:>8.0f}")
     return lines
 
 
-def shown_number(value: float) -> str:
-    """A count whole, another number with six digits."""
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.6g}"
+def _aligned(figure: str) -> str:
+    """A figure in words whose value, without its error, ends where those of others do."""
+    value, sign, error = figure.replace("\u00a0", " ").partition(" ±")
+    return f"{value:>12}{sign}{error}"
 
 
 def evaluation_lines(row: Mapping[str, float]) -> list[str]:
     """A readable line for each evaluation set in a row of metrics."""
-    lines = []
+    metrics = (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin"), ("kl", "kl"))
+    lines, shown = [], figures(row)
     for prefix in eval_prefixes(row):
-        name = prefix.removesuffix("_").replace("eval_", "eval ")
-        line = f"step {row['step']}  {name} loss {row[f'{prefix}loss']:.4f}  "
-        line += f"accuracy {row[f'{prefix}rewards/accuracies']:.3f}"
-        further = (("rewards/margins", "margin"), ("kl", "kl"))
-        words = [f"{word} {row[prefix + metric]:.4f}" for metric, word in further if prefix + metric in row]
-        lines.append("  ".join([line, *words]))
+        head = f"step {row['step']}  {prefix.removesuffix('_').replace('eval_', 'eval ')} "
+        found = [(prefix + metric, word) for metric, word in metrics if prefix + metric in row]
+        lines.append(head + "  ".join(f"{word} {_aligned(shown[name]).strip()}" for name, word in found))
     return lines

@@ -24,6 +24,7 @@ from .. import distributed
 from ..config import to_yaml
 from ..config.losses import REFERENCE_FREE_LOSSES
 from ..config.schema import DataConfig, ModelConfig, RunConfig
+from ..digits import figures
 from ..durable import FOLDER_SUFFIX, MANIFEST, disk_errors, seal, sync
 from ..model import Policy
 from ..model.adapter_forms import ADAPTER_CONFIG
@@ -34,7 +35,6 @@ from ..model.sources import MODEL_CONFIG
 from ..paths import names_a_path
 from ..run_folder import CARD_FILE, EXPERT_LAYER, MODEL_FILES, TRAIN_SOURCE
 from .checkpoint import save_weights
-from .evaluation import shown_number
 from .rounding import gather_weights
 from .storage import stored_dtypes
 
@@ -164,8 +164,8 @@ def model_card(
         trained += f" on the base in {model.quantization}"
     if model.adapter_name_or_path:
         trained += f", continued from `{model.adapter_name_or_path}`"
-    shown = {key: value for key, value in metrics.items() if not key.startswith(("perf/", EXPERT_LAYER, TRAIN_SOURCE))}
-    rows = "\n".join(f"| `{key}` | {shown_number(value)} |" for key, value in shown.items())
+    kept = {key: value for key, value in metrics.items() if not key.startswith(("perf/", EXPERT_LAYER, TRAIN_SOURCE))}
+    rows = "\n".join(f"| `{key}` | {words} |" for key, words in figures(kept).items())
     versions = "\n".join(f"- {package} {version}" for package, version in package_versions().items())
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.groups import PreferenceDataset
+from ..digits import ERROR, shown_number
 from ..errors import shortened
 from ..run_folder import bin_words
 
@@ -202,16 +203,21 @@ def format_details(details: Mapping[str, Mapping[str, Any]]) -> str:
         if bins := found.get("calibration"):
             lines += ["", f"{f'confidence of the reward{of}':<40} {'pairs':>8} {'confidence':>13} {'right':>8}"]
             for b in bins:
-                lines.append(f"{bin_words(b):<40} {b['pairs']:>8.0f} {b['confidence']:>13.3f} {b['accuracy']:>8.3f}")
+                lines.append(_shares_line(b, "confidence", "accuracy"))
         if bins := found.get("preference_shares"):
             lines += ["", f"{f'judged more than once{of}':<40} {'pairs':>8} {'predicted':>13} {'observed':>8}"]
             for b in bins:
-                lines.append(f"{bin_words(b):<40} {b['pairs']:>8.0f} {b['predicted']:>13.3f} {b['observed']:>8.3f}")
+                lines.append(_shares_line(b, "predicted", "observed"))
         if worst := found.get("most_displaced"):
             lines += ["", f"chosen responses whose log-prob fell most{of}"]
             for r in worst[:_SHOWN]:
                 lines.append(f"row {r['row']}: {r['chosen']:+.1f} nats: {shortened(r['chosen_response'])}")
     return "\n".join(lines)
+
+
+def _shares_line(found: Mapping[str, Any], first: str, second: str) -> str:
+    pairs, *shares = f"{found['pairs']:.0f}", shown_number(found[first]), shown_number(found[second])
+    return f"{bin_words(found):<40} {pairs:>8} {shares[0]:>13} {shares[1]:>8}"
 
 
 def correlation(a_P: np.ndarray, b_P: np.ndarray) -> float:
@@ -247,4 +253,4 @@ def mean_and_error(name: str, values: np.ndarray) -> dict[str, float]:
 def _error(name: str, values: np.ndarray) -> dict[str, float]:
     if len(values) < 2:
         return {}
-    return {f"{name}_se": float(values.astype(np.float64).std(ddof=1) / math.sqrt(len(values)))}
+    return {name + ERROR: float(values.astype(np.float64).std(ddof=1) / math.sqrt(len(values)))}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from .. import distributed
+from ..digits import shown_number
 
 
 def terminal_width() -> int | None:
@@ -27,14 +28,14 @@ def log_line(row: Mapping[str, float], *, total_steps: int, seconds_left: float,
         # With its rank: the largest is left out first.
         (0, f"step {row['step']}/{total_steps}"),
         (6, f"epoch {row['epoch']:.2f}"),
-        (0, f"loss {row['loss']:.4f}"),
-        *([(3, f"aux {row['aux_loss']:.4f}")] if "aux_loss" in row else []),
-        (1, f"accuracy {row['rewards/accuracies']:.3f}"),
+        (0, f"loss {shown_number(row['loss'])}"),
+        *([(3, f"aux {shown_number(row['aux_loss'])}")] if "aux_loss" in row else []),
+        (1, f"accuracy {shown_number(row['rewards/accuracies'])}"),
         # A step of unpaired rows may have none of a label.
-        *([(2, f"margin {row['rewards/margins']:.4f}")] if "rewards/margins" in row else []),
-        *([(3, f"kl {row['kl']:.4f}")] if "kl" in row else []),
-        (7, f"grad norm {row['grad_norm']:.3g}"),
-        (8, f"lr {row['learning_rate']:.2e}"),
+        *([(2, f"margin {shown_number(row['rewards/margins'])}")] if "rewards/margins" in row else []),
+        *([(3, f"kl {shown_number(row['kl'])}")] if "kl" in row else []),
+        (7, f"grad norm {shown_number(row['grad_norm'])}"),
+        (8, f"lr {shown_number(row['learning_rate'])}"),
         (9, f"{row['perf/pairs_per_second']:.1f} {'rows' if 'count/chosen' in row else 'pairs'}/s"),
         (5, f"{row['perf/tokens_per_second']:,.0f} tokens/s"),
         (10, f"mfu {row['perf/mfu']:.1%}"),

@@ -353,7 +353,7 @@ class Run:
         if (reference := self.setup.references.moving) is not None:
             checkpoints.load_reference(path, state, reference)
         self.evaluation = best.evaluation
-        self.chosen = f"step {best.step} of {self.done}, the best by {self.best.metric} ({best.value:.6g})"
+        self.chosen = f"step {best.step} of {self.done}, the best by {self.best.metric} ({best.shown_value})"
         log.info("the model is that of %s", self.chosen)
 
     def _final_evaluation(self) -> None:

@@ -116,7 +116,11 @@ def test_a_trained_model_against_one_sequence_at_a_time(config, tiny_model_dir, 
     table = format_evaluation(values)
     assert "ranking_accuracy_per_token" in table
     figures = table.split("\n\n")[0].splitlines()
-    assert len({len(line) for line in figures}) == 1
+    assert len({len(line.partition(" ±")[0]) for line in figures}) == 1
+    rewards = 0.1 * change.double()
+    margins = (rewards[0::2] - rewards[1::2]).numpy()
+    for name, of_pairs in (("rewards/margins", margins), ("loss", out.loss.double().numpy())):
+        assert values[f"eval_{name}_se"] == pytest.approx(of_pairs.std(ddof=1) / math.sqrt(24), rel=1e-3), name
     assert "33-64" in table
 
 

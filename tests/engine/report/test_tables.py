@@ -1,53 +1,13 @@
-"""Numbers have the digits that mean something, and every metric has its words."""
+"""Every metric has its words."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from engine.report.tables import metric_rows, shown, shown_number, with_error
+from engine.report.tables import metric_rows
 from engine.report.words import glossary, words_of
 from engine.run_folder import SAMPLED
 from engine.train.metrics import PREFERENCE_NAMES, TOKEN_NAMES
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        (0.078193, "0.0782"),
-        (3.446215, "3.446"),
-        (-190.1234, "-190.1"),
-        (23288.5, "23,288"),
-        (3e-5, "3.000e-05"),
-        (0.0, "0"),
-        (float("inf"), "inf"),
-        (None, "-"),
-        (1234, "1,234"),
-        (True, "True"),
-    ],
-)
-def test_four_digits_mean_something(value, words):
-    assert shown_number(value) == words
-
-
-def test_counts_are_whole():
-    assert (shown("num_pairs", 256.0), shown("count/chosen", 3.0), shown("loss", 3.0)) == ("256", "3", "3.000")
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "words"),
-    [
-        (-6.4492, 0.2532, "-6.45 ± 0.25"),
-        (1234.56, 78.9, "1,235 ± 79"),
-        (0.5, 0.00021, "0.5000 ± 0.0002"),
-        (0.5, 0.0, "0.5000"),
-        (0.5, None, "0.5000"),
-        (None, 0.1, "-"),
-    ],
-)
-def test_an_error_says_how_many_digits_a_value_has(value, error, words):
-    assert with_error("x", value, error) == words.replace("± ", "±\u00a0")
 
 
 def test_rows_of_sets_have_words_and_errors_beside_their_values():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import SaveStrategy
 
+from engine.digits import figures
 from engine.errors import UserError
 from engine.evaluate import evaluate
 from engine.report import write_report
@@ -102,7 +103,7 @@ def test_a_run_ends_early_and_leaves_its_best(model, compared, planned, tmp_path
         result = train(compared(tmp_path / "run", model=model))
     run = tmp_path / "run"
     assert result.steps == 8
-    assert "eval_loss was not better than 0.5 in 2 evaluations in a row" in caplog.text
+    assert "eval_loss was not better than 0.5000 in 2 evaluations in a row" in caplog.text
     # The best stays though only one is kept; the newest is what the run can be extended from.
     assert [step for step, _ in complete_checkpoints(run)] == [4, 8]
     (name,) = (path.name for path in run.glob("*.safetensors"))
@@ -110,7 +111,7 @@ def test_a_run_ends_early_and_leaves_its_best(model, compared, planned, tmp_path
     assert all((final[key] == best[key]).all() for key in best)
     assert not all((final[key] == tensor).all() for key, tensor in load_file(run / "checkpoint-8" / name).items())
     assert result.metrics["eval_loss"] == json.loads((run / "evaluation.json").read_text())["eval_loss"] == 0.5
-    assert "step 4 of 8, the best by eval_loss (0.5)" in (run / "README.md").read_text()
+    assert "step 4 of 8, the best by eval_loss (0.5000)" in (run / "README.md").read_text()
     assert [row["step"] for row in read_rows(run) if "loss" in row] == list(range(1, 9))
     # Finished: with the same patience nothing is left, with more the run goes on where it ended.
     assert train(compared(run, model=model), resume=True).steps == 8
@@ -184,7 +185,7 @@ def test_every_set_has_its_metrics(make_config, sets, tmp_path, caplog):
         alone = evaluate(make_config(data={"eval_dataset_name": path}), str(tmp_path / "run"))
         own = {key.removeprefix(f"eval_{name}_"): v for key, v in together.items() if key.startswith(f"eval_{name}_")}
         assert own == pytest.approx({key.removeprefix("eval_"): v for key, v in alone.items()}, rel=1e-5, abs=1e-5)
-        assert f"eval {name} loss {own['loss']:.4f}" in caplog.text
+        assert f"eval {name} loss {figures(own)['loss']}".replace("\u00a0", " ") in caplog.text
         assert result.metrics[f"eval_{name}_loss"] == own["loss"]
         assert f"data (eval_{name})" in caplog.text
     assert [row["step"] for row in read_rows(tmp_path / "run") if "eval_safety_loss" in row] == [2, 4]

@@ -112,11 +112,11 @@ def test_lines_for_people_name_what_matters():
     meter.add(values(0.6931, 1, 2, 0.5, 0.25, -1, -2), WORK)
     row = meter.row(step=10, epoch=0.5, grad_norm=torch.tensor(2.0), learning_rate=1e-6)
     line = log_line(row, total_steps=40, seconds_left=3725)
-    for part in ("step 10/40", "loss 0.6931", "accuracy 0.500", "lr 1.00e-06", "4.0 pairs/s", "left 1:02:05"):
+    for part in ("step 10/40", "loss 0.6931", "accuracy 0.5000", "lr 1.000e-06", "4.0 pairs/s", "left 1:02:05"):
         assert part in line
     assert "aux" not in line
     whole = log_line(row | {"aux_loss": 1.25}, total_steps=40, seconds_left=3725)
-    assert whole.startswith("step 10/40  epoch 0.50  loss 0.6931  aux 1.2500  accuracy 0.500  ")
+    assert whole.startswith("step 10/40  epoch 0.50  loss 0.6931  aux 1.250  accuracy 0.5000  ")
     for width in range(20, len(whole) + 1):
         line = log_line(row | {"aux_loss": 1.25}, total_steps=40, seconds_left=3725, width=width)
         assert len(line) <= max(width, len("step 10/40  loss 0.6931"))
@@ -126,9 +126,9 @@ def test_lines_for_people_name_what_matters():
     metrics = {"loss": 0.5, "rewards/accuracies": 1.0, "rewards/margins": 2.0}
     sets = [{f"{split}_{name}": value for name, value in metrics.items()} for split in ("eval", "eval_a", "eval_b")]
     (line,) = evaluation_lines({"step": 4, **sets[0]})
-    assert line == "step 4  eval loss 0.5000  accuracy 1.000  margin 2.0000"
+    assert line == "step 4  eval loss 0.5000  accuracy 1.000  margin 2.000"
     _, line = evaluation_lines({"step": 4, **sets[1], **sets[2]})
-    assert line == "step 4  eval b loss 0.5000  accuracy 1.000  margin 2.0000"
+    assert line == "step 4  eval b loss 0.5000  accuracy 1.000  margin 2.000"
 
 
 def test_lines_of_rows_that_are_each_desirable_or_not():
@@ -137,7 +137,7 @@ def test_lines_of_rows_that_are_each_desirable_or_not():
     meter.add(values(0.6931, 1, math.nan, 0.5, math.nan, -1, math.nan), WORK, further=further)
     row = meter.row(step=10, epoch=0.5, grad_norm=torch.tensor(2.0), learning_rate=1e-6)
     line = log_line(row, total_steps=40, seconds_left=3725)
-    assert "accuracy 0.500  kl 0.2500  " in line
+    assert "accuracy 0.5000  kl 0.2500  " in line
     assert "4.0 rows/s" in line
     assert "pair" not in line
     metrics = {"eval_loss": 0.5, "eval_rewards/accuracies": 1.0, "eval_kl": 0.125, "eval_count/chosen": 3.0}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from engine import stop
+from engine.digits import figures
 from engine.evaluate import evaluate
 from engine.report.page import _evaluation
 from engine.report.records import read_run
@@ -136,8 +137,8 @@ def test_rounding_is_measured_and_told(run_of, tmp_path, caplog):
     for text in (caplog.text, card):
         assert told in text
         assert "6 held-out pairs" in text
-    assert f"| `{margin}` | {written[margin]:.6g} |" in card
-    assert f"| `{AS_TRAINED}rewards/margins` | {trained:.6g} |" in card
+    for name in (margin, f"{AS_TRAINED}rewards/margins"):
+        assert f"| `{name}` | {figures(written)[name]} |" in card
     assert "as written" not in (tmp_path / "exact" / "README.md").read_text()
     table = _evaluation(read_run(run))
     assert "as_trained/rewards/margins" in [row["name"] for row in table["rows"]]

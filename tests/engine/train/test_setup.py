@@ -26,6 +26,13 @@ def test_weights_are_read_once(make_config, tiny_model_dir, tmp_path, monkeypatc
     assert sum(read) == 2 * size
 
 
+def test_what_saves_nothing_on_the_cpu_is_said(make_config):
+    words = describe_run(prepare(make_config(optim={"offload": True}, train={"activation_offload": True})))
+    assert "optim.offload saves nothing on the CPU" in words
+    assert "train.activation_offload saves nothing on the CPU" in words
+    assert "saves nothing" not in describe_run(prepare(make_config()))
+
+
 def test_dropout_is_disabled_and_counted(make_config, tiny_model_dir, tmp_path):
     assert "disabled in the model (it had none)" in describe_run(prepare(make_config()))
     folder = tmp_path / "dropping"
