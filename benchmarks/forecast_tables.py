@@ -62,7 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Qwen2.5-0.5B, Llama-3.1-8B, Mixtral-8x7B and Llama-3.1-70B."""
 LAYERS_OF = ("0.5B", "8B", "8x7B")
-UPDATED = ("0.5B", "8B")
+UPDATED = ("0.5B", "8B", "8x7B")
 LORA = LoraConfig(r=16)
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -143,7 +143,7 @@ def layer_table(folders: dict[str, Path]) -> Iterator[str]:
 
 
 def update_table(folders: dict[str, Path]) -> Iterator[str]:
-    """Of two models, each option of an update: bytes a weight are the same for others."""
+    """Of three models, each option of an update."""
     yield "| an update of a layer | option | held, bytes a weight | on the host | traffic | over the bus | launches |"
     yield "|---|---|---|---|---|---|---|"
     for model in UPDATED:
