@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..run_folder import SAMPLED, tokens_of
 from .page import SavedPicture, environment, worst_rows
-from .style import draw_evaluation, draw_series, finish_steps, legend, new_figure
+from .style import Strand, draw_evaluation, draw_series, finish_steps, legend, new_figure
 from .tables import flat_config, metric_rows, shown_setting
 from .words import glossary
 
@@ -119,8 +119,8 @@ def _overlay(runs: Sequence[RunRecords], names: Sequence[str], metric: str, titl
         return None
     figure, (axes,) = new_figure(title, subtitle, labels=[name for name, _, _ in drawn])
     draw = draw_evaluation if metric.startswith("eval_") else draw_series
-    for name, series, colour in drawn:
-        draw(axes, series, name, colour)
+    for place, (name, series, colour) in enumerate(drawn):
+        draw(axes, series, name, colour, Strand(place, len(drawn)))
     finish_steps(axes, min(run.first_step for run in runs), max(run.last_step for run in runs))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(metric)
@@ -140,9 +140,9 @@ def _frontiers(runs: Sequence[RunRecords], names: Sequence[str]) -> list[tuple[s
 
 def _frontier(runs: Sequence[RunRecords], names: Sequence[str], accuracy: str, title: str) -> tuple[str, Figure] | None:
     prefix = accuracy.removesuffix("rewards/accuracies")
-    drawn = f"{prefix}{SAMPLED}kl"
-    samples = all(drawn in run.evaluation for run in runs)
-    metric = drawn if samples else f"{prefix}logps_change/chosen"
+    sampled = f"{prefix}{SAMPLED}kl"
+    samples = all(sampled in run.evaluation for run in runs)
+    metric = sampled if samples else f"{prefix}logps_change/chosen"
     points = [
         [
             (row[metric] if samples else -row[metric], row[accuracy])
@@ -157,10 +157,12 @@ def _frontier(runs: Sequence[RunRecords], names: Sequence[str], accuracy: str, t
         title = title.replace(_DIVERGENCE, _FALL, 1)
     words = "KL(policy || reference), nats" if samples else "fall of the log-prob of chosen responses, nats"
     units = " or ".join(sorted({run.unit for run in runs}))
-    figure, (axes,) = new_figure(title, f"held-out {units}, one point for each evaluation", labels=names)
-    for of_run, name, colour in zip(points, names, _colours(len(runs)), strict=True):
-        if of_run:
-            axes.plot(*zip(*of_run, strict=True), marker="o", linewidth=1.0, color=colour, label=name)
+    figure, (axes,) = new_figure(title, f"held-out {units}; points are evaluations", labels=names)
+    drawn = [each for each in zip(points, names, _colours(len(runs)), strict=True) if each[0]]
+    for place, (of_run, name, colour) in enumerate(drawn):
+        strand = Strand(place, len(drawn))
+        look = {"color": colour, "linestyle": strand.dashes, **strand.markers(len(of_run), 6.0)}
+        axes.plot(*zip(*of_run, strict=True), marker="o", linewidth=1.0, label=name, **look)
     axes.set_xlabel(words)
     axes.set_ylabel("held-out reward accuracy")
     axes.margins(0.1)

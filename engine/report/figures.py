@@ -18,6 +18,7 @@ from .style import (
     MUTED,
     REJECTED,
     TRAIN,
+    Strand,
     draw_evaluation,
     draw_series,
     finish_steps,
@@ -224,10 +225,10 @@ def sets(run: RunRecords) -> Figure | None:
     colours = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["tab10"].colors]  # type: ignore[attr-defined]
     panels = (("rewards/margins", "reward margin"), ("rewards/accuracies", "accuracy"))
     for panel, (name, words) in zip(axes, panels, strict=True):
-        for label, colour in zip(shown, colours, strict=False):
+        for place, (label, colour) in enumerate(zip(shown, colours, strict=False)):
             series = run.series(f"{TRAIN_SOURCE}{label}/{name}")
             if series is not None and len(series.finite):
-                draw_series(panel, series, label[:_LABEL_WIDTH], colour)
+                draw_series(panel, series, label[:_LABEL_WIDTH], colour, Strand(place, len(shown)))
         finish_steps(panel, run.first_step, run.last_step)
         panel.set_ylabel(words)
     legend(axes[0])
@@ -342,7 +343,7 @@ PICTURES = (
     Picture("optimizer", "Learning rate schedule and gradient norm.", optimizer),
     Picture("experts", "How evenly the experts of a mixture are used.", experts),
     Picture("expert_layers", "Which layers of a mixture use their experts unevenly.", expert_layers),
-    Picture("throughput", "Speed, packing and memory while training.", throughput),
+    Picture("throughput", "Speed, packing, memory. MFU: share of this machine's rate of matrix products.", throughput),
     Picture("lengths", "Tokens per prompt and response in the training data.", lengths),
 )
 

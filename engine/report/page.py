@@ -31,7 +31,7 @@ from ..run_folder import (
 from .figures import token_counts
 from .records import RunRecords
 from .tables import flat_config, metric_rows, shown_setting
-from .words import glossary
+from .words import glossary, training_terms
 
 TEMPLATE = "page.html.jinja"
 SET_METRICS = ("num_pairs", "loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
@@ -86,7 +86,7 @@ def render(run: RunRecords, pictures: Sequence[SavedPicture]) -> str:
             subtitle=_subtitle(run),
             cards=_cards(run),
             pictures=pictures,
-            glossary=glossary(run.unit, has_reference=run.has_reference),
+            glossary=[*glossary(run.unit, has_reference=run.has_reference), *training_terms(run.unit)],
             evaluation=_evaluation(run),
             by_length=_by_length(run.evaluation),
             by_source=_by_source(run),
@@ -186,7 +186,7 @@ def _cards(run: RunRecords) -> list[dict[str, str]]:
     add(last("epoch"), "epochs", "{:.2f}")
     add(
         _plan(run).get("groups") or len(token_counts(run, "prompt")) or None,
-        "preference groups" if run.unit == "pairs" else "rows",
+        "preference groups: prompts with the responses that are compared" if run.unit == "pairs" else "rows",
         "{:,}",
     )
     return cards

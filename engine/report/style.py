@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,13 @@ _LEGEND_CHARACTERS = 62
 """Of the labels in one line above a panel."""
 _LEGEND_LINE = 0.2
 """Inches."""
+_GAP = 0.5
+"""Share of its period that the last of several curves leaves free."""
+_SEEN = 2.5
+"""Widths of a line that each of them is seen for in a period, where all lie on each other."""
+_RING, _RINGS = 2.0, 10.0
+"""Points by which markers of one place differ, and those of the first and the last at most."""
+_FEW = 15
 SMOOTH_FROM = 40
 """Series with at least this many points are drawn raw and smoothed."""
 
@@ -96,27 +103,59 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def draw_series(axes: Axes, series: Series, label: str, colour: str) -> None:
+class Strand(NamedTuple):
+    """A curve among several that may lie on each other: drawn in their order, each leaves a part of those below it in
+    sight, by longer gaps and smaller markers."""
+
+    place: int = 0
+    curves: int = 1
+
+    @property
+    def below(self) -> float:
+        """From 0 for the first to 1 for the last."""
+        return self.place / max(self.curves - 1, 1)
+
+    @property
+    def dashes(self) -> tuple[float, tuple[float, ...]] | str:
+        """A line style of matplotlib, in widths of the line: each covers less of the same period."""
+        if self.place == 0:
+            return "solid"
+        period = max(8.0, _SEEN * (self.curves - 1) / _GAP)
+        return (0.0, (period * (1 - _GAP * self.below), period * _GAP * self.below))
+
+    def markers(self, values: int, size: float) -> dict[str, Any]:
+        """Size, in points, and places of the markers of a curve, for matplotlib: on each of a few values, inside those
+        below; of more values each curve has its own."""
+        if values > _FEW:
+            return {"markersize": size, "markevery": (self.place, self.curves)}
+        return {"markersize": size + min(_RING * (self.curves - 1), _RINGS) * (1 - self.below)}
+
+
+ALONE = Strand()
+
+
+def draw_series(axes: Axes, series: Series, label: str, colour: str, strand: Strand = ALONE) -> None:
     """Draw every logged value; with many points, faintly, under a moving average."""
+    look: dict[str, Any] = {"color": colour, "linestyle": strand.dashes}
     if len(series) >= SMOOTH_FROM:
         window = max(5, len(series) // 20) | 1
         axes.plot(series.steps, series.values, color=colour, alpha=0.28, linewidth=0.9, label=f"_{label} (raw)")
-        axes.plot(series.steps, smooth(series.values, window), color=colour, linewidth=2.0, label=label)
+        axes.plot(series.steps, smooth(series.values, window), linewidth=2.0, label=label, **look)
         return
-    size = 7.0 if len(series) == 1 else 4.5 if len(series) <= 15 else 3.0
-    axes.plot(series.steps, series.values, marker="o", markersize=size, color=colour, linewidth=1.8, label=label)
+    look |= strand.markers(len(series), 7.0 if len(series) == 1 else 4.5 if len(series) <= _FEW else 3.0)
+    axes.plot(series.steps, series.values, marker="o", linewidth=1.8, label=label, **look)
 
 
-def draw_evaluation(axes: Axes, series: Series, label: str, colour: str) -> None:
+def draw_evaluation(axes: Axes, series: Series, label: str, colour: str, strand: Strand = ALONE) -> None:
     """Draw held-out values: few, so each gets a marker."""
     axes.plot(
         series.steps,
         series.values,
-        linestyle=(0, (3, 1.5)),
+        linestyle=(0, (3, 1.5)) if strand.curves == 1 else strand.dashes,
         marker="D",
-        markersize=5.5,
+        **strand.markers(len(series), 5.5),
         markerfacecolor="white",
-        markeredgewidth=1.6,
+        markeredgewidth=1.6 if strand.curves == 1 else 1.0,
         color=colour,
         linewidth=1.4,
         label=label,

@@ -68,4 +68,23 @@ def glossary(unit: str, *, has_reference: bool) -> list[tuple[str, str]]:
         ("nat", "unit of log-probs: one nat more makes a text 2.7 times as likely"),
         ("±", "standard error: what another draw of as much data might change"),
     ]
+    if has_reference:
+        terms.append(
+            ("KL", "divergence: how far the policy's answers are from the reference's, in nats; 0 for no change")
+        )
     return terms
+
+
+_OF_TRAINING = (
+    ("epoch", "once through all training rows"),
+    ("prompt sharing", "a prompt is computed once for all of its responses"),
+    ("padding", "places that are computed and hold no token"),
+    ("gradient norm", "how steep the loss is; above a limit the gradient is scaled down to it"),
+    ("MFU", "model FLOP utilisation: arithmetic (FLOP) that the model needs, over what this machine does in that time"),
+)
+
+
+def training_terms(unit: str) -> list[tuple[str, str]]:
+    """What a reader of a report on one run meets beside ``glossary``."""
+    group = ("preference group", "a prompt with the responses to it that are compared; a pair has two")
+    return [*([group] if unit == "pairs" else []), *_OF_TRAINING]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from engine.cli import main
 from engine.errors import UserError
@@ -119,6 +121,26 @@ def test_no_words_are_cut_off(make_run, rows, check_words):
     assert len(drawn) == 9
     for _, figure in drawn:
         check_words(figure)
+
+
+@pytest.mark.parametrize(("steps", "count"), [(20, 2), (60, 3), (1, 9), (60, 9)])
+def test_equal_runs_are_all_seen(steps, count, make_run):
+    """No curve hides another one, however many are the same."""
+    names = ("loss", "eval_loss", "eval_rewards/accuracies")
+    course = [{"step": n, **dict.fromkeys(names, 1 / n), "eval_logps_change/chosen": -n} for n in range(1, steps + 1)]
+    found = [read_run(make_run(course, name=f"{n}")) for n in range(count)]
+    drawn = pictures(found, names_of(found))
+    assert len(drawn) == 4
+    for caption, figure in drawn:
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+        box = figure.axes[0].get_window_extent()
+        height = len(pixels)
+        inside = pixels[height - int(box.y1) : height - int(box.y0), int(box.x0) : int(box.x1)]
+        for line in figure.axes[0].get_lines():
+            colour = np.round(255 * np.array(to_rgb(line.get_color()))).astype(int)
+            seen = (np.abs(inside - colour).max(-1) <= 16).sum()
+            assert seen >= 15, (caption, line.get_label())
 
 
 def test_runs_of_a_sweep_are_called_by_what_it_varies(make_run, rows):
