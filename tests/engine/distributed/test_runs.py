@@ -209,6 +209,10 @@ def assert_same_run(run: Path, expected: Path) -> None:
         if ("rewards/" in name and "accurac" not in name) or "logps_change" in name:
             # Differences of log-probs, whose rounding is theirs.
             scale = torch.tensor(0.1 * max(abs(row[key]) for row in wanted for key in row if "logps/" in key))
+        if name.endswith("loss_se"):
+            # Losses of pairs have the rounding of their mean.
+            loss = name.removesuffix("_se")
+            scale = torch.tensor(max(row[loss] for row in wanted if loss in row))
         if "length_bias" in name or "calibration_error" in name:
             # A correlation may be near zero, and its rounding is that of margins.
             scale = scale.clamp(min=1.0)
