@@ -311,7 +311,9 @@ class PretendedCuda(TorchDispatchMode):
 
 
 def _beside(device: PretendedCuda) -> Streams:
-    device.streams = device.streams or Streams()
+    if device.streams is None:
+        device.streams = Streams()
+        device.streams.host_waits = device.finish
     return device.streams
 
 

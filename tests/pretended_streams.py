@@ -9,7 +9,7 @@ and so does, at the end, memory that was given back while another stream than it
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,18 @@ from torch import Tensor
 
 class UnorderedError(RuntimeError):
     """Two streams use the same memory, and neither waits for the other."""
+
+
+class Event:
+    """A point in a queue: up to which time of each stream all is done there."""
+
+    def __init__(self, streams: Streams, times: dict[Stream, int]) -> None:
+        self._streams = streams
+        self.times = times
+
+    def synchronize(self) -> None:
+        """Have the host wait."""
+        self._streams.host_waits()
 
 
 class Stream:
@@ -33,12 +45,12 @@ class Stream:
         stream, time = use
         return stream is self or self.seen.get(stream, 0) >= time
 
-    def record_event(self, event: Any = None) -> dict[Stream, int]:
-        return {**self.seen, self: self.time}
+    def record_event(self, event: Any = None) -> Event:
+        return Event(self._streams, {**self.seen, self: self.time})
 
-    def wait_event(self, event: dict[Stream, int]) -> None:
+    def wait_event(self, event: Event) -> None:
         self._streams.waits += 1
-        for stream, time in event.items():
+        for stream, time in event.times.items():
             self.seen[stream] = max(self.seen.get(stream, 0), time)
 
     def wait_stream(self, stream: Stream) -> None:
@@ -59,6 +71,7 @@ class Streams:
 
     def __init__(self) -> None:
         self.main = self.current = Stream(self)
+        self.host_waits: Callable[[], None] = self.finish
         self.waits = 0
         self.faults: list[str] = []
         self._uses: dict[int, _Uses] = {}

@@ -56,8 +56,8 @@ class TrainConfig:
     """Of the second answer to each prompt; the first is the most likely one."""
     gradient_checkpointing: Recomputed = False
     """Recompute activations in the backward pass: true, all but each block's input, about a fifth slower; selective,
-    all but what products and attention gave, at little cost for models of 8B, and a large one on a GPU for small ones,
-    whose steps wait for the host."""
+    all but what products and attention gave, at little cost for models of 8B, and on a GPU a large one for small ones,
+    whose steps wait for the host, unless their blocks are compiled."""
     activation_offload: bool = False
     """Keep activations in host memory until the backward pass; gradient_checkpointing leaves few to move."""
     shards_per_replica: int | None = None

@@ -9,7 +9,6 @@ adapters that are more than these two products, peft's own forward runs.
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,22 +24,34 @@ _KINDS = (
 def join_products(model: nn.Module) -> None:
     """Have the adapted linear layers of a model compute as above. Call it again when adapters were added."""
     for module in model.modules():
-        kind = type(module)
-        if (kind.__module__, kind.__name__) in _KINDS and "forward" not in vars(module):
-            vars(module)["forward"] = MethodType(_forward, module)
+        if _has_products(module) and not isinstance(vars(module).get("forward"), Joined):
+            vars(module)["forward"] = Joined(module)
 
 
-def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    name = _plain_adapter(layer)
-    if name is None or args or kwargs or not _is_cast_to(x):
-        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    result = layer.base_layer(x)
-    if result.dtype != x.dtype:
-        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
-    down = layer.lora_A[name](x)
-    width, rank = layer.lora_B[name].weight.shape
-    matrices = result.reshape(-1, width), down.reshape(-1, rank), layer.lora_B[name].weight.t()
-    return torch.addmm(*matrices, alpha=layer.scaling[name]).view_as(result)
+def _has_products(module: nn.Module) -> bool:
+    # sharding derives a class of its own
+    kind = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    return (kind.__module__, kind.__name__) in _KINDS
+
+
+class Joined:
+    """The forward of an adapted layer. It names the layer, so that a copy of a model has copies of its own."""
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        layer = self.layer
+        name = _plain_adapter(layer)
+        if name is None or args or kwargs or not _is_cast_to(x):
+            return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+        result = layer.base_layer(x)
+        down, up, scaling = layer.lora_A[name](x), layer.lora_B[name], layer.scaling[name]
+        if result.dtype != x.dtype:
+            return (result + up(down) * scaling).to(result.dtype)  # type: ignore[no-any-return]
+        width, rank = up.weight.shape
+        matrices = result.reshape(-1, width), down.reshape(-1, rank), up.weight.t()
+        return torch.addmm(*matrices, alpha=scaling).view_as(result)
 
 
 def _plain_adapter(layer: Any) -> str | None:
@@ -50,7 +61,9 @@ def _plain_adapter(layer: Any) -> str | None:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or active[0] in layer.lora_variant or layer.lora_bias.get(active[0]):
         return None
-    return active[0] if isinstance(layer.lora_dropout[active[0]], nn.Identity) else None
+    dropout = layer.lora_dropout[active[0]]
+    drops = not isinstance(dropout, nn.Identity) and dropout.training and dropout.p > 0
+    return None if drops else active[0]
 
 
 def _is_cast_to(x: torch.Tensor) -> bool:

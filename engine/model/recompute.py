@@ -46,8 +46,9 @@ def is_kept(operator: Any, *args: Any) -> bool:
     """
     # operators that take functions, such as FlexAttention where it is not compiled further, have no schema
     name = operator._schema.name if hasattr(operator, "_schema") else operator.name()
-    if name.rpartition("::")[2] in _PRODUCTS:
-        return not _is_thin(args)
+    kind = name.rpartition("::")[2]
+    if kind in _PRODUCTS:
+        return not (kind in ("mm", "addmm") and _is_thin(args))
     return any(part in name for part in _PARTS)
 
 

@@ -170,7 +170,9 @@ class _Stager:
         self._copied, self._sources = copied, content
 
         def wait() -> Content:
-            copied.synchronize()
+            # the thread that writes has no device yet, and would take the first one
+            with torch.cuda.device(self._device):
+                copied.synchronize()
             return copy
 
         return wait

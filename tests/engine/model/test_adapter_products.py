@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 from dataclasses import replace
 
@@ -178,10 +179,51 @@ def test_a_copy_of_a_model_computes_with_its_own_weights(base):
         assert not torch.equal(other.logps(pack()), before)
 
 
-def test_adapters_that_go_on_are_joined_as_well(base, tmp_path):
-    save_weights(policy_of(base, KINDS["lora"]), tmp_path / "adapter")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_adapter_that_goes_on_is_its_own_reference(dropout, base, tmp_path):
+    """In evaluation to the bit: its frozen copy has no dropout."""
+    save_weights(policy_of(base, LoraConfig(r=4, dropout=dropout)), tmp_path / "adapter")
     policy = load_policy(replace(base, adapter_name_or_path=str(tmp_path / "adapter")), device=CPU)
+    with torch.no_grad(), policy.eval().reference_mode():
+        reference = policy.logps(pack())
+    with torch.no_grad(), Operators() as operators:
+        assert torch.equal(policy.logps(pack()), reference)
+    assert operators.names["addmm"] == ADAPTED
     _, names = backward(policy.train())
-    assert names["addmm"] == ADAPTED
+    assert names["addmm"] == (0 if dropout else ADAPTED)
     join_products(policy)
     assert give_back(policy) == ADAPTED
+
+
+def test_joined_layers_are_pickled(base):
+    policy = policy_of(base, KINDS["lora"])
+    layer = next(m for m in policy.modules() if "forward" in vars(m))
+    again = pickle.loads(pickle.dumps(layer))
+    x = torch.randn(3, layer.in_features).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), Operators() as operators:
+        assert torch.equal(again(x), layer(x))
+    assert operators.names["addmm"] == 2
+
+
+class Wide(torch.nn.Linear):
+    """Gives float32 whatever autocast says."""
+
+    def forward(self, x):
+        return super().forward(x).float()
+
+
+def test_a_layer_of_another_dtype_runs_once():
+    peft = pytest.importorskip("peft")
+    model = Layer()
+    model.layer = Wide(96, 160, bias=False)
+    config = peft.LoraConfig(r=8, target_modules=["layer"], init_lora_weights=False)
+    model = peft.get_peft_model(model.bfloat16(), config).base_model.model
+    x = torch.randn(5, 96).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model.layer(x)
+        join_products(model)
+        with Operators() as operators:
+            found = model.layer(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-2)
+    assert operators.names["mm"] == 3

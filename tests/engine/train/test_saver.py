@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
+import sys
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from engine import cli, distributed, mesh
 from engine.config import build_config, to_yaml
 from engine.durable import check_content
 from engine.errors import UserError
-from engine.train import checkpoint, saver, storage
+from engine.train import checkpoint, host_memory, saver, storage
 from engine.train import run as run_module
 from engine.train.checkpoint import complete_checkpoints
 from engine.train.loop import train
@@ -25,6 +27,8 @@ from engine.train.optimizer import GuardedUpdate
 from engine.train.saver import Saver
 from tests.engine.kills.evidence import compare, leavings
 from tests.engine.train.conftest import read_rows
+from tests.pretended_cuda import CUDA, on_host, pretended_cuda
+from tests.pretended_streams import UnorderedError
 
 LORA = {"r": 4, "dropout": 0.3, "target_modules": ["v_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}
 MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.4}
@@ -96,7 +100,12 @@ class LateStream:
         pass
 
     def record_event(self):
-        return SimpleNamespace(synchronize=self.run)
+        return SimpleNamespace(synchronize=self.synchronize)
+
+    def synchronize(self):
+        # threads begin on the first device, where an event of another one would make a context
+        assert threading.current_thread().device == "here"
+        self.run()
 
     def run(self):
         # waiting returns when all is done, whoever waits
@@ -124,7 +133,13 @@ def test_weights_wait_for_a_copy_that_a_gpu_makes_late(make_config, pairs_jsonl,
 
     def wait_event(event):
         waits.append(len(streams[-1].work))
-        event.synchronize()
+        streams[-1].run()
+
+    @contextmanager
+    def device(device):
+        threading.current_thread().device = "here"
+        yield
+        del threading.current_thread().device
 
     plain = saver._Stager
     current = SimpleNamespace(wait_event=wait_event)
@@ -132,9 +147,61 @@ def test_weights_wait_for_a_copy_that_a_gpu_makes_late(make_config, pairs_jsonl,
     monkeypatch.setattr(saver, "to_host", late_copy)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", device)
     train(config_of(make_config, {}, tmp_path / "beside", pairs_jsonl))
     compare(leavings(tmp_path / "beside"), leavings(tmp_path / "waits"))
     assert len(waits) > 1
+
+
+def test_the_copy_is_in_order_with_the_steps():
+    """On streams that are in no order but where one waits: the copy reads what the steps before it wrote, the update
+    after it waits, and what is nobody else's stays until it is read."""
+    with pretended_cuda() as device:
+        weight = torch.randn(64, 64).pin_memory().to(CUDA, non_blocking=True)
+        stager = saver._Stager(CUDA)
+        for step in range(2):
+            weight += step
+            content = checkpoint.Content({"model": {"w": weight}, "optimizer": {"twice": weight * 2}}, {}, "")
+            copied, want = stager.copy(content), on_host(weight).clone()
+            del content
+            with pytest.raises(UnorderedError):
+                weight.mul_(2)
+            stager.wait()
+            weight.mul_(2)
+            found = copied().tensors
+            assert torch.equal(found["model"]["w"], want)
+            assert torch.equal(found["optimizer"]["twice"], 2 * want)
+        stager.close()
+        assert device.streams is not None
+
+
+def test_large_page_locked_memory_takes_its_bytes_and_is_given_back(monkeypatch):
+    """torch's own allocator would take the next power of two, and keep it."""
+    locked, given_back = [], []
+    calls = SimpleNamespace(
+        pin_memory=lambda address, size: locked.append((address, size)), unpin_memory=given_back.append
+    )
+    monkeypatch.setitem(sys.modules, "torch.cuda._pin_memory_utils", calls)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    held = host_memory.empty_page_locked((3, 1 << 17), torch.float32)
+    view = held[1:].detach()
+    assert locked == [(held.data_ptr(), 3 * (1 << 19))]
+    del held
+    gc.collect()
+    assert given_back == []
+    del view
+    gc.collect()
+    assert given_back == [locked[0][0]]
+
+
+def test_memory_that_cannot_be_locked_is_pageable(monkeypatch, caplog):
+    def refuses(address, size):
+        raise RuntimeError("Registering memory failed with cudaError: 801.")
+
+    monkeypatch.setitem(sys.modules, "torch.cuda._pin_memory_utils", SimpleNamespace(pin_memory=refuses))
+    held = host_memory.empty_page_locked((1 << 18,), torch.float32)
+    assert held.shape == (1 << 18,)
+    assert "stay pageable" in caplog.text
 
 
 def test_tied_weights_and_places_in_host_memory_are_kept():
