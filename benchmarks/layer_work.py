@@ -28,7 +28,7 @@ from engine.forecast import Target
 from engine.forecast.blocks import for_shapes, fused_blocks, no_launches
 from engine.forecast.counting import Shapes, step_of
 from engine.forecast.divided import divided
-from engine.forecast.live_storage import storage_bytes
+from engine.forecast.live_storage import call_without_data, storage_bytes
 from engine.forecast.memory import pack_of
 from engine.forecast.weights import policy_without_data, state_bytes
 from engine.model.load import DTYPES
@@ -61,7 +61,7 @@ class Work(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        out = call_without_data(func, args, kwargs or {})
         # Attention's flat results are told of as views by no schema.
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]

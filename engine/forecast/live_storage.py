@@ -114,8 +114,16 @@ class LiveStorage(TorchDispatchMode):
 
 
 def call_without_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation on tensors that may have no data, where torch knows grouped products of bfloat16 alone."""
-    if func._schema.name != "aten::_grouped_mm" or not is_fake(args[0]) or args[0].dtype == torch.bfloat16:
+    """An operation on tensors that may have no data, where torch does not know the dtype or the shape of its result.
+
+    It knows grouped products of bfloat16 alone, and not how many counts ``bincount`` gives, with which transformers
+    before 5.23 counts the tokens of experts: there are as many as are asked for, which is one for each expert.
+    """
+    if not args or not is_fake(args[0]):
+        return func(*args, **kwargs)
+    if func is torch.ops.aten.bincount.default and len(args) == 3 and args[1] is None:
+        return args[0].new_empty(args[2], dtype=torch.int64)
+    if func._schema.name != "aten::_grouped_mm" or args[0].dtype == torch.bfloat16:
         return func(*args, **kwargs)
     half = (x.bfloat16() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
     return func(*half, **kwargs).to(args[0].dtype)

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import transformers
+from packaging.version import Version
 
 from tests.conformance.arguments import chosen
 from tests.conformance.table import path_of, read_rows, tables
@@ -55,7 +56,12 @@ def test_equal(model_type, local):
         ("falcon", "rows", "", r"cannot run on packs: its model does not use transformers' AttentionInterface"),
         ("phimoe", "rows", "", r"\(PhimoeAttention\), whose attention does more than packs support"),
         ("deepseek_v32", "one row", "", r"DeepseekV32ForCausalLM gives different log-probs in rows"),
-        ("dots3_note_text", "one row", "", r"Dots3NoteForCausalLM gives different log-probs in rows"),
+        pytest.param(
+            *("dots3_note_text", "one row", "", r"Dots3NoteForCausalLM gives different log-probs in rows"),
+            marks=pytest.mark.skipif(
+                Version(transformers.__version__) < Version("5.23"), reason="transformers has it since 5.23"
+            ),
+        ),
         ("prophetnet", "one row", "", r"is not causal in padded rows"),  # its logits are of the first of two streams
         ("blt", "rows", "", r"BltSelfAttention does not pass keyword arguments"),  # reads dropout from its config
         ("xlm", "rows", "", r"leaks tokens.*\(MultiHeadAttention\)"),

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
 from dpo_kernels import linear_logps
@@ -200,6 +201,14 @@ def test_live_storages_are_counted_once_and_until_they_are_freed():
         del view
     assert count.current == size
     assert count.peak == 3 * size
+
+
+def test_counts_of_experts_without_data():
+    """As transformers before 5.23 counts them; torch alone refuses."""
+    with FakeTensorMode(), LiveStorage(CPU, lambda func, args: 0) as count:
+        counts = torch.bincount(torch.zeros(24, dtype=torch.int64), minlength=8).float()
+        assert (counts.shape, counts.dtype) == ((8,), torch.float32)
+        assert count.peak == (24 + 8) * 8
 
 
 def test_workspace_is_asked_of_ops_of_the_head():

@@ -8,6 +8,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from dpo_kernels import dispatch
 from dpo_kernels.losses import LOSS_TYPES
@@ -132,6 +134,8 @@ def test_steps_between_two_log_lines(case, make_config, monkeypatch, tmp_path, t
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", IN_ROWS)
 def test_steps_of_a_model_in_rows(family, dtype, make_config, tmp_path, tiny_tokenizer):
+    if IN_ROWS[family] == "rows" and Version(transformers.__version__) < Version("5.21"):
+        pytest.skip("masks of transformers before 5.21 copy their zero to the GPU in every forward pass")
     folder = save_family(family, tmp_path / family, tiny_tokenizer)
     train = {"logging_steps": 2, "max_steps": 4, "save_steps": None}
     setup = prepare(make_config(model={"model_name_or_path": str(folder), "dtype": dtype}, train=train))

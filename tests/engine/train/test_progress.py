@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_has_a_bar_and_lines_that_fit(terminal, make_config, monkeypatch):
+def test_a_terminal_has_a_bar_and_lines_that_fit(terminal, make_config, monkeypatch, caplog):
     streams = {name: Terminal() if terminal else io.StringIO() for name in ("stdout", "stderr")}
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
@@ -27,7 +27,8 @@ def test_a_terminal_has_a_bar_and_lines_that_fit(terminal, make_config, monkeypa
     handler = logging.StreamHandler(streams["stdout"])
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [handler])
-    monkeypatch.setattr(logging.getLogger("engine"), "level", logging.INFO)
+    # A level that is set as an attribute is not seen by loggers that were asked before.
+    caplog.set_level(logging.INFO, "engine")
     train(make_config(train={"max_steps": 3}))
     lines = [line for line in streams["stdout"].getvalue().splitlines() if "step " in line and "  loss " in line]
     assert len(lines) == 3
