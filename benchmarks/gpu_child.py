@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_journal import NO_TIME, RUNNING, Journal, settled
+from benchmarks.gpu_journal import NO_TIME, RUNNING, Journal
 from benchmarks.gpu_table import Check, Context, Section, SkippedError, first_line, place
 
 DEVICE_LOST = 70
@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> int:
 def run_section(context: Context, name: str, section: Section, first: int, shards: int) -> None:
     """This shard's checks of a section, from number ``first`` on."""
     context.section, context.check = name, "the list of checks"
-    rows = context.journal.read()[name].by_key
+    found = context.journal.read()[name]
+    rows, unsettled = found.by_key, found.unsettled()
     context.dead = frozenset(key for key, row in rows.items() if row["status"] in ("died", "timed out"))
     try:
         checks = list(section.checks(context))
@@ -63,7 +64,7 @@ def run_section(context: Context, name: str, section: Section, first: int, shard
         return
     context.journal.append("plan", name, names=[check.name for check in checks])
     for number, check in enumerate(checks):
-        known = check.name in rows and settled(rows[check.name])
+        known = check.name in rows and check.name not in unsettled
         if number >= first and number % shards == context.shard and not known:
             run_check(context, check, number)
 

@@ -4,7 +4,7 @@ Nothing that was appended is lost when a process is killed, at whatever moment; 
 
 ``due``    a section is to run; what an earlier run found of it stays until it starts
 ``start``  a section begins anew: its earlier rows do not count
-``again``  a section goes on: earlier rows count that said what there was to say
+``again``  a section goes on: earlier rows count of checks of which every row said what there was to say
 ``plan``   the checks of a section, by name
 ``fact``   a value that belongs to a section as a whole
 ``row``    what one check or contender gave; a later row with the same key takes its place
@@ -68,7 +68,8 @@ class Journal:
                 found[name] = Found()
             section = found[name]
             if kind == "again":
-                section.by_key = {key: row for key, row in section.by_key.items() if settled(row)}
+                dropped = section.unsettled()
+                section.by_key = {key: row for key, row in section.by_key.items() if row["check"] not in dropped}
                 section.status = "unfinished"
             elif kind == "plan":
                 section.plan += [check for check in line["names"] if check not in section.plan]
@@ -100,9 +101,13 @@ class Found:
         begun = {key for key, row in self.by_key.items() if row["status"] != NO_TIME}
         return [name for name in self.plan if name not in begun]
 
+    def unsettled(self) -> set[str]:
+        """Checks of which some row, their own or one of a part, leaves something to find out."""
+        return {row["check"] for row in self.by_key.values() if not settled(row)}
+
 
 def settled(row: Row) -> bool:
-    """Whether there is nothing to find out by running a check once more."""
+    """Whether there is nothing to find out by running it once more."""
     return row["status"] == "ok" or (row["status"].startswith("skipped") and row["status"] != NO_TIME)
 
 

@@ -96,6 +96,19 @@ def test_a_part_in_which_the_process_ends_sits_out(outcome) -> None:
     assert rows["with parts"]["done"] == 2
 
 
+def test_a_part_in_which_the_process_ended_is_tried_again(outcome, tmp_path: Path) -> None:
+    """Its check ended well without it, and runs anew with all its parts, as what is behind it does not."""
+    _, folder, before = outcome
+    shutil.copy(folder / "gpu.jsonl", tmp_path)
+    journal = Journal(tmp_path / "gpu.jsonl")
+    known = len(list(journal.lines()))
+    assert gpu.main([*OPTIONS, "--out", str(tmp_path), "--sections", "parts", "--continue"]) == 1
+    found = journal.read()["parts"]
+    assert {key: row["status"] for key, row in found.by_key.items()} == statuses(before["parts"])
+    ran = {line["check"] for line in list(journal.lines())[known:] if line["kind"] == "row"}
+    assert ran == {"with parts"}
+
+
 def test_garbage_is_only_logged(outcome) -> None:
     _, folder, found = outcome
     assert statuses(found["garbage"]) == {"prints": "ok", "behind it": "ok"}
