@@ -248,10 +248,11 @@ def _changes_base(model: ModelConfig, adapter: str) -> bool:
 
 def _ready_trained(ready: Callable[[ModelConfig], Policy], model: ModelConfig, model_path: str) -> Policy:
     """The full model at ``model_path``; ``model`` says how it is held, but for its adapters and quantization."""
+    with named_by("--model ", model_path):
+        policy = ready(replace(full_model(model), model_name_or_path=model_path, revision=None))
     if model.trains_adapter:
         log.info("%s is a full model: the adapters and quantization of model are not applied", model_path)
-    with named_by("--model ", model_path):
-        return ready(replace(full_model(model), model_name_or_path=model_path, revision=None))
+    return policy
 
 
 def _as_trained(run_dir: Path, values: dict[str, float]) -> dict[str, float]:

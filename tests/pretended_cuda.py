@@ -13,12 +13,11 @@ Kernels of Triton are run by its interpreter.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import torch
@@ -29,110 +28,23 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.pretended_refusals import check
 from tests.pretended_streams import Streams, is_empty
+from tests.pretended_tensor import CUDA, ENTERED, HostWaitError, OnDevice, on_host, wait
 
-CUDA = torch.device("cuda", 0)
+__all__ = ["CUDA", "HostWaitError", "OnDevice", "PretendedCuda", "UnsafeCopyError", "on_host", "pretended_cuda"]
+
 aten = torch.ops.aten
 
-# Sizes that only the device knows, or a number of it.
-_WAITS = {
-    "_local_scalar_dense",
-    "_unique2",
-    "argwhere",
-    "bincount",
-    "equal",
-    "is_nonzero",
-    "item",
-    "masked_select",
-    "nonzero",
-    "unique_consecutive",
-    "unique_dim",
-}
 _COPIES = {"_to_copy", "copy_"}
-_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-
-
-class HostWaitError(RuntimeError):
-    """The host would wait for the device."""
 
 
 class UnsafeCopyError(RuntimeError):
     """Page-locked memory is used while a copy may still be reading or filling it."""
 
 
-def _wait(reason: str) -> None:
-    """The host waits: an error, unless it may."""
-    for device in PretendedCuda.entered:
-        if device.may_wait:
-            device.waits += 1
-            device.finish()
-            return
-    raise HostWaitError(reason)
-
-
-class OnDevice(torch.Tensor):
-    """A tensor of the pretended device. To torch's C++ side it lies on the CPU."""
-
-    data_on_host: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @staticmethod
-    def __new__(cls, data: Tensor) -> OnDevice:
-        layout = {"strides": data.stride(), "storage_offset": data.storage_offset(), "dtype": data.dtype}
-        self = torch.Tensor._make_wrapper_subclass(cls, data.size(), device=torch.device("cpu"), **layout)
-        self.data_on_host = data
-        return self
-
-    device = property(lambda self: CUDA)
-    is_cuda = property(lambda self: True)
-    is_cpu = property(lambda self: False)
-
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs.pop("copy", None)
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if device is not None and device.type == "cpu":
-            _wait(f"a tensor of shape {list(self.shape)} is copied to the CPU")
-            return self.data_on_host.detach().to(dtype or self.dtype)
-        return self if dtype in (None, self.dtype) else torch.Tensor.to(self, dtype)
-
-    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.to("cpu")
-
-    def cuda(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self
-
-    def tolist(self) -> list:
-        _wait(f"a tensor of shape {list(self.shape)} is read as a list")
-        return self.data_on_host.tolist()
-
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("a tensor on a GPU has no numpy array")
-
-    __array__ = numpy
-
-    def data_ptr(self) -> int:
-        return self.data_on_host.data_ptr()
-
-    def untyped_storage(self) -> torch.UntypedStorage:
-        return self.data_on_host.untyped_storage()
-
-    def __repr__(self, **kwargs: Any) -> str:
-        return f"OnDevice({list(self.shape)}, {self.dtype})"
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise RuntimeError(f"{func} on the pretended device, outside of PretendedCuda")
-
-
-def on_host(value: Any) -> Any:
-    """The data of a tensor of the device, for tests that look at results; other values as they are."""
-    return value.data_on_host if isinstance(value, OnDevice) else value
-
-
 class PretendedCuda(TorchDispatchMode):
     """The device. ``operations`` counts what ran on it, ``copies`` the bytes that were sent to it."""
-
-    entered: ClassVar[list[PretendedCuda]] = []
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +116,7 @@ class PretendedCuda(TorchDispatchMode):
         if short in _COPIES:
             self._check_copy(short, args, kwargs)
         elif self._on_device(args, kwargs):
-            _check(func, short, args, kwargs)
+            check(func, short, args, kwargs)
         self._check_host_reads(short, args)
         return self._run(func, short, args, kwargs)
 
@@ -246,7 +158,7 @@ class PretendedCuda(TorchDispatchMode):
         pinned = held.untyped_storage()._cdata in self._pinned
         if not (says_so and pinned):
             how = "pageable memory" if not pinned else "a copy that blocks"
-            _wait(f"{'to' if arrives else 'from'} the GPU, {list(held.shape)} {held.dtype}: {how}")
+            wait(f"{'to' if arrives else 'from'} the GPU, {list(held.shape)} {held.dtype}: {how}")
         elif arrives:
             self.copies.append(held.nbytes)
             # Memory that is given back waits for the copy in torch's allocator; memory that is kept must not change.
@@ -338,68 +250,6 @@ def _for_the_cpu(func: Any, short: str, args: Any, kwargs: Any) -> tuple[Any, An
     return func, args, kwargs
 
 
-def _check(func: Any, short: str, args: Any, kwargs: Any) -> None:
-    """Refuse what waits for the device, and what does not run on one at all."""
-    if short in _WAITS:
-        _wait(f"{short} needs a number from the GPU")
-    if short == "repeat_interleave" and isinstance(args[-1], OnDevice) and kwargs.get("output_size") is None:
-        _wait("repeat_interleave without output_size needs a number from the GPU")
-    if short == "segment_reduce" and not kwargs.get("unsafe", False):
-        _wait("segment_reduce checks lengths on the host unless they are declared safe")
-    if short in _INDEXING:
-        for index in args[1]:
-            if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
-                _wait(f"{short} with a mask needs its number of elements from the GPU")
-            if isinstance(index, Tensor) and not isinstance(index, OnDevice):
-                _wait(f"{short} copies an index of the host, {list(index.shape)}, and waits")
-    if short == "_grouped_mm":
-        _check_grouped(*args[:2])
-    if short.startswith(("_fused_adam", "_fused_sgd", "_fused_adagrad")):
-        check_fused(func, args, kwargs)
-        return
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    strays = [t for t in tensors if not isinstance(t, OnDevice) and t.ndim > 0]
-    if strays and short not in _INDEXING:
-        raise RuntimeError(f"{short}: tensors on cuda:0 and on the cpu, {list(strays[0].shape)}")
-
-
-def _check_grouped(*matrices: Tensor) -> None:
-    """ATen's grouped product takes bfloat16 in rows, or columns, of whole 16 bytes; what else there is runs expert by
-    expert, on sizes that are read from the device."""
-    if any(m.dtype != torch.bfloat16 for m in matrices):
-        _wait("a grouped product of other than bfloat16 reads the sizes of its groups")
-        return
-    for m in matrices:
-        if 1 not in m.stride()[-2:] or any(s % 8 for s in m.stride()[-2:] if s != 1):
-            raise RuntimeError(f"a grouped product needs strides of whole 16 bytes, got {m.stride()}")
-
-
-def check_fused(func: Any, args: Any, kwargs: Any) -> None:
-    """What ATen's fused CUDA optimizers check (``check_fast_path_restrictions``), and what they take for granted."""
-    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-    lists = [given[name] for name in ("self", "grads", "exp_avgs", "exp_avg_sqs")]
-    if given.get("amsgrad"):
-        lists.append(given["max_exp_avg_sqs"])
-    first = lists[0][0]
-    for tensors in lists:
-        for tensor, param in zip(tensors, lists[0], strict=True):
-            same = tensor.dtype == first.dtype and isinstance(tensor, OnDevice) and tensor.layout == torch.strided
-            dense = tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(on_host(tensor))
-            if not (same and dense and tensor.shape == param.shape and tensor.stride() == param.stride()):
-                raise RuntimeError("params, grads, exp_avgs, and exp_avg_sqs must have same dtype, device, and layout")
-    if not first.dtype.is_floating_point:
-        raise RuntimeError(f'"fused_adamw_kernel_cuda" not implemented for {first.dtype}')
-    if math.prod(lists[-1][-1].shape) == 0:
-        raise RuntimeError("the last tensor cannot be 0-size")
-    for name in ("state_steps", "grad_scale", "found_inf", "lr"):
-        value = given.get(name)
-        for tensor in value if isinstance(value, list) else [value]:
-            # The kernels read these as one float each, wherever the pointer leads.
-            misplaced = not isinstance(tensor, OnDevice) or tensor.dtype != torch.float32
-            if isinstance(tensor, Tensor) and (misplaced or tensor.numel() != 1):
-                raise RuntimeError(f"{name} must be one float32 on the device of the parameters")
-
-
 @contextmanager
 def pretended_cuda() -> Iterator[PretendedCuda]:
     """Enter a ``PretendedCuda``, with what torch's Python side asks of CUDA in place; waits for it in the end."""
@@ -448,12 +298,12 @@ def pretended_cuda() -> Iterator[PretendedCuda]:
         patch.start()
     torch._C._set_only_lift_cpu_tensors(True)
     try:
-        PretendedCuda.entered.append(device_mode)
+        ENTERED.append(device_mode)
         with device_mode:
             yield device_mode
             device_mode.finish()
     finally:
-        PretendedCuda.entered.remove(device_mode)
+        ENTERED.remove(device_mode)
         torch._C._set_only_lift_cpu_tensors(lifts)
         for patch in reversed(patches):
             patch.stop()
